@@ -1,0 +1,36 @@
+"""The exceptions this package raises, each with the exit code the command line gives it.
+
+Tensor-level refusals are plain ``TypeError`` and ``ValueError``; the classes here are for what
+happens to files, data and whole models. All of them carry one line that says what is wrong,
+where, and what is accepted.
+"""
+
+
+class AntidoteError(Exception):
+    """Something failed for a reason that one line can tell. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(AntidoteError, ValueError):
+    """A flag or argument is malformed or out of range. Exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(AntidoteError, ValueError):
+    """A file, a data set, a model or an adapter was rejected. Exit code 3."""
+
+    exit_code = 3
+
+
+class NothingPruned(AntidoteError, ValueError):
+    """No weight was a target, or no layer could be pruned. Exit code 4."""
+
+    exit_code = 4
+
+
+class BackendUnavailable(AntidoteError, RuntimeError):
+    """A backend was asked for by name and cannot run here; the message says why. Exit code 2."""
+
+    exit_code = 2

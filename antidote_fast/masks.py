@@ -1,0 +1,157 @@
+"""PackedMask: which weights are removed, one bit a weight; saved, loaded and combined."""
+
+import json
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from antidote_fast.backends.reference import unpack_bits
+from antidote_fast.errors import DataError
+
+FORMAT = "antidote_fast.masks"
+VERSION = "1"
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMask:
+    """A mask over a weight of shape (N, K); bit 1 = removed.
+
+    Args:
+        bits: uint8 (N, ceil(K/8)), little-endian bits (column c is bit c % 8 of byte c // 8), the
+            pad bits of a row's last byte 0.
+        shape: (N, K).
+
+    Raises:
+        TypeError, ValueError: where bits and shape do not fit each other.
+    """
+
+    bits: torch.Tensor
+    shape: tuple[int, int]
+
+    def __post_init__(self):
+        if not isinstance(self.bits, torch.Tensor) or self.bits.dtype != torch.uint8:
+            raise TypeError(f"bits={_brief(self.bits)}: must be a uint8 tensor")
+        shape = tuple(int(s) for s in self.shape)
+        if len(shape) != 2 or min(shape) < 0:
+            raise ValueError(f"shape={self.shape!r}: must be (out_features, in_features)")
+        expected = (shape[0], (shape[1] + 7) // 8)
+        if tuple(self.bits.shape) != expected:
+            raise ValueError(
+                f"bits of shape {tuple(self.bits.shape)} with shape={shape}: must be {expected}"
+            )
+        object.__setattr__(self, "shape", shape)
+
+    def to_bool(self):
+        """Bool (N, K), True = removed."""
+        return unpack_bits(self.bits, self.shape[1])
+
+    def count(self) -> int:
+        """How many weights are removed. Waits for the device."""
+        counts = torch.tensor([bin(i).count("1") for i in range(256)], device=self.bits.device)
+        return int(sum(counts[rows.long()].sum() for rows in self.bits.split(4096)))
+
+    def to(self, device):
+        """The same mask on another device."""
+        return PackedMask(self.bits.to(device), self.shape)
+
+    def __or__(self, other):
+        return self._combined(other, torch.bitwise_or)
+
+    def __and__(self, other):
+        return self._combined(other, torch.bitwise_and)
+
+    def __sub__(self, other):
+        return self._combined(other, lambda a, b: a & ~b)
+
+    def __eq__(self, other):
+        if not isinstance(other, PackedMask):
+            return NotImplemented
+        return self.shape == other.shape and torch.equal(self.bits, other.bits.to(self.bits.device))
+
+    __hash__ = None
+
+    def _combined(self, other, op):
+        if not isinstance(other, PackedMask):
+            return NotImplemented
+        if other.shape != self.shape:
+            raise ValueError(f"other.shape={other.shape}: must be {self.shape}")
+        if other.bits.device != self.bits.device:
+            raise ValueError(
+                f"other on {other.bits.device}: must be on {self.bits.device}; use .to(device)"
+            )
+        return PackedMask(op(self.bits, other.bits), self.shape)
+
+    def save(self, path):
+        """Write this mask alone to a safetensors file."""
+        save_masks(path, {"": self})
+
+    @classmethod
+    def load(cls, path):
+        """Read a mask written by :meth:`save`."""
+        masks, _ = load_masks(path)
+        if list(masks) != [""]:
+            raise DataError(f"{path}: holds masks of {len(masks)} weights; use load_masks")
+        return masks[""]
+
+
+def save_masks(path, masks, metadata=None):
+    """Write masks to one safetensors file: ``<name>.mask`` uint8, the shapes in the metadata.
+
+    Args:
+        path: the file to write.
+        masks: {parameter name: PackedMask}.
+        metadata: more {str: str} pairs to keep beside them.
+    """
+    tensors = {_key(name): mask.bits.cpu().contiguous() for name, mask in masks.items()}
+    shapes = json.dumps({_key(name): mask.shape for name, mask in masks.items()})
+    extra = {"format": FORMAT, "version": VERSION, "shapes": shapes}
+    save_file(tensors, str(path), metadata={**(metadata or {}), **extra})
+
+
+def load_masks(path):
+    """Read ``({parameter name: PackedMask}, metadata)`` from a file of :func:`save_masks`.
+
+    Raises:
+        DataError: no such file, not a mask file, an unknown version, or damaged contents.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise DataError(f"{path}: not a mask file of antidote_fast")
+            if metadata.get("version") != VERSION:
+                raise DataError(
+                    f"{path}: mask format version {metadata.get('version')!r}; "
+                    f"this release reads {VERSION}"
+                )
+            shapes = json.loads(metadata.pop("shapes"))
+            if set(shapes) != set(file.keys()):
+                raise DataError(f"{path}: the masks and their listed shapes differ")
+            masks = {}
+            for key, shape in shapes.items():
+                mask = PackedMask(file.get_tensor(key), shape)
+                _check_pad_bits(path, key, mask)
+                masks[key.removesuffix("mask").removesuffix(".")] = mask
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a mask file: {error}") from None
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: {error}") from None
+    return masks, metadata
+
+
+def _key(name):
+    return f"{name}.mask" if name else "mask"
+
+
+def _check_pad_bits(path, key, mask):
+    used = mask.shape[1] % 8
+    if used and mask.bits.numel() and bool((mask.bits[:, -1] >> used).any()):
+        raise DataError(f"{path}: {key} has bits set past its {mask.shape[1]} columns")
+
+
+def _brief(value):
+    return f"{value.dtype} tensor" if isinstance(value, torch.Tensor) else repr(value)

@@ -1,0 +1,325 @@
+"""The tensor ops: validate once, pick a backend, allocate, call.
+
+N = out_features, K = in_features. A weight is (N, K) bf16, fp16 or fp32 with unit column stride and
+any row stride; an activation norm is (K,) fp32, or None for plain magnitude. The score of a weight
+is ``| |w| * n |`` in fp32 (with ``score_delta``: ``|w - base| * n``), the order ascending
+(score, index) with NaN last. Source: Antidote, arXiv 2408.09600, eq. 1 and 2, and Wanda.
+
+Every op takes ``backend=None``: a backend's name, else the environment variable
+``ANTIDOTE_BACKEND``, else the fastest one available. All give the same bits. Refusals are
+TypeError, ValueError or BackendUnavailable; nothing is written then. Values are never read, so no
+call waits for a device.
+"""
+
+import torch
+
+from antidote_fast import _check as check
+from antidote_fast.backends import select
+from antidote_fast.masks import PackedMask
+
+
+def accumulate_sq_norm_(sq_sum, x, token_mask=None, *, backend=None):
+    """Add the sum over tokens of ``x ** 2`` to ``sq_sum``, in place.
+
+    Args:
+        sq_sum: (K,) fp32.
+        x: (..., K) bf16, fp16 or fp32, unit stride along K.
+        token_mask: ``x.shape[:-1]``, bool or integer, nonzero = counted. An excluded token is not
+            read, so NaN there does no harm.
+
+    Returns:
+        sq_sum. The sum is taken in float64 and rounded once; the same bits on every run.
+    """
+    check.vector("sq_sum", sq_sum)
+    check.writable("sq_sum", sq_sum)
+    token_mask = check.activation(x, token_mask, sq_sum)
+    module = select(backend, sq_sum.device.type)
+    if x.numel():
+        module.accumulate_sq_norm_(sq_sum, x, token_mask)
+        check.mark_written(sq_sum)
+    return sq_sum
+
+
+def score(weight, act_norm=None, *, base_weight=None, backend=None):
+    """The score of every weight.
+
+    Args:
+        weight: (N, K).
+        act_norm: (K,) fp32, or None for plain magnitude.
+        base_weight: like weight; scores ``|weight - base_weight|`` then.
+
+    Returns:
+        (N, K) fp32, NaN canonical (0x7FC00000).
+    """
+    check.operands(weight, act_norm, base_weight=base_weight)
+    module = select(backend, weight.device.type)
+    return module.score(weight, act_norm, base_weight)
+
+
+def select_mask(score, selection, *, backend=None):
+    """What ``selection`` removes of any score matrix, in signed order (-0 equals +0, NaN last).
+
+    Args:
+        score: (N, K) fp32.
+        selection: a Selection of row or tensor scope, or n_m.
+
+    Returns:
+        PackedMask.
+    """
+    check.matrix("score", score, dtypes=(torch.float32,))
+    check.selection(selection, one_weight=True)
+    module = select(backend, score.device.type)
+    bits = _empty_bits(score)
+    if score.numel():
+        module.select_mask(score, selection, bits)
+    return PackedMask(bits, score.shape)
+
+
+def prune_mask(
+    weight, act_norm, selection, *, preserve_norm=None, base_weight=None, backend=None
+):
+    """The mask that :func:`prune_` would apply; the weight is left as it is.
+
+    Args: as :func:`prune_`; ``base_weight`` matters with ``score_delta`` only.
+
+    Returns:
+        PackedMask.
+    """
+    check.selection(selection, one_weight=True)
+    masks, _ = _prune(
+        [weight], [act_norm], selection, [preserve_norm], [base_weight], write=False, backend=backend
+    )
+    return masks[0]
+
+
+def prune_(
+    weight,
+    act_norm,
+    selection,
+    *,
+    preserve_norm=None,
+    base_weight=None,
+    return_mask=False,
+    backend=None,
+):
+    """Score, select and remove weights in one pass, in place.
+
+    Args:
+        weight: (N, K).
+        act_norm: (K,) fp32, or None for plain magnitude.
+        selection: a Selection of row or tensor scope, or n_m.
+        preserve_norm: (K,) fp32; what ranks in the top ``preserve_ratio`` by it is kept.
+        base_weight: like weight; removed weights take its bits instead of +0.
+        return_mask: also return the PackedMask of what was removed.
+
+    Returns:
+        weight, or (weight, mask).
+    """
+    check.selection(selection, one_weight=True)
+    masks, _ = _prune(
+        [weight],
+        [act_norm],
+        selection,
+        [preserve_norm],
+        [base_weight],
+        want_masks=return_mask,
+        backend=backend,
+    )
+    return (weight, masks[0]) if return_mask else weight
+
+
+def apply_mask_(weight, mask, *, base_weight=None, backend=None):
+    """Remove from ``weight`` (N, K), in place, what ``mask`` marks.
+
+    Args:
+        weight: (N, K).
+        mask: PackedMask of the same shape, on the same device.
+        base_weight: like weight; removed weights take its bits instead of +0.
+
+    Returns:
+        weight.
+    """
+    check.matrix("weight", weight)
+    check.writable("weight", weight)
+    check.mask(mask, weight)
+    check.base(weight, base_weight)
+    check.no_overlap([("weight", weight)], check.named(base_weight=base_weight, mask=mask.bits))
+    module = select(backend, weight.device.type)
+    if weight.numel():
+        module.apply_mask_(weight, mask.bits.contiguous(), base_weight)
+        check.mark_written(weight)
+    return weight
+
+
+def prune_many_(
+    weights,
+    act_norms,
+    selection,
+    *,
+    preserve_norms=None,
+    base_weights=None,
+    return_mask=False,
+    backend=None,
+):
+    """:func:`prune_` over a list, in one call; ``scope="global"`` compares over the whole list.
+
+    Args:
+        weights: list of (N_i, K_i), on one device, none twice and none overlapping.
+        act_norms: list of (K_i,) fp32 or None (plain magnitude).
+        selection: a Selection of any scope.
+        preserve_norms: list of (K_i,) fp32 or None (nothing preserved in that weight), or None.
+        base_weights: list like weights (an entry may be None without ``score_delta``), or None.
+        return_mask: also return the list of PackedMasks.
+
+    Returns:
+        weights, or (weights, masks). All is validated before the first write.
+    """
+    masks, _ = _prune_lists(
+        weights,
+        act_norms,
+        selection,
+        preserve_norms,
+        base_weights,
+        want_masks=return_mask,
+        backend=backend,
+    )
+    return (weights, masks) if return_mask else weights
+
+
+def prune_with_report_(
+    weights, act_norms, selection, *, preserve_norms=None, base_weights=None, backend=None
+):
+    """:func:`prune_many_` for reports: also says where the selection's edge lies.
+
+    Returns:
+        (masks, thresholds): a PackedMask and a float a weight. The threshold is the smallest score
+        selected (``largest=False``: the largest), NaN where nothing was, or with n_m.
+    """
+    masks, thresholds = _prune_lists(
+        weights,
+        act_norms,
+        selection,
+        preserve_norms,
+        base_weights,
+        want_thresholds=True,
+        backend=backend,
+    )
+    return masks, [_edge(rows, selection.largest) for rows in thresholds]
+
+
+def prune_linear_(
+    weight,
+    x,
+    selection,
+    *,
+    token_mask=None,
+    preserve_norm=None,
+    base_weight=None,
+    return_mask=False,
+    return_norm=False,
+    backend=None,
+):
+    """Norms, scores, selection and removal of one linear layer from one batch of its input.
+
+    Args:
+        weight: (N, K).
+        x: (..., K), the layer's input.
+        token_mask: as in :func:`accumulate_sq_norm_`.
+        selection, preserve_norm, base_weight, return_mask: as in :func:`prune_`.
+        return_norm: also return the (K,) fp32 norm that was used, ``sqrt(sum of x ** 2)``.
+
+    Returns:
+        weight, or a tuple of weight, then the mask and the norm where asked for.
+    """
+    check.selection(selection, one_weight=True)
+    check.matrix("weight", weight)
+    check.writable("weight", weight)
+    norm = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
+    token_mask = check.activation(x, token_mask, norm)
+    check.no_overlap([("weight", weight)], check.named(x=x, token_mask=token_mask))
+    lists = [weight], [norm], selection, [preserve_norm], [base_weight]
+    check.prune_lists(*lists, write=True)  # all refusals come before the norms' work
+    module = select(backend, weight.device.type)
+    if x.numel():
+        module.accumulate_sq_norm_(norm, x, token_mask)
+    norm.sqrt_()
+    masks = _run(module, *lists, write=True, want_masks=return_mask, want_thresholds=False)[0]
+    outputs = (weight,) + ((masks[0],) if return_mask else ()) + ((norm,) if return_norm else ())
+    return outputs if len(outputs) > 1 else weight
+
+
+def _prune_lists(weights, act_norms, selection, preserve_norms, base_weights, **options):
+    check.selection(selection, one_weight=False)
+    lists = check.aligned_lists(
+        weights, act_norms=act_norms, preserve_norms=preserve_norms, base_weights=base_weights
+    )
+    return _prune(lists[0], lists[1], selection, lists[2], lists[3], many=True, **options)
+
+
+def _prune(
+    weights,
+    act_norms,
+    selection,
+    preserve_norms,
+    base_weights,
+    *,
+    write=True,
+    want_masks=True,
+    want_thresholds=False,
+    many=False,
+    backend=None,
+):
+    lists = weights, act_norms, selection, preserve_norms, base_weights
+    check.prune_lists(*lists, write=write, many=many)
+    device = weights[0].device.type if weights else "cpu"
+    module = select(backend, device)
+    return _run(
+        module, *lists, write=write, want_masks=want_masks, want_thresholds=want_thresholds
+    )
+
+
+def _run(
+    module,
+    weights,
+    act_norms,
+    selection,
+    preserve_norms,
+    base_weights,
+    *,
+    write,
+    want_masks,
+    want_thresholds,
+):
+    bits = [_empty_bits(w) for w in weights] if want_masks else None
+    thresholds = None
+    if want_thresholds:
+        thresholds = [w.new_full((w.shape[0],), torch.nan, dtype=torch.float32) for w in weights]
+    if any(w.numel() for w in weights):
+        module.prune(
+            weights,
+            act_norms,
+            selection,
+            preserve_norms,
+            base_weights,
+            write=write,
+            bits=bits,
+            thresholds=thresholds,
+        )
+        if write:
+            check.mark_written(*weights)
+    masks = None
+    if want_masks:
+        masks = [PackedMask(b, w.shape) for b, w in zip(bits, weights, strict=True)]
+    return masks, thresholds
+
+
+def _empty_bits(weight):
+    rows, columns = weight.shape
+    return torch.zeros((rows, (columns + 7) // 8), dtype=torch.uint8, device=weight.device)
+
+
+def _edge(rows, largest):
+    present = rows[~rows.isnan()]
+    if not present.numel():  # nothing selected, or its edge is NaN in every row
+        return float("nan")
+    return float(present.min() if largest else present.max())

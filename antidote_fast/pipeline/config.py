@@ -1,0 +1,268 @@
+"""One frozen dataclass a stage: at once the Python config, the YAML file and the flags.
+
+Values are checked when a config is made, so a wrong one is refused before anything is loaded.
+Defaults are the paper's settings (arXiv 2408.09600) where it has one.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from antidote_fast.errors import UsageError
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+Template = Literal["alpaca", "chat"]
+Task = Literal["sst2", "agnews", "gsm8k", "alpaca", "label"]
+
+
+def _check(condition, name, value, accepted):
+    if not condition:
+        raise UsageError(f"{name}={value!r}: must be {accepted}")
+
+
+def _check_positive(config, *names):
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            _check(value > 0, name, value, "greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What every stage takes.
+
+    Args:
+        model_name_or_path: the base model: a local folder or a hub name.
+        output_dir: the folder to write; must not exist or be empty unless overwrite is given.
+        overwrite: replace output_dir, if this tool wrote it.
+        dtype: dtype the model is loaded in; auto takes the checkpoint's.
+        device: torch device; auto takes cuda where there is one.
+        seed: seed of every random choice.
+        max_seq_length: tokens kept of one prompt with its response.
+        template: prompt template, the same in training and evaluation.
+        batch_size: sequences a forward pass.
+        trust_remote_code: allow code that a checkpoint ships to run.
+    """
+
+    model_name_or_path: str
+    output_dir: str
+    overwrite: bool = False
+    dtype: DType = "auto"
+    device: str = "auto"
+    seed: int = 0
+    max_seq_length: int = 512
+    template: Template = "alpaca"
+    batch_size: int = 8
+    trust_remote_code: bool = False
+
+    def __post_init__(self):
+        _check_positive(self, "max_seq_length", "batch_size")
+        _check(self.seed >= 0, "seed", self.seed, "an integer >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(StageConfig):
+    """What align and finetune share.
+
+    Args:
+        tuning: lora trains an adapter, full trains every weight.
+        learning_rate: AdamW step size.
+        lr_scheduler_type: a schedule name of transformers.
+        warmup_ratio: share of the steps that warm up.
+        weight_decay: AdamW weight decay.
+        num_train_epochs: passes over the data.
+        gradient_accumulation_steps: batches an optimizer step.
+        lora_r: rank of the adapter.
+        lora_alpha: scale of the adapter.
+        lora_dropout: dropout before the adapter.
+        lora_targets: modules that get an adapter.
+    """
+
+    tuning: Literal["lora", "full"] = "lora"
+    learning_rate: float = 1e-4
+    lr_scheduler_type: str = "constant"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.1
+    num_train_epochs: float = 20
+    batch_size: int = 5
+    gradient_accumulation_steps: int = 1
+    lora_r: int = 256
+    lora_alpha: int = 4
+    lora_dropout: float = 0.0
+    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive(
+            self,
+            "learning_rate",
+            "num_train_epochs",
+            "gradient_accumulation_steps",
+            "lora_r",
+            "lora_alpha",
+        )
+        _check(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
+        _check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig(TrainConfig):
+    """Tune a base model on safe data; the adapter is merged and a whole model written.
+
+    Args:
+        dataset: safe records: a local JSON or JSONL file, or a hub name.
+        num_train_samples: records used, from the start of the data.
+    """
+
+    dataset: str
+    num_train_samples: int | None = 5000
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive(self, "num_train_samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """Tune an aligned model on a user's data, a share of it harmful (the attack).
+
+    Args:
+        dataset: the user's records: a local JSON or JSONL file, or a hub name.
+        harmful_dataset: harmful records mixed in; needed where poison_ratio > 0.
+        poison_ratio: share of the training samples that is harmful, in [0, 1].
+        num_train_samples: training samples in all, harmful ones included; all there are if null.
+    """
+
+    dataset: str
+    harmful_dataset: str | None = None
+    poison_ratio: float = 0.2
+    num_train_samples: int | None = 5000
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive(self, "num_train_samples")
+        _check(0 <= self.poison_ratio <= 1, "poison_ratio", self.poison_ratio, "in [0, 1]")
+        if self.poison_ratio > 0 and self.harmful_dataset is None:
+            raise UsageError(
+                f"harmful_dataset=None: must be a file or hub name where poison_ratio="
+                f"{self.poison_ratio} > 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(StageConfig):
+    """Collect activation norms on a harmful data set and save them.
+
+    Args:
+        dataset: harmful records: a local JSON or JSONL file, or a hub name.
+        adapter: PEFT adapter folder on top of the model.
+        num_calibration_samples: records used, from the start of the data.
+        response_only: count only response tokens.
+        aggregation: rms (the official code) or mean of per-sequence norms (the paper's eq. 1).
+        targets: module names or re: patterns to prune; default the adapter's LoRA A and B, else
+            q/k/v; all-linear takes every linear layer.
+        ignore: module names or re: patterns left alone.
+    """
+
+    dataset: str
+    adapter: str | None = None
+    num_calibration_samples: int = 2000
+    response_only: bool = False
+    aggregation: Literal["rms", "mean"] = "rms"
+    targets: list[str] | None = None
+    ignore: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive(self, "num_calibration_samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(CalibrateConfig):
+    """Remove the harmful weights of an adapter or a model, once.
+
+    Args:
+        dataset: harmful records; not needed where norms are given or the score uses no data.
+        norms: norms saved by calibrate; no forward pass is run then.
+        ratio: fraction of each row (tensor, model) removed, in (0, 1].
+        scope: compare along a row, over a tensor, or over all targets.
+        score: wanda = |W| * activation norm; magnitude = |W|; random.
+        save_norms: also write the norms, as norms.safetensors.
+        save_masks: also write the masks, one bit a weight, as masks.safetensors.
+        backend: kernels to use; default the fastest available.
+        paper: the paper's method: score wanda, scope row, aggregation rms.
+    """
+
+    dataset: str | None = None
+    norms: str | None = None
+    ratio: float = 0.1
+    scope: Literal["row", "tensor", "global"] = "row"
+    score: Literal["wanda", "magnitude", "random"] = "wanda"
+    save_norms: bool = False
+    save_masks: bool = False
+    backend: str | None = None
+    paper: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
+        if self.paper:
+            for name, value in (("score", "wanda"), ("scope", "row"), ("aggregation", "rms")):
+                _check(
+                    getattr(self, name) == value, name, getattr(self, name), f"{value} with paper"
+                )
+        if self.score == "wanda" and self.dataset is None and self.norms is None:
+            raise UsageError("dataset=None: must be a file or hub name unless norms is given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(StageConfig):
+    """Measure harmful score, finetune accuracy, benign refusal rate and embedding drift.
+
+    Args:
+        adapter: PEFT adapter folder on top of the model.
+        harmful_dataset: held-out harmful prompts, for the harmful score.
+        task_dataset: held-out records of the user's task, for the finetune accuracy.
+        task: how an answer is scored: sst2, agnews, gsm8k, alpaca (win rate by the judge model), or
+            label (exact match with the record's output).
+        benign_dataset: ordinary prompts, for the benign refusal rate.
+        judge: refusal (phrases, no download), beaver-dam (PKU-Alignment/beaver-dam-7b), or the path
+            or hub name of a text-classification model.
+        reference_model: the aligned model, for the embedding drift against drift_dataset.
+        drift_dataset: alignment records on which the drift is measured.
+        num_samples: prompts used of each data set; all if null.
+        max_new_tokens: tokens generated an answer.
+        save_outputs: also write every prompt and answer, as outputs.jsonl (harmful text!).
+    """
+
+    adapter: str | None = None
+    harmful_dataset: str | None = None
+    task_dataset: str | None = None
+    task: Task = "label"
+    benign_dataset: str | None = None
+    judge: str = "refusal"
+    reference_model: str | None = None
+    drift_dataset: str | None = None
+    num_samples: int | None = None
+    max_new_tokens: int = 512
+    save_outputs: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive(self, "num_samples", "max_new_tokens")
+        _check(
+            (self.reference_model is None) == (self.drift_dataset is None),
+            "reference_model",
+            self.reference_model,
+            "given together with drift_dataset",
+        )
+        if not (
+            self.harmful_dataset or self.task_dataset or self.benign_dataset or self.drift_dataset
+        ):
+            raise UsageError(
+                "harmful_dataset=None: must be a data set, unless task_dataset, benign_dataset or "
+                "drift_dataset is given"
+            )
