@@ -13,6 +13,7 @@ NATIVE := $(wildcard csrc/*.h csrc/*/*)
 # One mark for each clone that was installed into this environment.
 MARK := $(VENV)/.antidote-fast$(subst /,-,$(CURDIR))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PATH := $(VENV)/bin:$(PATH)
 
 .PHONY: demo test tests style sanitize bench clean
 
@@ -27,7 +28,7 @@ tests: $(MARK)-test
 style: $(MARK)-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(if $(NATIVE),$(PY) -m clang_format --dry-run --Werror $(NATIVE))
+	$(if $(NATIVE),clang-format --dry-run --Werror $(NATIVE))
 
 # The tests marked `table`, with the address and undefined-behaviour sanitizers in the extension.
 # The build lies in its own folder. libstdc++ is preloaded too: without it the address sanitizer
