@@ -1,0 +1,86 @@
+"""How long loops show how far they are: tqdm in the library, rich or JSON lines on the command line.
+
+Whatever may take over two seconds loops over ``track(..., progress)`` and takes ``progress`` from
+its caller: False shows nothing, True a tqdm bar, and the command line hands down one of the two
+callables made here.
+"""
+
+import contextlib
+import json
+import sys
+import time
+
+
+def track(iterable, what, progress=False, total=None):
+    """Iterate over ``iterable`` and show how far it is.
+
+    Args:
+        iterable: anything that can be looped over.
+        what: one or two words beside the bar, such as ``"calibrate"``.
+        progress: False, True, or a callable ``(iterable, what, total) -> iterator``.
+        total: the number of items, where ``len(iterable)`` does not say it.
+
+    Returns:
+        An iterable over the same items.
+    """
+    if not progress:
+        return iterable
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    if callable(progress):
+        return progress(iterable, what, total)
+    from tqdm import tqdm
+
+    return tqdm(iterable, desc=what, total=total)
+
+
+@contextlib.contextmanager
+def command_line_progress(quiet=False):
+    """The ``progress`` that a command uses: bars on a terminal, else one JSON line a step."""
+    if quiet:
+        yield False
+    elif sys.stderr.isatty():
+        with _bars() as progress:
+            yield progress
+    else:
+        yield json_lines
+
+
+@contextlib.contextmanager
+def _bars():
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bars:
+        yield lambda iterable, what, total: bars.track(iterable, total=total, description=what)
+
+
+def json_lines(iterable, what, total, every=30.0):
+    """Loop over ``iterable``; a JSON line on stderr at its end, and each ``every`` seconds."""
+    start = last = time.monotonic()
+    done = 0
+
+    def line():
+        fields = {
+            "step": what,
+            "done": done,
+            "total": done if total is None else total,
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        print(json.dumps(fields), file=sys.stderr, flush=True)
+
+    for item in iterable:
+        yield item
+        done += 1
+        if time.monotonic() - last >= every:
+            last = time.monotonic()
+            if done != total:
+                line()
+    line()
