@@ -1,4 +1,4 @@
-"""How long loops show how far they are: tqdm in the library, rich or JSON lines on the command line.
+"""How far a long loop is: tqdm in the library, rich or JSON lines on the command line.
 
 Whatever may take over two seconds loops over ``track(..., progress)`` and takes ``progress`` from
 its caller: False shows nothing, True a tqdm bar, and the command line hands down one of the two

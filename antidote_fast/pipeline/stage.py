@@ -1,0 +1,124 @@
+"""What every stage shares: checks before anything is loaded, and the report.json it leaves."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+from antidote_fast.commit import read_manifest, sha256_file
+
+REPORT = "report.json"
+SCHEMA_VERSION = 1
+# A base model's weights are identified by the fingerprint in the norms; hashing gigabytes of them
+# for each run would cost more than the pruning.
+_MAX_HASHED_BYTES = 256 << 20
+
+
+def versions() -> dict:
+    """The versions that decide a result: this package, Python, the libraries, the platform."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in (
+        "antidote-fast",
+        "torch",
+        "numpy",
+        "safetensors",
+        "transformers",
+        "peft",
+        "tokenizers",
+        "datasets",
+        "accelerate",
+    ):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    if found["antidote-fast"] is None:  # run from a checkout that was not installed
+        import antidote_fast
+
+        found["antidote-fast"] = antidote_fast.__version__
+    return found
+
+
+def hash_inputs(paths) -> dict:
+    """What the files were that a stage read: ``{path: sha256}``.
+
+    A folder that this tool wrote counts with the hashes of its ``COMPLETE.json``, any other with
+    its files up to 256 MB each; larger ones are told by their size. Hub names and None are skipped.
+    """
+    hashes = {}
+    for path in paths:
+        if path is None or not Path(path).exists():
+            continue
+        path = Path(path)
+        if path.is_file():
+            hashes[str(path)] = sha256_file(path)
+            continue
+        manifest = read_manifest(path)
+        if manifest is not None:
+            for name, entry in sorted(manifest["files"].items()):
+                hashes[f"{path}/{name}"] = entry["sha256"]
+            continue
+        for file in sorted(path.iterdir()):
+            if file.is_file():
+                size = file.stat().st_size
+                small = size <= _MAX_HASHED_BYTES
+                hashes[str(file)] = sha256_file(file) if small else f"{size} bytes, not hashed"
+    return hashes
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def write_report(folder, stage, config, results, inputs=()) -> dict:
+    """Write ``report.json`` into ``folder`` (the staged one) and return its contents.
+
+    Args:
+        folder: where report.json goes.
+        stage: the stage's name, such as ``"align"``.
+        config: the stage's frozen dataclass.
+        results: the stage's own entries, such as ``{"seconds": 1.5, "loss": [...]}``.
+        inputs: paths of the files and folders that the stage read; their hashes are recorded.
+    """
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "stage": stage,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions(),
+        "config": dataclasses.asdict(config),
+        "seed": config.seed,
+        "inputs": hash_inputs(inputs),
+        "peak_memory_bytes": peak_memory_bytes(),
+        **results,
+    }
+    text = json.dumps(report, indent=2, allow_nan=False, default=_plain)
+    (Path(folder) / REPORT).write_text(text + "\n", encoding="utf-8")
+    return report
+
+
+def read_report(folder) -> dict | None:
+    """The ``report.json`` of a folder, or None where there is none of a version we know."""
+    try:
+        report = json.loads((Path(folder) / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(report, dict) or report.get("schema_version") != SCHEMA_VERSION:
+        return None
+    return report
+
+
+def _plain(value):
+    """Paths as strings and tensor or numpy scalars as numbers; anything else is a mistake."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"report.json cannot hold a {type(value).__name__}")
