@@ -1,0 +1,137 @@
+"""Greedy answers, in batches."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+
+from antidote_fast.errors import DataError, UsageError
+from antidote_fast.pipeline.data import collate, prompt_ids
+from antidote_fast.progress import track
+
+
+@contextmanager
+def _plain_generation_config(model):
+    """Put away the checkpoint's own generation settings, its end tokens apart.
+
+    `generate` fills whatever is not asked for from them: a repetition penalty shipped with a model
+    would change "greedy".
+    """
+    from transformers import GenerationConfig
+
+    owners = [model]
+    if hasattr(model, "get_base_model"):  # PEFT keeps a second reference on its wrapper
+        owners.append(model.get_base_model())
+    saved = [(owner, owner.generation_config) for owner in owners]
+    plain = GenerationConfig()
+    for owner in owners:
+        owner.generation_config = plain
+    try:
+        yield saved[0][1]
+    finally:
+        for owner, config in saved:
+            owner.generation_config = config
+
+
+def _end_ids(tokenizer, generation_config) -> list[int]:
+    """Every id that ends an answer: the tokenizer's, and those the checkpoint names."""
+    ids = getattr(generation_config, "eos_token_id", None)
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return sorted(set(ids))
+
+
+def _check_length(model, longest: int, max_new_tokens: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or longest + max_new_tokens <= positions:
+        return
+    if longest >= positions:
+        raise DataError(f"a prompt of {longest} tokens passes the model's {positions} positions")
+    raise UsageError(
+        f"max_new_tokens={max_new_tokens}: must be at most {positions - longest} with a prompt of "
+        f"{longest} tokens and a model of {positions} positions"
+    )
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 512,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> list[str]:
+    """Answer prompts greedily.
+
+    Prompts are sorted by length, left padded and answered in batches; an answer ends at the end
+    token. A prompt that occurs twice is answered once.
+
+    Args:
+        model: a causal language model of transformers, PEFT-wrapped or not. Its mode is restored.
+        tokenizer: not changed; needs no pad token.
+        prompts: texts as `build_prompt` gives them.
+        max_new_tokens: most tokens an answer.
+        batch_size: prompts at once.
+        progress: as `antidote_fast.progress.track` takes it.
+
+    Returns:
+        One answer a prompt, in order, special tokens and outer white space removed.
+
+    Raises:
+        UsageError: max_new_tokens or batch_size below 1, or more tokens than the model has
+            positions.
+        DataError: a prompt that is empty, or longer than the model's positions.
+    """
+    from transformers import GenerationConfig
+
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise UsageError(f"{name}={value!r}: must be at least 1")
+    if not prompts:
+        return []
+    ids = {prompt: prompt_ids(prompt, tokenizer) for prompt in dict.fromkeys(prompts)}
+    if not all(ids.values()):
+        raise DataError(f"prompt {[bool(i) for i in ids.values()].index(False)} has no tokens")
+    order = sorted(ids, key=lambda prompt: -len(ids[prompt]))
+    _check_length(model, len(ids[order[0]]), max_new_tokens)
+
+    device = next(model.parameters()).device
+    pad_id = tokenizer.pad_token_id
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    answers = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with _plain_generation_config(model) as own:
+            end_ids = _end_ids(tokenizer, own)
+            config = GenerationConfig(
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max_new_tokens,
+                use_cache=True,
+                eos_token_id=end_ids or None,
+                pad_token_id=pad_id if pad_id is not None else (end_ids or [0])[0],
+            )
+            for chunk in track(chunks, "generate", progress):
+                batch = collate([{"input_ids": ids[p]} for p in chunk], tokenizer, "left")
+                output = model.generate(
+                    **{key: value.to(device) for key, value in batch.items()},
+                    generation_config=config,
+                )
+                new = output[:, batch["input_ids"].shape[1] :].tolist()
+                texts = [
+                    tokenizer.decode(_until_end(row, end_ids), skip_special_tokens=True)
+                    for row in new
+                ]
+                answers.update((p, text.strip()) for p, text in zip(chunk, texts, strict=True))
+    finally:
+        model.train(was_training)
+    return [answers[prompt] for prompt in prompts]
+
+
+def _until_end(row: list[int], end_ids: list[int]) -> list[int]:
+    end = next((i for i, token in enumerate(row) if token in end_ids), len(row))
+    return row[:end]
