@@ -5,7 +5,7 @@ Defaults are the paper's settings (arXiv 2408.09600) where it has one.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from antidote_fast.errors import UsageError
 
@@ -266,3 +266,52 @@ class EvaluateConfig(StageConfig):
                 "harmful_dataset=None: must be a data set, unless task_dataset, benign_dataset or "
                 "drift_dataset is given"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(StageConfig):
+    """Align, fine-tune, prune and evaluate in one go, from one file.
+
+    The folders aligned, attacked, pruned and scores are made in output_dir. A folder that is
+    whole and was made with the same settings from the same files is taken as it is, so an
+    interrupted run goes on where it stopped.
+
+    Args:
+        output_dir: the folder in which the stages write theirs.
+        overwrite: replace a stage's folder that was made with other settings.
+        batch_size: sequences a forward pass of prune and evaluate.
+        align: flags of align (dataset is needed); leave out where the model is aligned already.
+        finetune: flags of finetune (dataset is needed).
+        prune: flags of prune (dataset is needed).
+        evaluate: flags of evaluate (one of its data sets is needed); each model on the way is
+            evaluated.
+    """
+
+    align: dict[str, Any] | None = None
+    finetune: dict[str, Any]
+    prune: dict[str, Any]
+    evaluate: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Align, attack, prune and evaluate SmolLM2-135M-Instruct, on a CPU in minutes.
+
+    Args:
+        output_dir: the folder to write.
+        overwrite: replace output_dir, if the demo wrote it.
+        seed: seed of every random choice.
+    """
+
+    output_dir: str = "demo-out"
+    overwrite: bool = False
+    seed: int = 0
+
+
+SECTIONS = {
+    "align": AlignConfig,
+    "finetune": FinetuneConfig,
+    "prune": PruneConfig,
+    "evaluate": EvaluateConfig,
+}
+"""The sections of an experiment, and the dataclass that each one's flags make."""
