@@ -1,0 +1,228 @@
+"""PEFT LoRA adapters: what is understood, what fits which base, and loading one strictly."""
+
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+from antidote_fast.commit import read_manifest
+from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast.files import Checkpoint, open_checkpoint
+from antidote_fast.fingerprint import block_name
+from antidote_fast.loading import first_line, resolve_folder
+
+LORA_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+# Options of LoraConfig that change what a factor's input is, or which weights it stands for.
+_NOT_UNDERSTOOD = (
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "layer_replication",
+    "target_parameters",
+    "megatron_config",
+)
+_PREFIX = "base_model.model."
+
+
+def check_adapter_config(config, where):
+    """Refuse, by name, a kind of adapter whose factors this package does not understand.
+
+    Args:
+        config: ``adapter_config.json`` as a dict, or a peft config object.
+        where: what the message calls the adapter.
+
+    Raises:
+        DataError: not LoRA, or a LoRA variant that is not understood. Plain LoRA, rsLoRA, DoRA,
+            rank and alpha patterns and ``modules_to_save`` are.
+    """
+    values = config if isinstance(config, dict) else vars(config)
+    kind = values.get("peft_type")
+    kind = getattr(kind, "value", kind)
+    if kind != "LORA":
+        raise DataError(f"{where}: is an adapter of type {kind}; only LORA is understood")
+    for name in _NOT_UNDERSTOOD:
+        if values.get(name):
+            raise DataError(f"{where}: LoRA with {name} is not understood")
+    if values.get("init_lora_weights") == "mica":
+        raise DataError(f"{where}: LoRA with init_lora_weights='mica' is not understood")
+
+
+def check_adapter(adapter: Checkpoint, base: Checkpoint):
+    """Refuse an adapter that was not made for this base; reads headers and a few rows only.
+
+    Compared are the adapter's own consistency (both factors, ranks), the base's layers and shapes,
+    and the base's fingerprint where the adapter recorded one or names a base folder that exists.
+
+    Raises:
+        DataError: naming the tensor or what differs.
+    """
+    where = str(adapter.folder)
+    check_adapter_config(adapter.config, where)
+    shapes = _factor_shapes(adapter)
+    base_shapes = {}
+    for name, entry in base.tensors.items():
+        if name.endswith(".weight") and entry.dtype is not None and len(entry.shape) == 2:
+            packed = not entry.dtype.is_floating_point
+            base_shapes.setdefault(_tail(name), []).append(None if packed else entry.shape)
+    for module, (rows, columns) in shapes.items():
+        tail = _tail(module.removeprefix(_PREFIX) + ".weight")
+        candidates = base_shapes.get(tail)
+        if candidates is None:
+            if "quantization_config" in base.config:
+                continue
+            raise DataError(f"{where}: adapts {module!r}, which the base {base.folder} lacks")
+        if not any(c is None or c in ((rows, columns), (columns, rows)) for c in candidates):
+            raise DataError(
+                f"{where}: adapts {module!r} as {(rows, columns)}, which in the base "
+                f"{base.folder} is {candidates[0]}"
+            )
+    _check_all_layers(adapter, base, shapes, base_shapes)
+    _check_fingerprint(adapter, base)
+
+
+def load_adapter(model, adapter, *, adapter_name="default"):
+    """Put a LoRA adapter on a live model, strictly, its tensors in the dtype of the file.
+
+    Args:
+        model: the base model, as :func:`load_model` gives it.
+        adapter: folder or hub name of the adapter, or its :class:`Checkpoint`.
+        adapter_name: name of the adapter in the live model.
+
+    Returns:
+        The ``peft.PeftModel``, in eval mode.
+
+    Raises:
+        DataError: no such adapter, a pickle, a kind not understood, or tensors that are missing,
+            left over or of other shapes than the model needs.
+    """
+    if not isinstance(adapter, Checkpoint):
+        adapter = open_checkpoint(resolve_folder(adapter, "adapter"))
+    where = str(adapter.folder)
+    if not adapter.is_adapter:
+        raise DataError(f"adapter={where!r}: is a whole model, not a PEFT adapter")
+    check_adapter_config(adapter.config, where)
+    _factor_shapes(adapter)
+    import peft
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # missing keys are checked below, as an error
+            live = peft.PeftModel.from_pretrained(
+                model, where, adapter_name=adapter_name, autocast_adapter_dtype=False
+            )
+        needed = peft.get_peft_model_state_dict(
+            live, adapter_name=adapter_name, save_embedding_layers=False
+        )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise AntidoteError(f"{where}: not enough memory to load it") from error
+    except Exception as error:  # whatever a foreign config makes peft raise
+        raise DataError(f"{where}: cannot be put on this model: {first_line(error)}") from error
+    missing = sorted(set(needed) - set(adapter.tensors))
+    if missing:
+        raise DataError(
+            f"{where}: lacks {len(missing)} tensors that this model needs, {missing[0]!r} first; "
+            "it was made for another base"
+        )
+    extra = sorted(k for k in adapter.tensors if ".lora_" in k and k not in needed)
+    if extra:
+        raise DataError(
+            f"{where}: has {len(extra)} tensors that this model has no place for, {extra[0]!r} "
+            "first; it was made for another base"
+        )
+    _keep_file_dtype(live, adapter, adapter_name)
+    return live.eval()
+
+
+def _keep_file_dtype(live, adapter, adapter_name):
+    """PEFT makes the factors in the base's dtype; give them back the file's, bit for bit."""
+    factors = {}
+    for name, parameter in live.named_parameters():
+        key = name.replace(f".{adapter_name}.weight", ".weight")
+        if key != name and LORA_FACTOR.fullmatch(key):
+            factors[key if key in adapter.tensors else _PREFIX + key] = parameter
+    with torch.no_grad():
+        for key, tensor in adapter.read(factors).items():
+            factors[key].data = tensor.to(factors[key].device)
+
+
+def _factor_shapes(adapter):
+    """{module: (out_features, in_features)} that the factors stand for."""
+    where = str(adapter.folder)
+    factors = {}
+    for name, entry in adapter.tensors.items():
+        match = LORA_FACTOR.fullmatch(name)
+        if match is None:
+            continue
+        if len(entry.shape) != 2 or 0 in entry.shape:
+            raise DataError(f"{where}: {name!r} has shape {entry.shape}, not (out, in)")
+        factors.setdefault(match["module"], {})[match["factor"]] = entry.shape
+    if not factors:
+        raise DataError(f"{where}: holds no LoRA factors")
+    shapes = {}
+    for module, pair in factors.items():
+        if len(pair) != 2:
+            raise DataError(f"{where}: {module!r} lacks lora_{'B' if 'A' in pair else 'A'}")
+        rank, columns = pair["A"]
+        rows, inner = pair["B"]
+        expected = _rank(adapter.config, module)
+        if rank != inner or rank != expected:
+            raise DataError(
+                f"{where}: {module!r} has ranks {rank} (A) and {inner} (B); its config says "
+                f"{expected}"
+            )
+        shapes[module] = (rows, columns)
+    return shapes
+
+
+def _rank(config, module):
+    patterns = config.get("rank_pattern") or {}
+    name = module.removeprefix(_PREFIX)
+    for pattern, rank in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return rank
+    return config.get("r")
+
+
+def _check_all_layers(adapter, base, shapes, base_shapes):
+    """Plain names in target_modules mean every layer; fewer means a base with fewer layers."""
+    config = adapter.config
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or any(re.search(r"\d", str(t)) for t in targets):
+        return
+    if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return
+    adapted = {_tail(module.removeprefix(_PREFIX) + ".weight") for module in shapes}
+    for tail in sorted(base_shapes):
+        module = tail.removesuffix(".weight")
+        if any(module.endswith("." + t) for t in targets) and tail not in adapted:
+            raise DataError(
+                f"{adapter.folder}: does not adapt {module!r} of the base {base.folder}, which its "
+                "target_modules name; it was made for another base"
+            )
+
+
+def _check_fingerprint(adapter, base):
+    actual = base.fingerprint()
+    recorded = (read_manifest(adapter.folder) or {}).get("base_fingerprint")
+    if not recorded:
+        named = adapter.config.get("base_model_name_or_path")
+        folder = Path(named) if isinstance(named, str) and named else None
+        if folder is None or not (folder / "config.json").is_file():
+            return
+        if folder.resolve() == base.folder.resolve():
+            return
+        recorded = open_checkpoint(folder, trust_remote_code=True).fingerprint()
+    if recorded and actual and recorded != actual:
+        raise DataError(
+            f"{adapter.folder}: was made for another base model than {base.folder} (fingerprint "
+            f"{recorded}, not {actual})"
+        )
+
+
+def _tail(name):
+    return block_name(name) or name

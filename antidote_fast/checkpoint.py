@@ -1,0 +1,90 @@
+"""Checkpoints: safetensors in, safetensors out, each folder written whole or not at all."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from antidote_fast.adapters import check_adapter, load_adapter
+from antidote_fast.commit import MANIFEST, check_output_folder, output_folder, verify_folder
+from antidote_fast.errors import DataError
+from antidote_fast.files import Checkpoint, open_checkpoint
+from antidote_fast.loading import (
+    check_free_space,
+    check_not_quantized,
+    load_model,
+    load_tokenizer,
+    resolve_folder,
+)
+
+__all__ = [
+    "Checkpoint",
+    "check_adapter",
+    "check_free_space",
+    "check_not_quantized",
+    "check_output_folder",
+    "copy_checkpoint_files",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "open_checkpoint",
+    "output_folder",
+    "resolve_folder",
+    "verify_folder",
+    "write_pruned",
+]
+
+_COPIED = re.compile(
+    r".*\.(json|txt|model|jinja|tiktoken)|(LICENSE|NOTICE|COPYING)(\..*)?|README\.md"
+)
+_NOT_COPIED = (MANIFEST, "report.json", "trainer_state.json", "all_results.json")
+
+
+def write_pruned(source, destination, tensors):
+    """Copy a checkpoint with some of its tensors replaced; every other byte stays as it was.
+
+    Args:
+        source: folder of a model or an adapter, or its :class:`Checkpoint`.
+        destination: an existing empty folder, as :func:`output_folder` yields it.
+        tensors: {parameter name: tensor} of the shapes and dtypes that are saved.
+
+    Raises:
+        DataError: a name that the checkpoint lacks, or another shape or dtype; nothing is written.
+        AntidoteError: not enough room on the disk.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    destination = Path(destination)
+    by_file = {}
+    for key, tensor in tensors.items():
+        name = checkpoint.find(key)
+        if name is None:
+            raise DataError(f"{checkpoint.folder}: has no tensor {key!r}")
+        entry = checkpoint.tensors[name]
+        if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+            raise DataError(
+                f"{checkpoint.folder}: {key!r} is {entry.dtype} {entry.shape} on disk, not "
+                f"{tensor.dtype} {tuple(tensor.shape)}"
+            )
+        by_file.setdefault(entry.file, []).append((entry, tensor))
+    check_free_space(destination, sum(f.stat().st_size for f in checkpoint.weight_files))
+    copy_checkpoint_files(checkpoint.folder, destination)
+    for file in checkpoint.weight_files:
+        target = destination / file.name
+        shutil.copyfile(file, target)
+        with open(target, "r+b") as handle:
+            for entry, tensor in by_file.get(file, ()):
+                flat = tensor.detach().cpu().contiguous().view(-1)
+                handle.seek(entry.start)
+                if flat.numel():
+                    handle.write(memoryview(flat.view(torch.uint8).numpy()))
+
+
+def copy_checkpoint_files(source, destination):
+    """Copy what surrounds the weights: configs, index, tokenizer, licence and model card."""
+    for name in sorted(os.listdir(source)):
+        path = Path(source) / name
+        if name in _NOT_COPIED or not _COPIED.fullmatch(name) or not path.is_file():
+            continue
+        shutil.copyfile(path, Path(destination) / name)

@@ -1,0 +1,278 @@
+"""Reading checkpoint folders: safetensors only, every header checked before a byte is used."""
+
+import json
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from antidote_fast.errors import DataError
+from antidote_fast.fingerprint import fingerprint
+
+MODEL_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx")
+_NOT_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
+_MAX_JSON_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_MAX_TENSORS = 1_000_000
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: its file, dtype, shape, and bytes [start, end) within the file."""
+
+    file: Path
+    dtype: torch.dtype | None  # None: one that this torch does not have
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked folder of a model or of a PEFT adapter.
+
+    Args:
+        folder: the folder.
+        is_adapter: True for a PEFT adapter.
+        config: ``config.json`` or ``adapter_config.json``.
+        tensors: every tensor by its name as saved.
+        weight_files: the safetensors files, in order.
+    """
+
+    folder: Path
+    is_adapter: bool
+    config: dict
+    tensors: dict[str, TensorEntry] = field(repr=False)
+    weight_files: tuple[Path, ...]
+
+    def find(self, key: str) -> str | None:
+        """The name under which the parameter ``key`` of the live model is saved, or None.
+
+        A file may leave out the model's prefix (``transformer.`` of GPT-2 on the hub) or have it.
+        """
+        if key in self.tensors:
+            return key
+        tail = key.split(".", 1)[-1]
+        if tail in self.tensors:
+            return tail
+        longer = [name for name in self.tensors if name.split(".", 1)[-1] == key]
+        return longer[0] if len(longer) == 1 else None
+
+    def read(self, keys) -> dict[str, torch.Tensor]:
+        """Tensors by live parameter name, in memory of their own.
+
+        Raises:
+            DataError: a key is not in the checkpoint, or a file cannot be read.
+        """
+        by_file = {}
+        for key in keys:
+            name = self.find(key)
+            if name is None:
+                raise DataError(f"{self.folder}: has no tensor {key!r}")
+            by_file.setdefault(self.tensors[name].file, []).append((key, name))
+        tensors = {}
+        for file, pairs in by_file.items():
+            try:
+                with safe_open(str(file), framework="pt") as handle:
+                    tensors.update((key, handle.get_tensor(name)) for key, name in pairs)
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"{file}: cannot be read: {error}") from None
+        return {key: tensors[key] for key in keys}
+
+    def fingerprint(self) -> str:
+        """As :func:`antidote_fast.fingerprint.fingerprint_model`, from the files; reads little."""
+        handles = {}
+        try:
+            for file in self.weight_files:
+                handles[file] = safe_open(str(file), framework="pt").__enter__()
+            weights = (
+                (name, entry.shape, entry.dtype, self._rows(handles[entry.file], name))
+                for name, entry in self.tensors.items()
+            )
+            return fingerprint(weights, self.config.get("model_type"))
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{self.folder}: cannot be read: {error}") from None
+        finally:
+            for handle in handles.values():
+                handle.__exit__(None, None, None)
+
+    @staticmethod
+    def _rows(handle, name):
+        def rows(indices, columns):
+            part = handle.get_slice(name)
+            return torch.cat([part[i : i + 1, :columns] for i in indices])
+
+        return rows
+
+
+def open_checkpoint(folder, *, trust_remote_code=False) -> Checkpoint:
+    """Check a model or adapter folder, its headers and its index; read no weights.
+
+    Raises:
+        DataError: the folder or a file is missing, cut short, malformed, a pickle, a link that
+            leads out of the folder, or asks for remote code.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    is_adapter = (folder / ADAPTER_CONFIG).exists()
+    if not is_adapter and not (folder / "config.json").exists():
+        raise DataError(f"{folder}: has neither config.json (a model) nor {ADAPTER_CONFIG}")
+    config = read_json(folder, ADAPTER_CONFIG if is_adapter else "config.json")
+    if config.get("auto_map") and not trust_remote_code:
+        raise DataError(
+            f"{folder}: its config asks to run code of its own (auto_map); pass trust_remote_code "
+            "if you trust it"
+        )
+    if is_adapter:
+        names, index = [ADAPTER_FILE], None
+    elif (folder / MODEL_FILE).exists():
+        names, index = [MODEL_FILE], None
+    else:
+        names, index = _read_index(folder)
+    tensors = {}
+    for name in names:
+        for key, entry in _read_header(folder, name).items():
+            if key in tensors:
+                raise DataError(f"{folder}: tensor {key!r} is in two files")
+            tensors[key] = entry
+    for key, name in (index or {}).items():
+        if key not in tensors:
+            raise DataError(f"{folder / name}: tensor {key!r} of the index is missing")
+        if tensors[key].file.name != name:
+            raise DataError(f"{folder / name}: tensor {key!r} lies in {tensors[key].file.name}")
+    if not tensors:
+        raise DataError(f"{folder}: holds no tensors")
+    return Checkpoint(folder, is_adapter, config, tensors, tuple(folder / n for n in names))
+
+
+def read_json(folder, name) -> dict:
+    """A JSON object from a file of a checkpoint folder."""
+    path = inside(folder, name)
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise DataError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not valid JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: must hold a JSON object")
+    return value
+
+
+def inside(folder, name) -> Path:
+    """``folder / name``, refused where the name or a link leads out of the folder.
+
+    A folder of the hub's cache is made of links into the cache's own ``blobs``; those are allowed.
+    """
+    folder = Path(folder)
+    if not isinstance(name, str) or not name or Path(name).name != name or name == "..":
+        raise DataError(f"{folder}: refers to {name!r}, which is not a plain file name")
+    path = folder / name
+    if path.is_symlink():
+        root = folder.resolve()
+        if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir():
+            root = root.parent.parent
+        if not path.resolve().is_relative_to(root):
+            raise DataError(f"{path}: is a link out of its folder")
+    return path
+
+
+def _read_index(folder):
+    if not (folder / INDEX_FILE).exists():
+        raise DataError(f"{folder}: {_why_no_safetensors(folder, MODEL_FILE)}")
+    index = read_json(folder, INDEX_FILE).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise DataError(f"{folder / INDEX_FILE}: has no weight_map")
+    names = sorted({inside(folder, name).name for name in index.values()})
+    for name in names:
+        if not name.endswith(".safetensors"):
+            raise DataError(f"{folder / INDEX_FILE}: refers to {name!r}; only safetensors are read")
+    return names, index
+
+
+def _why_no_safetensors(folder, expected):
+    others = sorted(
+        p.name
+        for p in folder.iterdir()
+        if p.suffix in _OTHER_WEIGHTS and p.name not in _NOT_WEIGHTS
+    )
+    if others:
+        return (
+            f"its weights are in {others[0]}; only safetensors are read (a pickle can run code): "
+            "save it again with safe_serialization"
+        )
+    return f"has no {expected}"
+
+
+def _read_header(folder, name):
+    path = inside(folder, name)
+    if not path.exists():
+        raise DataError(
+            f"{path}: missing"
+            if name not in (ADAPTER_FILE, MODEL_FILE)
+            else f"{folder}: {_why_no_safetensors(folder, name)}"
+        )
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise DataError(f"{path}: is truncated or not a safetensors file")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        if len(header) > _MAX_TENSORS:
+            raise DataError(f"{path}: lists more than {_MAX_TENSORS} tensors")
+        entries = {key: _entry(path, value, 8 + length) for key, value in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: its header is malformed") from None
+    position = 8 + length
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != position:
+            raise DataError(f"{path}: tensor {key!r} does not follow the one before it")
+        position = entry.end
+    if position != size:
+        what = "is truncated" if size < position else "has bytes after its last tensor"
+        raise DataError(f"{path}: {what} ({size} bytes, {position} expected)")
+    return entries
+
+
+def _entry(path, value, data_start):
+    shape = tuple(value["shape"])
+    start, end = value["data_offsets"]
+    if any(type(n) is not int or n < 0 for n in (*shape, start, end)) or end < start:
+        raise ValueError
+    dtype = _DTYPES.get(value["dtype"])
+    if dtype is not None:
+        count = 1
+        for n in shape:
+            count *= n
+        if count * dtype.itemsize != end - start:
+            raise ValueError
+    return TensorEntry(path, dtype, shape, data_start + start, data_start + end)

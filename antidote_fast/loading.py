@@ -1,0 +1,198 @@
+"""Names and folders to live models and tokenizers, each failure in one line.
+
+A folder is checked (:func:`antidote_fast.files.open_checkpoint`) before transformers sees it, so
+that neither a pickle nor a shard that is cut short nor remote code ever reaches a loader.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from antidote_fast.errors import AntidoteError, DataError, UsageError
+from antidote_fast.files import Checkpoint, inside, open_checkpoint, read_json
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+_DTYPES = {
+    "auto": "auto",
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+def resolve_folder(name_or_path, argument="model_name_or_path") -> Path:
+    """A local folder as it is; a hub name as the folder of its downloaded files.
+
+    Args:
+        name_or_path: a folder, or a name such as ``HuggingFaceTB/SmolLM2-135M``.
+        argument: what an error message calls it.
+
+    Raises:
+        DataError: neither a folder nor on the hub, or the hub cannot be reached.
+    """
+    text = os.fspath(name_or_path)
+    folder = Path(text).expanduser()
+    shown = f"{argument}={text!r}"
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise DataError(f"{shown}: is a file; give the folder it is in")
+    if not _HUB_NAME.fullmatch(text):
+        raise DataError(f"{shown}: no such folder")
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                text, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"], etag_timeout=10
+            )
+        )
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
+        kind = "needs access rights" if isinstance(error, errors.GatedRepoError) else "is not there"
+        raise DataError(f"{shown}: no such folder, and on the hub it {kind}") from None
+    except (errors.HFValidationError, errors.EntryNotFoundError, OSError, RuntimeError):
+        raise DataError(
+            f"{shown}: no such folder, and it is neither in the local cache nor can the hub be "
+            "reached"
+        ) from None
+
+
+def load_model(
+    model_name_or_path,
+    *,
+    dtype="auto",
+    device="auto",
+    trust_remote_code=False,
+    auto_class="AutoModelForCausalLM",
+):
+    """Load a model in eval mode from a safetensors folder or the hub.
+
+    Args:
+        model_name_or_path: a folder or a hub name.
+        dtype: auto (the checkpoint's), bfloat16, float16 or float32, or a torch dtype.
+        device: a torch device; auto takes cuda where there is one.
+        trust_remote_code: allow code that the checkpoint ships to run.
+        auto_class: which transformers class loads it.
+
+    Raises:
+        DataError: no such model; a pickle; a file that is missing, cut short or malformed; a
+            tensor that the model needs and the file lacks (transformers would fill it at random);
+            a configuration that transformers does not know; remote code that is not trusted.
+        UsageError: unknown dtype or device.
+    """
+    folder = resolve_folder(model_name_or_path)
+    checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
+    if checkpoint.is_adapter:
+        raise DataError(
+            f"model_name_or_path={os.fspath(model_name_or_path)!r}: is a PEFT adapter; give its "
+            "base model, and this folder as adapter"
+        )
+    device = pick_device(device)
+    options = {"dtype": pick_dtype(dtype), "use_safetensors": True, "local_files_only": True}
+    if "quantization_config" in checkpoint.config:
+        options["device_map"] = {"": str(device)}  # packed weights do not move afterwards
+    import transformers
+
+    try:
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, output_loading_info=True, **options
+        )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise AntidoteError(f"{folder}: not enough memory to load it on {device}") from error
+    except Exception as error:  # whatever a foreign config makes transformers raise
+        raise DataError(f"{folder}: cannot be loaded: {first_line(error)}") from error
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise DataError(
+            f"{folder}: lacks {len(missing)} tensors that the model needs, {missing[0]!r} first"
+        )
+    if "device_map" not in options:
+        model.to(device)
+    return model.eval()
+
+
+def load_tokenizer(name_or_path, *, trust_remote_code=False):
+    """Load a tokenizer as it is saved; one without a pad token stays without.
+
+    Raises:
+        DataError: no such folder, no tokenizer in it, or one that cannot be read.
+    """
+    folder = resolve_folder(name_or_path, "tokenizer")
+    if not any(inside(folder, name).exists() for name in _TOKENIZER_FILES):
+        raise DataError(f"{folder}: holds no tokenizer ({_TOKENIZER_FILES[0]})")
+    if (folder / "tokenizer_config.json").exists():
+        config = read_json(folder, "tokenizer_config.json")
+        if config.get("auto_map") and not trust_remote_code:
+            raise DataError(
+                f"{folder}: its tokenizer asks to run code of its own (auto_map); pass "
+                "trust_remote_code if you trust it"
+            )
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # whatever a foreign file makes transformers raise
+        raise DataError(f"{folder}: its tokenizer cannot be read: {first_line(error)}") from error
+
+
+def pick_device(device) -> torch.device:
+    """A torch device; ``auto`` is cuda where there is one, else cpu."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UsageError(f"device={device!r}: cannot be used: {first_line(error)}") from None
+    return device
+
+
+def pick_dtype(dtype):
+    """A torch dtype, or ``"auto"``."""
+    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
+        return dtype
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise UsageError(f"dtype={dtype!r}: must be one of {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def check_not_quantized(checkpoint: Checkpoint):
+    """Refuse a quantised checkpoint where its own weights are to be pruned."""
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise DataError(
+            f"{checkpoint.folder}: is quantised ({method or 'unknown method'}); its packed weights "
+            "cannot be pruned one by one: prune an adapter on it, or the model before quantisation"
+        )
+
+
+def check_free_space(folder, needed: int):
+    """Refuse, before any work, what will not fit on the disk of ``folder``."""
+    folder = Path(folder).absolute()
+    folder = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise AntidoteError(
+            f"{folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk"
+        )
+
+
+def first_line(error) -> str:
+    """The first line of an exception that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
