@@ -6,33 +6,25 @@ answered at once. Exit codes: 0 done, 1 unexpected failure, 2 malformed flag or 
 """
 
 import contextlib
-import dataclasses
-import difflib
 import errno
 import importlib
-import json
 import logging
 import os
-import re
 import signal
 import sys
 import threading
 import traceback
-import typing
 import warnings
 from dataclasses import dataclass
 
 from antidote_fast import __version__
-from antidote_fast.errors import AntidoteError, DataError, UsageError
+from antidote_fast.errors import AntidoteError, UsageError
 from antidote_fast.pipeline import config as configs
+from antidote_fast.pipeline import flags
 from antidote_fast.progress import command_line_progress
 
 PROG = "antidote-fast"
 FAILED, INTERRUPTED = 1, 75
-ALIASES = {
-    "--nsamples": ("--num_calibration_samples", ""),
-    "--dense_ratio": ("--ratio", " (the fraction removed, as in the official code)"),
-}
 
 
 @dataclass(frozen=True)
@@ -147,7 +139,9 @@ def _dispatch(argv, quiet):
 
         getattr(describe, f"{command}_command")(rest)
     else:
-        raise UsageError(f"{command!r}: no such command{_close(command, [*STAGES, *PLAIN])}")
+        raise UsageError(
+            f"{command!r}: no such command{flags.close_to(command, [*STAGES, *PLAIN])}"
+        )
     return 0
 
 
@@ -169,15 +163,14 @@ def _overview():
     return "\n".join(lines)
 
 
-def _run_stage(name, argv, quiet):
+def _run_stage(name, words, quiet):
     stage = STAGES[name]
-    if "-h" in argv or "--help" in argv:
-        print(_parser(name, stage).format_help(), end="")
+    if "-h" in words or "--help" in words:
+        print(flags.help_text(stage.config, f"{PROG} {name}", stage.example), end="")
         return
-    argv, notices = spelled_out(argv, stage.config)
+    config, notices = flags.from_words(stage.config, words, name)
     for notice in notices:
         print(f"{PROG}: {notice}", file=sys.stderr)
-    config = parse(name, argv)
     module, function = stage.run.split(":")
     run = getattr(importlib.import_module(module), function)
     with command_line_progress(quiet) as progress:
@@ -186,146 +179,6 @@ def _run_stage(name, argv, quiet):
         from antidote_fast import describe
 
         print(describe.summary(report, config.output_dir))
-
-
-def spelled_out(argv, config_class):
-    """Rewrite flags to the one spelling that the parser takes.
-
-    Dashes become underscores, aliases their field, ``--flag`` alone ``--flag=true``, and the words
-    after a list flag one JSON list.
-
-    Returns:
-        (the new words, notices about aliases).
-    """
-    kinds = _kinds(config_class)
-    words, notices, rest = [], [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            words.append(word)
-            continue
-        flag, equals, value = word.partition("=")
-        flag = flag.replace("-", "_").replace("__", "--", 1)
-        if flag in ALIASES and flag[2:] not in kinds:
-            alias, (flag, note) = flag, ALIASES[flag]
-            notices.append(f"{alias} is taken as {flag}{note}")
-        kind = kinds.get(flag[2:])
-        if kind is bool and not equals and not (rest and rest[0].lower() in ("true", "false")):
-            equals, value = "=", "true"
-        elif _is_list(kind):
-            items = [value] if equals else []
-            while not equals and rest and not rest[0].startswith("--"):
-                items.append(rest.pop(0))
-            if len(items) == 1 and items[0].startswith("["):
-                equals, value = "=", items[0]
-            else:
-                equals, value = "=", json.dumps(items)
-        words.append(f"{flag}{equals}{value}")
-    return words, notices
-
-
-def _kinds(config_class):
-    """{flag without its dashes: its type}; a section's flags as ``section.flag``."""
-    kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
-    for section in configs.SECTIONS if config_class is configs.ExperimentConfig else ():
-        for field in dataclasses.fields(configs.SECTIONS[section]):
-            kinds[f"{section}.{field.name}"] = field.type
-    return kinds
-
-
-def _is_list(kind):
-    kinds = (kind, *typing.get_args(kind))
-    return any(typing.get_origin(k) is list for k in kinds)
-
-
-def parse(name, argv):
-    """The stage's dataclass from words that :func:`spelled_out` has been over.
-
-    Raises:
-        UsageError: an unknown flag, a value of the wrong type or out of range.
-        DataError: a config file that cannot be read.
-    """
-    from jsonargparse import ArgumentError
-
-    stage = STAGES[name]
-    fields = [field.name for field in dataclasses.fields(stage.config)]
-    try:
-        values = _parser(name, stage).parse_args(argv)
-    except ArgumentError as error:
-        raise _usage_error(str(error), name, fields) from error
-    return stage.config(**{field: _plain(values[field]) for field in fields})
-
-
-def _plain(value):
-    return value.as_dict() if hasattr(value, "as_dict") else value
-
-
-def _parser(name, stage):
-    try:
-        import jsonargparse
-    except ImportError as error:
-        raise _missing_extra(error) from error
-
-    class Help(jsonargparse.DefaultHelpFormatter):
-        def __init__(self, prog):
-            super().__init__(prog, max_help_position=32, width=100)
-
-        def _expand_help(self, action):
-            # Types in Python's own notation tell a newcomer nothing that the choices do not.
-            text = re.sub(r"\(required, type: .*\)$", "(required)", super()._expand_help(action))
-            return re.sub(r"\(type: .*?(, default: .*)?\)$", _default, text)
-
-    parser = jsonargparse.ArgumentParser(
-        prog=f"{PROG} {name}",
-        usage=f"{PROG} {name} {stage.example}",
-        formatter_class=Help,
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file of flags; flags override it.")
-    parser.add_class_arguments(stage.config, nested_key=None)
-    for action in parser._actions:
-        if action.metavar == "{true,false}":
-            action.metavar = ""
-        elif action.metavar == "[ITEM,...]":
-            action.metavar = "X ..."
-        elif action.metavar is None and action.nargs != 0 and not action.choices:
-            action.metavar = "X"
-    return parser
-
-
-def _default(match):
-    default = (match[1] or "").removeprefix(", default: ")
-    return f"[{default}]" if default not in ("", "null", "[]") else ""
-
-
-def _usage_error(message, command, fields):
-    """One line in our words from what the parser says in its."""
-    unknown = re.search(r"nrecognized arguments: (\S+)|[Kk]ey '(\S+)' is not expected", message)
-    if unknown:
-        given = (unknown[1] or unknown[2]).split("=")[0]
-        close = _close(given.lstrip("-"), fields, "--" if given.startswith("-") else "")
-        return UsageError(f"{given}: {command} has no such flag{close}")
-    missing = re.search(r"arguments are required: (.*)|[Kk]ey \"(\w+)\" is required", message)
-    if missing:
-        names = re.findall(r"\w+", missing[1] or missing[2])
-        flags = ", ".join(f"--{field}" for field in names)
-        return UsageError(f"{flags}: required; {PROG} {command} --help shows what {command} takes")
-    message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
-    message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message).replace(
-        "Expected a ", "must be "
-    )
-    keyed = re.match(r'Parser key "([\w.]+)": (.*?)(?:\.? Got value: (.*))?$', message)
-    if keyed and keyed[1] == "config":
-        return DataError(f"--config: {keyed[2]}")
-    if keyed:
-        value = f"={keyed[3]}" if keyed[3] else ""
-        return UsageError(f"--{keyed[1]}{value}: {keyed[2]}")
-    return UsageError(message)
-
-
-def _close(word, words, prefix=""):
-    close = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _explain(error):

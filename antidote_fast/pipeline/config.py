@@ -226,11 +226,16 @@ class EvaluateConfig(StageConfig):
         adapter: PEFT adapter folder on top of the model.
         harmful_dataset: held-out harmful prompts, for the harmful score.
         task_dataset: held-out records of the user's task, for the finetune accuracy.
-        task: how an answer is scored: sst2, agnews, gsm8k, alpaca (win rate by the judge model), or
+        task: how an answer is scored: sst2, agnews, gsm8k, alpaca (win rate), or
             label (exact match with the record's output).
         benign_dataset: ordinary prompts, for the benign refusal rate.
-        judge: refusal (phrases, no download), beaver-dam (PKU-Alignment/beaver-dam-7b), or the path
-            or hub name of a text-classification model.
+        judge: refusal (phrases, no download), beaver-dam (PKU-Alignment/beaver-dam-7b, or
+            beaver-dam:FOLDER for a local copy), or the path or hub name of a text-classification
+            model.
+        harmful_labels: labels of that classifier which mean harm; needed where their names do not
+            tell.
+        win_rate_judge: for task alpaca, the path or hub name of a chat model that says which of two
+            answers is better.
         reference_model: the aligned model, for the embedding drift against drift_dataset.
         drift_dataset: alignment records on which the drift is measured.
         num_samples: prompts used of each data set; all if null.
@@ -244,6 +249,8 @@ class EvaluateConfig(StageConfig):
     task: Task = "label"
     benign_dataset: str | None = None
     judge: str = "refusal"
+    harmful_labels: list[str] | None = None
+    win_rate_judge: str | None = None
     reference_model: str | None = None
     drift_dataset: str | None = None
     num_samples: int | None = None
@@ -259,6 +266,13 @@ class EvaluateConfig(StageConfig):
             self.reference_model,
             "given together with drift_dataset",
         )
+        if self.task_dataset:
+            _check(
+                (self.task == "alpaca") == (self.win_rate_judge is not None),
+                "win_rate_judge",
+                self.win_rate_judge,
+                "given with task alpaca, and only with it",
+            )
         if not (
             self.harmful_dataset or self.task_dataset or self.benign_dataset or self.drift_dataset
         ):

@@ -1,0 +1,178 @@
+"""align -> finetune -> prune -> evaluate, in one go, from one file."""
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+
+from antidote_fast.commit import sha256_file, verify_folder
+from antidote_fast.errors import DataError, UsageError
+from antidote_fast.pipeline.config import SECTIONS, ExperimentConfig
+from antidote_fast.pipeline.flags import from_values
+from antidote_fast.pipeline.stage import REPORT, read_report, write_report
+from antidote_fast.progress import track
+
+_SHARED = (
+    "overwrite",
+    "dtype",
+    "device",
+    "seed",
+    "max_seq_length",
+    "template",
+    "trust_remote_code",
+)
+_OURS = ("model_name_or_path", "output_dir", "adapter", "overwrite", "reference_model")
+_FOLDERS = ("aligned", "attacked", "pruned", "scores")
+
+
+def run(config: ExperimentConfig, *, progress=False) -> dict:
+    """Run every stage, each in its own folder of ``config.output_dir``.
+
+    A stage's folder that is whole and was made with the same settings from files that have not
+    changed since is kept, so an interrupted run goes on where it stopped.
+
+    Returns:
+        What ``report.json`` holds: the metrics of each model and the seconds of each stage.
+
+    Raises:
+        UsageError: a section's flag is unknown or out of range.
+        DataError: output_dir holds something else, or a data set or a stage's input is refused.
+    """
+    from antidote_fast.pipeline import align, evaluate, finetune, oneshot
+
+    out = Path(config.output_dir)
+    stages, scores = _plan(config, out)
+    _check_folder(out)
+    _check_data([*stages.values(), *scores.values()])
+    seconds, reused = {}, []
+    runs = {"aligned": align.run, "attacked": finetune.run, "pruned": oneshot.run_prune}
+    for name, stage in stages.items():
+        start = time.monotonic()
+        if _is_done(out / name, stage):
+            reused.append(name)
+        else:
+            runs[name](stage, progress=progress)
+        seconds[name] = round(time.monotonic() - start, 3)
+    metrics = {}
+    for name in track(list(scores), "evaluate", progress):
+        start = time.monotonic()
+        folder = Path(scores[name].output_dir)
+        if _is_done(folder, scores[name]):
+            reused.append(f"scores/{name}")
+            report = read_report(folder)
+        else:
+            report = evaluate.run(scores[name], progress=progress)
+        metrics[name] = report["metrics"]
+        seconds[f"scores/{name}"] = round(time.monotonic() - start, 3)
+    results = {
+        "models": metrics,
+        "seconds": round(sum(seconds.values()), 3),
+        "stage_seconds": seconds,
+        "reused": reused,
+    }
+    return _write(out, config, results)
+
+
+def _plan(config, out):
+    """({folder: stage dataclass}, {model: evaluate dataclass}); every flag is checked here."""
+    shared = {name: getattr(config, name) for name in _SHARED}
+    base = config.model_name_or_path
+    aligned = base if config.align is None else str(out / "aligned")
+    stages = {}
+    if config.align is not None:
+        places = {"model_name_or_path": base, "output_dir": aligned}
+        stages["aligned"] = _section(config, "align", shared | places)
+    places = {"model_name_or_path": aligned, "output_dir": str(out / "attacked")}
+    stages["attacked"] = _section(config, "finetune", shared | places)
+    batch = {"batch_size": config.batch_size}
+    if stages["attacked"].tuning == "lora":
+        attacked = {"model_name_or_path": aligned, "adapter": str(out / "attacked")}
+        pruned = {"model_name_or_path": aligned, "adapter": str(out / "pruned")}
+    else:
+        attacked = {"model_name_or_path": str(out / "attacked")}
+        pruned = {"model_name_or_path": str(out / "pruned")}
+    places = attacked | {"output_dir": str(out / "pruned")}
+    stages["pruned"] = _section(config, "prune", shared | batch | places)
+    models = {"base": {"model_name_or_path": base}}
+    if config.align is not None:
+        models["aligned"] = {"model_name_or_path": aligned}
+    models |= {"attacked": attacked, "pruned": pruned}
+    drift = {"reference_model": aligned} if config.evaluate.get("drift_dataset") else {}
+    scores = {
+        name: _section(
+            config,
+            "evaluate",
+            shared | batch | drift | places | {"output_dir": str(out / "scores" / name)},
+        )
+        for name, places in models.items()
+    }
+    return stages, scores
+
+
+def _section(config, section, values):
+    given = dict(getattr(config, section))
+    for name in _OURS:
+        if name in given:
+            raise UsageError(f"{section}.{name}={given[name]!r}: is set by the run itself")
+    return from_values(SECTIONS[section], values | given, section)
+
+
+def _check_folder(out):
+    if out.exists() and not out.is_dir():
+        raise DataError(f"output_dir={str(out)!r}: exists and is not a folder")
+    for path in sorted(out.iterdir()) if out.exists() else ():
+        # A killed stage leaves a staged folder, .aligned.partial-..., which the next one removes.
+        ours = path.name in (*_FOLDERS, REPORT)
+        if not ours and not path.name.startswith(tuple(f".{name}." for name in _FOLDERS)):
+            raise DataError(
+                f"output_dir={str(out)!r}: holds {path.name!r}, which no run made; name another "
+                "folder"
+            )
+
+
+def _check_data(stages):
+    """Read every data set once before hours are spent on the first stage."""
+    from antidote_fast.pipeline.data import load_records
+
+    names = {
+        getattr(stage, field.name)
+        for stage in stages
+        for field in dataclasses.fields(stage)
+        if field.name == "dataset" or field.name.endswith("_dataset")
+    }
+    for name in sorted(name for name in names if name is not None):
+        load_records(name)
+
+
+def _is_done(folder, stage) -> bool:
+    """Whether ``folder`` is whole and came from these settings and these input files."""
+    report = read_report(folder)
+    if report is None or _settings(dataclasses.asdict(stage)) != _settings(report.get("config")):
+        return False
+    try:
+        if verify_folder(folder):
+            return False
+        for path, recorded in report["inputs"].items():
+            if recorded.endswith("not hashed"):
+                if recorded != f"{os.path.getsize(path)} bytes, not hashed":
+                    return False
+            elif sha256_file(path) != recorded:
+                return False
+    except (DataError, OSError):
+        return False
+    return True
+
+
+def _settings(config):
+    plain = json.loads(json.dumps(config))
+    return {k: v for k, v in plain.items() if k != "overwrite"} if plain else None
+
+
+def _write(out, config, results):
+    staged = out / f".{_FOLDERS[-1]}.report"
+    staged.mkdir(exist_ok=True)
+    report = write_report(staged, "run", config, results)
+    os.replace(staged / REPORT, out / REPORT)
+    staged.rmdir()
+    return report
