@@ -23,6 +23,7 @@ __all__ = [
     "collate",
     "encode",
     "load_records",
+    "local_file",
     "make_batches",
     "mix",
     "prompt_ids",
@@ -64,6 +65,12 @@ def _looks_like_hub_name(name: str) -> bool:
     return name in HUB_SOURCES or re.fullmatch(f"{part}/{part}", name) is not None
 
 
+def local_file(name_or_path: str) -> str | None:
+    """The file that a data set's name means, without its role; None for a hub name."""
+    name, _ = _split_role(str(name_or_path))
+    return name if Path(name).exists() or not _looks_like_hub_name(name) else None
+
+
 def load_records(
     name_or_path: str,
     *,
@@ -103,7 +110,7 @@ def load_records(
     if not name_or_path:
         raise UsageError("dataset='': must be a JSON or JSONL file, or a hub name")
     name, role = _split_role(str(name_or_path))
-    if not Path(name).exists() and _looks_like_hub_name(name):
+    if local_file(name_or_path) is None:
         source, hub_split, role = resolve_hub(name, role, split)
         rows = load_hub_rows(name, source, hub_split)
     else:

@@ -42,12 +42,17 @@ def _end_ids(tokenizer, generation_config) -> list[int]:
     return sorted(set(ids))
 
 
-def _check_length(model, longest: int, max_new_tokens: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_length(positions: int | None, longest: int, max_new_tokens: int) -> None:
+    """Refuse answers that would pass the positions a model has (None: without a limit).
+
+    Raises:
+        DataError: the longest prompt alone has as many tokens.
+        UsageError: it and max_new_tokens together have more.
+    """
     if positions is None or longest + max_new_tokens <= positions:
         return
     if longest >= positions:
-        raise DataError(f"a prompt of {longest} tokens passes the model's {positions} positions")
+        raise DataError(f"a prompt of {longest} tokens fills the model's {positions} positions")
     raise UsageError(
         f"max_new_tokens={max_new_tokens}: must be at most {positions - longest} with a prompt of "
         f"{longest} tokens and a model of {positions} positions"
@@ -96,7 +101,8 @@ def generate(
     if not all(ids.values()):
         raise DataError(f"prompt {[bool(i) for i in ids.values()].index(False)} has no tokens")
     order = sorted(ids, key=lambda prompt: -len(ids[prompt]))
-    _check_length(model, len(ids[order[0]]), max_new_tokens)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    check_length(positions, len(ids[order[0]]), max_new_tokens)
 
     device = next(model.parameters()).device
     pad_id = tokenizer.pad_token_id
