@@ -1,0 +1,338 @@
+"""Activation norms: what each input channel of each target carries on a data set.
+
+One fp32 sum of squares a channel is kept, never the activations: hooks reduce each target's input
+during an ordinary forward. Source: Antidote, arXiv 2408.09600, eq. 1; its official code takes the
+root of the mean square (``aggregation="rms"``), its text the mean of per-sequence norms
+(``"mean"``).
+"""
+
+import inspect
+import json
+import os
+import uuid
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from antidote_fast.collector import AGGREGATIONS, NormCollector
+from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast.fingerprint import fingerprint_model
+from antidote_fast.targets import find_targets
+
+FORMAT = "antidote_fast.norms"
+VERSION = "1"
+_SUMS = ("sq_sum", "norm_sum")
+
+
+class ActivationNorms:
+    """Sums over a data set, from which any selection can be made later.
+
+    Args:
+        sq_sum: {parameter name as saved: (K,) fp32}, the sum over counted tokens of x².
+        num_sequences: sequences with at least one counted token.
+        num_tokens: counted tokens.
+        norm_sum: {name: (K,) fp32}, the sum over sequences of sqrt(sum over tokens of x²); given
+            where the mean of norms was collected.
+        response_only: only response tokens were counted.
+        fingerprint: of the base model (:mod:`antidote_fast.fingerprint`), ``""`` if unknown.
+        transposed: names of the weights that are saved as (in, out), as ``Conv1D`` does.
+        routed: names of the weights inside routed experts.
+
+    Raises:
+        DataError: sums that are not (K,) fp32, finite and at least 0, naming the layer; counts
+            below 1.
+    """
+
+    def __init__(
+        self,
+        sq_sum,
+        *,
+        num_sequences,
+        num_tokens,
+        norm_sum=None,
+        response_only=False,
+        fingerprint="",
+        transposed=(),
+        routed=(),
+    ):
+        self.sq_sum = dict(sq_sum)
+        self.norm_sum = None if norm_sum is None else dict(norm_sum)
+        self.num_sequences = int(num_sequences)
+        self.num_tokens = int(num_tokens)
+        self.response_only = bool(response_only)
+        self.fingerprint = fingerprint
+        self.transposed = frozenset(transposed)
+        self.routed = frozenset(routed)
+        self._check()
+
+    @property
+    def aggregation(self) -> str:
+        """``"rms"`` or ``"mean"``."""
+        return "rms" if self.norm_sum is None else "mean"
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of the weights, in the order collected."""
+        return list(self.sq_sum)
+
+    def __repr__(self):
+        return (
+            f"ActivationNorms({len(self.sq_sum)} weights, {self.num_sequences} sequences, "
+            f"{self.num_tokens} tokens, {self.aggregation})"
+        )
+
+    @classmethod
+    def collect(
+        cls,
+        model,
+        batches,
+        *,
+        targets=None,
+        ignore=(),
+        response_only=False,
+        aggregation="rms",
+        progress=False,
+        fingerprint=None,
+        backend=None,
+    ):
+        """Run a model over batches and keep the norms of its targets' inputs.
+
+        The model runs in eval mode, without gradients and caches; its mode is restored and the
+        hooks are gone afterwards, whatever happens. A batch that does not fit in the memory of a
+        GPU is split in half and tried again.
+
+        Args:
+            model: a transformers model, or a PEFT model.
+            batches: dicts of tensors: ``input_ids`` (B, T), ``attention_mask`` (B, T; without it
+                every token counts) and, for ``response_only``, ``labels`` (B, T), -100 where a
+                token is not of the response. What else is in them is passed to the model.
+            targets, ignore: as :func:`antidote_fast.targets.find_targets`.
+            response_only: count only tokens whose label (unshifted) is not -100.
+            aggregation: ``"rms"`` or ``"mean"``.
+            progress: show a progress bar.
+            fingerprint: of the base model; computed where not given.
+            backend: as in :mod:`antidote_fast.ops`.
+
+        Raises:
+            UsageError: unknown aggregation, or ``response_only`` without labels.
+            DataError: no batch, or no counted token in any; a layer whose inputs hold NaN or
+                infinity; a layer that got another number of tokens than the batch has.
+            NothingPruned: no target matched.
+        """
+        found = find_targets(model, targets, ignore)
+        if fingerprint is None:
+            fingerprint = fingerprint_model(model)
+        options = _forward_options(model)
+        device = next(model.parameters()).device
+        with (
+            NormCollector(
+                found, aggregation=aggregation, response_only=response_only, backend=backend
+            ) as collector,
+            _EvalMode(model),
+            torch.no_grad(),
+        ):
+            for number, batch in enumerate(_with_progress(batches, progress)):
+                _run_batch(model, collector, _on_device(batch, device, number), options)
+            return collector.norms(fingerprint=fingerprint)
+
+    def act_norm(self, key, scope="row") -> torch.Tensor:
+        """The norm of each input channel of one weight, (K,) fp32.
+
+        ``sqrt(sq_sum)`` for row and tensor scope (a common factor does not matter within one
+        weight), ``sqrt(sq_sum / num_tokens)`` for global scope. With ``aggregation="mean"`` it is
+        ``norm_sum / num_sequences`` for all.
+        """
+        if key not in self.sq_sum:
+            raise DataError(f"norms: hold no weight {key!r}")
+        if self.norm_sum is not None:
+            return self.norm_sum[key] / self.num_sequences
+        total = self.sq_sum[key]
+        return torch.sqrt(total / self.num_tokens if scope == "global" else total)
+
+    def merge(self, other) -> "ActivationNorms":
+        """The norms of both data sets together, as if collected in one run.
+
+        Raises:
+            DataError: they are of other weights or base models, or were collected otherwise.
+        """
+        for name in ("aggregation", "response_only", "fingerprint", "transposed", "routed"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise DataError(f"norms cannot be merged: {name} is {mine!r} and {theirs!r}")
+        if set(self.sq_sum) != set(other.sq_sum):
+            only = sorted(set(self.sq_sum) ^ set(other.sq_sum))
+            raise DataError(f"norms cannot be merged: only one of them has {only[0]!r}")
+        sums = [_added(getattr(self, name), getattr(other, name)) for name in _SUMS]
+        return ActivationNorms(
+            sums[0],
+            norm_sum=sums[1],
+            num_sequences=self.num_sequences + other.num_sequences,
+            num_tokens=self.num_tokens + other.num_tokens,
+            response_only=self.response_only,
+            fingerprint=self.fingerprint,
+            transposed=self.transposed,
+            routed=self.routed,
+        )
+
+    def save(self, path):
+        """Write one safetensors file (4 bytes a channel); it appears whole or not at all."""
+        path = Path(path)
+        tensors = {
+            f"{key}.{name}": value.detach().cpu().contiguous()
+            for name in _SUMS
+            for key, value in (getattr(self, name) or {}).items()
+        }
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "num_sequences": str(self.num_sequences),
+            "num_tokens": str(self.num_tokens),
+            "response_only": str(self.response_only).lower(),
+            "aggregation": self.aggregation,
+            "transposed": json.dumps(sorted(self.transposed)),
+            "routed": json.dumps(sorted(self.routed)),
+        }
+        partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:12]}")
+        try:
+            save_file(tensors, str(partial), metadata=metadata)
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            raise AntidoteError(f"{path}: cannot be written: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path) -> "ActivationNorms":
+        """Read a file of :meth:`save`.
+
+        Raises:
+            DataError: no such file, not a norms file, an unknown version, or damaged contents.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(f"norms={str(path)!r}: no such file")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise DataError(f"norms={str(path)!r}: is not a norms file of antidote_fast")
+                if metadata.get("version") != VERSION:
+                    raise DataError(
+                        f"norms={str(path)!r}: has format version {metadata.get('version')!r}; "
+                        f"this release reads {VERSION}"
+                    )
+                sums = {name: {} for name in _SUMS}
+                for full in file.keys():  # noqa: SIM118 - a handle, not a dict
+                    key, _, name = full.rpartition(".")
+                    sums[name][key] = file.get_tensor(full)
+            mean = metadata["aggregation"] == "mean"
+            if metadata["aggregation"] not in AGGREGATIONS or mean != bool(sums["norm_sum"]):
+                raise ValueError(f"aggregation={metadata['aggregation']!r}")
+            return cls(
+                sums["sq_sum"],
+                norm_sum=sums["norm_sum"] if mean else None,
+                num_sequences=int(metadata["num_sequences"]),
+                num_tokens=int(metadata["num_tokens"]),
+                response_only={"true": True, "false": False}[metadata["response_only"]],
+                fingerprint=metadata["fingerprint"],
+                transposed=json.loads(metadata["transposed"]),
+                routed=json.loads(metadata["routed"]),
+            )
+        except DataError:
+            raise
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"norms={str(path)!r}: cannot be read: {error}") from None
+
+    def _check(self):
+        if not self.sq_sum:
+            raise DataError("norms: hold no weights")
+        for name in ("num_sequences", "num_tokens"):
+            if getattr(self, name) < 1:
+                raise DataError(f"norms: {name}={getattr(self, name)}: must be at least 1")
+        if self.norm_sum is not None and set(self.norm_sum) != set(self.sq_sum):
+            raise DataError("norms: norm_sum and sq_sum are of different weights")
+        for name in _SUMS:
+            for key, value in (getattr(self, name) or {}).items():
+                if value.dim() != 1 or value.dtype != torch.float32:
+                    raise DataError(
+                        f"norms: {key}.{name} is {value.dtype} {tuple(value.shape)}: must be "
+                        "float32 (in_features,)"
+                    )
+                if value.shape != self.sq_sum[key].shape:
+                    raise DataError(f"norms: {key}: norm_sum and sq_sum differ in length")
+                if not bool((torch.isfinite(value) & (value >= 0)).all()):
+                    raise DataError(f"norms: {key}.{name} holds NaN, infinity or a negative value")
+
+
+class _EvalMode:
+    """Eval mode inside the block; afterwards every module's own mode again."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __enter__(self):
+        self.modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+
+    def __exit__(self, *exception):
+        for module, mode in self.modes:
+            module.training = mode
+
+
+def _added(mine, theirs):
+    if mine is None:
+        return None
+    return {key: (mine[key].double() + theirs[key].double()).float() for key in mine}
+
+
+def _forward_options(model):
+    """No cache, and logits of one position only: the norms need neither."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    accepted = inspect.signature(inner.forward).parameters
+    options = {"use_cache": False, "logits_to_keep": 1}
+    return {name: value for name, value in options.items() if name in accepted}
+
+
+def _with_progress(batches, progress):
+    if not progress:
+        return batches
+    from tqdm import tqdm
+
+    return tqdm(batches, desc="calibrate", unit="batch", disable=None)
+
+
+def _on_device(batch, device, number):
+    if not hasattr(batch, "items") or "input_ids" not in batch:
+        raise DataError(f"batch {number}: must be a dict with input_ids")
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def _run_batch(model, collector, batch, options):
+    """One forward; on a GPU out of memory, two of half the size."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    size = batch["input_ids"].shape[0]
+    try:
+        if collector.start(batch):
+            model(**inputs, **options)
+            collector.finish()
+        return
+    except torch.OutOfMemoryError as error:
+        collector.discard()
+        if size < 2:
+            raise AntidoteError(
+                "out of memory at one sequence a batch: shorten max_seq_length"
+            ) from error
+    for rows in (slice(0, size // 2), slice(size // 2, size)):
+        half = {
+            key: value[rows]
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == size
+            else value
+            for key, value in batch.items()
+        }
+        _run_batch(model, collector, half, options)

@@ -1,0 +1,286 @@
+"""Hooks that sum the squares of what flows into the targets: put on and taken off by one owner."""
+
+import torch
+from torch.nn import functional
+
+from antidote_fast import ops
+from antidote_fast.errors import DataError, UsageError
+
+AGGREGATIONS = ("rms", "mean")
+
+
+class NormCollector:
+    """Collects norms during forwards that the caller runs; a context manager.
+
+    ::
+
+        with NormCollector(find_targets(model)) as collector, torch.no_grad():
+            for batch in batches:
+                if collector.start(batch):
+                    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                    collector.finish()
+        norms = collector.norms()
+
+    Modules that receive the very same tensor (q/k/v; gate/up; their LoRA A) are reduced once.
+    :meth:`ActivationNorms.collect` is this loop with eval mode and error handling.
+
+    Args:
+        targets: of :func:`antidote_fast.targets.find_targets`.
+        aggregation: ``"rms"`` or ``"mean"``, which keeps one norm a sequence as well.
+        response_only: count only tokens whose label (unshifted) is not -100.
+        backend: as in :mod:`antidote_fast.ops`.
+
+    Raises:
+        UsageError: unknown aggregation.
+    """
+
+    def __init__(self, targets, *, aggregation="rms", response_only=False, backend=None):
+        if aggregation not in AGGREGATIONS:
+            accepted = ", ".join(AGGREGATIONS)
+            raise UsageError(f"aggregation={aggregation!r}: must be one of {accepted}")
+        self.targets = list(targets)
+        self.aggregation = aggregation
+        self.response_only = response_only
+        self.backend = backend
+        self.num_sequences = self.num_tokens = 0
+        self._seen_batches = self._seen_sequences = 0
+        self._handles = []
+        self._masks = None
+        self._shared = None
+        self._allocate()
+
+    def __enter__(self):
+        try:
+            for index, target in enumerate(self.targets):
+                hook = self._make_hook(index, target)
+                handle = target.input_module.register_forward_pre_hook(hook, with_kwargs=True)
+                self._handles.append(handle)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def close(self):
+        """Take the hooks off; what was collected stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._masks = self._shared = None
+
+    def start(self, batch) -> bool:
+        """Say which tokens of the next forward count.
+
+        Args:
+            batch: dict with ``input_ids`` (B, T) and, as in :meth:`ActivationNorms.collect`,
+                ``attention_mask`` and ``labels``.
+
+        Returns:
+            False where none counts; the forward may be left out then, and :meth:`finish` too.
+        """
+        self.discard()
+        ids = batch["input_ids"]
+        mask = _plane("attention_mask", batch.get("attention_mask"), ids)
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+        if self.response_only:
+            labels = _plane("labels", batch.get("labels"), ids)
+            if labels is None:
+                raise UsageError("response_only=True: every batch must have labels")
+            mask = mask & (labels.to(mask.device) != -100)
+        self._seen_batches += 1
+        self._seen_sequences += ids.shape[0]
+        self._sequences = int(mask.any(dim=-1).sum())
+        self._tokens = int(mask.sum())
+        if not self._tokens:
+            return False
+        self._all_count = self._tokens == mask.numel()
+        self._masks = {mask.device: mask}
+        self._shape = mask.shape
+        return True
+
+    def finish(self):
+        """Add what the last forward gave to the totals.
+
+        Raises:
+            DataError: an input held NaN or infinity, naming the layer.
+        """
+        if self._masks is None:
+            raise UsageError("finish: call start(batch) first")
+        for flat in self._batch.values():
+            if not bool(torch.isfinite(flat).all()):
+                self._name_the_bad_layer()
+        for device, flat in self._batch.items():
+            self._total[device].add_(flat)
+        self.num_sequences += self._sequences
+        self.num_tokens += self._tokens
+        self.discard()
+
+    def discard(self):
+        """Forget the forward since the last :meth:`start`."""
+        if self._masks is not None:
+            for flat in self._batch.values():
+                flat.zero_()
+        self._masks = self._shared = None
+
+    def norms(self, *, fingerprint=""):
+        """The :class:`ActivationNorms` of all finished batches.
+
+        Raises:
+            DataError: no token counted, with the counts.
+        """
+        from antidote_fast.calibrate import ActivationNorms
+
+        if not self.num_tokens:
+            what = "tokens that are neither padding nor prompt" if self.response_only else "tokens"
+            raise DataError(
+                f"calibration data: {self._seen_batches} batches with {self._seen_sequences} "
+                f"sequences hold 0 {what} to count"
+            )
+        sums = {"sq_sum": {}, "norm_sum": {}}
+        for target, views in zip(self.targets, self._views(self._total), strict=True):
+            for name, view in zip(sums, views, strict=False):
+                sums[name][target.key] = view.to("cpu", torch.float32)
+        return ActivationNorms(
+            sums["sq_sum"],
+            norm_sum=sums["norm_sum"] if self.aggregation == "mean" else None,
+            num_sequences=self.num_sequences,
+            num_tokens=self.num_tokens,
+            response_only=self.response_only,
+            fingerprint=fingerprint,
+            transposed=[t.key for t in self.targets if t.transposed],
+            routed=[t.key for t in self.targets if t.routed],
+        )
+
+    def _allocate(self):
+        """One flat float64 buffer a device for the batch and one for the totals.
+
+        Totals in float64, so that thousands of batches stay as exact as one.
+        """
+        self._places = []
+        sizes = {}
+        parts = 2 if self.aggregation == "mean" else 1
+        for target in self.targets:
+            device = target.weight.device
+            if device.type in ("meta", "mps"):  # offloaded; no float64
+                device = torch.device("cpu")
+            start = sizes.get(device, 0)
+            self._places.append((device, start, target.in_features))
+            sizes[device] = start + parts * target.in_features
+        zeros = [
+            {d: torch.zeros(n, dtype=torch.float64, device=d) for d, n in sizes.items()}
+            for _ in range(2)
+        ]
+        self._batch, self._total = zeros
+        self._slots = self._views(self._batch)
+
+    def _views(self, flats):
+        """A target: (sq_sum,) or (sq_sum, norm_sum), as views."""
+        parts = 2 if self.aggregation == "mean" else 1
+        return [
+            tuple(flats[device][start + i * width : start + (i + 1) * width] for i in range(parts))
+            for device, start, width in self._places
+        ]
+
+    def _make_hook(self, index, target):
+        slot = self._slots[index]
+        is_lora = ".lora_" in target.key
+        # PEFT casts the wrapper's input to the factor's dtype, a copy for each factor: sharing is
+        # seen, and the cast done, on the wrapper's side.
+        cast_to = target.weight.dtype if is_lora else None
+        shareable = not is_lora or target.input_module is not target.module
+        first = target.first_factor
+
+        def hook(module, args, kwargs):
+            x = args[0] if args else next(iter(kwargs.values()))
+            if first is not None:
+                source = x.to(first.weight.dtype)
+                self._add(slot, self._reduce(target, functional.linear(source, first.weight)))
+                return
+            dtype = x.dtype
+            if cast_to is not None and dtype != cast_to and cast_to != torch.float32:
+                dtype = cast_to
+            if not shareable:
+                self._add(slot, self._reduce(target, x))
+                return
+            version = None if x.is_inference() else x._version
+            held = self._shared
+            if held is None or held[0] is not x or held[1:3] != (dtype, version):
+                held = (x, dtype, version, self._reduce(target, x.to(dtype)))
+                self._shared = held
+            self._add(slot, held[3])
+
+        return hook
+
+    def _add(self, slot, sums):
+        """Add (K,) sums, or with one norm a sequence (B, K), to a target's slot."""
+        sums = sums.to(slot[0].device)
+        if self.aggregation == "mean":
+            sums = sums.double()
+            slot[0].add_(sums.sum(dim=0))
+            slot[1].add_(sums.sqrt().sum(dim=0))
+        else:
+            slot[0].add_(sums)
+
+    def _reduce(self, target, x):
+        """Sums over tokens of x²: (K,), or (B, K) where each sequence's own is wanted."""
+        if self._masks is None:
+            raise UsageError(f"{target.key}: a forward without start(batch) before it")
+        x = x.detach()
+        if not x.is_contiguous():
+            x = x.contiguous()
+        mask = self._token_mask(target, x)
+        width = x.shape[-1]
+        if self.aggregation == "rms":
+            sums = torch.zeros(width, dtype=torch.float32, device=x.device)
+            return ops.accumulate_sq_norm_(sums, x, mask, backend=self.backend)
+        x = x.reshape(*self._shape, width)
+        sums = torch.zeros((len(x), width), dtype=torch.float32, device=x.device)
+        for row, sequence in enumerate(x):
+            part = None if mask is None else mask.reshape(self._shape)[row]
+            ops.accumulate_sq_norm_(sums[row], sequence, part, backend=self.backend)
+        return sums
+
+    def _token_mask(self, target, x):
+        """The mask in the shape of x's tokens, or None where every token counts."""
+        whole = x.shape[:-1] == self._shape or x.shape[:-1] == (self._shape.numel(),)
+        if target.routed and x.shape[:-1] != self._shape:
+            if not self._all_count or self.aggregation == "mean":
+                raise DataError(
+                    f"{target.key}: a routed expert gets tokens of which padding or prompt cannot "
+                    "be told apart; use batches without padding (batch_size 1), all tokens and "
+                    "aggregation rms"
+                )
+            return None
+        if not whole:
+            raise DataError(
+                f"{target.key}: got {tuple(x.shape[:-1])} tokens, where the batch has "
+                f"{tuple(self._shape)}"
+            )
+        if self._all_count:
+            return None
+        if x.device not in self._masks:
+            self._masks[x.device] = next(iter(self._masks.values())).to(x.device)
+        return self._masks[x.device].reshape(x.shape[:-1])
+
+    def _name_the_bad_layer(self):
+        for target, views in zip(self.targets, self._slots, strict=True):
+            if not all(bool(torch.isfinite(view).all()) for view in views):
+                self.discard()
+                raise DataError(
+                    f"{target.key}: its input holds NaN or infinity, or squares past float32, in "
+                    f"batch {self._seen_batches}"
+                )
+
+
+def _plane(name, value, ids):
+    """None, or a tensor of the shape of ``input_ids``."""
+    if value is None:
+        return None
+    if ids.dim() != 2 or value.shape != ids.shape:
+        raise DataError(
+            f"batch: {name} has shape {tuple(value.shape)} and input_ids {tuple(ids.shape)}; both "
+            "must be (batch, tokens)"
+        )
+    return value
