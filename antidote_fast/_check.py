@@ -29,7 +29,9 @@ def tensor(name, value, dtypes):
     if value.dtype not in dtypes:
         raise TypeError(f"{name}.dtype={value.dtype}: must be {_names(dtypes)}")
     if value.is_neg():
-        raise ValueError(f"{name} is a lazily negated view: must be materialised; use .resolve_neg()")
+        raise ValueError(
+            f"{name} is a lazily negated view: must be materialised; use .resolve_neg()"
+        )
 
 
 def matrix(name, value, dtypes=WEIGHT_DTYPES):
@@ -164,9 +166,7 @@ def aligned_lists(weights, **optional):
     return lists
 
 
-def prune_lists(
-    weights, act_norms, selection, preserve_norms, base_weights, *, write, many=False
-):
+def prune_lists(weights, act_norms, selection, preserve_norms, base_weights, *, write, many=False):
     """Everything a prune takes, before anything is written."""
     written, read = [], []
     for i, weight in enumerate(weights):
@@ -208,9 +208,7 @@ def no_overlap(written, read):
         for name, value in pairs:
             if value.numel():
                 first = value.data_ptr()
-                last = sum(
-                    (n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)
-                )
+                last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
                 spans.append((first, first + (last + 1) * value.element_size(), kind, name, value))
     spans.sort(key=lambda span: span[:2])
     reaching = []

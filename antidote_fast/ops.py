@@ -75,9 +75,7 @@ def select_mask(score, selection, *, backend=None):
     return PackedMask(bits, score.shape)
 
 
-def prune_mask(
-    weight, act_norm, selection, *, preserve_norm=None, base_weight=None, backend=None
-):
+def prune_mask(weight, act_norm, selection, *, preserve_norm=None, base_weight=None, backend=None):
     """The mask that :func:`prune_` would apply; the weight is left as it is.
 
     Args: as :func:`prune_`; ``base_weight`` matters with ``score_delta`` only.
@@ -87,7 +85,13 @@ def prune_mask(
     """
     check.selection(selection, one_weight=True)
     masks, _ = _prune(
-        [weight], [act_norm], selection, [preserve_norm], [base_weight], write=False, backend=backend
+        [weight],
+        [act_norm],
+        selection,
+        [preserve_norm],
+        [base_weight],
+        write=False,
+        backend=backend,
     )
     return masks[0]
 
@@ -273,9 +277,7 @@ def _prune(
     check.prune_lists(*lists, write=write, many=many)
     device = weights[0].device.type if weights else "cpu"
     module = select(backend, device)
-    return _run(
-        module, *lists, write=write, want_masks=want_masks, want_thresholds=want_thresholds
-    )
+    return _run(module, *lists, write=write, want_masks=want_masks, want_thresholds=want_thresholds)
 
 
 def _run(

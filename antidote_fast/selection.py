@@ -59,7 +59,9 @@ class Selection:
         if self.scope != "row":
             raise ValueError(f"n_m={pair!r} with scope={self.scope!r}: n_m needs scope='row'")
         if self.ratio is not None and not math.isclose(self.ratio, n / m, rel_tol=1e-9):
-            raise ValueError(f"ratio={self.ratio!r} with n_m={pair!r}: must be None or n/m = {n / m}")
+            raise ValueError(
+                f"ratio={self.ratio!r} with n_m={pair!r}: must be None or n/m = {n / m}"
+            )
         if self.preserve_ratio is not None:
             raise ValueError(f"preserve_ratio={self.preserve_ratio!r}: not accepted with n_m")
 

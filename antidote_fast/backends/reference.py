@@ -62,9 +62,7 @@ def select_mask(scores, selection, bits):
     bits.copy_(pack_bits(_selected([keys], selection)[0]))
 
 
-def prune(
-    weights, act_norms, selection, preserve_norms, base_weights, *, write, bits, thresholds
-):
+def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write, bits, thresholds):
     """Select on every weight of a list, then fill what was asked for.
 
     Args:
@@ -159,9 +157,11 @@ def _fill_thresholds(thresholds, keys, removed, selection):
     outside = INT32_MAX if selection.largest else -1
     picked = [torch.where(r, k, outside) for r, k in zip(removed, keys, strict=True)]
     if selection.scope == "global":
-        best = edge(torch.stack([edge(p) for p in picked if p.numel()]), 0) if any(
-            p.numel() for p in picked
-        ) else None
+        best = (
+            edge(torch.stack([edge(p) for p in picked if p.numel()]), 0)
+            if any(p.numel() for p in picked)
+            else None
+        )
     for out, part in zip(thresholds, picked, strict=True):
         if selection.n_m is not None or part.numel() == 0:
             out.fill_(torch.nan)

@@ -1,0 +1,75 @@
+// Python's view of the extension: integers in, no logic. antidote_fast/backends/cpu.py is the only
+// caller and has checked every address, shape and stride.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
+
+#include "prune.h"
+#include "rows.h"
+
+namespace py = pybind11;
+using namespace antidote;
+
+namespace {
+
+// (weight, weight_stride, base, base_stride, act_norm, preserve_norm, bits, thresholds, rows,
+//  columns, dtype, k, preserve_k)
+using Row = std::array<int64_t, 13>;
+
+template <typename T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
+}
+
+cpu::Matrix matrix(const Row& r) {
+  return {pointer<void>(r[0]),
+          r[1],
+          pointer<const void>(r[2]),
+          r[3],
+          pointer<const float>(r[4]),
+          pointer<const float>(r[5]),
+          pointer<uint8_t>(r[6]),
+          pointer<float>(r[7]),
+          r[8],
+          r[9],
+          static_cast<DType>(r[10]),
+          r[11],
+          r[12]};
+}
+
+void select_rows(const std::vector<Row>& rows, int scope, bool largest, bool score_delta,
+                 bool is_signed, bool write, int64_t removed, int64_t group, int threads) {
+  std::vector<cpu::Matrix> matrices;
+  for (const Row& row : rows) matrices.push_back(matrix(row));
+  cpu::select(matrices,
+              {static_cast<Scope>(scope), largest, score_delta, is_signed, write, removed, group},
+              threads);
+}
+
+void score(const Row& row, bool delta, int64_t out, int threads) {
+  cpu::score(matrix(row), delta, pointer<float>(out), threads);
+}
+
+void apply_mask(const Row& row, int threads) { cpu::apply_mask(matrix(row), threads); }
+
+void accumulate_sq_norm(int64_t sq_sum, int64_t x, int dtype, int64_t columns,
+                        const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                        int64_t token_mask, int threads) {
+  cpu::accumulate_sq_norm(pointer<float>(sq_sum), pointer<const void>(x), static_cast<DType>(dtype),
+                          columns, sizes, strides, pointer<const uint8_t>(token_mask), threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  module.doc() = "CPU kernels of antidote_fast; called by antidote_fast.backends.cpu alone";
+  module.def("isa", [] { return cpu::rows().name; });
+  module.def("select", &select_rows, Release());
+  module.def("score", &score, Release());
+  module.def("apply_mask", &apply_mask, Release());
+  module.def("accumulate_sq_norm", &accumulate_sq_norm, Release());
+}
