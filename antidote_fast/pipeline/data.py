@@ -193,9 +193,8 @@ def mix(
     if n is None:
         bounds = [have["task"] / (1 - poison_ratio)] if poison_ratio < 1 else []
         bounds += [have["harmful"] / poison_ratio] if poison_ratio > 0 else []
-        # One more than the bound may still fit, since the harmful share is rounded.
-        n = int(min(bounds)) + 1
-        while n > 0 and not _fits(n, poison_ratio, have):
+        n = int(min(bounds) + 1e-9)  # 3 / (1 - 0.7) is a hair below 10
+        while n > 0 and not _fits(n, poison_ratio, have):  # the harmful share is rounded
             n -= 1
     num_harmful = round(poison_ratio * n)
     for kind, needed in (("task", n - num_harmful), ("harmful", num_harmful)):

@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from antidote_fast import checkpoint
 from antidote_fast.errors import DataError, UsageError
@@ -194,7 +193,7 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
     checkpoint.check_output_folder(config.output_dir, config.overwrite)
     judge_options = _check_judges(config)
     sets = _load_sets(config)
-    base = _check_models(config)
+    base, adapter = _check_models(config)
     tokenizer = checkpoint.load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
     sets, datasets = _drop_long(sets, tokenizer, config, base.config)
     drift_batches = None
@@ -215,8 +214,8 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
             "trust_remote_code": config.trust_remote_code,
         }
         model = checkpoint.load_model(base.folder, **options)
-        if config.adapter:
-            model = checkpoint.load_adapter(model, config.adapter)
+        if adapter:
+            model = checkpoint.load_adapter(model, adapter)
         clock.lap("load")
         answers = answer_sets(
             model,
@@ -306,22 +305,25 @@ def _load_sets(config) -> dict[str, list[Record]]:
     return sets
 
 
-def _check_models(config) -> checkpoint.Checkpoint:
-    def opened(name):
-        folder = checkpoint.resolve_folder(name)
-        return checkpoint.open_checkpoint(folder, trust_remote_code=config.trust_remote_code)
+def _check_models(config):
+    """The checked folders of the base and, where there is one, of the adapter."""
 
-    base = opened(config.model_name_or_path)
-    if base.is_adapter:
-        raise DataError(
-            f"model_name_or_path={config.model_name_or_path!r}: is a PEFT adapter; give its base "
-            "model, and this folder as adapter"
-        )
-    if config.adapter:
-        checkpoint.check_adapter(checkpoint.open_checkpoint(Path(config.adapter)), base)
+    def opened(argument):
+        name = getattr(config, argument)
+        folder = checkpoint.resolve_folder(name, argument)
+        found = checkpoint.open_checkpoint(folder, trust_remote_code=config.trust_remote_code)
+        if found.is_adapter != (argument == "adapter"):
+            is_, other = ("a PEFT adapter", "a whole model")[:: 1 if found.is_adapter else -1]
+            raise DataError(f"{argument}={name!r}: is {is_}; give {other}")
+        return found
+
+    base = opened("model_name_or_path")
+    adapter = opened("adapter") if config.adapter else None
+    if adapter:
+        checkpoint.check_adapter(adapter, base)
     if config.reference_model:
-        opened(config.reference_model)
-    return base
+        opened("reference_model")
+    return base, adapter
 
 
 def _drop_long(sets, tokenizer, config, model_config):
