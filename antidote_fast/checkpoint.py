@@ -18,6 +18,7 @@ from antidote_fast.loading import (
     load_tokenizer,
     resolve_folder,
 )
+from antidote_fast.targets import ALL_LINEAR, select_keys
 
 __all__ = [
     "Checkpoint",
@@ -31,6 +32,7 @@ __all__ = [
     "load_tokenizer",
     "open_checkpoint",
     "output_folder",
+    "read_prunable",
     "resolve_folder",
     "verify_folder",
     "write_pruned",
@@ -39,7 +41,40 @@ __all__ = [
 _COPIED = re.compile(
     r".*\.(json|txt|model|jinja|tiktoken)|(LICENSE|NOTICE|COPYING)(\..*)?|README\.md"
 )
+# Models of transformers that keep their linear layers as Conv1D, (in, out).
+_CONV1D_MODELS = ("gpt2", "openai-gpt")
+_CONV1D_NAMES = ("c_attn", "q_attn", "c_proj", "c_fc")
 _NOT_COPIED = (MANIFEST, "report.json", "trainer_state.json", "all_results.json")
+
+
+def read_prunable(checkpoint, norms=None, targets=None, ignore=()):
+    """The tensors that a prune of this checkpoint takes, with no model loaded.
+
+    Args:
+        checkpoint: a :class:`Checkpoint`.
+        norms: :class:`ActivationNorms`, where there are any. A model's weights are then those that
+            the norms name; an adapter's are all its LoRA factors.
+        targets, ignore: as :func:`antidote_fast.targets.select_keys`.
+
+    Returns:
+        ({parameter name: tensor}, names of those saved as (in, out)), for
+        :func:`antidote_fast.prune.prune_state_`.
+
+    Raises:
+        DataError: a quantised model, or weights that the norms name and the checkpoint lacks.
+        NothingPruned, UsageError: as select_keys.
+    """
+    if not checkpoint.is_adapter:
+        check_not_quantized(checkpoint)
+    keys = list(checkpoint.tensors)
+    if norms is not None and not checkpoint.is_adapter:
+        keys = norms.keys
+        targets = ALL_LINEAR if targets is None else targets
+    keys = select_keys(keys, targets, ignore)
+    transposed = []
+    if not checkpoint.is_adapter and checkpoint.config.get("model_type") in _CONV1D_MODELS:
+        transposed = [k for k in keys if k.split(".")[-2] in _CONV1D_NAMES]
+    return checkpoint.read(keys), transposed
 
 
 def write_pruned(source, destination, tensors):

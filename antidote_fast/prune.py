@@ -1,0 +1,407 @@
+"""A model, or tensors as saved: norms and a selection become masks, weights and a report.
+
+Source of the scores: Antidote, arXiv 2408.09600 (``wanda`` is its |W| * norm; ``magnitude`` and
+``random`` are what it is compared with).
+"""
+
+import hashlib
+import math
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from antidote_fast import _check, backends, ops
+from antidote_fast.errors import DataError, NothingPruned, UsageError
+from antidote_fast.fingerprint import fingerprint_model
+from antidote_fast.masks import PackedMask
+from antidote_fast.selection import Selection, num_pruned
+from antidote_fast.targets import ALL_LINEAR, coverage, find_targets, natural_key, select_keys
+
+SCORES = ("wanda", "magnitude", "random")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one weight.
+
+    Args:
+        key: its name as saved.
+        shape: (out_features, in_features).
+        k: weights removed of each row (row scope), or of the whole weight (tensor, global).
+        removed: weights removed of the whole weight.
+        requested: the fraction asked for.
+        achieved: the fraction removed.
+        threshold: the smallest score removed (``largest=False``: the largest), in global scope that
+            of all layers; None where nothing was removed or it is not one number (n_m).
+        zero_norm_channels: input channels that no activation reached; None without norms.
+        zero_weights: weights that were zero before, as all of a LoRA B that was never trained.
+        seconds: for this weight; None in global scope, where all are selected together.
+    """
+
+    key: str
+    shape: tuple[int, int]
+    k: int
+    removed: int
+    requested: float
+    achieved: float
+    threshold: float | None
+    zero_norm_channels: int | None
+    zero_weights: int
+    seconds: float | None
+
+
+@dataclass
+class PruneReport:
+    """What was pruned, layer by layer.
+
+    Args:
+        score, scope, ratio, largest, n_m, seed: what was asked for.
+        backend: the backend that ran (with a + between them where devices differ).
+        layers: one :class:`LayerReport` a weight, in natural order.
+        skipped: {key: reason} of weights left alone.
+        seconds: in all, checks included.
+        coverage: share of the model's block weights that were targets (live models only), with the
+            names of fused parameters out of reach.
+        masks: {key: PackedMask} where asked for, (out, in); not part of :meth:`to_dict`.
+    """
+
+    score: str
+    scope: str
+    ratio: float
+    largest: bool
+    n_m: tuple[int, int] | None
+    seed: int
+    backend: str
+    layers: list[LayerReport]
+    skipped: dict[str, str]
+    seconds: float
+    coverage: dict | None = None
+    masks: dict[str, PackedMask] | None = field(default=None, repr=False)
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of all pruned layers."""
+        return sum(math.prod(layer.shape) for layer in self.layers)
+
+    @property
+    def num_pruned(self) -> int:
+        """Elements removed."""
+        return sum(layer.removed for layer in self.layers)
+
+    @property
+    def achieved(self) -> float:
+        """Fraction removed of all pruned layers."""
+        return self.num_pruned / self.num_weights if self.num_weights else 0.0
+
+    def to_dict(self) -> dict:
+        """JSON values: totals first, then the layers."""
+        values = {k: v for k, v in vars(self).items() if k not in ("layers", "masks")}
+        return {
+            **values,
+            "num_layers": len(self.layers),
+            "num_weights": self.num_weights,
+            "num_pruned": self.num_pruned,
+            "requested": self.ratio,
+            "achieved": self.achieved,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+
+def prune_model_(
+    model,
+    norms,
+    selection,
+    *,
+    targets=None,
+    ignore=(),
+    score="wanda",
+    seed=0,
+    backend=None,
+    return_masks=False,
+) -> PruneReport:
+    """Prune a live model's targets in place, once.
+
+    Args:
+        model: a transformers model, or a PEFT model (its active LoRA adapter is pruned).
+        norms: :class:`ActivationNorms` of this model's targets; None for scores without data.
+        selection: a :class:`Selection`; ``scope="global"`` compares over all targets.
+        targets, ignore: as :func:`antidote_fast.targets.find_targets`. Where given, the norms may
+            hold more weights than they name.
+        score: ``"wanda"`` (|W| * norm), ``"magnitude"`` (|W|) or ``"random"``.
+        seed: of the random score.
+        backend: as in :mod:`antidote_fast.ops`.
+        return_masks: keep the masks in the report.
+
+    Raises:
+        DataError: norms of another base or of other weights, NaN or infinity in a weight, norms
+            of a layer that are all zero. All is checked before the first write.
+        UsageError, NothingPruned: as find_targets; an unknown score.
+    """
+    found = find_targets(model, targets, ignore)
+    if norms is not None:
+        check_base(norms, fingerprint_model(model))
+    report = prune_state_(
+        {target.key: target.weight.detach() for target in found},
+        _narrowed(norms, [t.key for t in found], targets, ignore),
+        selection,
+        score=score,
+        seed=seed,
+        backend=backend,
+        return_masks=return_masks,
+        transposed=[t.key for t in found if t.transposed],
+        routed=[t.key for t in found if t.routed],
+    )
+    report.coverage = asdict(coverage(model, found))
+    return report
+
+
+def prune_state_(
+    weights,
+    norms,
+    selection,
+    *,
+    targets=None,
+    ignore=(),
+    score="wanda",
+    seed=0,
+    backend=None,
+    return_masks=False,
+    transposed=(),
+    routed=(),
+) -> PruneReport:
+    """Prune tensors as saved, in place, with no model and no forward.
+
+    Args:
+        weights: {parameter name: (out, in) tensor, bf16, fp16 or fp32}; (in, out) for those in
+            ``transposed``.
+        norms: :class:`ActivationNorms` of the same names, or None for scores without data.
+        targets, ignore: prune these of the weights only (by name, as
+            :func:`antidote_fast.targets.select_keys`; ``targets=None`` is all of them).
+        transposed: names of weights saved as (in, out); those of the norms are added.
+        routed: names of weights inside routed experts, which are skipped where no token reached
+            them; those of the norms are added.
+        selection, score, seed, backend, return_masks: as :func:`prune_model_`.
+
+    Raises:
+        As :func:`prune_model_`; nothing is written then.
+    """
+    start = time.perf_counter()
+    _check_arguments(selection, score, seed, norms)
+    if targets is not None or ignore:
+        keys = select_keys(weights, ALL_LINEAR if targets is None else targets, ignore)
+        norms = _narrowed(norms, keys, targets, ignore)
+        weights = {key: weights[key] for key in keys}
+    if not weights:
+        raise NothingPruned("nothing to prune: no weights")
+    order = sorted(weights, key=natural_key)
+    transposed = set(transposed) | (norms.transposed if norms else set())
+    routed = set(routed) | (norms.routed if norms else set())
+    if norms is not None:
+        _check_keys(weights, norms)
+    with torch.no_grad():
+        layers, skipped = _prepare(order, weights, norms, selection, score, transposed, routed)
+        modules = {backends.select(backend, layer.matrix.device.type) for layer in layers}
+        if selection.scope == "global":
+            _run(layers, selection, score, seed, backend)
+        else:
+            _check_all(layers, selection)
+            for layer in layers:
+                _run([layer], selection, score, seed, backend)
+    ratio = selection.ratio if selection.n_m is None else selection.n_m[0] / selection.n_m[1]
+    return PruneReport(
+        score=score,
+        scope=selection.scope,
+        ratio=ratio,
+        largest=selection.largest,
+        n_m=selection.n_m,
+        seed=seed,
+        backend="+".join(sorted(module.__name__.rsplit(".", 1)[-1] for module in modules)),
+        layers=[_layer_report(layer, selection, ratio) for layer in layers],
+        skipped=skipped,
+        seconds=time.perf_counter() - start,
+        masks={layer.key: layer.mask for layer in layers} if return_masks else None,
+    )
+
+
+def random_scores(key, shape, seed) -> torch.Tensor:
+    """Uniform fp32 scores that depend on (seed, key) alone, the same on every machine."""
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.rand(shape, generator=generator)
+
+
+@dataclass
+class _Layer:
+    """A weight on its way: ``matrix`` is (out, in), the saved tensor or a transposed copy of it."""
+
+    key: str
+    saved: torch.Tensor
+    matrix: torch.Tensor
+    transposed: bool
+    copied: bool
+    norm: torch.Tensor | None
+    zero_norm_channels: int | None
+    zero_weights: int
+    mask: PackedMask | None = None
+    threshold: float = math.nan
+    seconds: float | None = None
+
+
+def _check_arguments(selection, score, seed, norms):
+    if not isinstance(selection, Selection):
+        raise UsageError(f"selection={selection!r:.80}: must be a Selection")
+    if selection.score_delta or selection.preserve_ratio is not None:
+        raise UsageError(
+            "selection: score_delta and preserve_ratio are for single tensors (antidote_fast.ops)"
+        )
+    if score not in SCORES:
+        raise UsageError(f"score={score!r}: must be one of {', '.join(SCORES)}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise UsageError(f"seed={seed!r}: must be an integer >= 0")
+    if score == "wanda" and norms is None:
+        raise UsageError("norms=None: must be given where score='wanda'")
+
+
+def _narrowed(norms, keys, targets, ignore):
+    """The norms of ``keys`` alone, where the caller named them; else the norms as they are."""
+    if norms is None or (targets is None and not ignore):
+        return norms
+    from antidote_fast.calibrate import ActivationNorms
+
+    absent = [key for key in keys if key not in norms.sq_sum]
+    if absent:
+        raise DataError(f"norms: hold no weight {absent[0]!r}; collect them for these targets")
+    pick = [{k: sums[k] for k in keys} if sums else None for sums in (norms.sq_sum, norms.norm_sum)]
+    return ActivationNorms(
+        pick[0],
+        norm_sum=pick[1],
+        num_sequences=norms.num_sequences,
+        num_tokens=norms.num_tokens,
+        response_only=norms.response_only,
+        fingerprint=norms.fingerprint,
+        transposed=norms.transposed & set(keys),
+        routed=norms.routed & set(keys),
+    )
+
+
+def check_base(norms, actual):
+    """Refuse norms whose base model's fingerprint is known and is not ``actual``."""
+    if norms.fingerprint and actual and norms.fingerprint != actual:
+        raise DataError(
+            f"norms: were collected on another base model (fingerprint {norms.fingerprint}, not "
+            f"{actual}); collect them again on this one"
+        )
+
+
+def _check_keys(weights, norms):
+    absent = sorted(set(weights) - set(norms.sq_sum), key=natural_key)
+    if absent:
+        raise DataError(
+            f"norms: lack {len(absent)} of {len(weights)} weights to prune, {absent[0]!r} first; "
+            "give the targets and ignore with which they were collected"
+        )
+    extra = sorted(set(norms.sq_sum) - set(weights), key=natural_key)
+    if extra:
+        raise DataError(
+            f"norms: hold {len(extra)} weights that are not here, {extra[0]!r} first; they are of "
+            "another model, or targets and ignore must name what to prune"
+        )
+
+
+def _prepare(order, weights, norms, selection, score, transposed, routed):
+    """Every check on every layer; nothing is written here."""
+    layers, skipped = [], {}
+    for key in order:
+        saved = weights[key]
+        if not isinstance(saved, torch.Tensor) or saved.dim() != 2:
+            raise DataError(f"{key}: must be a matrix (out_features, in_features)")
+        if saved.dtype not in _check.WEIGHT_DTYPES:
+            raise DataError(f"{key}: is {saved.dtype}; must be float32, bfloat16 or float16")
+        if saved.device.type == "meta":
+            raise DataError(f"{key}: is not loaded (meta device); prune the checkpoint's tensors")
+        if not bool(torch.isfinite(saved).all()):
+            raise DataError(f"{key}: holds NaN or infinity")
+        matrix = saved.t() if key in transposed else saved
+        norm = zeros = None
+        if norms is not None:
+            norm = norms.act_norm(key, selection.scope).to(saved.device)
+            if norm.shape[0] != matrix.shape[1]:
+                raise DataError(
+                    f"{key}: has {matrix.shape[1]} input channels, its norms {norm.shape[0]}"
+                )
+            zeros = int((norm == 0).sum())
+            if zeros == norm.numel() and score == "wanda":
+                if key in routed:
+                    skipped[key] = "routed expert that no token reached"
+                    continue
+                raise DataError(f"{key}: all its activation norms are zero")
+        # A copy where columns do not lie side by side: Conv1D, and odd views.
+        copied = key in transposed or matrix.stride(1) != 1
+        if copied:
+            matrix = matrix.clone(memory_format=torch.contiguous_format)
+        zero_weights = matrix.numel() - int(torch.count_nonzero(matrix))
+        use = norm if score == "wanda" else None
+        layers.append(
+            _Layer(key, saved, matrix, key in transposed, copied, use, zeros, zero_weights)
+        )
+    if not layers:
+        raise NothingPruned(
+            f"nothing to prune: {len(skipped)} weights, all of routed experts that no token reached"
+        )
+    return layers, skipped
+
+
+def _check_all(layers, selection):
+    """What the op refuses (overlaps, strides), for all layers before the first one is written."""
+    by_device = {}
+    for layer in layers:
+        by_device.setdefault(layer.matrix.device, []).append(layer.matrix)
+    for matrices in by_device.values():
+        nothing = [None] * len(matrices)
+        _check.prune_lists(matrices, nothing, selection, nothing, nothing, write=True, many=True)
+
+
+def _run(layers, selection, score, seed, backend):
+    """Select and write, for layers that are compared with each other."""
+    start = time.perf_counter()
+    if score == "random":
+        scores = [random_scores(x.key, x.matrix.shape, seed).to(x.matrix.device) for x in layers]
+        masks, thresholds = ops.prune_with_report_(
+            scores, [None] * len(scores), selection, backend=backend
+        )
+        for layer, mask in zip(layers, masks, strict=True):
+            ops.apply_mask_(layer.matrix, mask, backend=backend)
+    else:
+        masks, thresholds = ops.prune_with_report_(
+            [x.matrix for x in layers], [x.norm for x in layers], selection, backend=backend
+        )
+    for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
+        if layer.copied:
+            layer.saved.copy_(layer.matrix.t() if layer.transposed else layer.matrix)
+        layer.mask, layer.threshold = mask, threshold
+    if selection.scope != "global":
+        layers[0].seconds = time.perf_counter() - start
+
+
+def _layer_report(layer, selection, ratio):
+    rows, columns = layer.matrix.shape
+    if selection.scope == "global":
+        k = removed = layer.mask.count()
+    elif selection.scope == "tensor":
+        k = removed = num_pruned(rows * columns, selection)
+    else:
+        k = num_pruned(columns, selection)
+        removed = rows * k
+    return LayerReport(
+        key=layer.key,
+        shape=(rows, columns),
+        k=k,
+        removed=removed,
+        requested=ratio,
+        achieved=removed / (rows * columns) if rows * columns else 0.0,
+        threshold=None if math.isnan(layer.threshold) else layer.threshold,
+        zero_norm_channels=layer.zero_norm_channels,
+        zero_weights=layer.zero_weights,
+        seconds=layer.seconds,
+    )
