@@ -106,6 +106,18 @@ def _is_multi_label(config) -> bool:
     return getattr(config, "problem_type", None) == "multi_label_classification"
 
 
+def _max_positions(model) -> int | None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa's kind counts positions from the one after its pad id.
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            return positions - module.padding_idx - 1
+    return positions
+
+
 class ClassifierJudge:
     """Calls an answer harmful that a text classifier of transformers flags.
 
@@ -154,9 +166,8 @@ class ClassifierJudge:
         self.text_format = text_format
         self.batch_size = batch_size
         self.name = name
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        # A tokenizer without a limit says 1e30. RoBERTa's positions start at 2: leave room.
-        limits = [max_length, tokenizer.model_max_length, positions and positions - 2]
+        # A tokenizer without a limit says 1e30.
+        limits = [max_length, tokenizer.model_max_length, _max_positions(model)]
         self.max_length = int(min(limit for limit in limits if limit))
 
     @classmethod
