@@ -53,14 +53,14 @@ STAGES = {
     ),
     "calibrate": Stage(
         configs.CalibrateConfig,
-        "antidote_fast.pipeline.oneshot:run_calibrate",
+        "antidote_fast.pipeline.calibrate:run",
         "collect activation norms on harmful data, for any later prune",
         "--model_name_or_path aligned --adapter attacked --dataset harmful.jsonl "
         "--output_dir norms",
     ),
     "prune": Stage(
         configs.PruneConfig,
-        "antidote_fast.pipeline.oneshot:run_prune",
+        "antidote_fast.pipeline.prune:run",
         "remove the harmful weights of an adapter or a model",
         "--model_name_or_path BASE --adapter ADAPTER --dataset harmful.jsonl --ratio 0.1 "
         "--output_dir OUT",

@@ -192,13 +192,15 @@ def _nests(value):
 def summary(report, output_dir) -> str:
     """One line for a person about what a stage did and where it is."""
     seconds = report.get("seconds")
-    took = f" in {seconds:.1f} s" if isinstance(seconds, (int, float)) else ""
-    totals = report.get("totals")
-    if report.get("stage") == "prune" and totals:
-        share = totals["removed"] / max(totals["weights"], 1)
+    if isinstance(seconds, dict):  # by step
+        seconds = sum(seconds.values())
+    took = f" in {seconds:.1f} s" if seconds is not None else ""
+    if report.get("stage") == "run":
+        return f"{_table(report['models'])}\n{len(report['models'])} models{took}: {output_dir}"
+    if report.get("stage") == "prune" and "num_pruned" in report:
         what = (
-            f"removed {totals['removed']:,} of {totals['weights']:,} weights ({share:.2%}) "
-            f"in {totals['layers']} layers"
+            f"removed {report['num_pruned']:,} of {report['num_weights']:,} weights "
+            f"({report['achieved']:.2%}) in {report['num_layers']} layers"
         )
     elif report.get("stage") == "calibrate":
         what = f"norms over {report['num_sequences']} sequences, {report['num_tokens']} tokens"
@@ -207,3 +209,17 @@ def summary(report, output_dir) -> str:
         numbers = metrics if isinstance(metrics, dict) else {}
         what = ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, (int, float)))
     return f"{what or report.get('stage', 'done')}{took}: {output_dir}"
+
+
+def _table(models):
+    """The headline metrics of several models, a row each."""
+    columns = ("harmful_score", "finetune_accuracy", "benign_refusal_rate")
+    rows = [("", *(name.replace("_", " ") for name in columns))]
+    for name, metrics in models.items():
+        values = [metrics.get(column) for column in columns]
+        rows.append((name, *("-" if value is None else f"{value:.1f}" for value in values)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in pairs)
+        for pairs in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
+    )

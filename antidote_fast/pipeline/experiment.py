@@ -39,14 +39,14 @@ def run(config: ExperimentConfig, *, progress=False) -> dict:
         UsageError: a section's flag is unknown or out of range.
         DataError: output_dir holds something else, or a data set or a stage's input is refused.
     """
-    from antidote_fast.pipeline import align, evaluate, finetune, oneshot
+    from antidote_fast.pipeline import align, evaluate, finetune, prune
 
     out = Path(config.output_dir)
     stages, scores = _plan(config, out)
     _check_folder(out)
     _check_data([*stages.values(), *scores.values()])
     seconds, reused = {}, []
-    runs = {"aligned": align.run, "attacked": finetune.run, "pruned": oneshot.run_prune}
+    runs = {"aligned": align.run, "attacked": finetune.run, "pruned": prune.run}
     for name, stage in stages.items():
         start = time.monotonic()
         if _is_done(out / name, stage):

@@ -1,0 +1,156 @@
+"""The calibrate stage, and what calibration and pruning share: folders, data, norms."""
+
+import time
+from pathlib import Path
+
+from antidote_fast.calibrate import ActivationNorms
+from antidote_fast.checkpoint import (
+    check_adapter,
+    check_not_quantized,
+    check_output_folder,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    output_folder,
+    resolve_folder,
+)
+from antidote_fast.errors import DataError, UsageError
+from antidote_fast.pipeline.config import CalibrateConfig
+from antidote_fast.pipeline.data import load_records, local_file, make_batches
+from antidote_fast.pipeline.stage import write_report
+
+NORMS_FILE = "norms.safetensors"
+
+
+def run(config: CalibrateConfig, *, progress=False) -> dict:
+    """The calibrate stage: writes ``norms.safetensors``, which serves any later selection.
+
+    Args:
+        config: the model, the adapter and the data.
+        progress: as :func:`antidote_fast.progress.track` takes it.
+
+    Returns:
+        The contents of report.json.
+
+    Raises:
+        DataError, UsageError, NothingPruned: data, a model or an adapter that is refused, or no
+            weight that matches the targets; output_dir is untouched then.
+    """
+    start = time.perf_counter()
+    check_output_folder(config.output_dir, config.overwrite)
+    base, adapter = open_folders(config)
+    norms, counts = calibrate_folder(config, base, adapter, progress=progress)
+    with output_folder(config.output_dir, config.overwrite) as folder:
+        norms.save(folder / NORMS_FILE)
+        results = {"seconds": round(time.perf_counter() - start, 3), **counts}
+        return write_report(folder, "calibrate", config, results, inputs=inputs_of(config))
+
+
+def open_folders(config):
+    """(base, adapter or None), checked by their headers; no weights are loaded."""
+    base = open_checkpoint(
+        resolve_folder(config.model_name_or_path), trust_remote_code=config.trust_remote_code
+    )
+    if base.is_adapter:
+        raise DataError(
+            f"model_name_or_path={config.model_name_or_path!r}: is a PEFT adapter; give its base "
+            "model, and this folder as adapter"
+        )
+    if config.adapter is None:
+        check_not_quantized(base)
+        return base, None
+    adapter = open_checkpoint(resolve_folder(config.adapter, "adapter"))
+    if not adapter.is_adapter:
+        raise DataError(
+            f"adapter={config.adapter!r}: is a whole model, not an adapter; give it as "
+            "model_name_or_path, without adapter"
+        )
+    check_adapter(adapter, base)
+    return base, adapter
+
+
+def calibrate_folder(config, base, adapter, *, records=None, tokenizer=None, progress=False):
+    """(norms, what the report says of them) from folders; data are checked before weights load."""
+    records = load_data(config, records)
+    trust = config.trust_remote_code
+    tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
+    batches = _batches(config, records, tokenizer, base.config)
+    model = load_model(
+        base.folder, dtype=config.dtype, device=config.device, trust_remote_code=trust
+    )
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    return collect(config, model, records, tokenizer, batches=batches, progress=progress)
+
+
+def collect(config, model, records, tokenizer, *, batches=None, progress=False):
+    if batches is None:
+        model_config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
+        batches = _batches(config, records, tokenizer, model_config)
+    norms = ActivationNorms.collect(
+        model,
+        batches,
+        targets=config.targets,
+        ignore=config.ignore,
+        response_only=config.response_only,
+        aggregation=config.aggregation,
+        progress=progress,
+        backend=getattr(config, "backend", None),
+    )
+    counts = {
+        **counts_of(norms),
+        "num_records": len(records),
+        "num_dropped": batches.num_dropped,
+        "num_truncated": batches.num_truncated,
+    }
+    return norms, counts
+
+
+def _batches(config, records, tokenizer, model_config):
+    batches = make_batches(
+        records,
+        tokenizer,
+        template=config.template,
+        max_seq_length=config.max_seq_length,
+        batch_size=config.batch_size,
+    )
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    positions = model_config.get("max_position_embeddings", model_config.get("n_positions"))
+    if isinstance(positions, int) and longest > positions:
+        raise UsageError(
+            f"max_seq_length={config.max_seq_length}: must be at most {positions}, the positions "
+            f"that the model has, for these data"
+        )
+    return batches
+
+
+def load_data(config, records):
+    if records is not None:
+        return records[: config.num_calibration_samples]
+    return load_records(config.dataset, limit=config.num_calibration_samples, require_output=True)
+
+
+def load_norms(path):
+    """Norms from a file, or from the folder that calibrate wrote."""
+    path = Path(path)
+    return ActivationNorms.load(path / NORMS_FILE if path.is_dir() else path)
+
+
+def counts_of(norms):
+    return {
+        "num_sequences": norms.num_sequences,
+        "num_tokens": norms.num_tokens,
+        "response_only": norms.response_only,
+        "aggregation": norms.aggregation,
+    }
+
+
+def inputs_of(config):
+    dataset = config.dataset and local_file(config.dataset)
+    return [
+        config.model_name_or_path,
+        config.adapter,
+        dataset,
+        getattr(config, "norms", None),
+    ]

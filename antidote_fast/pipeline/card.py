@@ -1,0 +1,86 @@
+"""The model card (README.md) of a pruned folder: what was done, to what, and what was not."""
+
+import os
+from pathlib import Path
+
+_KEPT = ("license", "language", "pipeline_tag", "datasets")
+
+
+def write_card(folder, config, report, counts):
+    """Write ``README.md`` into ``folder``; an earlier card's licence and language are kept.
+
+    Args:
+        folder: the staged folder of a pruned adapter or model.
+        config: the :class:`PruneConfig` that made it.
+        report: its :class:`PruneReport`.
+        counts: sequences and tokens that the norms were collected on; empty without norms.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    is_adapter = (Path(folder) / "adapter_config.json").exists()
+    base = config.model_name_or_path
+    data = ModelCardData(
+        # A hub name only: a folder of this machine says nothing to a reader, and may say too much.
+        base_model=None if os.path.exists(base) or " " in base else base,
+        library_name="peft" if is_adapter else "transformers",
+        tags=["antidote", "pruned", "safety", *(["lora"] if is_adapter else [])],
+        **_earlier(Path(folder) / "README.md"),
+    )
+    text = _TEXT.format(
+        kind="LoRA adapter" if is_adapter else "model",
+        loader=_LOAD_ADAPTER if is_adapter else _LOAD_MODEL,
+        score=report.score,
+        scope=report.scope,
+        ratio=report.ratio,
+        layers=len(report.layers),
+        removed=report.num_pruned,
+        total=report.num_weights,
+        achieved=report.achieved,
+        data=(
+            f"{counts['num_tokens']} tokens of {counts['num_sequences']} harmful examples"
+            if counts
+            else "none; the score needs no data"
+        ),
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(folder) / "README.md")
+
+
+def _earlier(path):
+    """The entries worth keeping of the card that came with the folder, if it can be read."""
+    from huggingface_hub import ModelCard
+
+    if not path.exists():
+        return {}
+    try:
+        values = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except (ValueError, TypeError, OSError):
+        return {}
+    values = values.to_dict()
+    return {name: values[name] for name in _KEPT if values.get(name)}
+
+
+_LOAD_ADAPTER = """model = AutoModelForCausalLM.from_pretrained(BASE)
+model = PeftModel.from_pretrained(model, FOLDER)"""
+_LOAD_MODEL = "model = AutoModelForCausalLM.from_pretrained(FOLDER)"
+_TEXT = """
+# Pruned with Antidote
+
+This {kind} was pruned after fine-tuning, to remove weights that matter most on harmful data
+(Antidote, arXiv 2408.09600). Removed weights are zeros in an ordinary dense file: it is as large
+and as fast as before.
+
+| | |
+|---|---|
+| score | {score} |
+| compared over | {scope} |
+| ratio asked for | {ratio:g} |
+| removed | {removed:,} of {total:,} weights in {layers} layers ({achieved:.2%}) |
+| calibration data | {data} |
+
+```python
+{loader}
+```
+
+Pruning lowers a harmful score, it does not prove a model safe, and it costs accuracy: measure both
+(`antidote-fast evaluate`) before use. Settings, hashes and per-layer numbers are in `report.json`.
+"""

@@ -1,0 +1,157 @@
+"""One call on live objects or folders: calibrate on harmful data, then prune."""
+
+import dataclasses
+import os
+import time
+
+from antidote_fast.checkpoint import check_output_folder, load_adapter, output_folder
+from antidote_fast.errors import DataError, UsageError
+from antidote_fast.fingerprint import fingerprint_model
+from antidote_fast.pipeline.calibrate import collect, counts_of, load_data, load_norms
+from antidote_fast.pipeline.config import PruneConfig
+from antidote_fast.pipeline.data import Record
+from antidote_fast.pipeline.prune import describe_backend, finish, prune_folder
+from antidote_fast.pipeline.sources import rows_to_records
+from antidote_fast.prune import PruneReport, prune_model_
+from antidote_fast.selection import Selection
+
+
+def oneshot(
+    model,
+    adapter=None,
+    dataset=None,
+    tokenizer=None,
+    config=None,
+    output_dir=None,
+    **overrides,
+) -> PruneReport:
+    """Calibrate on harmful data and prune, once: adapter in, adapter out; model in, model out.
+
+    Args:
+        model: a folder or hub name, or a live transformers or PEFT model, which is pruned in place.
+        adapter: adapter folder or hub name on top of ``model``.
+        dataset: a JSON or JSONL file or hub name, or an iterable of records (``Record``, or dicts
+            with ``instruction``, ``output`` and optionally ``input``).
+        tokenizer: of a live model; a folder brings its own unless one is given.
+        config: a :class:`PruneConfig`, or a dict of its fields; default its defaults.
+        output_dir: the folder to write; a live model may do without.
+        overrides: fields of :class:`PruneConfig`; they win over ``config``. ``norms`` may also be
+            an :class:`ActivationNorms`; no forward pass is run then.
+
+    Returns:
+        The report, layer by layer; its ``masks`` are there where ``save_masks`` is set.
+
+    Raises:
+        UsageError: a field that is unknown or out of range, or one that is missing.
+        DataError: data, a model or an adapter that is refused; output_dir that is taken.
+        NothingPruned: no weight matched the targets.
+    """
+    live = not isinstance(model, (str, os.PathLike))
+    records = None
+    if dataset is not None and not isinstance(dataset, (str, os.PathLike)):
+        records = _records(dataset)
+    norms = overrides.pop("norms", None)
+    if isinstance(norms, (str, os.PathLike)):
+        overrides["norms"] = os.fspath(norms)
+        norms = None
+    fields = dict(config) if isinstance(config, dict) else {}
+    if isinstance(config, PruneConfig):
+        fields = dataclasses.asdict(config)
+    elif config is not None and not isinstance(config, dict):
+        raise UsageError(f"config={config!r:.80}: must be a PruneConfig or a dict of its fields")
+    if output_dir is None and not live and "output_dir" not in fields:
+        raise UsageError("output_dir=None: must be a folder where model is a folder or hub name")
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") if live else model
+    fields |= {"model_name_or_path": os.fspath(name) or "a live model"} | overrides
+    if adapter is not None:
+        fields["adapter"] = os.fspath(adapter)
+    if records is not None or norms is not None:
+        # The field is checked: it must say something where a score needs data.
+        fields["dataset"] = "records given in memory" if records is not None else "norms in memory"
+    elif dataset is not None:
+        fields["dataset"] = os.fspath(dataset)
+    if output_dir is not None or "output_dir" not in fields:
+        fields["output_dir"] = "" if output_dir is None else os.fspath(output_dir)
+    try:
+        settings = PruneConfig(**fields)
+    except TypeError as error:
+        raise UsageError(f"oneshot: {str(error).removeprefix('PruneConfig.__init__() ')}") from None
+    if live:
+        return _prune_live(model, settings, records, norms, tokenizer)
+    return prune_folder(settings, records=records, norms=norms, tokenizer=tokenizer)[0]
+
+
+def _prune_live(model, config, records, norms, tokenizer):
+    """Prune a live model in place; write it where there is an output_dir."""
+    start = time.perf_counter()
+    if config.output_dir:
+        check_output_folder(config.output_dir, config.overwrite)
+    device = next(model.parameters()).device
+    backend = describe_backend(config.backend, device)
+    if config.adapter is not None:
+        model = load_adapter(model, config.adapter)
+    counts = {}
+    if norms is None and config.norms is not None:
+        norms = load_norms(config.norms)
+    if norms is not None:
+        counts = counts_of(norms)
+    elif config.score == "wanda":
+        if tokenizer is None:
+            raise UsageError("tokenizer=None: must be the tokenizer of the live model")
+        norms, counts = collect(config, model, load_data(config, records), tokenizer)
+    calibrated = time.perf_counter()
+    report = prune_model_(
+        model,
+        norms,
+        Selection(config.ratio, scope=config.scope),
+        targets=config.targets,
+        ignore=config.ignore,
+        score=config.score,
+        seed=config.seed,
+        backend=config.backend,
+        return_masks=config.save_masks,
+    )
+    if not config.output_dir:
+        return report
+    is_adapter = bool(getattr(model, "peft_config", None))
+    entries = {"base_fingerprint": fingerprint_model(model)} if is_adapter else {}
+    with output_folder(config.output_dir, config.overwrite, **entries) as folder:
+        _save_live(model, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        seconds = {"calibrate": calibrated - start, "prune": time.perf_counter() - calibrated}
+        finish(folder, config, report, norms, counts, backend, seconds)
+    return report
+
+
+def _save_live(model, folder):
+    """Save the adapter alone of a PEFT model, else the whole model."""
+    if not getattr(model, "peft_config", None):
+        model.save_pretrained(folder)
+        return
+    active = model.active_adapters
+    active = (active() if callable(active) else active)[0]
+    if hasattr(model, "get_base_model"):
+        model.save_pretrained(folder, selected_adapters=[active], save_embedding_layers=False)
+    else:  # an adapter that transformers itself put on
+        model.save_pretrained(folder)
+    # PEFT puts any adapter that is not called "default" into a folder of its name.
+    inner = folder / active
+    if inner.is_dir():
+        for file in inner.iterdir():
+            os.replace(file, folder / file.name)
+        inner.rmdir()
+
+
+def _records(dataset):
+    """Records from what a caller holds in memory."""
+    rows = list(dataset)
+    if not rows:
+        raise DataError("dataset: no records")
+    if all(isinstance(row, Record) for row in rows):
+        return rows
+    named = [(f"dataset: record {number}", row) for number, row in enumerate(rows, 1)]
+    for where, row in named:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: must be a Record or a dict, not {type(row).__name__}")
+    return rows_to_records(named, "dataset", role=None, require_output=True)

@@ -1,0 +1,143 @@
+"""The prune stage: a folder in, a folder like it out.
+
+A folder is pruned as it is saved: the activation norms are all that a model is needed for, and
+with norms from before no model is loaded at all. What is not pruned keeps its bytes.
+"""
+
+import os
+import time
+
+import torch
+
+from antidote_fast import backends
+from antidote_fast.checkpoint import check_output_folder, output_folder, write_pruned
+from antidote_fast.errors import UsageError
+from antidote_fast.loading import pick_device
+from antidote_fast.masks import save_masks
+from antidote_fast.pipeline.calibrate import (
+    NORMS_FILE,
+    calibrate_folder,
+    counts_of,
+    inputs_of,
+    load_norms,
+    open_folders,
+)
+from antidote_fast.pipeline.card import write_card
+from antidote_fast.pipeline.config import PruneConfig
+from antidote_fast.pipeline.stage import write_report
+from antidote_fast.prune import check_base, prune_state_
+from antidote_fast.selection import Selection
+from antidote_fast.targets import find_targets, select_keys
+
+MASKS_FILE = "masks.safetensors"
+
+
+def run(config: PruneConfig, *, progress=False) -> dict:
+    """The prune stage: writes a folder like the one it read, with the report and a model card.
+
+    Args:
+        config: what to prune; with ``norms``, or a score that needs no data, no model is loaded.
+        progress: as :func:`antidote_fast.progress.track` takes it.
+
+    Returns:
+        The contents of report.json.
+
+    Raises:
+        DataError, UsageError, NothingPruned, BackendUnavailable: data, a model or an
+            adapter that is refused, a value out of range, no weight that matches the targets, a
+            backend that cannot run; output_dir is untouched then.
+    """
+    return prune_folder(config, progress=progress)[1]
+
+
+def prune_folder(config, *, records=None, norms=None, tokenizer=None, progress=False):
+    """(PruneReport, contents of report.json) of pruning a folder into another."""
+    start = time.perf_counter()
+    check_output_folder(config.output_dir, config.overwrite)
+    device = pick_device(config.device)
+    backend = describe_backend(config.backend, device)
+    base, adapter = open_folders(config)
+    source = adapter or base
+    counts = {}
+    if norms is None and config.norms is not None:
+        norms = load_norms(config.norms)
+    if norms is not None:
+        check_base(norms, base.fingerprint())
+        counts = counts_of(norms)
+    elif config.score == "wanda":
+        norms, counts = calibrate_folder(
+            config, base, adapter, records=records, tokenizer=tokenizer, progress=progress
+        )
+    keys, roles = _weights_to_prune(config, source, norms)
+    weights = {key: tensor.to(device) for key, tensor in source.read(keys).items()}
+    calibrated = time.perf_counter()
+    report = prune_state_(
+        weights,
+        norms,
+        Selection(config.ratio, scope=config.scope),
+        targets=config.targets if norms is not None else None,
+        ignore=config.ignore if norms is not None else (),
+        score=config.score,
+        seed=config.seed,
+        backend=config.backend,
+        return_masks=config.save_masks,
+        **roles,
+    )
+    entries = {"base_fingerprint": base.fingerprint()} if adapter else {}
+    with output_folder(config.output_dir, config.overwrite, **entries) as folder:
+        write_pruned(source, folder, {layer.key: weights[layer.key] for layer in report.layers})
+        seconds = {"calibrate": calibrated - start, "prune": time.perf_counter() - calibrated}
+        contents = finish(folder, config, report, norms, counts, backend, seconds)
+    return report, contents
+
+
+def _weights_to_prune(config, source, norms):
+    """(names of the weights, how those are saved that norms would tell of)."""
+    if norms is not None:
+        return norms.keys, {}
+    if source.is_adapter:
+        return select_keys(source.tensors, config.targets, config.ignore), {}
+    # Which weights are saved transposed only the model's own code knows: build it without memory.
+    import transformers
+
+    trust = config.trust_remote_code
+    settings = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trust)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=trust)
+    found = find_targets(model, config.targets, config.ignore)
+    return [target.key for target in found], {
+        "transposed": [target.key for target in found if target.transposed],
+        "routed": [target.key for target in found if target.routed],
+    }
+
+
+def describe_backend(name, device):
+    """What the report says of the backend; an unknown or unavailable one is refused."""
+    try:
+        module = backends.select(name, device.type)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    asked = f"backend={name}" if name else os.environ.get(backends.ENVIRONMENT) and "environment"
+    return {
+        "backend": module.NAME,
+        "backend_reason": asked or f"first that is available for {device.type} tensors",
+        "backends": {key: why or "available" for key, why in backends.available().items()},
+    }
+
+
+def finish(folder, config, report, norms, counts, backend, seconds):
+    """Norms and masks where asked for, the model card and report.json."""
+    if config.save_norms and norms is not None:
+        norms.save(folder / NORMS_FILE)
+    if config.save_masks:
+        metadata = {"score": report.score, "scope": report.scope, "ratio": str(report.ratio)}
+        save_masks(folder / MASKS_FILE, report.masks, metadata)
+    write_card(folder, config, report, counts)
+    results = {
+        **report.to_dict(),
+        **counts,
+        **backend,
+        "seconds": round(sum(seconds.values()), 3),
+        "stage_seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
+    return write_report(folder, "prune", config, results, inputs=inputs_of(config))
