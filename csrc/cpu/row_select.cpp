@@ -7,7 +7,8 @@
 namespace antidote::cpu {
 namespace {
 
-constexpr int64_t kFew = 40;  // candidates that are ranked one by one instead of counted again
+// Aim for a stretch that holds this many keys on either side of the k-th.
+constexpr double kReach = 0.35 * kFew;
 
 // Keys above `low` number above_low >= k, keys above `high` number above_high < k.
 template <typename Key>
@@ -29,10 +30,13 @@ struct Interval {
   }
 };
 
-// Narrows the interval round the k-th largest key, two thresholds a pass over the row.
-template <typename Key, typename Count>
-void narrow(const Key* keys, int64_t blocks, int64_t k, double center, double reach, Count count,
-            Interval<Key>& interval) {
+// Narrows the interval round the k-th largest key, two thresholds a pass over the row, and leaves
+// the row marked with it: above its high end, and between its ends.
+template <typename Key, typename Mark>
+void narrow(const Key* keys, int64_t blocks, int64_t k, double center, double reach, Mark mark,
+            uint32_t* above, uint32_t* between, Interval<Key>& interval) {
+  Key a = interval.low, b = interval.low;  // what the marks were made with; equal: not at all
+  int64_t counts[2];
   for (int pass = 0; !interval.settled(k); ++pass) {
     double low = center - reach, high = center + reach;
     if (pass > 3 || !(reach > 0)) {  // thirds always arrive
@@ -40,22 +44,25 @@ void narrow(const Key* keys, int64_t blocks, int64_t k, double center, double re
       high = interval.low + interval.width() / 1.5;
     }
     double first = static_cast<double>(interval.low) + 1, last = interval.high - 1.0;
-    Key a = static_cast<Key>(std::min(std::max(std::floor(low), first), last));
-    Key b = static_cast<Key>(std::min(std::max(std::floor(high), static_cast<double>(a)), last));
-    int64_t above[2];
-    count(keys, blocks, a, b, above);
-    interval.learn(a, above[0], k);
-    interval.learn(b, above[1], k);
+    a = static_cast<Key>(std::min(std::max(std::floor(low), first), last));
+    b = static_cast<Key>(std::min(std::max(std::floor(high), static_cast<double>(a)), last));
+    mark(keys, blocks, a, b, above, between, counts);
+    interval.learn(a, counts[0], k);
+    interval.learn(b, counts[1], k);
     // Keys lie about evenly over a stretch this short: aim where the k-th should be.
-    if (above[0] >= k && above[1] < k) {
+    if (counts[0] >= k && counts[1] < k) {
       double density = std::max<double>(interval.candidates(), 1) / interval.width();
       center = interval.low + (interval.above_low - k) / density;
-      reach = std::max(0.3 * kFew / density, 0.5);
+      reach = std::max(kReach / density, 0.5);
     } else {
-      double density = std::max<double>(above[0] - above[1], 1) / std::max(b - a, 1);
-      center = above[1] >= k ? b + (above[1] - k) / density : a - (k - above[0]) / density;
-      reach = std::max(0.5 * kFew / density, 0.25 * std::fabs(center - (above[1] >= k ? b : a)));
+      bool higher = counts[1] >= k;
+      double density = std::max<double>(counts[0] - counts[1], 1) / std::max<int64_t>(b - a, 1);
+      center = higher ? b + (counts[1] - k) / density : a - (k - counts[0]) / density;
+      reach = std::max(kReach / density, 0.25 * std::fabs(center - (higher ? b : a)));
     }
+  }
+  if (a != interval.low || b != interval.high) {
+    mark(keys, blocks, interval.low, interval.high, above, between, counts);
   }
 }
 
@@ -86,6 +93,7 @@ RowSelector::RowSelector(int64_t max_columns, int64_t max_group)
     : keys16_(num_blocks(max_columns) * kBlock),
       keys32_(num_blocks(max_columns) * kBlock),
       between_(num_blocks(max_columns)),
+      hit_blocks_(num_blocks(max_columns)),
       composites_(max_group) {}
 
 int16_t* RowSelector::keys16(const Source& source) {
@@ -116,25 +124,23 @@ void RowSelector::select_last(const Source& source, int64_t k, Guess& guess, uin
     return;
   }
   int16_t* coarse = keys16(source);
+  uint32_t* between = between_.data();
   Interval<int16_t> near = {kMinKey16, kCanonicalNan >> 16, columns, 0};
-  narrow(coarse, blocks, k, guess.center, guess.reach, table.count16, near);
+  narrow(coarse, blocks, k, guess.center, guess.reach, table.mark16, marks, between, near);
   double density = std::max<double>(near.candidates(), 1) / near.width();
   double center = near.low + (near.above_low - k) / density;
   guess.center = static_cast<float>(guess.reach > 0 ? (guess.center + center) / 2 : center);
-  guess.reach = static_cast<float>(std::max(0.5 * kFew / density, 0.5));
-  table.mark16(coarse, blocks, near.low, near.high, marks, between_.data());
+  guess.reach = static_cast<float>(std::max(kReach / density, 0.5));
   int64_t need = k - near.above_high;
   if (near.candidates() == need || near.candidates() <= kFew) {
     return pick(source, need, near.candidates(), marks);
   }
   // Many keys share the high half: go on with whole keys.
-  int32_t* keys = keys32(source);
   Interval<int32_t> exact = {near.low * 65536 + 0xFFFF, near.high * 65536 + 0xFFFF, near.above_low,
                              near.above_high};
-  narrow(keys, blocks, k, 0, 0, table.count32, exact);
-  table.mark32(keys, blocks, exact.low, exact.high, marks, between_.data());
+  narrow(keys32(source), blocks, k, 0, 0, table.mark32, marks, between, exact);
   need = k - exact.above_high;
-  if (exact.width() == 1) return mark_last_bits(between_.data(), blocks, need, marks);  // ties
+  if (exact.width() == 1) return mark_last_bits(between, blocks, need, marks);  // ties
   pick(source, need, exact.candidates(), marks);
 }
 
@@ -145,17 +151,25 @@ void RowSelector::pick(const Source& source, int64_t need, int64_t candidates, u
     for (int64_t b = 0; b < blocks; ++b) marks[b] |= between_[b];
     return;
   }
-  uint64_t few[kFew];
-  int64_t found = 0;
+  // No branch a block: where the candidates are cannot be predicted.
+  int64_t hits = 0;
   for (int64_t b = 0; b < blocks; ++b) {
-    for (uint32_t left = between_[b]; left != 0; left &= left - 1) {
-      int64_t column = b * kBlock + __builtin_ctz(left);
-      few[found++] = composite(key_at(source, column), column);
+    hit_blocks_[hits] = static_cast<int32_t>(b);
+    hits += between_[b] != 0;
+  }
+  int32_t keys[kFew], columns[kFew];
+  int found = 0;
+  for (int64_t h = 0; h < hits; ++h) {
+    int32_t block = hit_blocks_[h];
+    for (uint32_t left = between_[block]; left != 0; left &= left - 1) {
+      columns[found] = block * static_cast<int32_t>(kBlock) + __builtin_ctz(left);
+      keys[found] = key_at(source, columns[found]);
+      ++found;
     }
   }
-  std::nth_element(few, few + (found - need), few + found);
-  for (int64_t i = found - need; i < found; ++i) {
-    int64_t column = static_cast<int64_t>(few[i] & 0xFFFFFFFFu);
+  uint64_t last = rows().last_of_few(keys, found, static_cast<int>(need));
+  for (; last != 0; last &= last - 1) {
+    int32_t column = columns[__builtin_ctzll(last)];
     marks[column / kBlock] |= 1u << (column % kBlock);
   }
 }

@@ -41,6 +41,7 @@ class RowSelector {
   std::vector<int16_t> keys16_;
   std::vector<int32_t> keys32_;
   std::vector<uint32_t> between_;
+  std::vector<int32_t> hit_blocks_;
   std::vector<uint64_t> composites_;
 };
 

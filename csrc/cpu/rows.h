@@ -13,6 +13,7 @@ namespace antidote::cpu {
 
 constexpr int64_t kBlock = 32;
 constexpr int16_t kMinKey16 = INT16_MIN;
+constexpr int64_t kFew = 64;
 
 static inline int64_t num_blocks(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
 
@@ -24,7 +25,8 @@ struct Source {
   const float* laid_out;  // the same (1 for null) in whole blocks, in the order of Rows::norm_half
   int64_t columns;
   DType dtype;
-  bool is_signed;  // fp32 values compared as they are (select_mask); the norms are not used
+  bool is_signed;     // fp32 values compared as they are (select_mask); the norms are not used
+  const void* ahead;  // the row that will be read next, to prefetch; never dereferenced
 };
 
 // The key of one column.
@@ -54,14 +56,15 @@ struct Rows {
   int64_t norm_half;
   void (*keys16)(const Source&, int16_t* keys);  // the high half of each key
   void (*keys32)(const Source&, int32_t* keys);
-  // How many keys of whole blocks are above each of two thresholds.
-  void (*count16)(const int16_t*, int64_t blocks, int16_t low, int16_t high, int64_t counts[2]);
-  void (*count32)(const int32_t*, int64_t blocks, int32_t low, int32_t high, int64_t counts[2]);
-  // above: key > high; between: low < key <= high.
+  // above: key > high; between: low < key <= high; counts: how many keys of whole blocks are above
+  // low, and above high.
   void (*mark16)(const int16_t*, int64_t blocks, int16_t low, int16_t high, uint32_t* above,
-                 uint32_t* between);
+                 uint32_t* between, int64_t counts[2]);
   void (*mark32)(const int32_t*, int64_t blocks, int32_t low, int32_t high, uint32_t* above,
-                 uint32_t* between);
+                 uint32_t* between, int64_t counts[2]);
+  // Which of up to kFew keys are the last `need` in the order (key, position): bit i = keys[i].
+  // Whole blocks are read; what lies past `count` does not matter.
+  uint64_t (*last_of_few)(const int32_t* keys, int count, int need);
   // Marked elements become +0, or the bits of base.
   void (*remove)(const uint32_t* marks, int64_t columns, DType dtype, void* weight,
                  const void* base);

@@ -209,8 +209,8 @@ void typed_add_squares(const void* const* rows, int64_t num_rows, int64_t column
 
 }  // namespace
 
-const Rows kRowsAvx2 = {"avx2",  8,      keys16, keys32, count16,
-                        count32, mark16, mark32, remove, add_squares};
+const Rows kRowsAvx2 = {"avx2", 8,           keys16, keys32,     mark16,
+                        mark32, last_of_few, remove, add_squares};
 
 }  // namespace antidote::cpu
 

@@ -203,8 +203,8 @@ void typed_add_squares(const void* const* rows, int64_t num_rows, int64_t column
 
 }  // namespace
 
-const Rows kRowsAvx512 = {"avx512", 16,     keys16, keys32, count16,
-                          count32,  mark16, mark32, remove, add_squares};
+const Rows kRowsAvx512 = {"avx512", 16,          keys16, keys32,     mark16,
+                          mark32,   last_of_few, remove, add_squares};
 
 }  // namespace antidote::cpu
 

@@ -17,21 +17,9 @@ void keys16(const Source& source, int16_t* keys) { fill_keys(source, keys, kMinK
 void keys32(const Source& source, int32_t* keys) { fill_keys(source, keys, kMinKey, 0); }
 
 template <typename Key>
-void count(const Key* keys, int64_t blocks, Key low, Key high, int64_t counts[2]) {
+void mark(const Key* keys, int64_t blocks, Key low, Key high, uint32_t* above, uint32_t* between,
+          int64_t counts[2]) {
   counts[0] = counts[1] = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    int32_t above_low = 0, above_high = 0;
-    for (int64_t c = 0; c < kBlock; ++c) {
-      above_low += keys[b * kBlock + c] > low;
-      above_high += keys[b * kBlock + c] > high;
-    }
-    counts[0] += above_low;
-    counts[1] += above_high;
-  }
-}
-
-template <typename Key>
-void mark(const Key* keys, int64_t blocks, Key low, Key high, uint32_t* above, uint32_t* between) {
   for (int64_t b = 0; b < blocks; ++b) {
     uint32_t above_low = 0, above_high = 0;
     for (int64_t c = 0; c < kBlock; ++c) {
@@ -40,7 +28,19 @@ void mark(const Key* keys, int64_t blocks, Key low, Key high, uint32_t* above, u
     }
     above[b] = above_high;
     between[b] = above_low & ~above_high;
+    counts[0] += __builtin_popcount(above_low);
+    counts[1] += __builtin_popcount(above_high);
   }
+}
+
+uint64_t last_of_few(const int32_t* keys, int count, int need) {
+  uint64_t last = 0;
+  for (int i = 0; i < count; ++i) {
+    int behind = 0;  // the greater ones, and the equal ones further on
+    for (int j = 0; j < count; ++j) behind += keys[j] > keys[i] || (keys[j] == keys[i] && j > i);
+    last |= static_cast<uint64_t>(behind < need) << i;
+  }
+  return last;
 }
 
 template <typename Item>
@@ -70,8 +70,7 @@ void add_squares(const void* const* rows, int64_t num_rows, int64_t columns, DTy
 
 }  // namespace
 
-const Rows kRowsPlain = {
-    "plain",       0,      keys16,     keys32, count<int16_t>, count<int32_t>, mark<int16_t>,
-    mark<int32_t>, remove, add_squares};
+const Rows kRowsPlain = {"plain",       0,           keys16, keys32,     mark<int16_t>,
+                         mark<int32_t>, last_of_few, remove, add_squares};
 
 }  // namespace antidote::cpu

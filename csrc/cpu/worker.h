@@ -80,13 +80,11 @@ struct Worker {
     const char* base = static_cast<const char*>(m.base);
     const float* norm = preserve ? m.preserve_norm : m.act_norm;
     LaidOutNorm& layout = preserve ? preserve_norm : act_norm;
-    return {static_cast<const char*>(m.weight) + row * m.weight_stride * size,
-            delta ? base + row * m.base_stride * size : nullptr,
-            norm,
-            is_signed ? nullptr : layout.get(norm, m.columns, m.dtype),
-            m.columns,
-            m.dtype,
-            is_signed};
+    const char* weight = static_cast<const char*>(m.weight) + row * m.weight_stride * size;
+    return {weight,    delta ? base + row * m.base_stride * size : nullptr,
+            norm,      is_signed ? nullptr : layout.get(norm, m.columns, m.dtype),
+            m.columns, m.dtype,
+            is_signed, row + 1 < m.rows ? weight + m.weight_stride * size : weight};
   }
 
   RowSelector selector;
