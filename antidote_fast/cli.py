@@ -99,7 +99,12 @@ def entry_point():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has what it wanted, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def main(argv=None) -> int:
@@ -118,6 +123,8 @@ def main(argv=None) -> int:
     try:
         with _interrupts(), _hushed(debug):
             return _dispatch(argv, quiet)
+    except BrokenPipeError:
+        return FAILED
     except (KeyboardInterrupt, Exception) as error:
         if debug:
             traceback.print_exc()

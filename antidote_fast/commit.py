@@ -171,6 +171,7 @@ def output_folder(path, overwrite=False, **manifest_entries):
                     staged.mkdir()
                     yield staged
                     _write_manifest(staged, manifest_entries)
+                    _usual_modes(staged)
                     _sync_tree(staged)
                     _put_in_place(staged, path)
                     _sync(path.parent)
@@ -230,6 +231,14 @@ def _write_manifest(folder, entries):
     }
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _usual_modes(folder):
+    """Files get the modes that the umask gives; safetensors writes its own for the owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for path in (*_listing(folder).values(), folder / MANIFEST):
+        if not path.is_symlink():
+            path.chmod(mode)
 
 
 def _sync(path):

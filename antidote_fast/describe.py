@@ -21,7 +21,7 @@ def environment() -> dict:
     named = os.environ.get("CXX", "").split()[:1]
     compiler = next(filter(None, map(shutil.which, [*named, "c++", "g++", "clang++"])), None)
     return {
-        "versions": versions(),
+        "versions": {name: found or "not installed" for name, found in versions().items()},
         "cpu extension": missing or f"built; {cpu.isa()} kernels in use",
         "C++ compiler": compiler
         or "none found; install one and pip install again for the cpu backend",
@@ -181,8 +181,7 @@ def _lines(found, indent=""):
             yield f"{indent}{name}:"
             yield from _lines(value, indent + "  ")
         else:
-            shown = "not installed" if value is None and indent else value
-            yield f"{indent}{name:<{min(width, 60)}}  {shown}"
+            yield f"{indent}{name:<{min(width, 60)}}  {'-' if value is None else value}"
 
 
 def _nests(value):
