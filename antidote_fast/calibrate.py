@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from antidote_fast.collector import AGGREGATIONS, NormCollector
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.fingerprint import fingerprint_model
+from antidote_fast.progress import track
 from antidote_fast.targets import find_targets
 
 FORMAT = "antidote_fast.norms"
@@ -111,7 +112,7 @@ class ActivationNorms:
             targets, ignore: as :func:`antidote_fast.targets.find_targets`.
             response_only: count only tokens whose label (unshifted) is not -100.
             aggregation: ``"rms"`` or ``"mean"``.
-            progress: show a progress bar.
+            progress: as :func:`antidote_fast.progress.track` takes it.
             fingerprint: of the base model; computed where not given.
             backend: as in :mod:`antidote_fast.ops`.
 
@@ -133,7 +134,7 @@ class ActivationNorms:
             _EvalMode(model),
             torch.no_grad(),
         ):
-            for number, batch in enumerate(_with_progress(batches, progress)):
+            for number, batch in enumerate(track(batches, "calibrate", progress)):
                 _run_batch(model, collector, _on_device(batch, device, number), options)
             return collector.norms(fingerprint=fingerprint)
 
@@ -164,6 +165,9 @@ class ActivationNorms:
         if set(self.sq_sum) != set(other.sq_sum):
             only = sorted(set(self.sq_sum) ^ set(other.sq_sum))
             raise DataError(f"norms cannot be merged: only one of them has {only[0]!r}")
+        for key, value in self.sq_sum.items():
+            if value.shape != other.sq_sum[key].shape:
+                raise DataError(f"norms cannot be merged: {key} differs in length")
         sums = [_added(getattr(self, name), getattr(other, name)) for name in _SUMS]
         return ActivationNorms(
             sums[0],
@@ -294,14 +298,6 @@ def _forward_options(model):
     accepted = inspect.signature(inner.forward).parameters
     options = {"use_cache": False, "logits_to_keep": 1}
     return {name: value for name, value in options.items() if name in accepted}
-
-
-def _with_progress(batches, progress):
-    if not progress:
-        return batches
-    from tqdm import tqdm
-
-    return tqdm(batches, desc="calibrate", unit="batch", disable=None)
 
 
 def _on_device(batch, device, number):

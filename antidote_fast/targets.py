@@ -214,7 +214,7 @@ def _is_qkv(name):
 
 
 def _is_routed(name):
-    return re.search(r"(^|\.)experts\.\d+\.", name) is not None
+    return re.search(r"(^|\.)experts\.\d+(\.|$)", name) is not None
 
 
 def _names_of_key(key):
