@@ -47,13 +47,14 @@ def write_card(folder, config, report, counts):
 
 def _earlier(path):
     """The entries worth keeping of the card that came with the folder, if it can be read."""
+    import yaml
     from huggingface_hub import ModelCard
 
     if not path.exists():
         return {}
     try:
         values = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (ValueError, TypeError, OSError):
+    except (ValueError, TypeError, OSError, yaml.YAMLError):
         return {}
     values = values.to_dict()
     return {name: values[name] for name in _KEPT if values.get(name)}
