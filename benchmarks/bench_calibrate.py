@@ -1,0 +1,190 @@
+"""What collecting norms costs over the bare forward, on a model of SmolLM2-135M's shape.
+
+Bare and collected runs alternate, over the same batches with the same options (eval mode, no
+gradients, no cache, logits of one position). Norms are checked against a float64 oracle first; no
+time is printed otherwise. Random weights: the cost does not depend on them.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from antidote_fast import ActivationNorms, find_targets
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def build(dtype, lora, layers):
+    """SmolLM2-135M's configuration with random weights; with LoRA r = 32 on q/k/v where asked."""
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if lora:
+        adapter = peft.LoraConfig(r=32, target_modules=["q_proj", "k_proj", "v_proj"])
+        model = peft.get_peft_model(model, adapter, autocast_adapter_dtype=False)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".lora_B." in name:
+                    parameter.normal_(std=0.02)
+    return model.eval()
+
+
+def make_batches(count, size, length):
+    """Left-padded batches: a quarter of the sequences is a quarter shorter."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 49152, (count, size, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[:, : size // 4, : length // 4] = 0
+    return [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
+
+
+def bare(model, batches):
+    """The forwards alone."""
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch, use_cache=False, logits_to_keep=1)
+
+
+def check(model, batches, targets):
+    """The collected norms equal float64 sums of each module's own input, within 1e-6."""
+    norms = ActivationNorms.collect(model, batches, targets=targets)
+    sums = {}
+    mask = None
+
+    def hook(key):
+        def add(module, args):
+            x = torch.where(mask[..., None], args[0].double(), 0.0)
+            sums[key] = sums.get(key, 0) + x.square().sum(dim=(0, 1))
+
+        return add
+
+    handles = [
+        t.module.register_forward_pre_hook(hook(t.key)) for t in find_targets(model, targets)
+    ]
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        bare(model, [batch])
+    for handle in handles:
+        handle.remove()
+    for key, value in norms.sq_sum.items():
+        torch.testing.assert_close(value.double(), sums[key], rtol=1e-6, atol=0)
+    return len(sums)
+
+
+def seconds(function):
+    """Wall-clock time of a call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def run(case, arguments):
+    """Measure one case; returns its row."""
+    name, lora, targets, dtype = case
+    model = build(DTYPES[dtype], lora, arguments.layers)
+    batches = make_batches(arguments.batches, arguments.batch_size, arguments.length)
+    weights = check(model, batches[:1], targets)
+
+    def collected():
+        ActivationNorms.collect(model, batches, targets=targets)
+
+    bare(model, batches)
+    pairs = [
+        (seconds(lambda: bare(model, batches)), seconds(collected)) for _ in range(arguments.rounds)
+    ]
+    ratios = sorted(after / before for before, after in pairs)
+    return {
+        "case": name,
+        "dtype": dtype,
+        "weights": weights,
+        "layers": arguments.layers,
+        "batches": arguments.batches,
+        "batch_size": arguments.batch_size,
+        "length": arguments.length,
+        "rounds": arguments.rounds,
+        "bare_s": statistics.median(before for before, _ in pairs),
+        "collected_s": statistics.median(after for _, after in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_p20": ratios[len(ratios) // 5],
+        "ratio_p80": ratios[-1 - len(ratios) // 5],
+    }
+
+
+def cpu_name():
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main(argv=None):
+    """Print a table; with --save also write the rows to benchmarks/results/."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batches", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--save", action="store_true")
+    arguments = parser.parse_args(argv)
+    import peft
+    import transformers
+
+    rows = []
+    for dtype in arguments.dtypes:
+        for name, lora, targets in (
+            ("lora q/k/v", True, None),
+            ("full q/k/v", False, None),
+            ("full all-linear", False, "all-linear"),
+        ):
+            row = run((name, lora, targets, dtype), arguments)
+            rows.append(row)
+            print(
+                f"{name:16} {dtype:9} {row['weights']:4} weights  bare {row['bare_s']:.3f} s  "
+                f"collected {row['collected_s']:.3f} s  ratio {row['ratio']:.3f} "
+                f"({row['ratio_p20']:.3f} to {row['ratio_p80']:.3f})",
+                flush=True,
+            )
+    if arguments.save:
+        record = {
+            "benchmark": "calibrate",
+            "device": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "date": time.strftime("%Y-%m-%d"),
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "peft": peft.__version__,
+                "python": platform.python_version(),
+            },
+            "rows": rows,
+        }
+        path = RESULTS / f"calibrate-{time.strftime('%Y%m%d')}.json"
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
