@@ -203,10 +203,17 @@ def summary(report, output_dir) -> str:
         )
     elif report.get("stage") == "calibrate":
         what = f"norms over {report['num_sequences']} sequences, {report['num_tokens']} tokens"
+    elif report.get("training"):
+        training = report["training"]
+        what = (
+            f"{report['stage']}: {training['steps']} steps, loss {training['first_loss']:.3f} to "
+            f"{training['last_loss']:.3f}"
+        )
     else:
         metrics = report.get("metrics")
         numbers = metrics if isinstance(metrics, dict) else {}
-        what = ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, (int, float)))
+        pairs = ((name.replace("_", " "), value) for name, value in numbers.items())
+        what = ", ".join(f"{k} {v:.1f}" for k, v in pairs if isinstance(v, (int, float)))
     return f"{what or report.get('stage', 'done')}{took}: {output_dir}"
 
 

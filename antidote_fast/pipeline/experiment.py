@@ -8,7 +8,7 @@ from pathlib import Path
 
 from antidote_fast.commit import sha256_file, verify_folder
 from antidote_fast.errors import DataError, UsageError
-from antidote_fast.pipeline.config import SECTIONS, ExperimentConfig
+from antidote_fast.pipeline.config import SECTIONS, EvaluateConfig, ExperimentConfig
 from antidote_fast.pipeline.flags import from_values
 from antidote_fast.pipeline.stage import REPORT, read_report, write_report
 from antidote_fast.progress import track
@@ -135,14 +135,14 @@ def _check_data(stages):
     """Read every data set once before hours are spent on the first stage."""
     from antidote_fast.pipeline.data import load_records
 
-    names = {
-        getattr(stage, field.name)
+    splits = {
+        (getattr(stage, field.name), "test" if isinstance(stage, EvaluateConfig) else "train")
         for stage in stages
         for field in dataclasses.fields(stage)
         if field.name == "dataset" or field.name.endswith("_dataset")
     }
-    for name in sorted(name for name in names if name is not None):
-        load_records(name)
+    for name, split in sorted(pair for pair in splits if pair[0] is not None):
+        load_records(name, split=split)
 
 
 def _is_done(folder, stage) -> bool:
