@@ -98,12 +98,15 @@ def find_targets(model, targets=None, ignore=()) -> list[Target]:
     candidates = _lora_targets(model, adapter) if adapter else _linear_targets(model)
     found = []
     hits = dict.fromkeys(wanted or (), False)
-    for target, names, classes in candidates:
+    for target, names, problem in candidates:
+        classes = _classes(target.module)
         matched = [p for p in wanted or () if _matches(p, names, classes)]
         hits.update(dict.fromkeys(matched, True))
         default = adapter is not None or _is_qkv(names[0])
         take = default if wanted is None else bool(matched)
         if take and not any(_matches(p, names, classes) for p in unwanted):
+            if problem:
+                raise DataError(problem)
             found.append(target)
     if wanted is not None:
         _check_hits(model, targets, hits)
@@ -233,7 +236,7 @@ def _is_conv1d(module):
 
 
 def _linear_targets(model):
-    """(Target, names, class names) of every linear layer but the output layer."""
+    """(Target, names, None) of every linear layer but the output layer."""
     outside = _embedding_weights(model)
     for name, module in model.named_modules():
         if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
@@ -243,7 +246,7 @@ def _linear_targets(model):
         target = Target(
             f"{name}.weight", module, module.weight, _is_conv1d(module), module, _is_routed(name)
         )
-        yield target, [name], _classes(module)
+        yield target, [name], None
 
 
 def _classes(module):
@@ -259,12 +262,12 @@ def _embedding_weights(model):
 
 
 def _lora_targets(model, adapter):
-    """(Target, names, class names) of every LoRA A and B of the adapter."""
+    """(Target, names, why it cannot be pruned or None) of every LoRA A and B of the adapter."""
     for name, module in model.named_modules():
         factors = getattr(module, "lora_A", None)
         if not isinstance(factors, nn.ModuleDict) or adapter not in factors:
             continue
-        _check_lora_layer(name, module, adapter)
+        problem = _lora_problem(name, module, adapter)
         saved = name if name.startswith(_PEFT_PREFIX) else _PEFT_PREFIX + name
         first, second = factors[adapter], module.lora_B[adapter]
         routed = _is_routed(name)
@@ -275,22 +278,25 @@ def _lora_targets(model, adapter):
         ):
             key = f"{saved}.{factor}.weight"
             target = Target(key, linear, linear.weight, False, source, routed, before)
-            yield target, _names_of_key(key), _classes(linear)
+            yield target, _names_of_key(key), problem
 
 
-def _check_lora_layer(name, module, adapter):
+def _lora_problem(name, module, adapter):
+    """Why a LoRA layer cannot be pruned; None where it can."""
     if getattr(module, "merged", False):
-        raise DataError(f"{name}: the adapter is merged into the base; unmerge it first")
+        return f"{name}: the adapter is merged into the base; unmerge it first"
     if getattr(module, "disable_adapters", False):
-        raise DataError(f"{name}: the adapter is disabled; enable it first")
+        return f"{name}: the adapter is disabled; enable it first"
     linears = (module.lora_A[adapter], module.lora_B[adapter])
-    if not all(isinstance(linear, nn.Linear) for linear in linears):
-        raise DataError(
-            f"{name}: LoRA on a {type(module.get_base_layer()).__name__} is not understood"
-        )
+    # PEFT adapts a bare parameter (fused experts) by changing it: no input flows into its factors.
+    parameter = getattr(module, "parameter_name", None)
+    if parameter is not None or not all(isinstance(linear, nn.Linear) for linear in linears):
+        what = type(module.get_base_layer()).__name__ + (f".{parameter}" if parameter else "")
+        return f"{name}: LoRA on {what} is not understood; leave it out with ignore"
     variant = getattr(module, "lora_variant", {}).get(adapter)
     if variant is not None and type(variant).__name__ != "DoraLinearVariant":
-        raise DataError(f"{name}: LoRA variant {type(variant).__name__} is not understood")
+        return f"{name}: LoRA variant {type(variant).__name__} is not understood"
+    return None
 
 
 def _active_adapter(model):

@@ -286,8 +286,23 @@ def test_lora_on_what_is_not_linear():
             self.conv = nn.Conv1d(3, 3, 1)
 
     model = peft.get_peft_model(Convolution(), peft.LoraConfig(target_modules=["conv"]))
-    with pytest.raises(DataError, match="conv: LoRA on a Conv1d"):
+    with pytest.raises(DataError, match="conv: LoRA on Conv1d"):
         find_targets(model)
+
+
+def test_lora_on_fused_experts():
+    model = tiny.add_lora(
+        tiny.build("qwen3_moe"),
+        lora_dropout=0.0,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.down_proj"],
+    )
+    with pytest.raises(DataError, match="target_parameters"):
+        find_targets(model)
+    model.peft_config["default"].target_parameters = None  # as PEFT's own conversion leaves it
+    with pytest.raises(DataError, match=r"experts: LoRA on Qwen3MoeExperts\.down_proj"):
+        find_targets(model)
+    assert len(find_targets(model, None, ["re:.*experts"])) == 4
 
 
 def test_quantised_base():
