@@ -1,0 +1,74 @@
+"""What README.md shows runs as printed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from antidote_fast.cli import PLAIN, STAGES
+from antidote_fast.pipeline import flags
+from antidote_fast.pipeline.config import SECTIONS, ExperimentConfig, PruneConfig
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_library_example_runs_as_printed():
+    [example] = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", example],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{7 / 64}\n"  # 0.1 of 64 columns is 7 a row (num_pruned)
+    assert len(example.splitlines()) == 5
+
+
+def test_the_two_commands_come_first():
+    lines = [line.split("#")[0].strip() for line in README.splitlines()[1:] if line.strip()]
+    assert lines[:2] == ["make demo", "make test"]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"demo", "test", "style", "bench", "sanitize"} <= set(targets)
+
+
+def test_the_command_line_example_is_well_formed():
+    [line] = re.findall(r"^    antidote-fast prune (.*)$", README, re.MULTILINE)
+    config, _ = flags.from_words(PruneConfig, shlex.split(line), "prune")
+    assert (config.adapter, config.ratio) == ("ADAPTER", 0.1)
+
+
+def test_every_command_is_in_the_table():
+    named = re.findall(r"^\| `([a-z]+)` \| ", README, re.MULTILINE)
+    assert named == [*STAGES, *PLAIN]
+
+
+def test_the_yaml_of_a_run_is_well_formed():
+    [text] = blocks("yaml")
+    config = flags.from_values(ExperimentConfig, yaml.safe_load(text), "run")
+    for name, config_class in SECTIONS.items():
+        places = {"model_name_or_path": "x", "output_dir": "y"}
+        flags.from_values(config_class, places | getattr(config, name), name)
+
+
+@pytest.mark.parametrize("folder", ["antidote_fast", "csrc", "setup.py"])
+def test_no_environment_variable_is_left_out(folder):
+    paths = [ROOT / folder] if folder.endswith(".py") else (ROOT / folder).rglob("*.[chp]*")
+    sources = [p for p in paths if p.suffix in (".py", ".h", ".cpp", ".inc")]
+    named = set()
+    for path in sources:
+        named |= set(re.findall(r"\"(ANTIDOTE_[A-Z_]+)\"", path.read_text(encoding="utf-8")))
+    assert sources
+    for name in named:
+        assert f"`{name}" in README
