@@ -16,7 +16,7 @@ MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, to
 def tensor(name, value, dtypes):
     """A plain, strided, materialised tensor of one of ``dtypes``."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}={value!r:.80}: must be a torch.Tensor")
+        raise TypeError(f"{name}={_show(value)}: must be a torch.Tensor")
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         hint = "; pass .to_local()" if hasattr(value, "to_local") else ""
         raise TypeError(f"{name} is a {type(value).__name__}: must be a plain torch.Tensor{hint}")
@@ -115,7 +115,7 @@ def activation(x, token_mask, sq_sum):
 
 
 def writable(name, value):
-    """No leaf that requires grad, nor a view of one, while grad is recorded (as torch's own ops)."""
+    """No leaf that requires grad, nor a view of one, while grad is recorded; as in torch."""
     if not torch.is_grad_enabled() or not value.requires_grad:
         return
     source = value._base if value._is_view() else value
@@ -135,7 +135,7 @@ def mark_written(*tensors):
 def selection(value, *, one_weight):
     """A Selection; of row or tensor scope where there is one weight."""
     if not isinstance(value, Selection):
-        raise TypeError(f"selection={value!r:.80}: must be a Selection")
+        raise TypeError(f"selection={_show(value)}: must be a Selection")
     if one_weight and value.scope == "global":
         raise ValueError("selection.scope='global': must be row or tensor here; use prune_many_")
 
@@ -143,7 +143,7 @@ def selection(value, *, one_weight):
 def mask(value, weight):
     """A PackedMask of the weight's shape, on its device."""
     if not isinstance(value, PackedMask):
-        raise TypeError(f"mask={value!r:.80}: must be a PackedMask")
+        raise TypeError(f"mask={_show(value)}: must be a PackedMask")
     if value.shape != tuple(weight.shape):
         raise ValueError(f"mask.shape={value.shape}: must be {tuple(weight.shape)}, as the weight")
     tensor("mask.bits", value.bits, (torch.uint8,))
@@ -153,13 +153,13 @@ def mask(value, weight):
 def aligned_lists(weights, **optional):
     """The lists of a many-call, each of the length of ``weights``; None becomes a list of None."""
     if not isinstance(weights, (list, tuple)):
-        raise TypeError(f"weights={weights!r:.80}: must be a list of tensors")
+        raise TypeError(f"weights={_show(weights)}: must be a list of tensors")
     lists = [list(weights)]
     for name, values in optional.items():
         if values is None:
             values = [None] * len(weights)
         if not isinstance(values, (list, tuple)):
-            raise TypeError(f"{name}={values!r:.80}: must be a list, or None")
+            raise TypeError(f"{name}={_show(values)}: must be a list, or None")
         if len(values) != len(weights):
             raise ValueError(f"len({name})={len(values)}: must be {len(weights)}, as weights")
         lists.append(list(values))
@@ -238,6 +238,13 @@ def _row_intervals(value):
     for n, s in zip(value.shape[:-1], value.stride()[:-1], strict=True):
         offsets = (offsets[:, None] + np.arange(n, dtype=np.int64) * s).reshape(-1)
     return value.data_ptr() + np.sort(offsets) * size, value.shape[-1] * size
+
+
+def _show(value):
+    """A value in a few words, on one line."""
+    if isinstance(value, torch.Tensor):
+        return f"a {_names([value.dtype])} tensor of shape {tuple(value.shape)}"
+    return " ".join(repr(value).split())[:80]
 
 
 def _names(dtypes):

@@ -3,6 +3,8 @@
 The extension takes addresses, sizes and strides; this module turns tensors into them.
 """
 
+import os
+
 import torch
 
 from antidote_fast.selection import num_pruned
@@ -13,6 +15,8 @@ except ImportError as error:
     _cpu, _missing = None, str(error)
 
 NAME = "cpu"
+ENVIRONMENT = "ANTIDOTE_CPU_ISA"
+ISAS = () if _cpu is None else tuple(_cpu.isas())  # what this machine runs, the fastest first
 DEVICE_TYPES = ("cpu",)
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SCOPE_CODES = {"row": 0, "tensor": 1, "global": 2}
@@ -26,13 +30,23 @@ def unavailable():
 
 
 def isa():
-    """The instruction set in use, avx512, avx2 or plain; ``ANTIDOTE_CPU_ISA`` forces a lower one."""
-    return _cpu.isa()
+    """The instruction set in use: the fastest, or the lower one that ``ANTIDOTE_CPU_ISA`` names."""
+    return ISAS[_isa()]
+
+
+def _isa():
+    wanted = os.environ.get(ENVIRONMENT)
+    if not wanted:
+        return 0
+    if wanted not in ISAS:
+        raise ValueError(f"{ENVIRONMENT}={wanted!r}: must be one of {', '.join(ISAS)} on this CPU")
+    return ISAS.index(wanted)
 
 
 def accumulate_sq_norm_(sq_sum, x, token_mask):
     """As ``reference.accumulate_sq_norm_``."""
     _cpu.accumulate_sq_norm(
+        _isa(),
         sq_sum.data_ptr(),
         x.data_ptr(),
         DTYPE_CODES[x.dtype],
@@ -48,7 +62,7 @@ def score(weight, act_norm, base_weight):
     """As ``reference.score``."""
     out = torch.empty(weight.shape, dtype=torch.float32)
     row = _row(weight, act_norm, base_weight)
-    _cpu.score(row, base_weight is not None, out.data_ptr(), torch.get_num_threads())
+    _cpu.score(_isa(), row, base_weight is not None, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -84,12 +98,14 @@ def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write,
 
 def apply_mask_(weight, bits, base_weight):
     """As ``reference.apply_mask_``."""
-    _cpu.apply_mask(_row(weight, None, base_weight, bits=bits), torch.get_num_threads())
+    row = _row(weight, None, base_weight, bits=bits)
+    _cpu.apply_mask(_isa(), row, torch.get_num_threads())
 
 
 def _select(rows, selection, *, is_signed, write):
     removed, group = selection.n_m or (0, 0)
     _cpu.select(
+        _isa(),
         rows,
         SCOPE_CODES[selection.scope],
         selection.largest,

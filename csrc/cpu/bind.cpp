@@ -24,6 +24,9 @@ T* pointer(int64_t address) {
   return reinterpret_cast<T*>(static_cast<intptr_t>(address));
 }
 
+// The isa is an index into isas().
+const cpu::Rows& table(int isa) { return *cpu::supported_rows().at(isa); }
+
 cpu::Matrix matrix(const Row& r) {
   return {pointer<void>(r[0]),
           r[1],
@@ -40,26 +43,29 @@ cpu::Matrix matrix(const Row& r) {
           r[12]};
 }
 
-void select_rows(const std::vector<Row>& rows, int scope, bool largest, bool score_delta,
+void select_rows(int isa, const std::vector<Row>& rows, int scope, bool largest, bool score_delta,
                  bool is_signed, bool write, int64_t removed, int64_t group, int threads) {
   std::vector<cpu::Matrix> matrices;
   for (const Row& row : rows) matrices.push_back(matrix(row));
-  cpu::select(matrices,
+  cpu::select(table(isa), matrices,
               {static_cast<Scope>(scope), largest, score_delta, is_signed, write, removed, group},
               threads);
 }
 
-void score(const Row& row, bool delta, int64_t out, int threads) {
-  cpu::score(matrix(row), delta, pointer<float>(out), threads);
+void score(int isa, const Row& row, bool delta, int64_t out, int threads) {
+  cpu::score(table(isa), matrix(row), delta, pointer<float>(out), threads);
 }
 
-void apply_mask(const Row& row, int threads) { cpu::apply_mask(matrix(row), threads); }
+void apply_mask(int isa, const Row& row, int threads) {
+  cpu::apply_mask(table(isa), matrix(row), threads);
+}
 
-void accumulate_sq_norm(int64_t sq_sum, int64_t x, int dtype, int64_t columns,
+void accumulate_sq_norm(int isa, int64_t sq_sum, int64_t x, int dtype, int64_t columns,
                         const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                         int64_t token_mask, int threads) {
-  cpu::accumulate_sq_norm(pointer<float>(sq_sum), pointer<const void>(x), static_cast<DType>(dtype),
-                          columns, sizes, strides, pointer<const uint8_t>(token_mask), threads);
+  cpu::accumulate_sq_norm(table(isa), pointer<float>(sq_sum), pointer<const void>(x),
+                          static_cast<DType>(dtype), columns, sizes, strides,
+                          pointer<const uint8_t>(token_mask), threads);
 }
 
 }  // namespace
@@ -67,7 +73,11 @@ void accumulate_sq_norm(int64_t sq_sum, int64_t x, int dtype, int64_t columns,
 PYBIND11_MODULE(_cpu, module) {
   using Release = py::call_guard<py::gil_scoped_release>;
   module.doc() = "CPU kernels of antidote_fast; called by antidote_fast.backends.cpu alone";
-  module.def("isa", [] { return cpu::rows().name; });
+  module.def("isas", [] {
+    std::vector<const char*> names;
+    for (const cpu::Rows* rows : cpu::supported_rows()) names.push_back(rows->name);
+    return names;
+  });
   module.def("select", &select_rows, Release());
   module.def("score", &score, Release());
   module.def("apply_mask", &apply_mask, Release());

@@ -171,8 +171,8 @@ void Cuts::mark(Worker& worker, const std::vector<Matrix>& matrices, int64_t mat
     Source source = worker.source(m, row, delta_, signed_, preserve_);
     uint32_t* equal = worker.selector.spare_marks();
     int64_t counts[2];
-    rows().mark32(worker.selector.keys32(source), blocks, cut.key - 1, cut.key, marks, equal,
-                  counts);
+    worker.selector.rows().mark32(worker.selector.keys32(source), blocks, cut.key - 1, cut.key,
+                                  marks, equal, counts);
     bool later = matrix > cut.tie_matrix || (matrix == cut.tie_matrix && row > cut.tie_row);
     bool same = matrix == cut.tie_matrix && row == cut.tie_row;
     mark_last_bits(equal, blocks, later ? m.columns : same ? cut.ties_in_row : 0, marks);

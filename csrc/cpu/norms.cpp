@@ -34,9 +34,10 @@ struct Shape {
 
 }  // namespace
 
-void accumulate_sq_norm(float* sq_sum, const void* x, DType dtype, int64_t columns,
-                        const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                        const uint8_t* token_mask, int threads) {
+void accumulate_sq_norm(const Rows& rows, float* sq_sum, const void* x, DType dtype,
+                        int64_t columns, const std::vector<int64_t>& sizes,
+                        const std::vector<int64_t>& strides, const uint8_t* token_mask,
+                        int threads) {
   Shape shape{sizes, strides};
   int64_t num_rows = shape.rows();
   if (num_rows == 0 || columns == 0) return;
@@ -65,11 +66,11 @@ void accumulate_sq_norm(float* sq_sum, const void* x, DType dtype, int64_t colum
       if (token_mask != nullptr && !token_mask[r]) continue;
       group[grouped++] = static_cast<const char*>(x) + (shape.offset(r) + first) * size;
       if (grouped == kRowsAtOnce) {
-        rows().add_squares(group, grouped, width, dtype, sums);
+        rows.add_squares(group, grouped, width, dtype, sums);
         grouped = 0;
       }
     }
-    if (grouped) rows().add_squares(group, grouped, width, dtype, sums);
+    if (grouped) rows.add_squares(group, grouped, width, dtype, sums);
     if (row_blocks == 1) {
       for (int64_t c = 0; c < width; ++c) {
         sq_sum[first + c] = static_cast<float>(sq_sum[first + c] + sums[c]);

@@ -12,7 +12,8 @@ namespace antidote::cpu {
 namespace {
 
 // What was selected less what is protected, to the mask and to the weight.
-void finish(const Matrix& m, int64_t row, const Plan& plan, const uint32_t* marks) {
+void finish(const Rows& rows, const Matrix& m, int64_t row, const Plan& plan,
+            const uint32_t* marks) {
   if (m.bits != nullptr) {
     int64_t bytes = (m.columns + 7) / 8;
     memcpy(m.bits + row * bytes, marks, bytes);  // little-endian words
@@ -20,9 +21,9 @@ void finish(const Matrix& m, int64_t row, const Plan& plan, const uint32_t* mark
   if (!plan.write) return;
   int64_t size = item_size(m.dtype);
   const char* base = static_cast<const char*>(m.base);
-  rows().remove(marks, m.columns, m.dtype,
-                static_cast<char*>(m.weight) + row * m.weight_stride * size,
-                base == nullptr ? nullptr : base + row * m.base_stride * size);
+  rows.remove(marks, m.columns, m.dtype,
+              static_cast<char*>(m.weight) + row * m.weight_stride * size,
+              base == nullptr ? nullptr : base + row * m.base_stride * size);
 }
 
 void drop(std::vector<uint32_t>& marks, const std::vector<uint32_t>& kept, int64_t blocks) {
@@ -43,15 +44,15 @@ void select_row(Worker& w, const Matrix& m, int64_t row, const Plan& plan) {
     w.selector.select(protect, m.preserve_k, true, w.preserve_guess, w.kept.data());
     drop(w.marks, w.kept, num_blocks(m.columns));
   }
-  finish(m, row, plan, marks);
+  finish(w.selector.rows(), m, row, plan, marks);
 }
 
 }  // namespace
 
-void select(const std::vector<Matrix>& matrices, const Plan& plan, int threads) {
+void select(const Rows& rows, const std::vector<Matrix>& matrices, const Plan& plan, int threads) {
   std::vector<Item> items = cut_into_items(matrices);
   threads = useful_threads(items, threads);
-  std::vector<Worker> workers(threads, Worker(max_columns(matrices), plan.group));
+  std::vector<Worker> workers(threads, Worker(rows, max_columns(matrices), plan.group));
   if (plan.scope == Scope::kRow) {
     parallel_for(items.size(), threads, [&](int thread, int64_t i) {
       const Item& item = items[i];
@@ -73,7 +74,7 @@ void select(const std::vector<Matrix>& matrices, const Plan& plan, int threads) 
         kept.mark(w, matrices, item.matrix, r, w.kept.data());
         drop(w.marks, w.kept, num_blocks(m.columns));
       }
-      finish(m, r, plan, w.marks.data());
+      finish(rows, m, r, plan, w.marks.data());
     }
   });
   for (size_t m = 0; m < matrices.size(); ++m) {
@@ -83,11 +84,11 @@ void select(const std::vector<Matrix>& matrices, const Plan& plan, int threads) 
   }
 }
 
-void score(const Matrix& matrix, bool delta, float* out, int threads) {
+void score(const Rows& rows, const Matrix& matrix, bool delta, float* out, int threads) {
   std::vector<Matrix> one = {matrix};
   std::vector<Item> items = cut_into_items(one);
   threads = useful_threads(items, threads);
-  std::vector<Worker> workers(threads, Worker(matrix.columns, 0));
+  std::vector<Worker> workers(threads, Worker(rows, matrix.columns, 0));
   parallel_for(items.size(), threads, [&](int thread, int64_t i) {
     Worker& w = workers[thread];
     for (int64_t r = items[i].begin; r < items[i].end; ++r) {
@@ -97,11 +98,11 @@ void score(const Matrix& matrix, bool delta, float* out, int threads) {
   });
 }
 
-void apply_mask(const Matrix& matrix, int threads) {
+void apply_mask(const Rows& rows, const Matrix& matrix, int threads) {
   std::vector<Matrix> one = {matrix};
   std::vector<Item> items = cut_into_items(one);
   threads = useful_threads(items, threads);
-  std::vector<Worker> workers(threads, Worker(matrix.columns, 0));
+  std::vector<Worker> workers(threads, Worker(rows, matrix.columns, 0));
   Plan plan{};
   plan.write = true;
   Matrix unmasked = matrix;
@@ -114,7 +115,7 @@ void apply_mask(const Matrix& matrix, int threads) {
       marks[num_blocks(matrix.columns) - 1] = 0;
       memcpy(marks.data(), matrix.bits + r * bytes, bytes);
       marks[num_blocks(matrix.columns) - 1] &= tail;  // pad bits name no weight
-      finish(unmasked, r, plan, marks.data());
+      finish(rows, unmasked, r, plan, marks.data());
     }
   });
 }

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "selection.h"
+#include "rows.h"
 
 namespace antidote::cpu {
 
@@ -34,14 +34,15 @@ struct Plan {
   int64_t removed, group;  // n_m; group 0: none
 };
 
-void select(const std::vector<Matrix>& matrices, const Plan& plan, int threads);
-void score(const Matrix& matrix, bool delta, float* out, int threads);
-void apply_mask(const Matrix& matrix, int threads);
+void select(const Rows& rows, const std::vector<Matrix>& matrices, const Plan& plan, int threads);
+void score(const Rows& rows, const Matrix& matrix, bool delta, float* out, int threads);
+void apply_mask(const Rows& rows, const Matrix& matrix, int threads);
 
 // x has `dims` leading dimensions of these sizes and strides (elements) before its unit-stride
 // rows.
-void accumulate_sq_norm(float* sq_sum, const void* x, DType dtype, int64_t columns,
-                        const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                        const uint8_t* token_mask, int threads);
+void accumulate_sq_norm(const Rows& rows, float* sq_sum, const void* x, DType dtype,
+                        int64_t columns, const std::vector<int64_t>& sizes,
+                        const std::vector<int64_t>& strides, const uint8_t* token_mask,
+                        int threads);
 
 }  // namespace antidote::cpu

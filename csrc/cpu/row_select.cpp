@@ -89,20 +89,21 @@ void mark_last_bits(const uint32_t* from, int64_t blocks, int64_t count, uint32_
   }
 }
 
-RowSelector::RowSelector(int64_t max_columns, int64_t max_group)
-    : keys16_(num_blocks(max_columns) * kBlock),
+RowSelector::RowSelector(const Rows& rows, int64_t max_columns, int64_t max_group)
+    : rows_(rows),
+      keys16_(num_blocks(max_columns) * kBlock),
       keys32_(num_blocks(max_columns) * kBlock),
       between_(num_blocks(max_columns)),
       hit_blocks_(num_blocks(max_columns)),
       composites_(max_group) {}
 
 int16_t* RowSelector::keys16(const Source& source) {
-  rows().keys16(source, keys16_.data());
+  rows_.keys16(source, keys16_.data());
   return keys16_.data();
 }
 
 int32_t* RowSelector::keys32(const Source& source) {
-  rows().keys32(source, keys32_.data());
+  rows_.keys32(source, keys32_.data());
   return keys32_.data();
 }
 
@@ -116,7 +117,6 @@ void RowSelector::select(const Source& source, int64_t k, bool largest, Guess& g
 }
 
 void RowSelector::select_last(const Source& source, int64_t k, Guess& guess, uint32_t* marks) {
-  const Rows& table = rows();
   int64_t columns = source.columns, blocks = num_blocks(columns);
   if (k <= 0 || k >= columns) {
     std::fill(marks, marks + blocks, 0u);
@@ -126,7 +126,7 @@ void RowSelector::select_last(const Source& source, int64_t k, Guess& guess, uin
   int16_t* coarse = keys16(source);
   uint32_t* between = between_.data();
   Interval<int16_t> near = {kMinKey16, kCanonicalNan >> 16, columns, 0};
-  narrow(coarse, blocks, k, guess.center, guess.reach, table.mark16, marks, between, near);
+  narrow(coarse, blocks, k, guess.center, guess.reach, rows_.mark16, marks, between, near);
   double density = std::max<double>(near.candidates(), 1) / near.width();
   double center = near.low + (near.above_low - k) / density;
   guess.center = static_cast<float>(guess.reach > 0 ? (guess.center + center) / 2 : center);
@@ -138,7 +138,7 @@ void RowSelector::select_last(const Source& source, int64_t k, Guess& guess, uin
   // Many keys share the high half: go on with whole keys.
   Interval<int32_t> exact = {near.low * 65536 + 0xFFFF, near.high * 65536 + 0xFFFF, near.above_low,
                              near.above_high};
-  narrow(keys32(source), blocks, k, 0, 0, table.mark32, marks, between, exact);
+  narrow(keys32(source), blocks, k, 0, 0, rows_.mark32, marks, between, exact);
   need = k - exact.above_high;
   if (exact.width() == 1) return mark_last_bits(between, blocks, need, marks);  // ties
   pick(source, need, exact.candidates(), marks);
@@ -167,7 +167,7 @@ void RowSelector::pick(const Source& source, int64_t need, int64_t candidates, u
       ++found;
     }
   }
-  uint64_t last = rows().last_of_few(keys, found, static_cast<int>(need));
+  uint64_t last = rows_.last_of_few(keys, found, static_cast<int>(need));
   for (; last != 0; last &= last - 1) {
     int32_t column = columns[__builtin_ctzll(last)];
     marks[column / kBlock] |= 1u << (column % kBlock);

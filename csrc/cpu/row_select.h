@@ -18,7 +18,7 @@ struct Guess {
 // One thread's memory for rows of up to `max_columns`, groups of up to `max_group`.
 class RowSelector {
  public:
-  RowSelector(int64_t max_columns, int64_t max_group);
+  RowSelector(const Rows& rows, int64_t max_columns, int64_t max_group);
 
   // Marks the last k (largest) or the first k columns in the order (key, column).
   void select(const Source& source, int64_t k, bool largest, Guess& guess, uint32_t* marks);
@@ -30,6 +30,7 @@ class RowSelector {
 
   int32_t* keys32(const Source& source);  // this row's keys, whole blocks
   int16_t* keys16(const Source& source);
+  const Rows& rows() const { return rows_; }
   uint32_t* spare_marks() { return between_.data(); }
 
  private:
@@ -38,6 +39,7 @@ class RowSelector {
   void mark_group(const int32_t* keys, int64_t begin, int64_t size, int64_t count, bool largest,
                   uint32_t* marks);
 
+  const Rows& rows_;
   std::vector<int16_t> keys16_;
   std::vector<int32_t> keys32_;
   std::vector<uint32_t> between_;

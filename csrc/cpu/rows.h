@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "selection.h"
 
@@ -80,7 +81,7 @@ extern const Rows kRowsAvx2;
 extern const Rows kRowsAvx512;
 #endif
 
-// The best table this machine runs, or the lower one that ANTIDOTE_CPU_ISA names.
-const Rows& rows();
+// The tables that this machine can run, the fastest first.
+std::vector<const Rows*> supported_rows();
 
 }  // namespace antidote::cpu

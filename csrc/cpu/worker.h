@@ -44,11 +44,12 @@ inline int useful_threads(const std::vector<Item>& items, int threads) {
 // A norm in the order that the row kernels load it, kept while the next item has the same one.
 class LaidOutNorm {
  public:
-  explicit LaidOutNorm(int64_t max_columns) : values_(num_blocks(max_columns) * kBlock) {}
+  LaidOutNorm(int64_t half, int64_t max_columns)
+      : bf16_half_(half), values_(num_blocks(max_columns) * kBlock) {}
 
   const float* get(const float* norm, int64_t columns, DType dtype) {
     if (norm == norm_ && columns == columns_ && dtype == dtype_) return values_.data();
-    int64_t half = dtype == DType::kBf16 ? rows().norm_half : 0;
+    int64_t half = dtype == DType::kBf16 ? bf16_half_ : 0;
     int64_t whole = num_blocks(columns) * kBlock;
     for (int64_t c = 0; c < whole; ++c) {
       int64_t in_run = half ? c % (2 * half) : 0;
@@ -60,6 +61,7 @@ class LaidOutNorm {
   }
 
  private:
+  int64_t bf16_half_;
   std::vector<float> values_;
   const float* norm_ = nullptr;
   int64_t columns_ = -1;
@@ -67,10 +69,10 @@ class LaidOutNorm {
 };
 
 struct Worker {
-  Worker(int64_t columns, int64_t group)
-      : selector(columns, group),
-        act_norm(columns),
-        preserve_norm(columns),
+  Worker(const Rows& rows, int64_t columns, int64_t group)
+      : selector(rows, columns, group),
+        act_norm(rows.norm_half, columns),
+        preserve_norm(rows.norm_half, columns),
         marks(num_blocks(columns)),
         kept(num_blocks(columns)) {}
 
