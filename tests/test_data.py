@@ -133,6 +133,8 @@ def test_paths_that_are_no_files(tmp_path):
         load_records(str(tmp_path / "none.jsonl"))
     with pytest.raises(DataError, match="no such file"):
         load_records("none")
+    with pytest.raises(DataError, match="no such file"):
+        load_records("x" * 10_000)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="not a regular file"):
         load_records(str(tmp_path / "pipe"))
@@ -265,6 +267,7 @@ def test_real_loading_of_beavertails(tmp_path, no_probe, monkeypatch):
         load_records(f"{name}:train")
     with pytest.raises(UsageError, match="role must be one of safe"):
         load_records(f"{name}:harmless")
+    assert load_records("pku-alignment/beavertails:safe") == load_records(f"{name}:safe")
 
 
 def test_real_loading_of_the_tasks(tmp_path, no_probe, monkeypatch):

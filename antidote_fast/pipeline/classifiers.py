@@ -188,7 +188,7 @@ class ClassifierJudge:
         values = {"{prompt}": prompt, "{answer}": answer}
         return "".join(values.get(part, part) for part in parts)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def probabilities(
         self, prompts: Sequence[str] | None, answers: Sequence[str], *, progress=False
     ) -> torch.Tensor:
@@ -316,7 +316,7 @@ class WinRateJudge:
         model, tokenizer = _load("AutoModelForCausalLM", path, device, dtype)
         return cls(model, tokenizer, **{"name": path, **options})
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _preference(self, prompt: str, a: str, b: str) -> float:
         parts = re.split(r"(\{prompt\}|\{a\}|\{b\})", self.PROMPT)
         values = {"{prompt}": prompt, "{a}": a, "{b}": b}

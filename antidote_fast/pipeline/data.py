@@ -1,5 +1,6 @@
 """Records, prompts, token batches: the same code in training, calibration and evaluation."""
 
+import os
 import random
 import re
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 from antidote_fast.errors import DataError, UsageError
-from antidote_fast.pipeline.hub import HUB_SOURCES, load_hub_rows, resolve_hub
+from antidote_fast.pipeline.hub import find_source, load_hub_rows, resolve_hub
 from antidote_fast.pipeline.sources import (
     BEAVERTAILS_ROLES,
     Record,
@@ -48,13 +49,11 @@ ALPACA_WITHOUT_INPUT = (
 def _split_role(name: str) -> tuple[str, str | None]:
     base, colon, role = name.rpartition(":")
     roles = {"train", "test", *BEAVERTAILS_ROLES}
-    if colon and base and not Path(name).exists():
+    if colon and base and not os.path.exists(name):
         if role in roles:
             return base, role
-        if base in HUB_SOURCES:
-            raise UsageError(
-                f"dataset={name}: role must be one of {', '.join(HUB_SOURCES[base].roles)}"
-            )
+        if known := find_source(base):
+            raise UsageError(f"dataset={name}: role must be one of {', '.join(known.roles)}")
     return name, None
 
 
@@ -62,13 +61,13 @@ def _looks_like_hub_name(name: str) -> bool:
     part = r"[A-Za-z0-9][\w.-]*"
     if Path(name).suffix.lower() in (".json", ".jsonl", ".csv", ".txt", ".parquet", ".gz", ".yaml"):
         return False
-    return name in HUB_SOURCES or re.fullmatch(f"{part}/{part}", name) is not None
+    return find_source(name) is not None or re.fullmatch(f"{part}/{part}", name) is not None
 
 
 def local_file(name_or_path: str) -> str | None:
     """The file that a data set's name means, without its role; None for a hub name."""
     name, _ = _split_role(str(name_or_path))
-    return name if Path(name).exists() or not _looks_like_hub_name(name) else None
+    return name if os.path.exists(name) or not _looks_like_hub_name(name) else None
 
 
 def load_records(

@@ -63,7 +63,7 @@ def _forward(model, outputs, batch):
     return dict(outputs)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embedding_drift(model, reference, batches: Sequence[dict], *, progress=False) -> dict:
     """L2 distance of attention outputs between a fine-tuned model and the aligned one.
 

@@ -59,7 +59,7 @@ def check_length(positions: int | None, longest: int, max_new_tokens: int) -> No
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model,
     tokenizer,

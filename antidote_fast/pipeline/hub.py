@@ -48,6 +48,11 @@ HUB_SOURCES = {
 }
 
 
+def find_source(name: str) -> HubSource | None:
+    """The known source of a name, however it is capitalised; the hub does not mind either."""
+    return next((s for key, s in HUB_SOURCES.items() if key.casefold() == name.casefold()), None)
+
+
 def _probe_hub(path: str) -> None:
     """Fail within seconds where the hub cannot be reached; `datasets` would retry for 25 s."""
     from huggingface_hub import HfApi, constants
@@ -105,7 +110,7 @@ def resolve_hub(name: str, role: str | None, split: str) -> tuple[HubSource, str
         UsageError: a role that the data set does not have.
         DataError: a data set without a test split asked for it; BeaverTails without a role.
     """
-    source = HUB_SOURCES.get(name) or HubSource(name, "train", "test")
+    source = find_source(name) or HubSource(name, "train", "test")
     if role is not None and role not in source.roles:
         raise UsageError(f"dataset={name}:{role}: role must be one of {', '.join(source.roles)}")
     if source is _BEAVERTAILS_SOURCE:

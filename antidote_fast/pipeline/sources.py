@@ -5,6 +5,7 @@ local file with a hub data set's own columns reads exactly as the hub data set d
 """
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -223,11 +224,12 @@ def _parse(text: str, where: str):
 
 
 def _read_text(path: Path) -> str:
-    if path.is_dir():
+    # os.path and not Path: a name too long for the system is no file either, and no exception.
+    if os.path.isdir(path):
         raise DataError(f"{path}: is a directory; give a JSON or JSONL file")
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
-    if not path.is_file():
+    if not os.path.exists(path):
+        raise DataError(f"{str(path)[:300]}: no such file")
+    if not os.path.isfile(path):
         raise DataError(f"{path}: not a regular file")
     try:
         data = path.read_bytes()
