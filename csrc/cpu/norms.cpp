@@ -47,7 +47,7 @@ void accumulate_sq_norm(const Rows& rows, float* sq_sum, const void* x, DType dt
   row_blocks = std::max<int64_t>(row_blocks, 1);
   int64_t rows_per_block = (num_rows + row_blocks - 1) / row_blocks;
   int64_t items = row_blocks * tiles;
-  if (num_rows * columns < (1 << 15)) threads = 1;
+  if (num_rows * columns < (1 << 18)) threads = 1;  // some 30 us: not worth waking others
 
   threads = static_cast<int>(std::min<int64_t>(std::max(threads, 1), items));
   std::vector<double> partial(row_blocks > 1 ? row_blocks * columns : 0);
