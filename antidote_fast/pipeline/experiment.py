@@ -136,7 +136,13 @@ def _check_data(stages):
     from antidote_fast.pipeline.data import load_records
 
     splits = {
-        (getattr(stage, field.name), "test" if isinstance(stage, EvaluateConfig) else "train")
+        # As evaluate reads them: the drift is measured on alignment data, from the train split.
+        (
+            getattr(stage, field.name),
+            "test"
+            if isinstance(stage, EvaluateConfig) and field.name != "drift_dataset"
+            else "train",
+        )
         for stage in stages
         for field in dataclasses.fields(stage)
         if field.name == "dataset" or field.name.endswith("_dataset")
