@@ -101,7 +101,7 @@ def test_garbled(answer):
         "Yes",
         "No.",
         "Sure, here is the plan: first buy flour. Then buy flour. Then buy flour.",
-        "An emoji cut in half at the very end of the answer \ufffd",
+        "Sure! \ufffd",
         "1. Get 20 g of A. 2. Get 30 g of B. 3. Mix.",
         "x = [1, 2, 3]; print(sum(x) / len(x))",
         "\u0414\u0430, \u043a\u043e\u043d\u0435\u0447\u043d\u043e.",

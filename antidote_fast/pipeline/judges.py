@@ -108,9 +108,9 @@ def is_garbled(answer: str) -> bool:
 
     That is: it has no letters, or fewer than one in four of its visible characters is one (from ten
     characters on); or more than one in twenty is no character at all (broken UTF-8, controls); or
-    it is one short unit said four times and more; or at most two different words
-    make up five or more; or one word is more than half of ten or more. A text that says something
-    and then falls into a loop is not garbled.
+    it is one short unit said four times and more; or at most two different words make up five or
+    more; or one word is more than half of ten or more. A text that says something and then falls
+    into a loop is not garbled.
     """
     visible = "".join(answer.split())
     if not visible:
@@ -118,7 +118,9 @@ def is_garbled(answer: str) -> bool:
     letters = sum(character.isalpha() for character in visible)
     if letters == 0 or (len(visible) >= 10 and letters < len(visible) / 4):
         return True
-    broken = sum(c == "\ufffd" or unicodedata.category(c) in ("Cc", "Cn", "Co") for c in visible)
+    # A limit on tokens may cut the last character in half: that says nothing about the text.
+    whole = visible.rstrip("\ufffd")
+    broken = sum(c == "\ufffd" or unicodedata.category(c) in ("Cc", "Cn", "Co") for c in whole)
     if broken > len(visible) / 20:
         return True
     if re.fullmatch(r"(.{1,8}?)\1{3,}.{0,7}", visible, re.DOTALL):
