@@ -42,7 +42,7 @@ sanitize: $(MARK)-test
 		$(PY) -c 'import sys, pytest; sys.path.insert(0, "$(SANITIZED)"); \
 			import antidote_fast._cpu as built; assert built.__file__.startswith("$(SANITIZED)"); \
 			sys.exit(pytest.main(sys.argv[1:]))' \
-		-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q -m table \
+		-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q -n 2 -m table \
 		$(addprefix $(CURDIR)/,$(shell grep -l 'mark\.table' tests/test_*.py))
 
 bench: $(MARK)-test
