@@ -10,7 +10,8 @@ from antidote_fast.masks import PackedMask
 from antidote_fast.selection import Selection
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
+MASK_DTYPES = (torch.bool, *(getattr(torch, name) for name in _INTEGERS))
 
 
 def tensor(name, value, dtypes):

@@ -92,7 +92,7 @@ void mark_last_bits(const uint32_t* from, int64_t blocks, int64_t count, uint32_
 RowSelector::RowSelector(const Rows& rows, int64_t max_columns, int64_t max_group)
     : rows_(rows),
       keys16_(num_blocks(max_columns) * kBlock),
-      keys32_(num_blocks(max_columns) * kBlock),
+      keys32_(std::max(num_blocks(max_columns) * kBlock, kFew)),
       between_(num_blocks(max_columns)),
       hit_blocks_(num_blocks(max_columns)),
       composites_(max_group) {}
@@ -121,6 +121,13 @@ void RowSelector::select_last(const Source& source, int64_t k, Guess& guess, uin
   if (k <= 0 || k >= columns) {
     std::fill(marks, marks + blocks, 0u);
     if (k > 0) mark_all(columns, marks);
+    return;
+  }
+  if (columns <= kFew) {  // LoRA B: as wide as its rank
+    uint64_t last =
+        rows_.last_of_few(keys32(source), static_cast<int>(columns), static_cast<int>(k));
+    marks[0] = static_cast<uint32_t>(last);
+    if (blocks > 1) marks[1] = static_cast<uint32_t>(last >> 32);
     return;
   }
   int16_t* coarse = keys16(source);
