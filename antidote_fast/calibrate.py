@@ -6,6 +6,7 @@ root of the mean square (``aggregation="rms"``), its text the mean of per-sequen
 (``"mean"``).
 """
 
+import contextlib
 import inspect
 import json
 import os
@@ -125,13 +126,13 @@ class ActivationNorms:
         found = find_targets(model, targets, ignore)
         if fingerprint is None:
             fingerprint = fingerprint_model(model)
-        options = _forward_options(model)
         device = next(model.parameters()).device
         with (
             NormCollector(
                 found, aggregation=aggregation, response_only=response_only, backend=backend
             ) as collector,
             _EvalMode(model),
+            lean_forward(model) as options,
             torch.no_grad(),
         ):
             for number, batch in enumerate(track(batches, "calibrate", progress)):
@@ -292,12 +293,28 @@ def _added(mine, theirs):
     return {key: (mine[key].double() + theirs[key].double()).float() for key in mine}
 
 
-def _forward_options(model):
-    """No cache, and logits of one position only: the norms need neither."""
+@contextlib.contextmanager
+def lean_forward(model):
+    """Keyword arguments for forwards that need hidden states alone: no cache, one logit.
+
+    Inside the block the output layer gets its input contiguous: the slice of one position is not,
+    and torch then multiplies sequence by sequence where the weight is frozen (1.2 s more a batch of
+    8 for SmolLM2-135M's output layer in bf16, one Xeon core).
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = inspect.signature(inner.forward).parameters
     options = {"use_cache": False, "logits_to_keep": 1}
-    return {name: value for name, value in options.items() if name in accepted}
+    options = {name: value for name, value in options.items() if name in accepted}
+    get = getattr(inner, "get_output_embeddings", None)
+    output = get() if get is not None and "logits_to_keep" in options else None
+    if output is None:
+        yield options
+        return
+    handle = output.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield options
+    finally:
+        handle.remove()
 
 
 def _on_device(batch, device, number):

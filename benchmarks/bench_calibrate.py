@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from antidote_fast import ActivationNorms, find_targets
+from antidote_fast.calibrate import lean_forward
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -57,10 +58,10 @@ def make_batches(count, size, length):
 
 
 def bare(model, batches):
-    """The forwards alone."""
-    with torch.no_grad():
+    """The forwards alone, with the options that collecting uses."""
+    with lean_forward(model) as options, torch.no_grad():
         for batch in batches:
-            model(**batch, use_cache=False, logits_to_keep=1)
+            model(**batch, **options)
 
 
 def check(model, batches, targets):

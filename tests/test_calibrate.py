@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from antidote_fast import ops
+from antidote_fast import backends
 from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.collector import NormCollector
 from antidote_fast.errors import AntidoteError, DataError, UsageError
@@ -145,8 +145,9 @@ def test_only_the_active_adapter():
 )
 def test_a_shared_input_is_reduced_once(make, calls, monkeypatch):
     made = []
-    real = ops.accumulate_sq_norm_
-    monkeypatch.setattr(ops, "accumulate_sq_norm_", lambda *a, **k: made.append(1) or real(*a, **k))
+    module = backends.select(None, "cpu")
+    real = module.accumulate_sq_norm_
+    monkeypatch.setattr(module, "accumulate_sq_norm_", lambda *a: made.append(1) or real(*a))
     ActivationNorms.collect(make(), tiny.batches(count=1), targets="all-linear")
     assert len(made) == 2 * calls
 
@@ -187,6 +188,7 @@ def test_modes_caches_hooks_and_gradients_are_as_before():
     first = ActivationNorms.collect(model, tiny.batches())
     assert seen == [(False, False, False)] * 3
     handle.remove()
+    assert not inner.get_output_embeddings()._forward_pre_hooks
     assert modes == [m.training for m in model.modules()]
     assert hooks == sum(len(m._forward_pre_hooks) for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
@@ -202,7 +204,7 @@ def test_an_exception_leaves_no_hook(error, monkeypatch):
     def fail(*args, **kwargs):
         raise error("stop")
 
-    monkeypatch.setattr(ops, "accumulate_sq_norm_", fail)
+    monkeypatch.setattr(backends.select(None, "cpu"), "accumulate_sq_norm_", fail)
     with pytest.raises(error, match="stop"):
         ActivationNorms.collect(model, tiny.batches())
     assert model.training
@@ -433,6 +435,16 @@ def test_out_of_memory_halves_the_batch():
         )
     with pytest.raises(AntidoteError, match="out of memory at one sequence"):
         ActivationNorms.collect(Crowded(model, 0), batches)
+
+
+def test_inputs_that_cannot_be_summed():
+    layer = nn.Linear(4, 4).double()
+    with NormCollector([target_of(layer)]) as collector:
+        collector.start({"input_ids": torch.zeros(1, 2, dtype=torch.int64)})
+        with pytest.raises(DataError, match=r"w: got torch\.float64"):
+            layer(torch.ones(1, 2, 4, dtype=torch.float64))
+        with pytest.raises(DataError, match="w: got 3 channels, the weight takes 4"):
+            layer(torch.ones(1, 2, 3))
 
 
 def test_progress_bar(capsys):
