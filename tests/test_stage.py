@@ -1,0 +1,76 @@
+"""report.json: what was read, with which versions, and values that JSON can hold."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import antidote_fast
+from antidote_fast.commit import output_folder
+from antidote_fast.pipeline import stage
+from antidote_fast.pipeline.config import PruneConfig
+
+CONFIG = PruneConfig(model_name_or_path="m", output_dir="o", dataset="d", seed=3)
+
+
+def sha(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_inputs_are_hashed_by_what_they_are(tmp_path, monkeypatch):
+    (tmp_path / "data.jsonl").write_text("rows")
+    (tmp_path / "model" / "nested").mkdir(parents=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "large").write_text("0123456789")
+    monkeypatch.setattr(stage, "_MAX_HASHED_BYTES", 9)
+    with output_folder(tmp_path / "ours") as folder:
+        (folder / "weights").write_text("0123456789")
+    found = stage.hash_inputs(
+        [None, "hub/name", *(str(tmp_path / name) for name in ("data.jsonl", "model", "ours"))]
+    )
+    assert found == {
+        f"{tmp_path}/data.jsonl": sha("rows"),
+        f"{tmp_path}/model/config.json": sha("{}"),
+        f"{tmp_path}/model/large": "10 bytes, not hashed",
+        f"{tmp_path}/ours/weights": sha("0123456789"),  # from its COMPLETE.json, at any size
+    }
+
+
+def test_a_report_is_written_and_read_back(tmp_path):
+    results = {"loss": torch.tensor(0.5), "count": np.int64(3), "where": Path("a/b")}
+    report = stage.write_report(tmp_path, "prune", CONFIG, results)
+    read = stage.read_report(tmp_path)
+    assert (read["loss"], read["count"], read["where"]) == (0.5, 3, "a/b")
+    assert read["config"]["ratio"] == CONFIG.ratio
+    assert (read["schema_version"], read["stage"], read["seed"]) == (1, "prune", 3)
+    assert read["versions"]["torch"] == torch.__version__
+    assert read["peak_memory_bytes"] > 10 << 20
+    assert report.keys() == read.keys()
+
+
+@pytest.mark.parametrize("value", [float("nan"), object()])
+def test_what_json_cannot_hold_is_a_mistake(value, tmp_path):
+    with pytest.raises((TypeError, ValueError)):
+        stage.write_report(tmp_path, "prune", CONFIG, {"value": value})
+    assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"schema_version": 2}'])
+def test_a_report_of_another_kind_is_none(text, tmp_path):
+    if text is not None:
+        (tmp_path / "report.json").write_text(text)
+    assert stage.read_report(tmp_path) is None
+
+
+def test_versions_of_a_checkout_and_of_what_is_missing(monkeypatch):
+    def missing(name):
+        raise stage.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(stage.importlib.metadata, "version", missing)
+    found = stage.versions()
+    assert found["antidote-fast"] == antidote_fast.__version__
+    assert found["torch"] is None
+    json.dumps(found)
