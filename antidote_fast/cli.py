@@ -176,7 +176,7 @@ def _run_stage(name, words, quiet):
         print(flags.help_text(stage.config, f"{PROG} {name}", stage.example), end="")
         return
     config, notices = flags.from_words(stage.config, words, name)
-    for notice in notices:
+    for notice in () if quiet else notices:
         print(f"{PROG}: {notice}", file=sys.stderr)
     module, function = stage.run.split(":")
     run = getattr(importlib.import_module(module), function)

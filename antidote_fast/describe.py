@@ -22,7 +22,7 @@ def environment() -> dict:
     compiler = next(filter(None, map(shutil.which, [*named, "c++", "g++", "clang++"])), None)
     return {
         "versions": {name: found or "not installed" for name, found in versions().items()},
-        "cpu extension": missing or f"built; {cpu.isa()} kernels in use",
+        "cpu extension": missing or f"built; {_kernels(cpu)}",
         "C++ compiler": compiler
         or "none found; install one and pip install again for the cpu backend",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
@@ -30,6 +30,13 @@ def environment() -> dict:
         "backends": {name: why or "available" for name, why in backends.available().items()},
         "environment": {name: os.environ.get(name, "not set") for name in _ENVIRONMENT},
     }
+
+
+def _kernels(cpu):
+    try:
+        return f"{cpu.isa()} kernels in use"
+    except ValueError as error:  # of the environment variable
+        return str(error)
 
 
 def env_command(argv):

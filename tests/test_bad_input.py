@@ -212,6 +212,18 @@ def test_a_backend_that_is_not_there(work, capsys, monkeypatch):
     refused(words(backend="cpu"), 2, "backend='cpu': the extension is not built", capsys)
 
 
+@pytest.mark.parametrize("command", ["calibrate", "prune"])
+@pytest.mark.parametrize("name", ["ANTIDOTE_BACKEND", "ANTIDOTE_CPU_ISA"])
+def test_a_wrong_environment_variable(command, name, work, capsys, monkeypatch):
+    from antidote_fast import backends
+
+    if name == "ANTIDOTE_CPU_ISA" and backends.load("cpu")[1] is not None:
+        pytest.skip("the extension is not built")
+    monkeypatch.setenv(name, "gpu")
+    refused(words(command), 2, f"{name}='gpu': must be one of", capsys)
+    assert cli.main(["env"]) == 0  # which tells what is wrong
+
+
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
@@ -256,6 +268,16 @@ def test_a_base_that_lacks_a_tensor(work, origin, capsys):
     folder = copy(origin, "base", work / "lacks")
     edit(folder / "model.safetensors", lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
     refused(words(model_name_or_path="lacks"), 3, "lacks 1 tensors that the model needs", capsys)
+
+
+@pytest.mark.parametrize("score", ["wanda", "magnitude"])
+def test_a_model_that_transformers_does_not_know(score, work, origin, capsys):
+    folder = copy(origin, "base", work / "foreign")
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "no_such_model"
+    (folder / "config.json").write_text(json.dumps(config))
+    argv = words(model_name_or_path="foreign", adapter=None, score=score)
+    refused(argv, 3, "foreign: cannot be loaded: ", capsys)
 
 
 def test_remote_code_is_refused(work, origin, capsys):

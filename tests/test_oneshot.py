@@ -225,6 +225,20 @@ def test_report_and_card(folders, tmp_path):
     assert str(folders.base) not in card
 
 
+def test_the_report_tells_why_a_backend_ran(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("ANTIDOTE_BACKEND", "reference")
+    run(folders, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["backend"], report["backend_reason"]) == (
+        "reference",
+        "ANTIDOTE_BACKEND=reference",
+    )
+    monkeypatch.delenv("ANTIDOTE_BACKEND")
+    run(folders, tmp_path / "out2")
+    report = json.loads((tmp_path / "out2" / "report.json").read_text())
+    assert report["backend_reason"] == "first that is available for cpu tensors"
+
+
 def test_the_licence_of_an_earlier_card_is_kept(folders, tmp_path):
     source = tmp_path / "adapter"
     tiny.save_adapter(tiny.add_lora(tiny.build()), source)

@@ -1,8 +1,10 @@
 """The calibrate stage, and what calibration and pruning share: folders, data, norms."""
 
+import os
 import time
 from pathlib import Path
 
+from antidote_fast import backends
 from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.checkpoint import (
     check_adapter,
@@ -16,6 +18,7 @@ from antidote_fast.checkpoint import (
     resolve_folder,
 )
 from antidote_fast.errors import DataError, UsageError
+from antidote_fast.loading import pick_device
 from antidote_fast.pipeline.config import CalibrateConfig
 from antidote_fast.pipeline.data import load_records, local_file, make_batches
 from antidote_fast.pipeline.stage import write_report
@@ -39,11 +42,12 @@ def run(config: CalibrateConfig, *, progress=False) -> dict:
     """
     start = time.perf_counter()
     check_output_folder(config.output_dir, config.overwrite)
+    backend = describe_backend(None, pick_device(config.device))
     base, adapter = open_folders(config)
     norms, counts = calibrate_folder(config, base, adapter, progress=progress)
     with output_folder(config.output_dir, config.overwrite) as folder:
         norms.save(folder / NORMS_FILE)
-        results = {"seconds": round(time.perf_counter() - start, 3), **counts}
+        results = {"seconds": round(time.perf_counter() - start, 3), **counts, **backend}
         return write_report(folder, "calibrate", config, results, inputs=inputs_of(config))
 
 
@@ -135,6 +139,23 @@ def load_norms(path):
     """Norms from a file, or from the folder that calibrate wrote."""
     path = Path(path)
     return ActivationNorms.load(path / NORMS_FILE if path.is_dir() else path)
+
+
+def describe_backend(name, device):
+    """What the report says of the backend; an unknown or unavailable one is refused."""
+    try:
+        module = backends.select(name, device.type)
+        kernels = {"cpu_isa": module.isa()} if module.NAME == "cpu" else {}
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    wish = os.environ.get(backends.ENVIRONMENT)
+    asked = f"backend={name}" if name else wish and f"{backends.ENVIRONMENT}={wish}"
+    return {
+        "backend": module.NAME,
+        **kernels,
+        "backend_reason": asked or f"first that is available for {device.type} tensors",
+        "backends": {key: why or "available" for key, why in backends.available().items()},
+    }
 
 
 def counts_of(norms):

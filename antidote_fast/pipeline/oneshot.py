@@ -7,10 +7,16 @@ import time
 from antidote_fast.checkpoint import check_output_folder, load_adapter, output_folder
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.fingerprint import fingerprint_model
-from antidote_fast.pipeline.calibrate import collect, counts_of, load_data, load_norms
+from antidote_fast.pipeline.calibrate import (
+    collect,
+    counts_of,
+    describe_backend,
+    load_data,
+    load_norms,
+)
 from antidote_fast.pipeline.config import PruneConfig
 from antidote_fast.pipeline.data import Record
-from antidote_fast.pipeline.prune import describe_backend, finish, prune_folder
+from antidote_fast.pipeline.prune import finish, prune_folder
 from antidote_fast.pipeline.sources import rows_to_records
 from antidote_fast.prune import PruneReport, prune_model_
 from antidote_fast.selection import Selection

@@ -4,20 +4,19 @@ A folder is pruned as it is saved: the activation norms are all that a model is 
 with norms from before no model is loaded at all. What is not pruned keeps its bytes.
 """
 
-import os
 import time
 
 import torch
 
-from antidote_fast import backends
 from antidote_fast.checkpoint import check_output_folder, output_folder, write_pruned
-from antidote_fast.errors import UsageError
-from antidote_fast.loading import pick_device
+from antidote_fast.errors import DataError
+from antidote_fast.loading import first_line, pick_device
 from antidote_fast.masks import save_masks
 from antidote_fast.pipeline.calibrate import (
     NORMS_FILE,
     calibrate_folder,
     counts_of,
+    describe_backend,
     inputs_of,
     load_norms,
     open_folders,
@@ -101,27 +100,16 @@ def _weights_to_prune(config, source, norms):
     import transformers
 
     trust = config.trust_remote_code
-    settings = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trust)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=trust)
+    try:
+        settings = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trust)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=trust)
+    except Exception as error:  # whatever a foreign config makes transformers raise
+        raise DataError(f"{source.folder}: cannot be loaded: {first_line(error)}") from error
     found = find_targets(model, config.targets, config.ignore)
     return [target.key for target in found], {
         "transposed": [target.key for target in found if target.transposed],
         "routed": [target.key for target in found if target.routed],
-    }
-
-
-def describe_backend(name, device):
-    """What the report says of the backend; an unknown or unavailable one is refused."""
-    try:
-        module = backends.select(name, device.type)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    asked = f"backend={name}" if name else os.environ.get(backends.ENVIRONMENT) and "environment"
-    return {
-        "backend": module.NAME,
-        "backend_reason": asked or f"first that is available for {device.type} tensors",
-        "backends": {key: why or "available" for key, why in backends.available().items()},
     }
 
 
