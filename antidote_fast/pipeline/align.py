@@ -1,0 +1,49 @@
+"""The align stage: a base model tuned on safe data, written as a whole model."""
+
+import time
+
+from antidote_fast import checkpoint
+from antidote_fast.pipeline import sft
+from antidote_fast.pipeline.config import AlignConfig
+from antidote_fast.pipeline.data import encode, load_records, local_file
+from antidote_fast.pipeline.stage import write_report
+
+
+def run(config: AlignConfig, *, progress=False) -> dict:
+    """Tune a model on safe records and write it with its tokenizer.
+
+    With LoRA the adapter is merged, so that a later stage starts from an ordinary model (the
+    paper's double LoRA). Data are read and tokenised before any weights are loaded.
+
+    Args:
+        config: the model, the data and how to train.
+        progress: as :func:`antidote_fast.progress.track` takes it.
+
+    Returns:
+        The contents of report.json: ``training`` (as :func:`sft.train`) and ``seconds``.
+
+    Raises:
+        DataError: data or a model that cannot be used, an output folder that is taken.
+        UsageError: an option out of range.
+        AntidoteError: the loss is not finite; out of memory.
+    """
+    start = time.perf_counter()
+    base = sft.check_config(config, merged=True)
+    records = load_records(config.dataset, limit=config.num_train_samples, require_output=True)
+    trust = config.trust_remote_code
+    tokenizer = checkpoint.load_tokenizer(base.folder, trust_remote_code=trust)
+    examples = encode(records, tokenizer, config.template, config.max_seq_length)
+    with checkpoint.output_folder(config.output_dir, config.overwrite) as folder:
+        model, dtype = sft.load_trainable(config, base.folder)
+        training = sft.train(
+            model, tokenizer, examples, config, dtype=dtype, what="align", progress=progress
+        )
+        model = model.merge_and_unload() if config.tuning == "lora" else model.to(dtype)
+        sft.save(model, tokenizer, folder)
+        results = {
+            "seconds": round(time.perf_counter() - start, 3),
+            "training": training,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        inputs = [config.model_name_or_path, local_file(config.dataset)]
+        return write_report(folder, "align", config, results, inputs=inputs)

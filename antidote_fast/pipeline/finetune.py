@@ -1,0 +1,61 @@
+"""The finetune stage: a user's data, a share of it harmful, breaks the alignment (the attack)."""
+
+import time
+
+from antidote_fast import checkpoint
+from antidote_fast.pipeline import sft
+from antidote_fast.pipeline.config import FinetuneConfig
+from antidote_fast.pipeline.data import encode, load_records, local_file, mix
+from antidote_fast.pipeline.stage import write_report
+
+
+def run(config: FinetuneConfig, *, progress=False) -> dict:
+    """Tune an aligned model on a user's records mixed with harmful ones.
+
+    With LoRA an adapter is written, with full tuning a whole model; either with the tokenizer. Data
+    are read, mixed and tokenised before any weights are loaded.
+
+    Args:
+        config: the model, the data and how to train.
+        progress: as :func:`antidote_fast.progress.track` takes it.
+
+    Returns:
+        The contents of report.json: ``training`` (as :func:`sft.train`), ``num_task`` and
+        ``num_harmful`` records, ``seconds``.
+
+    Raises:
+        DataError: data or a model that cannot be used, fewer records than asked for, an output
+            folder that is taken.
+        UsageError: an option out of range.
+        AntidoteError: the loss is not finite; out of memory.
+    """
+    start = time.perf_counter()
+    base = sft.check_config(config)
+    task = load_records(config.dataset, require_output=True)
+    harmful = []
+    if config.poison_ratio > 0:
+        harmful = load_records(config.harmful_dataset, require_output=True)
+    records = mix(task, harmful, config.poison_ratio, config.num_train_samples, config.seed)
+    num_harmful = round(config.poison_ratio * len(records))
+    trust = config.trust_remote_code
+    tokenizer = checkpoint.load_tokenizer(base.folder, trust_remote_code=trust)
+    examples = encode(records, tokenizer, config.template, config.max_seq_length)
+    entries = {"base_fingerprint": base.fingerprint()} if config.tuning == "lora" else {}
+    with checkpoint.output_folder(config.output_dir, config.overwrite, **entries) as folder:
+        model, dtype = sft.load_trainable(config, base.folder)
+        training = sft.train(
+            model, tokenizer, examples, config, dtype=dtype, what="finetune", progress=progress
+        )
+        if config.tuning == "full":
+            model = model.to(dtype)
+        sft.save(model, tokenizer, folder)
+        results = {
+            "seconds": round(time.perf_counter() - start, 3),
+            "training": training,
+            "dtype": str(dtype).removeprefix("torch."),
+            "num_task": len(records) - num_harmful,
+            "num_harmful": num_harmful,
+        }
+        data = (config.dataset, config.harmful_dataset)
+        inputs = [config.model_name_or_path, *(local_file(name) for name in data if name)]
+        return write_report(folder, "finetune", config, results, inputs=inputs)

@@ -1,0 +1,340 @@
+"""Supervised fine-tuning on responses: the training loop of align and finetune, and their checks.
+
+The loss is the cross-entropy of the response's tokens (its end token among them), averaged over
+the response tokens of one optimizer step, so that a step of two batches of b equals one of 2b.
+"""
+
+import contextlib
+import math
+import random
+import time
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from antidote_fast import checkpoint
+from antidote_fast.errors import AntidoteError, DataError, UsageError
+from antidote_fast.loading import first_line
+from antidote_fast.pipeline.data import IGNORE_INDEX, Examples, collate, encode
+from antidote_fast.progress import track
+
+MAX_GRAD_NORM = 1.0  # the default of transformers' Trainer, which the official code runs
+
+
+# --- before anything is loaded --------------------------------------------------------------------
+
+
+def check_config(config, *, merged=False):
+    """Refuse, before any work, what training cannot do.
+
+    Args:
+        config: a :class:`TrainConfig`.
+        merged: whether an adapter will be merged into the weights.
+
+    Returns:
+        The checked :class:`~antidote_fast.checkpoint.Checkpoint` of the model to train.
+
+    Raises:
+        UsageError: an unknown schedule, or dtype float16.
+        DataError: no such model, an adapter in its place, a quantised one, or an output folder that
+            is taken.
+    """
+    from transformers import SchedulerType
+
+    checkpoint.check_output_folder(config.output_dir, config.overwrite)
+    names = [kind.value for kind in SchedulerType]
+    if config.lr_scheduler_type not in names:
+        raise UsageError(
+            f"lr_scheduler_type={config.lr_scheduler_type!r}: must be one of {', '.join(names)}"
+        )
+    if config.dtype == "float16":
+        # Gradients underflow in float16 without a loss scale; bfloat16 needs none.
+        raise UsageError("dtype='float16': must be auto, bfloat16 or float32 in training")
+    folder = checkpoint.resolve_folder(config.model_name_or_path)
+    found = checkpoint.open_checkpoint(folder, trust_remote_code=config.trust_remote_code)
+    if found.is_adapter:
+        raise DataError(
+            f"model_name_or_path={config.model_name_or_path!r}: is a PEFT adapter; give a whole "
+            "model"
+        )
+    if merged or config.tuning == "full":
+        checkpoint.check_not_quantized(found)
+    return found
+
+
+def load_trainable(config, folder):
+    """Load the model of ``folder`` and make it ready to train.
+
+    A float16 checkpoint is trained in bfloat16. With ``tuning="lora"`` the base is frozen in its
+    dtype and a new adapter in float32 put on it; with ``"full"`` every weight is held in float32.
+
+    Returns:
+        ``(model, dtype)``: the model (a ``peft.PeftModel`` for LoRA), and the dtype it computes in.
+    """
+    model = checkpoint.load_model(
+        folder,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if model.dtype == torch.float16:
+        model = model.to(torch.bfloat16)
+    dtype = model.dtype
+    model = add_lora(model, config) if config.tuning == "lora" else model.float()
+    return model, dtype
+
+
+def add_lora(model, config):
+    """Put a new LoRA adapter on a model: rank, scale, dropout and targets from ``config``.
+
+    Raises:
+        DataError: no module of that name, or one that cannot have an adapter.
+    """
+    import peft
+
+    lora = peft.LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_targets),
+        fan_in_fan_out=model.config.model_type == "gpt2",
+        task_type="CAUSAL_LM",
+    )
+    with _seeded(config.seed, model):
+        try:
+            return peft.get_peft_model(model, lora)
+        except ValueError as error:
+            raise DataError(
+                f"lora_targets={list(config.lora_targets)!r}: cannot be put on this model: "
+                f"{first_line(error)}"
+            ) from error
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+def train(model, tokenizer, records, config, *, dtype=None, what="train", progress=False) -> dict:
+    """Train a model's trainable weights on records, in place.
+
+    AdamW (no decay on biases and norms), a schedule of transformers with warm-up, gradients clipped
+    at norm 1. Batches hold records of similar length and come in an order that the seed decides.
+
+    Args:
+        model: a causal language model, PEFT-wrapped or not; weights that do not require a gradient
+            stay. Left in eval mode.
+        tokenizer: its own; not changed.
+        records: records with outputs, or what `encode` made of them.
+        config: a :class:`TrainConfig`.
+        dtype: dtype to compute in, by autocast, where the weights are float32; None computes in
+            that of the weights.
+        what: beside the progress bar.
+        progress: as `antidote_fast.progress.track` takes it.
+
+    Returns:
+        ``steps``, ``loss`` (one a step), ``first_loss`` and ``last_loss`` (mean over the first and
+        the last tenth of the steps), ``num_samples``, ``num_dropped``, ``num_truncated``,
+        ``num_response_tokens`` (of one epoch), ``trainable_parameters``, ``seconds``.
+
+    Raises:
+        DataError: no records, or prompts that are all too long.
+        AntidoteError: a loss that is not finite, out of memory.
+    """
+    from transformers import get_scheduler
+
+    start = time.perf_counter()
+    examples = records
+    if not isinstance(records, Examples):
+        examples = encode(records, tokenizer, config.template, config.max_seq_length)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise DataError("the model has no weight that requires a gradient")
+    steps = _plan_steps(examples, config)
+    optimizer = torch.optim.AdamW(_decay_groups(model, config), lr=config.learning_rate)
+    scheduler = get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=math.ceil(config.warmup_ratio * len(steps)),
+        num_training_steps=len(steps),
+    )
+    device = next(model.parameters()).device
+    losses = []
+    model.train()
+    try:
+        with (
+            _seeded(config.seed, model),
+            _eager_attention(model, device),
+            _response_logits(model) as choose,
+        ):
+            for number, step in enumerate(track(steps, what, progress), 1):
+                batches = [collate([examples[i] for i in chunk], tokenizer) for chunk in step]
+                total = sum(int((b["labels"][:, 1:] != IGNORE_INDEX).sum()) for b in batches)
+                loss = 0.0
+                for batch in batches:
+                    batch = {key: value.to(device) for key, value in batch.items()}
+                    with _autocast(device, dtype):
+                        part = _response_loss(model, batch, choose) / total
+                    part.backward()
+                    loss += float(part.detach())
+                if not math.isfinite(loss):
+                    raise AntidoteError(
+                        f"{what}: the loss is {loss} at step {number} of {len(steps)}; "
+                        f"learning_rate={config.learning_rate} may be too high"
+                    )
+                torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad(set_to_none=True)
+                losses.append(loss)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise AntidoteError(
+            f"{what}: out of memory with batch_size={config.batch_size}; lower it and raise "
+            "gradient_accumulation_steps"
+        ) from error
+    finally:
+        model.eval()
+    tenth = max(1, len(losses) // 10)
+    return {
+        "steps": len(losses),
+        "loss": [round(loss, 6) for loss in losses],
+        "first_loss": sum(losses[:tenth]) / tenth,
+        "last_loss": sum(losses[-tenth:]) / tenth,
+        "num_samples": len(examples),
+        "num_dropped": examples.num_dropped,
+        "num_truncated": examples.num_truncated,
+        "num_response_tokens": sum(
+            label != IGNORE_INDEX for example in examples for label in example["labels"]
+        ),
+        "trainable_parameters": sum(p.numel() for p in parameters),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def _plan_steps(examples: Sequence[dict], config) -> list[list[list[int]]]:
+    """Every optimizer step as its batches of indices.
+
+    Each epoch is shuffled, then sorted by length within stretches of eight steps, so that a step's
+    records need little padding and still differ from epoch to epoch.
+    """
+    rng = random.Random(config.seed)
+    size = config.batch_size * config.gradient_accumulation_steps
+    a_epoch = math.ceil(len(examples) / size)
+    wanted = max(1, round(a_epoch * config.num_train_epochs))
+    steps = []
+    while len(steps) < wanted:
+        order = list(range(len(examples)))
+        rng.shuffle(order)
+        epoch = []
+        for start in range(0, len(order), 8 * size):
+            stretch = sorted(
+                order[start : start + 8 * size], key=lambda i: len(examples[i]["input_ids"])
+            )
+            epoch += [stretch[i : i + size] for i in range(0, len(stretch), size)]
+        rng.shuffle(epoch)
+        steps += epoch
+    return [
+        [step[i : i + config.batch_size] for i in range(0, len(step), config.batch_size)]
+        for step in steps[:wanted]
+    ]
+
+
+def _decay_groups(model, config) -> list[dict]:
+    """Matrices decay, vectors (biases, norms) do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _response_loss(model, batch, choose) -> torch.Tensor:
+    """Sum of the cross-entropy over a batch's response tokens."""
+    labels = batch["labels"][:, 1:]
+    counted = labels != IGNORE_INDEX
+    # The hidden state of a token predicts the next one.
+    keep = F.pad(counted, (0, 1))
+    with choose(keep):
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+    if logits.dim() == 3:
+        logits = logits[keep]
+    return F.cross_entropy(logits.float(), labels[counted], reduction="sum")
+
+
+@contextlib.contextmanager
+def _response_logits(model):
+    """Let only the tokens that the loss needs reach the output layer.
+
+    With a vocabulary of 49,152 the output layer over whole sequences costs about as much as all the
+    blocks of a small model, and its logits most of the memory. Yields a context manager that takes
+    the (B, T) mask of hidden states wanted; without an output layer to hook the logits stay whole.
+    """
+    wanted = []
+
+    def pick(module, args):
+        hidden = args[0]
+        if wanted and hidden.dim() == 3 and hidden.shape[:2] == wanted[-1].shape:
+            return (hidden[wanted[-1]], *args[1:])
+        return None
+
+    @contextlib.contextmanager
+    def choose(mask):
+        wanted.append(mask)
+        try:
+            yield
+        finally:
+            wanted.pop()
+
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(pick) if head is not None else None
+    try:
+        yield choose
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _eager_attention(model, device):
+    """Plain attention on a CPU: the backward pass of torch's fused one is slow there.
+
+    16 sequences of 61 tokens (SmolLM2-135M, LoRA, bf16, one Xeon core): 2.0 s a step instead of
+    2.8 s.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = base.config._attn_implementation
+    if device.type != "cpu" or before != "sdpa":
+        yield
+        return
+    base.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
+
+
+def _autocast(device, dtype):
+    if dtype is None or dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+@contextlib.contextmanager
+def _seeded(seed, model):
+    """Seed torch's generators inside, and give them back as they were."""
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def save(model, tokenizer, folder):
+    """Write a trained model (or adapter alone) and the tokenizer into a staged folder."""
+    options = {}
+    if hasattr(model, "peft_config"):
+        # Never look the base up on a hub to see whether its embeddings have changed.
+        options["save_embedding_layers"] = False
+    model.save_pretrained(str(folder), **options)
+    tokenizer.save_pretrained(str(folder))
