@@ -33,6 +33,27 @@ def _plain_generation_config(model):
             owner.generation_config = config
 
 
+@contextmanager
+def _contiguous_head(model):
+    """Hand the output layer a contiguous tensor.
+
+    `generate` asks for the last position only, a strided slice; with a weight that needs no
+    gradient (a frozen base) torch then multiplies batch by batch, copying the weight once a prompt:
+    4.2 s instead of 0.7 s for 64 prompts of 40 tokens (SmolLM2-135M, bf16, 2 Xeon cores).
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(
+        lambda module, args: (args[0].contiguous(), *args[1:]) if args else None
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _end_ids(tokenizer, generation_config) -> list[int]:
     """Every id that ends an answer: the tokenizer's, and those the checkpoint names."""
     ids = getattr(generation_config, "eos_token_id", None)
@@ -111,7 +132,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with _plain_generation_config(model) as own:
+        with _plain_generation_config(model) as own, _contiguous_head(model):
             end_ids = _end_ids(tokenizer, own)
             config = GenerationConfig(
                 do_sample=False,
