@@ -1,6 +1,18 @@
 #include "rows.h"
 
+#ifdef ANTIDOTE_X86
+#include <cpuid.h>
+#endif
+
 namespace antidote::cpu {
+
+#ifdef ANTIDOTE_X86
+// Clang 14 does not know the name in __builtin_cpu_supports.
+static bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 std::vector<const Rows*> supported_rows() {
   std::vector<const Rows*> tables;
@@ -10,8 +22,7 @@ std::vector<const Rows*> supported_rows() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     tables.push_back(&kRowsAvx512);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-      __builtin_cpu_supports("fma")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     tables.push_back(&kRowsAvx2);
   }
 #endif
