@@ -9,6 +9,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import torch
 
 from antidote_fast import _check, backends, ops
@@ -340,10 +341,9 @@ def _prepare(order, weights, norms, selection, score, transposed, routed):
         copied = key in transposed or matrix.stride(1) != 1
         if copied:
             matrix = matrix.clone(memory_format=torch.contiguous_format)
-        zero_weights = matrix.numel() - int(torch.count_nonzero(matrix))
         use = norm if score == "wanda" else None
         layers.append(
-            _Layer(key, saved, matrix, key in transposed, copied, use, zeros, zero_weights)
+            _Layer(key, saved, matrix, key in transposed, copied, use, zeros, _num_zeros(matrix))
         )
     if not layers:
         raise NothingPruned(
@@ -358,6 +358,14 @@ def _is_finite(tensor):
         return True
     # isfinite() makes temporaries: 218 ms for (4096, 4096) fp32, this 23 (2-core Xeon, busy).
     return all(math.isfinite(bound) for bound in torch.aminmax(tensor))
+
+
+def _num_zeros(matrix):
+    if matrix.device.type != "cpu" or not matrix.is_contiguous():
+        return matrix.numel() - int(torch.count_nonzero(matrix))
+    # As integers without their sign bit; twice as fast as torch.count_nonzero on bf16.
+    bits = matrix.view(torch.int16 if matrix.itemsize == 2 else torch.int32).numpy()
+    return bits.size - int(np.count_nonzero(bits << 1))
 
 
 def _check_all(layers, selection):

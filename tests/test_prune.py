@@ -217,6 +217,19 @@ def test_zero_lora_b_is_pruned_without_effect_and_reported():
     assert all(not v.any() for k, v in state.items() if "lora_B" in k)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("step", [1, 2])
+def test_zero_weights_are_counted(dtype, step):
+    memory = torch.ones(6, 8 * step, dtype=dtype)
+    weight = memory[:, :8]  # rows apart where step is 2
+    weight[0, :3], weight[5, 7], weight[2, 2] = 0.0, -0.0, 1e-7
+    report = prune_state_({"a.0.q_proj.weight": weight}, None, Selection(0.1), score="magnitude")
+    assert report.layers[0].zero_weights == 4
+    empty = {"a.0.q_proj.weight": torch.empty(0, 8, dtype=dtype)}
+    report = prune_state_(empty, None, Selection(0.1), score="magnitude")
+    assert (report.layers[0].zero_weights, report.num_pruned, report.achieved) == (0, 0, 0.0)
+
+
 def test_zero_norms():
     state, norms = state_and_norms()
     key = next(iter(state))
