@@ -68,6 +68,6 @@ $(MARK)-test: pyproject.toml setup.py $(NATIVE) | $(MARK)-build
 	touch $@
 
 $(MARK)-demo: pyproject.toml setup.py $(NATIVE) | $(MARK)-build
-	$(PY) -m pip install -q --no-build-isolation -e '.[hf,plot]'
+	$(PY) -m pip install -q --no-build-isolation -e '.[hf,plot,demo]'
 	$(PY) -m pip install -q --no-deps $(DEMO_WHEELS)
 	touch $@
