@@ -163,3 +163,15 @@ def batches(*, count=3, size=2, length=7, seed=0, pads=True, vocab=VOCAB):
         labels[mask == 0] = -100
         made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return made
+
+
+def edit_json(path, change):
+    """Change a JSON file in place."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def truncate(path, by=100):
+    """Cut bytes off the end of a file."""
+    path.write_bytes(path.read_bytes()[:-by])
