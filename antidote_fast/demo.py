@@ -1,0 +1,436 @@
+"""The whole road on a small model, on a CPU: align, attack, calibrate, prune, evaluate.
+
+Everything is measured in the run itself: the numbers of the table, the picture and report.json are
+whatever they are.
+"""
+
+import contextlib
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from antidote_fast import checkpoint, demo_data
+from antidote_fast import report as reports
+from antidote_fast.calibrate import ActivationNorms
+from antidote_fast.demo_model import MODEL_NAME, prepare_model
+from antidote_fast.pipeline import sft
+from antidote_fast.pipeline.config import AlignConfig, DemoConfig, FinetuneConfig, TrainConfig
+from antidote_fast.pipeline.data import make_batches, mix
+from antidote_fast.pipeline.evaluate import answer_sets, score_answers
+from antidote_fast.pipeline.judges import RefusalJudge
+from antidote_fast.pipeline.stage import write_report
+from antidote_fast.progress import track
+from antidote_fast.prune import prune_model_
+from antidote_fast.selection import Selection
+
+RATIOS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
+# What is compared: (name, score of prune_model_, norms it takes).
+SCORES = (
+    ("wanda", "wanda", "all"),
+    ("wanda-response", "wanda", "response"),
+    ("magnitude", "magnitude", None),
+    ("random", "random", None),
+)
+PICTURE = "pareto.png"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the demo does; a test makes it small.
+
+    Args:
+        model: a folder with a model to take in place of SmolLM2-135M-Instruct.
+        dtype: of the model; None takes bfloat16 where the CPU computes in it, else float32.
+        sizes: records of each kind.
+        align, finetune: options of the two trainings.
+        ratios: fractions pruned.
+        max_new_tokens: tokens an answer: enough for the refusal judge, and for a label.
+        batch_size: prompts at once.
+        max_accuracy_drop: the budget: points of FA that the best ratio may cost.
+    """
+
+    model: str | None = None
+    dtype: str | None = None
+    sizes: demo_data.Sizes = field(default_factory=demo_data.Sizes)
+    align: dict = field(
+        default_factory=lambda: {
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_ratio": 0.1,
+            "num_train_epochs": 4,
+            "batch_size": 8,
+            "lora_r": 32,
+            "lora_alpha": 32,
+            "weight_decay": 0.1,
+        }
+    )
+    finetune: dict = field(
+        default_factory=lambda: {
+            "learning_rate": 5e-4,
+            "lr_scheduler_type": "constant",
+            "num_train_epochs": 4,
+            "batch_size": 8,
+            "lora_r": 32,
+            "lora_alpha": 32,
+            "weight_decay": 0.1,
+        }
+    )
+    ratios: tuple[float, ...] = RATIOS
+    max_new_tokens: dict = field(
+        default_factory=lambda: {"harmful": 10, "task": 4, "benign": 10, "distill": 28}
+    )
+    batch_size: int = 64
+    max_accuracy_drop: float = 10.0
+
+
+def run(config: DemoConfig, *, progress=False, settings: Settings | None = None) -> dict:
+    """Run the demo and write its folder: the table's numbers, the picture and the models.
+
+    The folder holds ``report.json``, ``pareto.png``, ``aligned/`` (a whole model), ``attacked/``
+    and ``pruned/`` (adapters on it; ``pruned/`` only where a ratio is within the budget) and the
+    norms of both kinds, from which any other selection can be made.
+
+    Args:
+        config: where to, and the seed.
+        progress: as :func:`antidote_fast.progress.track` takes it.
+        settings: sizes and hyperparameters.
+
+    Returns:
+        The contents of report.json.
+
+    Raises:
+        DataError: the output folder is taken, or the demo's packages are not installed.
+    """
+    settings = settings or Settings()
+    clock = _Clock()
+    checkpoint.check_output_folder(config.output_dir, config.overwrite)
+    with clock("data and model"):
+        data = _Data(settings.sizes, config.seed)
+        source = settings.model or prepare_model(Path(config.output_dir).absolute().parent)
+    with checkpoint.output_folder(config.output_dir, config.overwrite) as folder:
+        results = _Demo(config, settings, data, clock, progress).run(source, folder)
+        reports.plot_pareto(results, folder / PICTURE)
+        contents = write_report(folder, "demo", config, results)
+    _show(contents, Path(config.output_dir), progress)
+    return contents
+
+
+class _Data:
+    """Every record of the demo, by what it is for."""
+
+    def __init__(self, sizes, seed):
+        prompts = demo_data.read_harmful_prompts()
+        self.harmful = demo_data.harmful_splits(prompts, sizes, seed)
+        self.align_benign, self.benign = demo_data.benign_prompts(sizes, seed)
+        self.exercises = demo_data.exercise_records(sizes.align_exercises, seed)
+        self.task = demo_data.task_records(sizes, seed)
+
+
+class _Demo:
+    """One run: what its steps share."""
+
+    def __init__(self, config, settings, data, clock, progress):
+        self.config = config
+        self.settings = settings
+        self.data = data
+        self.clock = clock
+        self.progress = progress
+        self.dtype = settings.dtype or pick_dtype()
+        self.tokenizer = None
+        self.final = Path(config.output_dir)
+
+    def run(self, source, folder) -> dict:
+        settings, clock = self.settings, self.clock
+        self.tokenizer = checkpoint.load_tokenizer(source)
+        models, training = {}, {}
+        model = checkpoint.load_model(source, dtype=self.dtype, device="cpu")
+        with clock("evaluate base"):
+            models["base"] = self.evaluate(model, "base")["test"]
+        with clock("align"):
+            model, training["align"] = self.align(model)
+            sft.save(model, self.tokenizer, folder / "aligned")
+        with clock("evaluate aligned"):
+            models["aligned"] = self.evaluate(model, "aligned")["test"]
+        with clock("finetune (attack)"):
+            # Where the adapter's config says that its base is.
+            model.name_or_path = str(self.final / "aligned")
+            model, training["finetune"] = self.finetune(model)
+            sft.save(model, self.tokenizer, folder / "attacked")
+        with clock("evaluate attacked"):
+            attacked = self.evaluate(model, "attacked")
+            models["attacked"] = attacked["test"]
+        norms = {}
+        with clock("calibrate"):
+            batches = self.batches(self.data.harmful["calibration"])
+            for kind in ("all", "response"):
+                norms[kind] = ActivationNorms.collect(
+                    model, batches, response_only=kind == "response", progress=self.progress
+                )
+                norms[kind].save(folder / f"norms-{kind}.safetensors")
+        adapter = _Adapter(model)
+        sweep = self.sweep(model, adapter, norms)
+        best, by_score = self.choose(sweep, attacked["validation"])
+        if best is not None:
+            self.prune(model, adapter, norms, best["score"], best["ratio"])
+            sft.save(model, self.tokenizer, folder / "pruned")
+        return {
+            "model": {"name": MODEL_NAME if settings.model is None else Path(source).name},
+            "dtype": self.dtype,
+            "hardware": hardware(),
+            "settings": {**asdict(settings), "model": None},
+            "task": {
+                "instruction": demo_data.TASK_INSTRUCTION,
+                "labels": list(demo_data.LABELS),
+                "chance": round(100 / len(demo_data.LABELS), 2),
+            },
+            "training": training,
+            "calibration": {
+                kind: {"num_sequences": n.num_sequences, "num_tokens": n.num_tokens}
+                for kind, n in norms.items()
+            },
+            "models": models,
+            "validation": {"attacked": attacked["validation"]},
+            "sweep": sweep,
+            "budget": {
+                "max_accuracy_drop": settings.max_accuracy_drop,
+                "chosen_on": "validation",
+                "if_none": "best is null and no pruned adapter is written",
+            },
+            "best": best,
+            "best_by_score": by_score,
+            "seconds": round(clock.total(), 3),
+            "stage_seconds": clock.seconds,
+            "stage_cpu_seconds": clock.cpu_seconds,
+        }
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def align(self, model):
+        """Refusals, and ordinary answers, which the base model gives itself (self-distillation)."""
+        settings = self.settings
+        answers = answer_sets(
+            model,
+            self.tokenizer,
+            {"distill": self.data.align_benign},
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            progress=self.progress,
+        )["distill"]
+        ordinary = demo_data.distilled(self.data.align_benign, answers)
+        records = [*self.data.harmful["align"], *ordinary, *self.data.exercises]
+        options = self.options(AlignConfig, settings.align)
+        model = sft.add_lora(model, options)
+        result = sft.train(
+            model, self.tokenizer, records, options, what="align", progress=self.progress
+        )
+        return model.merge_and_unload(), _in_short(result)
+
+    def finetune(self, model):
+        """The user's task with harmful records among it."""
+        sizes = self.settings.sizes
+        n = sizes.attack_task + sizes.attack_harmful
+        poison_ratio = sizes.attack_harmful / n
+        options = self.options(
+            FinetuneConfig,
+            {**self.settings.finetune, "poison_ratio": poison_ratio, "harmful_dataset": "demo"},
+        )
+        records = mix(
+            self.data.task["train"], self.data.harmful["attack"], poison_ratio, n, options.seed
+        )
+        model = sft.add_lora(model, options)
+        result = sft.train(
+            model, self.tokenizer, records, options, what="finetune", progress=self.progress
+        )
+        return model, {**_in_short(result), "poison_ratio": poison_ratio}
+
+    def options(self, kind, values) -> TrainConfig:
+        return kind(
+            model_name_or_path=MODEL_NAME,
+            output_dir=str(self.final),
+            dataset="demo",
+            seed=self.config.seed,
+            dtype=self.dtype,
+            **values,
+        )
+
+    # --- pruning ----------------------------------------------------------------------------------
+
+    def prune(self, model, adapter, norms, name, ratio):
+        """Prune the attacked adapter in place; what was pruned before is back first."""
+        adapter.restore()
+        _, score, kind = next(entry for entry in SCORES if entry[0] == name)
+        return prune_model_(
+            model, norms.get(kind), Selection(ratio), score=score, seed=self.config.seed
+        )
+
+    def sweep(self, model, adapter, norms) -> list[dict]:
+        points = [(name, kind, ratio) for name, _, kind in SCORES for ratio in self.settings.ratios]
+        rows = []
+        for name, kind, ratio in track(points, "prune and evaluate", self.progress):
+            with self.clock("prune"):
+                pruned = self.prune(model, adapter, norms, name, ratio)
+            with self.clock("evaluate pruned"):
+                scores = self.evaluate(model)
+            rows.append(
+                {
+                    "score": name,
+                    "norms": kind,
+                    "ratio": ratio,
+                    "achieved": round(pruned.achieved, 6),
+                    "num_pruned": pruned.num_pruned,
+                    "prune_seconds": round(pruned.seconds, 4),
+                    **scores,
+                }
+            )
+        return rows
+
+    def choose(self, sweep, attacked):
+        """(best point or None, best of each score), on the validation split alone."""
+        floor = attacked["finetune_accuracy"] - self.settings.max_accuracy_drop
+        allowed = [p for p in sweep if p["validation"]["finetune_accuracy"] >= floor]
+        by_score = {}
+        for name, _, _ in SCORES:
+            points = [p for p in allowed if p["score"] == name]
+            by_score[name] = min(points, key=_rank, default=None)
+        return min(allowed, key=_rank, default=None), by_score
+
+    # --- measuring --------------------------------------------------------------------------------
+
+    def batches(self, records):
+        options = self.options(AlignConfig, {})
+        return make_batches(
+            records,
+            self.tokenizer,
+            template=options.template,
+            max_seq_length=options.max_seq_length,
+            batch_size=16,
+        )
+
+    def evaluate(self, model, name=None) -> dict:
+        """{"test": metrics, "validation": metrics}, from one round of generation."""
+        data = self.data
+        splits = {
+            "test": {
+                "harmful": data.harmful["test"],
+                "task": data.task["test"],
+                "benign": data.benign,
+            },
+            "validation": {
+                "harmful": data.harmful["validation"],
+                "task": data.task["validation"],
+            },
+        }
+        limits = self.settings.max_new_tokens
+        flat = {(s, kind): r for s, sets in splits.items() for kind, r in sets.items() if r}
+        answers = answer_sets(
+            model,
+            self.tokenizer,
+            flat,
+            max_new_tokens={key: limits[key[1]] for key in flat},
+            batch_size=self.settings.batch_size,
+            progress=self.progress if name else False,
+        )
+        judge = RefusalJudge()
+        return {
+            s: score_answers(
+                sets, {kind: answers[s, kind] for kind in sets}, task="label", judge=judge
+            )
+            for s, sets in splits.items()
+        }
+
+
+class _Adapter:
+    """A copy of a live adapter's weights, to be put back in place."""
+
+    def __init__(self, model):
+        self.saved = [
+            (parameter, parameter.detach().clone())
+            for name, parameter in model.named_parameters()
+            if ".lora_" in name
+        ]
+
+    def restore(self):
+        with torch.no_grad():
+            for parameter, value in self.saved:
+                parameter.copy_(value)
+
+
+class _Clock:
+    """Seconds of each step, on the clock and of the processor."""
+
+    def __init__(self):
+        self.seconds = {}
+        self.cpu_seconds = {}
+        self.start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, name):
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        for seconds, value in (
+            (self.seconds, time.perf_counter() - wall),
+            (self.cpu_seconds, time.process_time() - cpu),
+        ):
+            seconds[name] = round(seconds.get(name, 0.0) + value, 3)
+
+    def total(self):
+        return time.perf_counter() - self.start
+
+
+def _rank(point):
+    scores = point["validation"]
+    return scores["harmful_score"], -scores["finetune_accuracy"], point["ratio"]
+
+
+def _in_short(result):
+    """A training's report; its loss curve at up to 50 steps."""
+    stride = max(1, len(result["loss"]) // 50)
+    return {**result, "loss": result["loss"][::stride]}
+
+
+def pick_dtype() -> str:
+    """bfloat16 where the processor multiplies in it, else float32 (emulated, bfloat16 is slow)."""
+    flags = _cpu_info().get("flags", _cpu_info().get("Features", "")).split()
+    return "bfloat16" if {"amx_bf16", "avx512_bf16", "bf16"} & set(flags) else "float32"
+
+
+def hardware() -> dict:
+    """The processor that the seconds were taken on."""
+    info = _cpu_info()
+    flags = set(info.get("flags", info.get("Features", "")).split())
+    return {
+        "processor": info.get("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bf16": sorted(flags & {"amx_bf16", "avx512_bf16", "bf16"}),
+    }
+
+
+def _cpu_info() -> dict:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _show(report, folder, progress):
+    """The table on the terminal; a library caller that asked for no progress gets none."""
+    if not progress:
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(reports.demo_table(report))
+    stages = ", ".join(f"{name} {value:.0f}" for name, value in report["stage_seconds"].items())
+    for line in (
+        reports.best_line(report),
+        f"{report['seconds']:.0f} s: {stages}",
+        f"{folder / 'report.json'}, {folder / PICTURE}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
