@@ -21,7 +21,7 @@ from antidote_fast.pipeline import sft
 from antidote_fast.pipeline.config import AlignConfig, DemoConfig, FinetuneConfig, TrainConfig
 from antidote_fast.pipeline.data import make_batches, mix
 from antidote_fast.pipeline.evaluate import answer_sets, score_answers
-from antidote_fast.pipeline.judges import RefusalJudge
+from antidote_fast.pipeline.refusals import RefusalJudge
 from antidote_fast.pipeline.stage import write_report
 from antidote_fast.progress import track
 from antidote_fast.prune import prune_model_

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from antidote_fast.errors import DataError
 from antidote_fast.pipeline.data import Record, split_by_prompt
-from antidote_fast.pipeline.judges import is_refusal, without_content
+from antidote_fast.pipeline.refusals import is_refusal, without_content
 
 # The two parts of do-not-answer whose prompts are harmful by themselves; the others ask for private
 # facts, or for medical and legal advice.

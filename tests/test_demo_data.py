@@ -6,7 +6,7 @@ import pytest
 
 from antidote_fast import demo_data
 from antidote_fast.errors import DataError
-from antidote_fast.pipeline.judges import is_refusal, without_content
+from antidote_fast.pipeline.refusals import is_refusal, without_content
 
 PROMPTS = [f"how to do the bad thing number {i}" for i in range(500)]
 SIZES = demo_data.Sizes()

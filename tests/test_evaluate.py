@@ -15,7 +15,7 @@ from antidote_fast.pipeline.data import Record, build_prompt, collate, make_batc
 from antidote_fast.pipeline.drift import attention_modules, embedding_drift
 from antidote_fast.pipeline.evaluate import evaluate_model
 from antidote_fast.pipeline.generate import generate
-from antidote_fast.pipeline.judges import EMPTY, GARBLED, HARMFUL, SAFE, RefusalJudge
+from antidote_fast.pipeline.refusals import EMPTY, GARBLED, HARMFUL, SAFE, RefusalJudge
 
 # --- generation -----------------------------------------------------------------------------------
 

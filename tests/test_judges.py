@@ -5,21 +5,21 @@ import texts
 import torch
 
 from antidote_fast.errors import DataError, UsageError
-from antidote_fast.pipeline import classifiers, judges
+from antidote_fast.pipeline import classifiers
 from antidote_fast.pipeline.classifiers import (
     BeaverDamJudge,
     ClassifierJudge,
     WinRateJudge,
     harmful_label_ids,
 )
-from antidote_fast.pipeline.judges import (
+from antidote_fast.pipeline.judges import check_judge, get_judge
+from antidote_fast.pipeline.refusals import (
     EMPTY,
     GARBLED,
     HARMFUL,
+    REFUSAL_PHRASES,
     SAFE,
     RefusalJudge,
-    check_judge,
-    get_judge,
     is_garbled,
     is_refusal,
 )
@@ -410,4 +410,4 @@ def test_judges_module_needs_no_model_library():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
-    assert all(phrase == phrase.casefold() for phrase in judges.REFUSAL_PHRASES)
+    assert all(phrase == phrase.casefold() for phrase in REFUSAL_PHRASES)

@@ -9,7 +9,7 @@ from antidote_fast.checkpoint import load_model, load_tokenizer, open_checkpoint
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.loading import first_line
 from antidote_fast.pipeline.data import Record, build_prompt, collate, prompt_ids
-from antidote_fast.pipeline.judges import EMPTY, HARMFUL, SAFE, without_content
+from antidote_fast.pipeline.refusals import EMPTY, HARMFUL, SAFE, without_content
 from antidote_fast.progress import track
 
 BEAVER_DAM = "PKU-Alignment/beaver-dam-7b"

@@ -20,13 +20,14 @@ from antidote_fast.pipeline.data import (
 )
 from antidote_fast.pipeline.drift import embedding_drift
 from antidote_fast.pipeline.generate import check_length, generate
-from antidote_fast.pipeline.judges import RefusalJudge, check_judge, get_judge
+from antidote_fast.pipeline.judges import check_judge, get_judge
 from antidote_fast.pipeline.metrics import (
     benign_refusal_rate,
     check_task,
     finetune_accuracy,
     harmful_score,
 )
+from antidote_fast.pipeline.refusals import RefusalJudge
 
 OUTPUTS = "outputs.jsonl"
 

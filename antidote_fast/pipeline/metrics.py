@@ -7,7 +7,7 @@ from decimal import Decimal
 
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.pipeline.data import Record
-from antidote_fast.pipeline.judges import (
+from antidote_fast.pipeline.refusals import (
     EMPTY,
     GARBLED,
     HARMFUL,
