@@ -46,8 +46,8 @@ class NormCollector:
         self.num_sequences = self.num_tokens = 0
         self._seen_batches = self._seen_sequences = 0
         self._handles = []
-        self._masks = None
-        self._shared = None
+        self._mask = self._shared = None
+        self._masks, self._pending = {}, []
         self._allocate()
 
     def __enter__(self):
@@ -69,7 +69,7 @@ class NormCollector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._masks = self._shared = None
+        self.discard()
 
     def start(self, batch) -> bool:
         """Say which tokens of the next forward count.
@@ -97,8 +97,7 @@ class NormCollector:
         if not self._tokens:
             return False
         self._all_count = self._tokens == mask.numel()
-        self._masks = {mask.device: mask}
-        self._shape = mask.shape
+        self._mask, self._shape = mask, mask.shape
         return True
 
     def finish(self):
@@ -107,8 +106,10 @@ class NormCollector:
         Raises:
             DataError: an input held NaN or infinity, naming the layer.
         """
-        if self._masks is None:
+        if self._mask is None:
             raise UsageError("finish: call start(batch) first")
+        for slot, sums in self._pending:
+            self._add(slot, sums)
         for flat in self._batch.values():
             if not bool(torch.isfinite(flat).all()):
                 self._name_the_bad_layer()
@@ -120,10 +121,11 @@ class NormCollector:
 
     def discard(self):
         """Forget the forward since the last :meth:`start`."""
-        if self._masks is not None:
+        if self._pending:
             for flat in self._batch.values():
                 flat.zero_()
-        self._masks = self._shared = None
+        self._mask = self._shared = None
+        self._masks, self._pending = {}, []
 
     def norms(self, *, fingerprint=""):
         """The :class:`ActivationNorms` of all finished batches.
@@ -193,24 +195,27 @@ class NormCollector:
         shareable = not is_lora or target.input_module is not target.module
         first = target.first_factor
 
+        # Short, and sums are added to their slots in finish: what runs here runs between two
+        # layers, with cold caches.
         def hook(module, args, kwargs):
             x = args[0] if args else next(iter(kwargs.values()))
             if first is not None:
                 source = x.to(first.weight.dtype)
-                self._add(slot, self._reduce(target, functional.linear(source, first.weight)))
+                source = functional.linear(source, first.weight)
+                self._pending.append((slot, self._reduce(target, source)))
                 return
             dtype = x.dtype
             if cast_to is not None and dtype != cast_to and cast_to != torch.float32:
                 dtype = cast_to
             if not shareable:
-                self._add(slot, self._reduce(target, x))
+                self._pending.append((slot, self._reduce(target, x)))
                 return
             version = None if x.is_inference() else x._version
             held = self._shared
             if held is None or held[0] is not x or held[1:3] != (dtype, version):
                 held = (x, dtype, version, self._reduce(target, x.to(dtype)))
                 self._shared = held
-            self._add(slot, held[3])
+            self._pending.append((slot, held[3]))
 
         return hook
 
@@ -226,18 +231,14 @@ class NormCollector:
 
     def _reduce(self, target, x):
         """Sums over tokens of x²: (K,), or (B, K) where each sequence's own is wanted."""
-        if self._masks is None:
-            raise UsageError(f"{target.key}: a forward without start(batch) before it")
-        x = x.detach()
         if not x.is_contiguous():
             x = x.contiguous()
-        if x.dtype not in WEIGHT_DTYPES:
-            raise DataError(f"{target.key}: got {x.dtype}; must be float32, bfloat16 or float16")
-        mask = self._token_mask(target, x)
-        # ops.accumulate_sq_norm_ without its checks, which hold here by construction: they take
-        # 18 us a call (one Xeon core), with four calls a layer more than the sums of a LoRA B.
-        add = backends.select(self.backend, x.device.type).accumulate_sq_norm_
-        width = x.shape[-1]
+        *shape, width = x.shape
+        place = (x.device, x.dtype, width == target.in_features, target.routed, *shape)
+        found = self._masks.get(place)
+        if found is None:
+            found = self._masks[place] = self._checked_mask(target, x)
+        mask, add = found
         if self.aggregation == "rms":
             sums = torch.zeros(width, dtype=torch.float32, device=x.device)
             if x.numel():
@@ -249,31 +250,38 @@ class NormCollector:
             add(sums[row], sequence, None if mask is None else mask.reshape(self._shape)[row])
         return sums
 
-    def _token_mask(self, target, x):
-        """The mask in the shape of x's tokens, or None where every token counts."""
-        whole = x.shape[:-1] == self._shape or x.shape[:-1] == (self._shape.numel(),)
-        if target.routed and x.shape[:-1] != self._shape:
+    def _checked_mask(self, target, x):
+        """(mask in the shape of x's tokens or None where all count, what sums the squares).
+
+        The latter is ``ops.accumulate_sq_norm_`` without its checks, which are made here once for
+        all inputs of one kind.
+        """
+        if self._mask is None:
+            raise UsageError(f"{target.key}: a forward without start(batch) before it")
+        if x.dtype not in WEIGHT_DTYPES:
+            raise DataError(f"{target.key}: got {x.dtype}; must be float32, bfloat16 or float16")
+        if x.shape[-1] != target.in_features:
+            raise DataError(
+                f"{target.key}: got {x.shape[-1]} channels, the weight takes {target.in_features}"
+            )
+        add = backends.select(self.backend, x.device.type).accumulate_sq_norm_
+        tokens = x.shape[:-1]
+        if target.routed and tokens != self._shape:
             if not self._all_count or self.aggregation == "mean":
                 raise DataError(
                     f"{target.key}: a routed expert gets tokens of which padding or prompt cannot "
                     "be told apart; use batches without padding (batch_size 1), all tokens and "
                     "aggregation rms"
                 )
-            return None
-        if not whole:
+            return None, add
+        if tokens not in (self._shape, (self._shape.numel(),)):
             raise DataError(
-                f"{target.key}: got {tuple(x.shape[:-1])} tokens, where the batch has "
+                f"{target.key}: got {tuple(tokens)} tokens, where the batch has "
                 f"{tuple(self._shape)}"
             )
-        if x.shape[-1] != target.in_features and target.first_factor is None:
-            raise DataError(
-                f"{target.key}: got {x.shape[-1]} channels, the weight takes {target.in_features}"
-            )
         if self._all_count:
-            return None
-        if x.device not in self._masks:
-            self._masks[x.device] = next(iter(self._masks.values())).to(x.device)
-        return self._masks[x.device].reshape(x.shape[:-1])
+            return None, add
+        return self._mask.to(x.device).reshape(tokens).contiguous(), add
 
     def _name_the_bad_layer(self):
         for target, views in zip(self.targets, self._slots, strict=True):
