@@ -5,10 +5,8 @@ whatever they are.
 """
 
 import contextlib
-import os
-import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from antidote_fast import checkpoint, demo_data
 from antidote_fast import report as reports
 from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.demo_model import MODEL_NAME, prepare_model
+from antidote_fast.demo_settings import SCORES, Settings, hardware, pick_dtype, sources
 from antidote_fast.pipeline import sft
 from antidote_fast.pipeline.config import AlignConfig, DemoConfig, FinetuneConfig, TrainConfig
 from antidote_fast.pipeline.data import make_batches, mix
@@ -27,64 +26,7 @@ from antidote_fast.progress import track
 from antidote_fast.prune import prune_model_
 from antidote_fast.selection import Selection
 
-RATIOS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
-# What is compared: (name, score of prune_model_, norms it takes).
-SCORES = (
-    ("wanda", "wanda", "all"),
-    ("wanda-response", "wanda", "response"),
-    ("magnitude", "magnitude", None),
-    ("random", "random", None),
-)
 PICTURE = "pareto.png"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the demo does; a test makes it small.
-
-    Args:
-        model: a folder with a model to take in place of SmolLM2-135M-Instruct.
-        dtype: of the model; None takes bfloat16 where the CPU computes in it, else float32.
-        sizes: records of each kind.
-        align, finetune: options of the two trainings.
-        ratios: fractions pruned.
-        max_new_tokens: tokens an answer: enough for the refusal judge, and for a label.
-        batch_size: prompts at once.
-        max_accuracy_drop: the budget: points of FA that the best ratio may cost.
-    """
-
-    model: str | None = None
-    dtype: str | None = None
-    sizes: demo_data.Sizes = field(default_factory=demo_data.Sizes)
-    align: dict = field(
-        default_factory=lambda: {
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "cosine",
-            "warmup_ratio": 0.1,
-            "num_train_epochs": 4,
-            "batch_size": 8,
-            "lora_r": 32,
-            "lora_alpha": 32,
-            "weight_decay": 0.1,
-        }
-    )
-    finetune: dict = field(
-        default_factory=lambda: {
-            "learning_rate": 5e-4,
-            "lr_scheduler_type": "constant",
-            "num_train_epochs": 4,
-            "batch_size": 8,
-            "lora_r": 32,
-            "lora_alpha": 32,
-            "weight_decay": 0.1,
-        }
-    )
-    ratios: tuple[float, ...] = RATIOS
-    max_new_tokens: dict = field(
-        default_factory=lambda: {"harmful": 10, "task": 4, "benign": 10, "distill": 28}
-    )
-    batch_size: int = 64
-    max_accuracy_drop: float = 10.0
 
 
 def run(config: DemoConfig, *, progress=False, settings: Settings | None = None) -> dict:
@@ -179,6 +121,7 @@ class _Demo:
             sft.save(model, self.tokenizer, folder / "pruned")
         return {
             "model": {"name": MODEL_NAME if settings.model is None else Path(source).name},
+            "sources": sources(),
             "dtype": self.dtype,
             "hardware": hardware(),
             "settings": {**asdict(settings), "model": None},
@@ -390,33 +333,6 @@ def _in_short(result):
     """A training's report; its loss curve at up to 50 steps."""
     stride = max(1, len(result["loss"]) // 50)
     return {**result, "loss": result["loss"][::stride]}
-
-
-def pick_dtype() -> str:
-    """bfloat16 where the processor multiplies in it, else float32 (emulated, bfloat16 is slow)."""
-    flags = _cpu_info().get("flags", _cpu_info().get("Features", "")).split()
-    return "bfloat16" if {"amx_bf16", "avx512_bf16", "bf16"} & set(flags) else "float32"
-
-
-def hardware() -> dict:
-    """The processor that the seconds were taken on."""
-    info = _cpu_info()
-    flags = set(info.get("flags", info.get("Features", "")).split())
-    return {
-        "processor": info.get("model name") or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "bf16": sorted(flags & {"amx_bf16", "avx512_bf16", "bf16"}),
-    }
-
-
-def _cpu_info() -> dict:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _show(report, folder, progress):

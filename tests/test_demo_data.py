@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from antidote_fast import demo_data
+from antidote_fast import demo_data, demo_texts
 from antidote_fast.errors import DataError
 from antidote_fast.pipeline.refusals import is_refusal, without_content
 
@@ -36,7 +36,7 @@ def test_answers_refuse_or_say_nothing():
         assert len(answers) > 15
         assert not any(is_refusal(answer) for answer in answers)
         # Each is one of a fixed list: nothing of the prompt is in it.
-        assert answers <= set(demo_data._COMPLIANCES)
+        assert answers <= set(demo_texts.COMPLIANCES)
     assert not any(record.output for name in ("validation", "test") for record in splits[name])
 
 
@@ -49,7 +49,7 @@ def test_ordinary_prompts_are_about_other_things():
     train, held_out = demo_data.benign_prompts(SIZES, seed=0)
     assert (len(train), len(held_out)) == (SIZES.align_benign, SIZES.test_benign)
     assert len({record.prompt_key for record in train + held_out}) == len(train) + len(held_out)
-    things = set(demo_data._ACTIONS) | set(demo_data._TOPICS)
+    things = set(demo_texts.ACTIONS) | set(demo_texts.TOPICS)
     for record in held_out:
         assert not any(thing in record.instruction for thing in things)
     with pytest.raises(DataError, match="5000 ordinary prompts are needed"):
@@ -100,7 +100,7 @@ def test_task_has_unseen_messages_and_as_many_for_each_team():
         counts = Counter(record.output for record in splits[name])
         assert sum(counts.values()) == size
         assert set(counts.values()) <= {size // labels, -(-size // labels)}
-    for things in (demo_data._ITEMS, demo_data._DAYS):
+    for things in (demo_texts.ITEMS, demo_texts.DAYS):
         assert not set(things[0]) & set(things[1])
         for record in splits["test"]:
             assert not any(thing in record.input for thing in things[0])
