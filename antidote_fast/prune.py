@@ -37,6 +37,7 @@ class LayerReport:
             of all layers; None where nothing was removed or it is not one number (n_m).
         zero_norm_channels: input channels that no activation reached; None without norms.
         zero_weights: weights that were zero before, as all of a LoRA B that was never trained.
+        num_bytes: size of the weight, as large after as before.
         seconds: for this weight; None in global scope, where all are selected together.
     """
 
@@ -49,6 +50,7 @@ class LayerReport:
     threshold: float | None
     zero_norm_channels: int | None
     zero_weights: int
+    num_bytes: int
     seconds: float | None
 
 
@@ -419,5 +421,6 @@ def _layer_report(layer, selection, ratio):
         threshold=None if math.isnan(layer.threshold) else layer.threshold,
         zero_norm_channels=layer.zero_norm_channels,
         zero_weights=layer.zero_weights,
+        num_bytes=layer.saved.nbytes,
         seconds=layer.seconds,
     )

@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from antidote_fast.errors import UsageError
 from antidote_fast.selection import num_pruned
 
 try:
@@ -39,7 +40,7 @@ def _isa():
     if not wanted:
         return 0
     if wanted not in ISAS:
-        raise ValueError(f"{ENVIRONMENT}={wanted!r}: must be one of {', '.join(ISAS)} on this CPU")
+        raise UsageError(f"{ENVIRONMENT}={wanted!r}: must be one of {', '.join(ISAS)} on this CPU")
     return ISAS.index(wanted)
 
 
