@@ -14,7 +14,7 @@ static bool has_f16c() {
 }
 #endif
 
-std::vector<const Rows*> supported_rows() {
+static std::vector<const Rows*> find_supported_rows() {
   std::vector<const Rows*> tables;
 #ifdef ANTIDOTE_X86
   __builtin_cpu_init();
@@ -27,6 +27,12 @@ std::vector<const Rows*> supported_rows() {
   }
 #endif
   tables.push_back(&kRowsPlain);
+  return tables;
+}
+
+// Asked once: cpuid leaves a virtual machine for some 20 us.
+const std::vector<const Rows*>& supported_rows() {
+  static const std::vector<const Rows*> tables = find_supported_rows();
   return tables;
 }
 

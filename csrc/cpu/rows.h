@@ -82,6 +82,6 @@ extern const Rows kRowsAvx512;
 #endif
 
 // The tables that this machine can run, the fastest first.
-std::vector<const Rows*> supported_rows();
+const std::vector<const Rows*>& supported_rows();
 
 }  // namespace antidote::cpu
