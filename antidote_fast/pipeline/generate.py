@@ -9,6 +9,8 @@ from antidote_fast.errors import DataError, UsageError
 from antidote_fast.pipeline.data import collate, prompt_ids
 from antidote_fast.progress import track
 
+_MIN_SHARED = 8  # tokens; below it a forward pass of its own costs more than it saves
+
 
 @contextmanager
 def _plain_generation_config(model):
@@ -143,11 +145,8 @@ def generate(
                 pad_token_id=pad_id if pad_id is not None else (end_ids or [0])[0],
             )
             for chunk in track(chunks, "generate", progress):
-                batch = collate([{"input_ids": ids[p]} for p in chunk], tokenizer, "left")
-                output = model.generate(
-                    **{key: value.to(device) for key, value in batch.items()},
-                    generation_config=config,
-                )
+                batch = _prefilled(model, tokenizer, [ids[p] for p in chunk], device)
+                output = model.generate(**batch, generation_config=config)
                 new = output[:, batch["input_ids"].shape[1] :].tolist()
                 texts = [
                     tokenizer.decode(_until_end(row, end_ids), skip_special_tokens=True)
@@ -157,6 +156,50 @@ def generate(
     finally:
         model.train(was_training)
     return [answers[prompt] for prompt in prompts]
+
+
+def _prefilled(model, tokenizer, prompts, device) -> dict:
+    """A left-padded batch, with a cache of the tokens that all its prompts begin with.
+
+    The prompts of one template share half of their tokens and more; those go through the model
+    once. Pads then stand behind the shared tokens, where the mask hides them as in front. A model
+    whose cache is of another kind than plain attention's gets the whole prompts.
+    """
+    shared = _num_shared(prompts)
+    rest = collate([{"input_ids": p[shared:]} for p in prompts], tokenizer, "left")
+    start = torch.tensor([prompts[0][:shared]] * len(prompts), dtype=torch.int64)
+    cache = None
+    if shared >= _MIN_SHARED and len(prompts) > 1:
+        cache = _plain_cache(model(input_ids=start[:1].to(device), use_cache=True))
+    if cache is None:
+        batch = collate([{"input_ids": p} for p in prompts], tokenizer, "left")
+        return {key: value.to(device) for key, value in batch.items()}
+    cache.batch_repeat_interleave(len(prompts))
+    mask = torch.cat([torch.ones_like(start), rest["attention_mask"]], dim=1)
+    return {
+        "input_ids": torch.cat([start, rest["input_ids"]], dim=1).to(device),
+        "attention_mask": mask.to(device),
+        "past_key_values": cache,
+    }
+
+
+def _num_shared(prompts) -> int:
+    """How many tokens all prompts begin with, one of each left over."""
+    longest = min(len(prompt) for prompt in prompts) - 1
+    for position in range(longest):
+        if len({prompt[position] for prompt in prompts}) > 1:
+            return position
+    return longest
+
+
+def _plain_cache(output):
+    """The cache of a forward pass where it is one of keys and values alone, all of them kept."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    cache = getattr(output, "past_key_values", None)
+    if type(cache) is not DynamicCache or any(type(x) is not DynamicLayer for x in cache.layers):
+        return None
+    return cache
 
 
 def _until_end(row: list[int], end_ids: list[int]) -> list[int]:
