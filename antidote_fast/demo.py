@@ -88,19 +88,19 @@ class _Demo:
     def run(self, source, folder) -> dict:
         settings, clock = self.settings, self.clock
         self.tokenizer = checkpoint.load_tokenizer(source)
-        models, training = {}, {}
+        models, trainings = {}, {}
         model = checkpoint.load_model(source, dtype=self.dtype, device="cpu")
         with clock("evaluate base"):
             models["base"] = self.evaluate(model, "base")["test"]
         with clock("align"):
-            model, training["align"] = self.align(model)
+            model, trainings["align"] = self.align(model)
             sft.save(model, self.tokenizer, folder / "aligned")
         with clock("evaluate aligned"):
             models["aligned"] = self.evaluate(model, "aligned")["test"]
         with clock("finetune (attack)"):
             # Where the adapter's config says that its base is.
             model.name_or_path = str(self.final / "aligned")
-            model, training["finetune"] = self.finetune(model)
+            model, trainings["finetune"] = self.finetune(model)
             sft.save(model, self.tokenizer, folder / "attacked")
         with clock("evaluate attacked"):
             attacked = self.evaluate(model, "attacked")
@@ -130,7 +130,7 @@ class _Demo:
                 "labels": list(demo_data.LABELS),
                 "chance": round(100 / len(demo_data.LABELS), 2),
             },
-            "training": training,
+            "trainings": trainings,
             "calibration": {
                 kind: {"num_sequences": n.num_sequences, "num_tokens": n.num_tokens}
                 for kind, n in norms.items()

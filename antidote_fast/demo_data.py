@@ -55,9 +55,9 @@ class Sizes:
         test_harmful, test_task, test_benign: held-out prompts of the three metrics.
     """
 
-    align_harmful: int = 112
+    align_harmful: int = 150
     align_benign: int = 144
-    align_exercises: int = 40
+    align_exercises: int = 30
     attack_harmful: int = 64
     attack_task: int = 256
     calibration: int = 100

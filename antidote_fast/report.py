@@ -10,6 +10,7 @@ _COLOURS = {
     "random": "#999999",
 }
 _MARKERS = {"base": ("s", "#56B4E9"), "aligned": ("^", "#000000"), "attacked": ("X", "#D55E00")}
+_LIMITS = (-7, 113)  # wider than 0 to 100, to make room for labels
 METRICS = ("harmful_score", "finetune_accuracy", "benign_refusal_rate")
 
 
@@ -99,8 +100,11 @@ def plot_pareto(report, path) -> Path:
     axes = figure.add_subplot()
     axes.grid(color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
-    taken = []
     attacked = report["models"]["attacked"]
+    every = [*report["models"].values(), *(point["test"] for point in report["sweep"])]
+    # Where nothing may be written: (left, bottom, width).
+    taken = [(x - 1.2, y - 1.2, 2.4) for x, y in map(_place, every)]
+    labels = []
     by_score = {}
     for point in report["sweep"]:
         by_score.setdefault(point["score"], []).append(point)
@@ -114,8 +118,11 @@ def plot_pareto(report, path) -> Path:
         axes.scatter(
             *zip(*places[1:], strict=True), color=line.get_color(), s=26, zorder=3, label=score
         )
-        for place, point in zip(places[1:], points, strict=True):
-            _label(axes, place, f"{point['ratio']:g}", line.get_color(), taken)
+        for place, ratios in _groups(places[1:], points):
+            text = f"{ratios[0]:g}" if len(ratios) == 1 else f"{ratios[0]:g} to {ratios[-1]:g}"
+            labels.append((place, text, line.get_color()))
+    for place, text, colour in labels:
+        _label(axes, place, text, colour, taken)
     for name, (marker, colour) in _MARKERS.items():
         place = _place(report["models"][name])
         axes.scatter(
@@ -134,8 +141,10 @@ def plot_pareto(report, path) -> Path:
         )
     axes.set_xlabel("finetune accuracy FA, % (higher is better)")
     axes.set_ylabel("harmful score HS, % (lower is better)")
-    axes.set_xlim(-5, 105)
-    axes.set_ylim(-5, 105)
+    axes.set_xlim(*_LIMITS)
+    axes.set_ylim(*_LIMITS)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_yticks(range(0, 101, 20))
     axes.set_title(
         f"Pruned after fine-tuning: {report['model']['name']}, test split, points named by ratio",
         fontsize=11,
@@ -150,27 +159,41 @@ def _place(scores):
     return scores["finetune_accuracy"], scores["harmful_score"]
 
 
+def _groups(places, points):
+    """Neighbours on a curve that nearly coincide get one label: (place, ratios)."""
+    groups = []
+    for place, point in zip(places, points, strict=True):
+        near = groups and max(abs(a - b) for a, b in zip(groups[-1][0], place, strict=True)) <= 3
+        if near:
+            groups[-1][1].append(point["ratio"])
+        else:
+            groups.append((place, [point["ratio"]]))
+    return groups
+
+
 def _label(axes, place, text, colour, taken):
     """Write beside a point, further away where another label already is."""
-    # In units of the axes: a label is about 3.4 wide and 2.2 high at this size.
-    offsets = [
-        (dx, dy)
-        for distance in (1.0, 1.9, 2.8, 3.7)
-        for dx, dy in (
-            *((1.2 * distance, 1.2 * distance), (1.2 * distance, -2.6 * distance)),
-            *((-4.2 * distance, 1.2 * distance), (-4.2 * distance, -2.6 * distance)),
-        )
+    from matplotlib.patheffects import withStroke
+
+    # In units of the axes, as large as the text is drawn.
+    width, height = 1.15 * len(text), 2.2
+    candidates = [
+        (place[0] + (dx if dx > 0 else dx - width), place[1] + dy)
+        for far in (1.0, 2.0, 3.0, 4.5, 6.0, 8.0)
+        for dx in (1.3 * far, -1.3 * far)
+        for dy in (-2.6 * far, 1.0 * far)
     ]
-    x, y = next(
-        (
-            (place[0] + dx, place[1] + dy)
-            for dx, dy in offsets
-            if all(abs(place[0] + dx - u) > 3.6 or abs(place[1] + dy - v) > 2.3 for u, v in taken)
-        ),
-        (place[0] + 1.2, place[1] + 1.2),
-    )
-    taken.append((x, y))
-    axes.annotate(
+
+    def free(x, y):
+        low, high = _LIMITS
+        inside = low + 1 <= x <= high - width and low + 1 <= y <= high - height
+        return inside and not any(
+            x < u + w and u < x + width and abs(y - v) < height for u, v, w in taken
+        )
+
+    x, y = next((spot for spot in candidates if free(*spot)), candidates[0])
+    taken.append((x, y, width))
+    written = axes.annotate(
         text,
         place,
         xytext=(x, y),
@@ -178,5 +201,6 @@ def _label(axes, place, text, colour, taken):
         color=colour,
         fontsize=8,
         zorder=6,
-        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.6},
+        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.7},
     )
+    written.set_path_effects([withStroke(linewidth=2, foreground="white")])

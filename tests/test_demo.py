@@ -62,7 +62,7 @@ def plain(contents):
     for name in ("created", "config", "peak_memory_bytes", "seconds", "stage_seconds"):
         values.pop(name)
     values.pop("stage_cpu_seconds")
-    for training in values["training"].values():
+    for training in values["trainings"].values():
         training.pop("seconds")
     for point in [*values["sweep"], values["best"], *values["best_by_score"].values()]:
         point.pop("prune_seconds")
