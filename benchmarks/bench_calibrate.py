@@ -7,20 +7,20 @@ against a float64 oracle first; no time is printed otherwise. Random weights: th
 depend on them.
 """
 
-import argparse
-import json
-import platform
 import statistics
-import sys
 import time
-from pathlib import Path
 
+import common
 import torch
 
 from antidote_fast import ActivationNorms, find_targets
 from antidote_fast.calibrate import lean_forward
 
-RESULTS = Path(__file__).parent / "results"
+CASES = (
+    ("lora q/k/v", True, None),
+    ("full q/k/v", False, None),
+    ("full all-linear", False, "all-linear"),
+)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -111,12 +111,12 @@ def run(case, arguments):
         "batches": arguments.batches,
         "batch_size": arguments.batch_size,
         "length": arguments.length,
-        "bare_s": statistics.median(before for before, _ in pairs),
-        "collected_s": statistics.median(after for _, after in pairs),
-        "ratio": statistics.geometric_mean(statistics.median(r) for r in ratios),
-        "ratio_p20": statistics.geometric_mean(r[len(r) // 5] for r in ratios),
-        "ratio_p80": statistics.geometric_mean(r[-1 - len(r) // 5] for r in ratios),
-        "once_s": once,
+        "bare_s": round(statistics.median(before for before, _ in pairs), 4),
+        "collected_s": round(statistics.median(after for _, after in pairs), 4),
+        "ratio": round(statistics.geometric_mean(statistics.median(r) for r in ratios), 3),
+        "ratio_p20": round(statistics.geometric_mean(r[len(r) // 5] for r in ratios), 3),
+        "ratio_p80": round(statistics.geometric_mean(r[-1 - len(r) // 5] for r in ratios), 3),
+        "once_s": round(once, 3),
     }
 
 
@@ -139,62 +139,22 @@ def in_turn(model, twin, batches, targets):
     return pairs, total - sum(map(sum, pairs))
 
 
-def cpu_name():
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def main(argv=None):
-    """Print a table; with --save also write the rows to benchmarks/results/."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, default=20)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--save", action="store_true")
-    arguments = parser.parse_args(argv)
-    import peft
-    import transformers
-
+def main():
+    options = common.parser(__doc__)
+    options.add_argument("--batches", type=int, default=20)
+    options.add_argument("--batch_size", type=int, default=8)
+    options.add_argument("--length", type=int, default=64)
+    options.add_argument("--layers", type=int, default=30)
+    options.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    arguments = options.parse_args()
     rows = []
     for dtype in arguments.dtypes:
-        for name, lora, targets in (
-            ("lora q/k/v", True, None),
-            ("full q/k/v", False, None),
-            ("full all-linear", False, "all-linear"),
-        ):
-            row = run((name, lora, targets, dtype), arguments)
+        for case in CASES:
+            row = run((*case, dtype), arguments)
+            common.show(row)
             rows.append(row)
-            print(
-                f"{name:16} {dtype:9} {row['weights']:4} weights  bare {row['bare_s']:.3f} s  "
-                f"collected {row['collected_s']:.3f} s  ratio {row['ratio']:.3f} "
-                f"({row['ratio_p20']:.3f} to {row['ratio_p80']:.3f})  once {row['once_s']:.3f} s",
-                flush=True,
-            )
-    if arguments.save:
-        record = {
-            "benchmark": "calibrate",
-            "device": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "peft": peft.__version__,
-                "python": platform.python_version(),
-            },
-            "rows": rows,
-        }
-        path = RESULTS / f"calibrate-{time.strftime('%Y%m%d')}.json"
-        RESULTS.mkdir(exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(path)
+    common.finish("calibrate", rows, arguments.save)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import platform
 import subprocess
@@ -62,11 +63,18 @@ def machine():
         "isa": cpu.isa(),
         "threads": torch.get_num_threads(),
         "antidote_fast": __version__,
-        "torch": torch.__version__,
+        **{name: _version(name) for name in ("torch", "transformers", "peft")},
         "python": platform.python_version(),
         "commit": commit,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor():
