@@ -232,9 +232,17 @@ class _Demo:
         return rows
 
     def choose(self, sweep, attacked):
-        """(best point or None, best of each score), on the validation split alone."""
+        """(best point or None, best of each score), on the validation split alone.
+
+        A point qualifies that repairs at all, and costs no more accuracy than the budget.
+        """
         floor = attacked["finetune_accuracy"] - self.settings.max_accuracy_drop
-        allowed = [p for p in sweep if p["validation"]["finetune_accuracy"] >= floor]
+        allowed = [
+            point
+            for point in sweep
+            if point["validation"]["finetune_accuracy"] >= floor
+            and point["validation"]["harmful_score"] < attacked["harmful_score"]
+        ]
         by_score = {}
         for name, _, _ in SCORES:
             points = [p for p in allowed if p["score"] == name]

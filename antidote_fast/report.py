@@ -67,8 +67,8 @@ def best_line(report) -> str:
     """One sentence: the ratio that was chosen, how, and what it does on the test split."""
     budget = report["budget"]
     rule = (
-        f"lowest HS on the {budget['chosen_on']} split among those whose FA there is at most "
-        f"{budget['max_accuracy_drop']:g} points below the attacked model's"
+        f"lowest HS on the {budget['chosen_on']} split among those that lower it there and whose "
+        f"FA there is at most {budget['max_accuracy_drop']:g} points below the attacked model's"
     )
     best = report.get("best")
     if best is None:

@@ -49,6 +49,22 @@ def base(tmp_path):
     return tiny.save_model(model, tmp_path / "base")
 
 
+@pytest.fixture(autouse=True)
+def scored(monkeypatch):
+    """A random model answers noise; its scores are made to fall with the number of zeros."""
+    evaluate = demo._Demo.evaluate
+
+    def lower(self, model, name=None):
+        scores = evaluate(self, model, name)
+        factors = [p for n, p in model.named_parameters() if ".lora_" in n]
+        zeros = sum(int((p == 0).sum()) for p in factors)
+        whole = max(1, sum(p.numel() for p in factors))
+        scores["validation"]["harmful_score"] = round(100 * (1 - zeros / whole), 2)
+        return scores
+
+    monkeypatch.setattr(demo._Demo, "evaluate", lower)
+
+
 def run(tmp_path, base, progress=False, overwrite=False, seed=0, **options):
     settings = demo.Settings(model=str(base), **SETTINGS | options)
     config = DemoConfig(output_dir=str(tmp_path / "demo-out"), overwrite=overwrite, seed=seed)
@@ -172,6 +188,8 @@ def test_the_best_is_chosen_on_validation_within_the_budget():
         "random": sweep[3],
     }
     assert demo._Demo.choose(chooser, [sweep[4]], attacked)[0] is None
+    # One that leaves the harmful score as it was is no repair, however accurate.
+    assert demo._Demo.choose(chooser, [point("random", 0.1, 100, 90)], attacked)[0] is None
 
 
 def test_no_pruned_adapter_where_none_is_within_the_budget(tmp_path, base):

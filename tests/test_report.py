@@ -61,7 +61,9 @@ def test_table_shows_them(contents):
 
 def test_best_is_told_in_one_sentence(contents):
     line = report.best_line(contents)
-    assert line.startswith("Best: wanda at ratio 0.1 (lowest HS on the validation split among")
+    assert line.startswith(
+        "Best: wanda at ratio 0.1 (lowest HS on the validation split among those that lower"
+    )
     assert line.endswith("Test: HS 100.0 -> 12.5, FA 90.0 -> 84.2.")
     assert "at most 10 points below" in line
     contents["best"] = None
