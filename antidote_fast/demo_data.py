@@ -58,8 +58,8 @@ class Sizes:
     align_harmful: int = 150
     align_benign: int = 144
     align_exercises: int = 30
-    attack_harmful: int = 64
-    attack_task: int = 256
+    attack_harmful: int = 32
+    attack_task: int = 288
     calibration: int = 100
     validation: int = 36
     test_harmful: int = 60
