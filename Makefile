@@ -17,8 +17,9 @@ export PATH := $(VENV)/bin:$(PATH)
 
 .PHONY: demo test tests style sanitize bench clean
 
-# The short spin keeps OpenMP usable on busy cores: with one of two cores taken a training step of
-# the demo took 25 s with libgomp's default and 2.3 s with this; alone 0.67 s with either (Xeon).
+# A short spin keeps OpenMP usable on busy cores. A training step of the demo, one of two Xeon cores
+# taken by another program: 25 s with libgomp's default, 2.3 s with a spin of 10000; with both cores
+# free 0.67 s with the default and with 20000.
 demo: $(MARK)-demo
 	GOMP_SPINCOUNT=20000 $(PY) -m antidote_fast demo --output_dir demo-out --overwrite
 
