@@ -1,0 +1,9 @@
+"""Triton kernels, one file a topic; ``antidote_fast.backends.triton`` launches them.
+
+``keys.py`` says what a score is as an integer, ``search.py`` finds the m-th largest of a row in
+registers, ``rows.py`` and ``long_rows.py`` prune along rows, ``groups.py`` n of each m, ``cut.py``
+over whole tensors and lists, ``norms.py`` sums squares, ``fused.py`` does so inside RMSNorm and
+SwiGLU, ``elementwise.py`` scores and applies masks. ``configs.py`` holds every block size.
+
+Weights come in as integers of their width, so that no element's bits ever change on the way.
+"""

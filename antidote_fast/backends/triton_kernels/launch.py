@@ -1,0 +1,60 @@
+"""How a kernel is started: on the tensors' device, with multiply-add never fused."""
+
+import contextlib
+import functools
+import os
+
+import torch
+
+INTERPRETED = bool(int(os.environ.get("TRITON_INTERPRET", "0") or 0))
+RAW = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+}
+DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+SIGNED = 3
+
+
+def run(kernel, grid, *args, device, num_warps, **constants):
+    """Launch ``kernel[grid](*args)`` on ``device``, the current stream of it.
+
+    Every launch of the backend passes here, which is what the ahead-of-time tests record.
+    """
+    with _on(device):
+        kernel[grid](
+            *args, num_warps=num_warps, num_stages=1, enable_fp_fusion=False, **constants
+        )
+
+
+def raw(tensor):
+    """The same memory as integers of its width: no kernel sees a float it does not compute."""
+    return tensor.detach().view(RAW[tensor.dtype])
+
+
+@functools.lru_cache(maxsize=64)
+def absent(device, dtype):
+    """What stands for an operand that is not there; never read."""
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+def num_programs(device, per_processor):
+    """Programs that keep every processor of a GPU busy; few where kernels are interpreted."""
+    if device.type == "cpu":
+        return 3
+    return _processors(device) * per_processor
+
+
+@functools.lru_cache(maxsize=64)
+def _processors(device):
+    properties = torch.get_device_module(device).get_device_properties(device)
+    for name in ("multi_processor_count", "gpu_subslice_count"):
+        if getattr(properties, name, None):
+            return getattr(properties, name)
+    return 64
+
+
+def _on(device):
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(device).device(device)
