@@ -1,4 +1,4 @@
-"""What collecting norms costs over the bare forward, on a model of SmolLM2-135M's shape.
+"""What collecting norms costs over the bare forward on a CPU; a model of SmolLM2-135M's shape.
 
 Each batch runs on one copy of the model bare and on another under ``ActivationNorms.collect``, in
 turn, with the same options (eval mode, no gradients, no cache, logits of one position); what
@@ -139,21 +139,20 @@ def in_turn(model, twin, batches, targets):
     return pairs, total - sum(map(sum, pairs))
 
 
-def main():
+def main(argv=None):
     options = common.parser(__doc__)
     options.add_argument("--batches", type=int, default=20)
     options.add_argument("--batch_size", type=int, default=8)
     options.add_argument("--length", type=int, default=64)
     options.add_argument("--layers", type=int, default=30)
     options.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    arguments = options.parse_args()
-    rows = []
+    arguments = common.parsed(options, argv)
+    arguments.device = torch.device("cpu")
+    report = common.Report("calibrate", arguments)
     for dtype in arguments.dtypes:
         for case in CASES:
-            row = run((*case, dtype), arguments)
-            common.show(row)
-            rows.append(row)
-    common.finish("calibrate", rows, arguments.save)
+            report.add(run((*case, dtype), arguments))
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -1,142 +1,215 @@
-"""Row prune in place against what users run today, on the CPU.
+"""Pruning one weight in place against what users run today, on the CPU or a GPU.
 
-Peers, in the same run: ``copy_`` of the matrix (the floor), the sort chain of Wanda and the
-official Antidote code (fp32 score, stable sort, scatter, multiply), topk + scatter, and kthvalue +
-compare (which removes all ties). Every result is compared with the sort chain's first; no time is
-printed for one that differs.
+In the same run and in turn: ``copy_`` of the matrix (the floor), a read-only kernel (the largest of
+the matrix as int32), the peers of ``peers.py``, and ours with each backend asked for. Every result
+is compared with the stable sort's first; no time is printed for one that differs.
 
-Matrices are rotated so that none is in a cache when its turn comes: 1 GB or more of them
-(``--resident`` times one matrix instead). A pruned matrix is restored outside the timing: by the
-timed copy itself.
+Matrices are rotated so that none is in a cache when its turn comes (``--resident`` times one matrix
+instead), and restored outside the timing. GB/s counts the bytes that cannot be avoided (``CASES``).
 """
 
+from dataclasses import dataclass
+
 import common
+import peers
 import torch
 
-from antidote_fast import Selection, num_pruned, prune_
+from antidote_fast import Selection, prune_, prune_mask
+from antidote_fast.masks import PackedMask
 
-SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
+SHAPES_ON_CPU = ["4096x4096", "11008x4096", "4096x11008"]
+QUICK = [*SHAPES_ON_CPU, "14336x4096", "4096x14336", "28672x8192"]
+SHAPES = {
+    "Llama-2-7B": SHAPES_ON_CPU,
+    "Llama-3-8B, Mistral-7B": ["4096x4096", "1024x4096", "14336x4096", "4096x14336"],
+    "Llama-3-70B": ["8192x8192", "1024x8192", "28672x8192", "8192x28672"],
+    "Gemma-2-9B": ["4096x3584", "2048x3584", "3584x4096", "14336x3584", "3584x14336"],
+    "Gemma-2-27B": ["36864x4608", "4608x36864"],
+    "Qwen2.5-7B": ["3584x3584", "512x3584", "18944x3584", "3584x18944"],
+    "Qwen2.5-72B": ["29568x8192", "8192x29568"],
+    "synthetic": ["65536x64", "65536x128", "16384x257", "16384x1000", "16384x1024", "1024x65536"],
+}
+ALL_SHAPES = list(dict.fromkeys(shape for shapes in SHAPES.values() for shape in shapes))
 RATIOS = [0.01, 0.05, 0.1, 0.2, 0.5]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+READ_ONLY = "read only (int32 max)"
+RUNS_ON_CPU = {"sort chain": 3, "sort chain, compiled": 3}  # they take up to a second each
 
 
-def sort_chain(weight, norm, k):
-    """As the official codes do it; removed weights become zero."""
-    score = weight.abs().float() * norm.reshape(1, -1)
-    order = torch.sort(score, dim=-1, stable=True).indices
-    mask = torch.zeros_like(score, dtype=torch.bool)
-    mask.scatter_(1, order[:, weight.shape[1] - k :], True)
-    weight[mask] = 0
+@dataclass(frozen=True)
+class Case:
+    """One way of pruning; ``floor(itemsize)`` is the bytes a weight that cannot be avoided."""
+
+    floor: object
+    options: tuple = ()
+    preserve: bool = False
+    base: bool = False
+    write: bool = True
+
+    def selection(self, ratio):
+        return Selection(ratio, **dict(self.options))
 
 
-def topk_scatter(weight, norm, k):
-    """The k largest of each row without a full sort; ties fall as topk likes."""
-    score = weight.abs().float() * norm.reshape(1, -1)
-    weight.scatter_(1, torch.topk(score, k, dim=-1, sorted=False).indices, 0)
-
-
-def kthvalue_compare(weight, norm, k):
-    """All that is at least the k-th largest score of the row; all ties go."""
-    score = weight.abs().float() * norm.reshape(1, -1)
-    kth = torch.kthvalue(score, weight.shape[1] - k + 1, dim=-1, keepdim=True).values
-    weight.masked_fill_(score >= kth, 0)
-
-
-PEERS = {
-    "sort chain": (sort_chain, 3),
-    "topk + scatter": (topk_scatter, 5),
-    "kthvalue + compare": (kthvalue_compare, 5),
+CASES = {
+    "row": Case(lambda size: 2 * size),
+    "tensor": Case(lambda size: 3 * size, (("scope", "tensor"),)),
+    "preserve": Case(lambda size: 2 * size, preserve=True),
+    "base": Case(lambda size: 3 * size, base=True),
+    "2:4": Case(lambda size: 2 * size, (("n_m", (2, 4)),)),
+    "mask": Case(lambda size: size + 1 / 8, write=False),
 }
 
 
-def ours(weight, norm, k, selection=None, backend=None):
+def make(shape, dtype, case, ratio, device):
+    """(weight, operands) of Gaussian values."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def norm():
+        return torch.rand(shape[1], generator=generator, device=device) + 0.5
+
+    def matrix():
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    weight, selection = matrix(), case.selection(ratio)
+    compared = shape[0] * shape[1] if selection.scope == "tensor" else shape[1]
+    operands = peers.Operands(
+        selection,
+        selection.n_m[1] if selection.n_m else compared,
+        norm(),
+        norm() if case.preserve else None,
+        matrix() if case.base else None,
+        case.write,
+    )
+    return weight, operands
+
+
+def ours(weight, operands, backend):
     """The fused call."""
-    prune_(weight, norm, selection, backend=backend)
+    options = {"preserve_norm": operands.preserve_norm, "base_weight": operands.base}
+    if not operands.write:
+        return prune_mask(weight, operands.norm, operands.selection, backend=backend, **options)
+    return prune_(weight, operands.norm, operands.selection, backend=backend, **options)
 
 
-def check(source, norm, ratio, backend):
-    """Ours equals the sort chain bit for bit; the peers remove as many."""
-    k = num_pruned(source.shape[1], Selection(ratio))
-    expected, pruned = source.clone(), source.clone()
-    sort_chain(expected, norm, k)
-    prune_(pruned, norm, Selection(ratio), backend=backend)
+def check(source, operands, backends, made):
+    """Ours equal the stable sort bit for bit; the peers agree up to ties."""
     bits = torch.int32 if source.dtype == torch.float32 else torch.int16
-    assert torch.equal(pruned.view(bits), expected.view(bits)), "differs from the sort chain"
-    for peer in (topk_scatter, kthvalue_compare):
+    expected = source.clone()
+    mask = peers.sort_chain(expected, operands)
+    for backend in backends:
+        pruned = source.clone()
+        found = ours(pruned, operands, backend)
+        if isinstance(found, PackedMask):
+            assert torch.equal(found.to_bool(), mask), f"{backend}: differs from the stable sort"
+        else:
+            same = torch.equal(pruned.view(bits), expected.view(bits))
+            assert same, f"{backend}: differs from the stable sort"
+    for name, peer in made.items():
         other = source.clone()
-        peer(other, norm, k)
-        same = (other == expected).float().mean()
-        assert same > 0.999, f"{peer.__name__} agrees on {same:.2%} only"
+        found = peer(other, operands)
+        if operands.write:
+            same = (other == expected).float().mean()
+        else:
+            same = (found.view(mask.shape) == mask).float().mean()
+        assert same > 0.999, f"{name} agrees on {same:.2%} only"
 
 
-def bench(shape, dtype, ratios, backend, resident, rounds):
-    """Rows of one shape: copies and prunes alternate over the same rotated matrices."""
-    generator = torch.Generator().manual_seed(0)
-    size = shape[0] * shape[1] * dtype.itemsize
-    count = 1 if resident else -(-(1 << 30) // size)
-    sources = [torch.randn(shape, generator=generator).to(dtype)]
-    sources += [sources[0].roll(i, 0) for i in range(1, count)]
-    targets = [torch.empty_like(s).zero_() for s in sources]
-    norm = torch.rand(shape[1], generator=generator) + 0.5
-    rows = []
-    for ratio in ratios:
-        check(sources[0], norm, ratio, backend)
-        k = num_pruned(shape[1], Selection(ratio))
-        selection = Selection(ratio)
-        times = {name: [] for name in ("copy_", "antidote_fast", *PEERS)}
-        for _ in range(rounds if not resident else rounds * 10):
-            for target, source in zip(targets, sources, strict=True):
-                times["copy_"].append(common.timed(target.copy_, source))
-            for target in targets:
-                times["antidote_fast"].append(
-                    common.timed(ours, target, norm, k, selection, backend)
-                )
-        for name, (peer, runs) in PEERS.items():
-            for i in range(runs):
-                target = targets[i % count].copy_(sources[i % count])
-                times[name].append(common.timed(peer, target, norm, k))
-        rows += _rows(shape, dtype, ratio, count, times)
-    return rows
+def prepare(source, operands, args, report, about):
+    """The peers that run here; a note says why one does not."""
+    made = {}
+    for name, maker in peers.names(args.compile).items():
+        if args.peer is not None and name not in args.peer:
+            continue
+        try:
+            peer = maker()
+            peer(source.clone(), operands)
+        except ImportError:
+            continue
+        except Exception as error:  # a peer's failure is not ours: say so, and go on
+            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            report.note(**about, name=name, why=why[:300])
+            continue
+        made[name] = peer
+    return made
 
 
-def _rows(shape, dtype, ratio, count, times):
+def bench(shape, ratio, args, report):
+    """Rows of one shape and ratio: all take turns over the same rotated matrices."""
+    dtype, case, device = common.DTYPES[args.dtype], CASES[args.case], args.device
+    source, operands = make(shape, dtype, case, ratio, device)
+    about = {
+        "case": args.case,
+        "shape": f"{shape[0]}x{shape[1]}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "ratio": ratio,
+    }
+    made = prepare(source, operands, args, report, about)
+    check(source, operands, args.backends, made)
+    count = 1 if args.resident else args.rotated or common.rotation(source.nbytes, device, 2)
+    sources = [source, *(source.roll(i, 0) for i in range(1, count))]
+    targets = [original.clone() for original in sources]
+    turns = {
+        "copy_": lambda i: targets[i].copy_(sources[i]),
+        READ_ONLY: lambda i: common.as_words(targets[i]).max(),
+    }
+    for backend in args.backends:
+        name = f"antidote_fast {backend}" if len(args.backends) > 1 else "antidote_fast"
+        turns[name] = lambda i, backend=backend: ours(targets[i], operands, backend)
+    for name, peer in made.items():
+        turns[name] = lambda i, peer=peer: peer(targets[i], operands)
+    limits = {name: RUNS_ON_CPU.get(name, 5) for name in made} if device.type == "cpu" else None
+    watch = common.Stopwatch(device)
+    restore = (lambda i: targets[i].copy_(sources[i])) if operands.write else None
+    common.take_turns(watch, turns, count, args.runs, restore, limits)
+    _report(about, count, watch, case.floor(dtype.itemsize) * source.numel(), source, report)
+
+
+def _report(about, count, watch, floor, source, report):
     """One row an implementation; ratios are of medians in this run."""
-    medians = {name: common.percentile(seconds, 0.5) for name, seconds in times.items()}
-    moved = shape[0] * shape[1] * dtype.itemsize * 2  # floor: read and written once
-    rows = []
-    for name, seconds in times.items():
+    copy = watch.median("copy_")
+    moved = {"copy_": 2 * source.nbytes, READ_ONLY: source.nbytes}
+    best = {name: watch.median(name) for name in watch if name.startswith("antidote_fast")}
+    for name in watch:
+        median = watch.median(name)
+        speed = moved.get(name, floor) / median
         row = {
-            "shape": f"{shape[0]}x{shape[1]}",
-            "dtype": str(dtype).removeprefix("torch."),
-            "ratio": ratio,
+            **about,
             "rotated": count,
             "name": name,
-            **common.summary(seconds),
-            "GB/s": round(moved / medians[name] / 1e9, 1),
-            "x copy_": round(medians[name] / medians["copy_"], 2),
+            **watch.row(name),
+            "GB/s": round(speed / 1e9, 1),
+            "% of copy_": round(100 * speed / (2 * source.nbytes / copy), 1),
+            "x copy_": round(median / copy, 2),
         }
-        if name != "antidote_fast":
-            row["ours is faster x"] = round(medians[name] / medians["antidote_fast"], 1)
-        common.show(row)
-        rows.append(row)
-    return rows
+        for mine, seconds in best.items():
+            if name not in best:
+                label = mine.replace("antidote_fast", "ours", 1)
+                row[f"{label} is faster x"] = round(median / seconds, 2)
+        report.add(row)
 
 
-def main():
+def main(argv=None):
     options = common.parser(__doc__)
-    options.add_argument("--backend", default=None)
-    options.add_argument("--dtype", choices=DTYPES, default="bf16")
+    options.add_argument("--backends", nargs="+", help="time several of ours in one run")
+    options.add_argument("--case", choices=CASES, default="row")
+    options.add_argument("--dtype", choices=common.DTYPES, default="bf16")
     options.add_argument("--ratio", type=float, nargs="+", default=RATIOS)
     options.add_argument("--shape", nargs="+", help="such as 4096x11008")
+    options.add_argument("--quick", action="store_true", help=f"on a GPU: {' '.join(QUICK)}")
+    options.add_argument("--peer", nargs="*", help="only these peers")
+    options.add_argument("--compile", action="store_true", help="the sort chain compiled, too")
     options.add_argument("--resident", action="store_true", help="time one matrix over and over")
-    options.add_argument("--rounds", type=int, default=2, help="turns of the rotation")
-    args = options.parse_args()
-    shapes = [tuple(map(int, s.split("x"))) for s in args.shape] if args.shape else SHAPES
-    rows = []
-    for shape in shapes:
-        dtype = DTYPES[args.dtype]
-        rows += bench(shape, dtype, args.ratio, args.backend, args.resident, args.rounds)
-    common.finish("prune_resident" if args.resident else "prune", rows, args.save)
+    options.add_argument("--rotated", type=int, help="how many matrices take turns")
+    options.add_argument("--runs", type=int, help="timed calls of each; default 24, CPU 64")
+    args = common.parsed(options, argv)
+    args.backends = args.backends or [args.backend]
+    on_cpu = args.device.type == "cpu"
+    args.runs = args.runs or (64 if on_cpu else 24)
+    shapes = args.shape or (SHAPES_ON_CPU if on_cpu else QUICK if args.quick else ALL_SHAPES)
+    report = common.Report("_".join(["prune"] + ["resident"] * args.resident), args)
+    for shape in map(common.shape_of, shapes):
+        for ratio in [0.5] if args.case == "2:4" else args.ratio:
+            bench(shape, ratio, args, report)
+    report.finish()
 
 
 if __name__ == "__main__":

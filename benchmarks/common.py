@@ -1,10 +1,11 @@
-"""What the benchmarks share: interleaved timing, the machine's description, rows on disk."""
+"""What the benchmarks share: timing on a CPU or a GPU, the machine's description, rows on disk."""
 
 import argparse
 import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -16,15 +17,42 @@ from antidote_fast import __version__
 from antidote_fast.backends import cpu
 
 RESULTS = Path(__file__).parent / "results"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROTATED_ON_CPU = 1 << 30  # bytes: past the last-level cache of any server
+QUEUED = 500_000  # clock ticks, some 0.3 ms: the time that Python has to queue a timed call
 
 
 def parser(description):
     """The options that every benchmark has."""
     options = argparse.ArgumentParser(description=description.splitlines()[0])
     options.add_argument(
+        "--device", help="such as cuda; default a GPU where there is one, unless --backend cpu"
+    )
+    options.add_argument("--backend", help="default the one that is picked for the device")
+    options.add_argument(
         "--save", action="store_true", help="write the rows to benchmarks/results/"
     )
+    options.add_argument(
+        "--rows", type=Path, help="append each row to this file as a line of JSON, at once"
+    )
     return options
+
+
+def parsed(options, argv=None):
+    """The arguments; ``device`` is a torch.device, the GPU's index included."""
+    args = options.parse_args(argv)
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() and args.backend != "cpu" else "cpu"
+    args.device = torch.device(args.device)
+    if args.device.type == "cuda" and args.device.index is None:
+        args.device = torch.device("cuda", torch.cuda.current_device())
+    return args
+
+
+def shape_of(text):
+    """(4096, 11008) of "4096x11008"."""
+    rows, _, columns = text.partition("x")
+    return int(rows), int(columns)
 
 
 def percentile(seconds, share):
@@ -43,14 +71,111 @@ def summary(seconds):
     }
 
 
-def timed(call, *args):
-    """Seconds that one call takes."""
+class Stopwatch:
+    """Times calls by name: with ``perf_counter`` on a CPU, with events on a GPU.
+
+    On a GPU a short wait is queued first, so that what is measured is the device's time, not
+    Python's; how long the call kept Python is in ``host``.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.module = None if device.type == "cpu" else torch.get_device_module(device)
+        self.host = {}
+        self._timed = {}
+
+    def run(self, name, call, *args):
+        """Call, and keep its time under ``name``."""
+        if self.module is None:
+            begin = time.perf_counter()
+            call(*args)
+            self._timed.setdefault(name, []).append(time.perf_counter() - begin)
+            return
+        first, last = (self.module.Event(enable_timing=True) for _ in range(2))
+        if hasattr(self.module, "_sleep"):
+            self.module._sleep(QUEUED)
+        first.record()
+        begin = time.perf_counter()
+        call(*args)
+        self.host.setdefault(name, []).append(time.perf_counter() - begin)
+        last.record()
+        self._timed.setdefault(name, []).append((first, last))
+
+    def seconds(self, name):
+        """Every time under ``name``."""
+        if self.module is None:
+            return self._timed[name]
+        self.module.synchronize(self.device)
+        return [first.elapsed_time(last) / 1e3 for first, last in self._timed[name]]
+
+    def median(self, name):
+        """The median time under ``name``."""
+        return percentile(self.seconds(name), 0.5)
+
+    def row(self, name):
+        """What a row says of the times under ``name``."""
+        host = self.host.get(name)
+        return summary(self.seconds(name)) | (
+            {"host_us": round(percentile(host, 0.5) * 1e6, 1)} if host else {}
+        )
+
+    def __iter__(self):
+        return iter(self._timed)
+
+
+def take_turns(watch, turns, count, runs, restore=None, limits=None):
+    """Time every ``turns[name](i)`` over the rotated copies i, in turn, ``runs`` times each.
+
+    Args:
+        watch: a :class:`Stopwatch`.
+        turns: {name: call of a copy's number}.
+        count: how many copies there are.
+        restore: puts copy i back, untimed; all copies that are used next are put back first, so
+            that none is left in a cache.
+        limits: {name: fewer runs}.
+    """
+    for done in range(0, runs, count):
+        for name, call in turns.items():
+            used = range(min(count, (limits or {}).get(name, runs) - done))
+            for i in used if restore else ():
+                restore(i)
+            for i in used:
+                watch.run(name, call, i)
+
+
+def as_words(tensor):
+    """A contiguous tensor's memory as int32; an odd 16-bit element at its end is left out."""
+    flat = tensor.view(-1)
+    per_word = 4 // flat.element_size()
+    return flat[: flat.numel() // per_word * per_word].view(torch.int32)
+
+
+def synchronize(device):
+    """Wait until the device has done all that was queued."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+def stopped(device, call, *args, **options):
+    """(what the call returns, wall-clock seconds until the device has done it)."""
+    synchronize(device)
     begin = time.perf_counter()
-    call(*args)
-    return time.perf_counter() - begin
+    result = call(*args, **options)
+    synchronize(device)
+    return result, time.perf_counter() - begin
 
 
-def machine():
+def rotation(num_bytes, device, at_least=1):
+    """How many copies of a matrix leave none of them in a cache when its turn comes."""
+    if device.type == "cpu":
+        wanted = ROTATED_ON_CPU
+    else:
+        properties = torch.get_device_module(device).get_device_properties(device)
+        wanted = 4 * (getattr(properties, "L2_cache_size", 0) or 64 << 20)
+    return max(at_least, -(-wanted // max(num_bytes, 1)))
+
+
+def machine(device=torch.device("cpu")):  # noqa: B008 - a constant
     """Device, versions, commit and date: what a row must be read with."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
@@ -58,23 +183,38 @@ def machine():
         text=True,
         cwd=Path(__file__).parent,
     ).stdout.strip()
+    on_cpu = {"isa": cpu.isa() if cpu.ISAS else None, "threads": torch.get_num_threads()}
     return {
-        "device": _processor(),
-        "isa": cpu.isa(),
-        "threads": torch.get_num_threads(),
+        "device": _processor() if device.type == "cpu" else _gpu(device),
+        **(on_cpu if device.type == "cpu" else _about_gpu(device)),
         "antidote_fast": __version__,
-        **{name: _version(name) for name in ("torch", "transformers", "peft")},
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
         "python": platform.python_version(),
         "commit": commit,
         "date": datetime.date.today().isoformat(),
     }
 
 
-def _version(name):
+def version(name):
+    """The version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _gpu(device):
+    return torch.get_device_module(device).get_device_name(device)
+
+
+def _about_gpu(device):
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return {
+        "processors": getattr(properties, "multi_processor_count", None),
+        "l2_mb": round(getattr(properties, "L2_cache_size", 0) / 2**20, 1),
+        "triton": version("triton"),
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
 
 
 def _processor():
@@ -85,16 +225,34 @@ def _processor():
         return platform.processor() or platform.machine()
 
 
-def show(row):
-    """One row on one line."""
-    print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+class Report:
+    """Rows of one benchmark: shown as they come, written where the options say."""
 
+    def __init__(self, name, args):
+        self.name, self.args, self.rows = name, args, []
 
-def finish(name, rows, save):
-    """Write the rows beside the machine's description where asked for."""
-    if not save:
-        return
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"benchmark": name, **machine(), "rows": rows}, indent=1) + "\n")
-    print(f"wrote {path.name}", file=sys.stderr)
+    def add(self, row):
+        """Show a row on one line, and keep it."""
+        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        self.rows.append(row)
+        if self.args.rows:
+            with open(self.args.rows, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"benchmark": self.name, **row}) + "\n")
+
+    def note(self, **what):
+        """A row that holds no time: what could not be measured, and why."""
+        self.add({"note": True, **what})
+
+    def finish(self):
+        """Write the rows beside the machine's description where ``--save`` asks for it."""
+        if not self.args.save:
+            return
+        RESULTS.mkdir(exist_ok=True)
+        about = machine(self.args.device)
+        name = self.name
+        if self.args.device.type != "cpu":
+            name += "-" + re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+        path = RESULTS / f"{name}.json"
+        contents = {"benchmark": self.name, **about, "rows": self.rows}
+        path.write_text(json.dumps(contents, indent=1) + "\n")
+        print(f"wrote {path.name}", file=sys.stderr)
