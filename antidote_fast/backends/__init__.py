@@ -11,8 +11,12 @@ import os
 from antidote_fast.errors import BackendUnavailable
 
 ENVIRONMENT = "ANTIDOTE_BACKEND"
-NAMES = ("cpu", "reference")
-PREFERENCE = {"cpu": ("cpu", "reference")}
+NAMES = ("cpu", "triton", "reference")
+PREFERENCE = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "reference"),
+    "xpu": ("triton", "reference"),
+}
 
 
 @functools.cache

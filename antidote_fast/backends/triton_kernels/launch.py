@@ -2,11 +2,9 @@
 
 import contextlib
 import functools
-import os
 
 import torch
 
-INTERPRETED = bool(int(os.environ.get("TRITON_INTERPRET", "0") or 0))
 RAW = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
@@ -16,15 +14,17 @@ DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SIGNED = 3
 
 
-def run(kernel, grid, *args, device, num_warps, **constants):
+def run(kernel, grid, *args, device, num_warps, max_registers=None, **constants):
     """Launch ``kernel[grid](*args)`` on ``device``, the current stream of it.
 
     Every launch of the backend passes here, which is what the ahead-of-time tests record.
+    ``max_registers`` a thread is for NVIDIA's compiler, which takes more than it needs otherwise.
     """
+    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
+    if max_registers is not None and torch.version.cuda:
+        options["maxnreg"] = max_registers
     with _on(device):
-        kernel[grid](
-            *args, num_warps=num_warps, num_stages=1, enable_fp_fusion=False, **constants
-        )
+        kernel[grid](*args, **options, **constants)
 
 
 def raw(tensor):
@@ -58,3 +58,8 @@ def _on(device):
     if device.type == "cpu":
         return contextlib.nullcontext()
     return torch.get_device_module(device).device(device)
+
+
+def is_interpreted(kernel):
+    """Whether Triton's interpreter runs this kernel: decided when it was decorated."""
+    return type(kernel).__name__ == "InterpretedFunction"

@@ -60,3 +60,112 @@ def narrowed(low, count_low, high, count_high, first, count_first, second, count
     new_count_high = tl.where(up, count_high, tl.where(middle, count_second, count_first))
     left = (new_high - new_low).to(tl.uint32, bitcast=True)
     return new_low, new_count_low, new_high, new_count_high, left > (width >> 2)
+
+
+@triton.jit
+def count_at(keys, pivot):
+    """How many keys of each row are >= its pivot: [R, G, 8], [R] -> [R]."""
+    return tl.sum(tl.sum((keys >= pivot[:, None, None]).to(tl.int32), 2), 1)
+
+
+@triton.jit
+def count_at_two(keys, first, second):
+    """The counts at two pivots, packed into one reduction: a row of a tile is under 2**15 keys."""
+    hits = (keys >= first[:, None, None]).to(tl.int32)
+    hits += (keys >= second[:, None, None]).to(tl.int32) << 16
+    both = tl.sum(tl.sum(hits, 2), 1)
+    return both & 0xFFFF, both >> 16
+
+
+@triton.jit
+def search(keys, num_valid, m, guess, LOWEST: tl.constexpr):
+    """A threshold for the m largest keys of each row.
+
+    Args:
+        keys: [R, G, 8] int32, PAD where there is no weight.
+        num_valid: [R], keys of each row that are none; at least ``m``.
+        m: [R].
+        guess: [R], where the threshold may lie, or NO_GUESS.
+        LOWEST: at or below every valid key, above PAD.
+
+    Returns:
+        threshold [R] and how many keys are at or above it. If that is m, they are the ones;
+        otherwise the threshold is the m-th largest key and some of those equal to it are too many.
+        With m = 0 nothing is at or above it.
+    """
+    high = tl.max(tl.max(keys, 2), 1) + 1
+    low = tl.where(m == 0, MAX_KEY, LOWEST)
+    count_low = tl.where(m == 0, 0, num_valid)
+    count_high = tl.zeros_like(count_low)
+    weak = m < 0
+    first, second = first_pivots(high, guess)
+    active = (count_low != m) & (low + 1 < high)
+    while tl.max(active.to(tl.int32), 0) > 0:
+        first = inside(first, low, high)
+        second = inside(second, low, high)
+        count_first, count_second = count_at_two(keys, first, second)
+        new_low, new_count_low, new_high, new_count_high, slow = narrowed(
+            low, count_low, high, count_high, first, count_first, second, count_second, m
+        )
+        low = tl.where(active, new_low, low)
+        count_low = tl.where(active, new_count_low, count_low)
+        high = tl.where(active, new_high, high)
+        count_high = tl.where(active, new_count_high, count_high)
+        weak = slow & (weak == 0)
+        active = (count_low != m) & (low + 1 < high)
+        first, second = next_pivots(low, count_low, high, count_high, m, weak)
+    return low, count_low
+
+
+@triton.jit
+def tie_cut(keys, group, threshold, too_many, surplus):
+    """The first column from which ties are taken, [R], where ``surplus`` of them are too many.
+
+    The leftmost ``surplus`` keys equal to the threshold stay; rows without ``too_many`` keep none.
+    Cuts the range of columns in three a step. A column is its group's 8 and a constant lane, so
+    that no register holds one a key.
+    """
+    lane = tl.arange(0, 8)[None, None, :]
+    tied = threshold[:, None, None]
+    low = tl.zeros_like(threshold)  # at most surplus ties lie left of it
+    high = tl.where(too_many, 8 * group.shape[0], 1)  # more than surplus do
+    while tl.max(high - low, 0) > 1:
+        third = tl.maximum((high - low) // 3, 1)
+        first = low + third
+        second = tl.minimum(first + third, high)
+        to_first = first[:, None, None] - 8 * group[None, :, None]
+        to_second = second[:, None, None] - 8 * group[None, :, None]
+        hits = ((keys == tied) & (lane < to_first)).to(tl.int32)
+        hits += ((keys == tied) & (lane < to_second)).to(tl.int32) << 16
+        both = tl.sum(tl.sum(hits, 2), 1)
+        fits_first = (both & 0xFFFF) <= surplus
+        fits_second = (both >> 16) <= surplus
+        active = low + 1 < high
+        new_low = tl.where(fits_second, second, tl.where(fits_first, first, low))
+        new_high = tl.where(fits_second, high, tl.where(fits_first, second, first))
+        low = tl.where(active, tl.minimum(new_low, high - 1), low)
+        high = tl.where(active, new_high, high)
+    return low
+
+
+@triton.jit
+def top(keys, group, num_valid, m, guess, LOWEST: tl.constexpr):
+    """The last m of each row in the order (key, column).
+
+    Args:
+        group: [G] int32, the numbers of the groups of 8 columns; the rest as in :func:`search`.
+
+    Returns:
+        The bits of each group, [R, G] int32, the threshold [R] for the next rows to start from,
+        and whether some keys equal to it were left, [R].
+    """
+    threshold, count = search(keys, num_valid, m, guess, LOWEST)
+    lane = tl.arange(0, 8)[None, None, :]
+    bar = threshold[:, None, None]
+    too_many = count > m
+    bits = tl.sum((keys >= bar).to(tl.int32) << lane, 2)
+    if tl.max(too_many.to(tl.int32), 0) > 0:  # ties: the rightmost ones go
+        cut = tie_cut(keys, group, threshold, too_many, count - m)
+        left = lane < cut[:, None, None] - 8 * group[None, :, None]
+        bits -= tl.sum(((keys == bar) & left).to(tl.int32) << lane, 2)
+    return bits, threshold, too_many

@@ -1,0 +1,488 @@
+"""The Triton kernels of ``triton_kernels``: any GPU that Triton supports, no compiler at install.
+
+Tensors on the CPU are taken only where Triton's interpreter runs the kernels
+(``TRITON_INTERPRET=1`` before the first import).
+"""
+
+import importlib.util
+
+import torch
+
+from antidote_fast.backends import reference
+from antidote_fast.selection import num_pruned
+
+NAME = "triton"
+_missing = None
+if importlib.util.find_spec("triton") is None:
+    _missing = "triton is not installed (pip install triton)"
+else:
+    try:
+        from antidote_fast.backends.triton_kernels import (
+            configs,
+            cut,
+            elementwise,
+            groups,
+            launch,
+            long_rows,
+            norms,
+            rows,
+        )
+    except Exception as error:  # a triton that does not fit this Python or torch fails in many ways
+        _missing = f"triton cannot be imported ({' '.join(str(error).split())[:200]})"
+
+INTERPRETED = _missing is None and launch.is_interpreted(rows.prune_rows_kernel)
+DEVICE_TYPES = ("cpu",) if INTERPRETED else ("cuda", "xpu")
+
+
+def unavailable():
+    """Why this backend cannot run here, or None."""
+    if _missing is not None:
+        return _missing
+    if INTERPRETED:
+        return None
+    for name in DEVICE_TYPES:
+        module = getattr(torch, name, None)
+        if module is not None and module.is_available():
+            if name == "cuda" and torch.version.cuda and module.get_device_capability() < (8, 0):
+                major, minor = module.get_device_capability()
+                return f"the GPU has compute capability {major}.{minor}; 8.0 or later is needed"
+            return None
+    return "torch sees no GPU here (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
+
+
+def accumulate_sq_norm_(sq_sum, x, token_mask):
+    """As ``reference.accumulate_sq_norm_``."""
+    norms.accumulate_sq_norm_(sq_sum, x, token_mask)
+
+
+def score(weight, act_norm, base_weight):
+    """As ``reference.score``."""
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    if not weight.numel():
+        return out
+    operand = _Operand(weight, act_norm, base_weight)
+    vec = operand.vec and out.data_ptr() % 16 == 0
+    grid, sizes = _elementwise(weight)
+    launch.run(
+        elementwise.score_kernel,
+        grid,
+        operand.raw,
+        operand.base,
+        operand.norm,
+        out,
+        *operand.sizes(vec),
+        operand.flags(),
+        device=weight.device,
+        num_warps=configs.ELEMENTWISE_WARPS,
+        **sizes,
+        DTYPE=operand.dtype_code,
+        DELTA=base_weight is not None,
+        VEC=vec,
+    )
+    return out
+
+
+def apply_mask_(weight, bits, base_weight):
+    """As ``reference.apply_mask_``."""
+    operand = _Operand(weight, None, base_weight)
+    grid, sizes = _elementwise(weight)
+    launch.run(
+        elementwise.apply_mask_kernel,
+        grid,
+        operand.raw,
+        operand.base,
+        bits,
+        *operand.sizes(operand.vec),
+        operand.flags(),
+        device=weight.device,
+        num_warps=configs.ELEMENTWISE_WARPS,
+        **sizes,
+        VEC=operand.vec,
+    )
+
+
+def select_mask(scores, selection, bits):
+    """As ``reference.select_mask``."""
+    operands = [_Operand(scores, bits=bits, is_signed=True)]
+    _prune(operands, selection, write=False)
+
+
+def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write, bits, thresholds):
+    """As ``reference.prune``."""
+    operands = [
+        _Operand(
+            weight,
+            act_norms[i],
+            base_weights[i],
+            preserve_norms[i],
+            None if bits is None else bits[i],
+            None if thresholds is None else thresholds[i],
+        )
+        for i, weight in enumerate(weights)
+    ]
+    _prune(operands, selection, write=write)
+
+
+class _Operand:
+    """One weight with what belongs to it, as the kernels take it; ``None`` where absent."""
+
+    def __init__(
+        self,
+        weight,
+        act_norm=None,
+        base_weight=None,
+        preserve_norm=None,
+        bits=None,
+        thresholds=None,
+        is_signed=False,
+    ):
+        self.weight, self.base_weight = weight, base_weight
+        self.act_norm, self.preserve_norm = act_norm, preserve_norm
+        self.bits_out, self.thresholds_out = bits, thresholds
+        self.device, self.num_rows, self.num_columns = weight.device, *weight.shape
+        self.dtype_code = launch.SIGNED if is_signed else launch.DTYPE_CODES[weight.dtype]
+        self.vec = self._is_aligned()
+
+    def _is_aligned(self):
+        """Whether rows, bases and norms can be read 16 bytes at a time."""
+        if self.num_columns % 8:
+            return False
+        for matrix in (self.weight, self.base_weight):
+            if matrix is not None and (matrix.data_ptr() % 16 or matrix.stride(0) % 8):
+                return False
+        return all(n is None or n.data_ptr() % 16 == 0 for n in (self.act_norm, self.preserve_norm))
+
+    @property
+    def raw(self):
+        return launch.raw(self.weight)
+
+    @property
+    def base(self):
+        return self.raw if self.base_weight is None else launch.raw(self.base_weight)
+
+    @property
+    def norm(self):
+        return self._or_absent(self.act_norm, torch.float32)
+
+    @property
+    def preserve(self):
+        return self._or_absent(self.preserve_norm, torch.float32)
+
+    @property
+    def bits(self):
+        return self._or_absent(self.bits_out, torch.uint8)
+
+    @property
+    def thresholds(self):
+        return self._or_absent(self.thresholds_out, torch.float32)
+
+    def _or_absent(self, tensor, dtype):
+        return launch.absent(self.device, dtype) if tensor is None else tensor.detach()
+
+    def sizes(self, vec):
+        """Rows, columns and the row strides, these in groups of 8 columns where ``vec``."""
+        step = 8 if vec else 1
+        base = self.weight if self.base_weight is None else self.base_weight
+        return (
+            self.num_rows,
+            self.num_columns,
+            self.weight.stride(0) // step,
+            base.stride(0) // step,
+        )
+
+    def flags(self, selection=None, *, write=False):
+        """The kernels' ``flags``."""
+        return (
+            (rows.WRITE.value if write else 0)
+            | (rows.SMALLEST.value if selection is not None and not selection.largest else 0)
+            | (rows.HAS_NORM.value if self.act_norm is not None else 0)
+            | (rows.HAS_BASE.value if self.base_weight is not None else 0)
+            | (rows.WANT_BITS.value if self.bits_out is not None else 0)
+            | (rows.WANT_THRESHOLDS.value if self.thresholds_out is not None else 0)
+        )
+
+
+def _prune(operands, selection, *, write):
+    operands = [operand for operand in operands if operand.weight.numel()]
+    if selection.n_m is not None:
+        for operand in operands:
+            _prune_groups(operand, selection, write=write)
+    elif selection.scope == "row":
+        _prune_rows(operands, selection, write=write)
+    elif selection.scope == "tensor":
+        for operand in operands:
+            _prune_cut([operand], selection, write=write)
+    else:
+        _prune_cut(operands, selection, write=write)
+
+
+def _last(n, selection):
+    """How many of n come last in the order, so that removing them or the others is what is asked.
+
+    The first k are all but the last n - k.
+    """
+    k = num_pruned(n, selection)
+    return k if selection.largest else n - k
+
+
+def _prune_rows(operands, selection, *, write):
+    kinds = {}
+    for operand in operands:
+        heavy = configs.is_heavy(
+            operand.dtype_code,
+            vec=operand.vec,
+            delta=selection.score_delta and operand.dtype_code != launch.SIGNED,
+            preserved=operand.preserve_norm is not None,
+        )
+        config = configs.row_config(operand.num_columns, vec=operand.vec, heavy=heavy)
+        kinds.setdefault((operand.dtype_code, config is None), []).append((operand, config))
+    for (_, is_long), members in kinds.items():
+        if is_long or len(members) == 1:
+            for operand, config in members:
+                _prune_one(operand, config, selection, write=write)
+        else:
+            _prune_tables([operand for operand, _ in members], selection, write=write)
+
+
+def _prune_one(operand, config, selection, *, write):
+    """One matrix, from the arguments of one launch."""
+    preserved = operand.preserve_norm is not None
+    m_preserve = num_pruned(operand.num_columns, selection.preserve) if preserved else 0
+    if config is None:
+        kernel, block = long_rows.prune_long_rows_kernel, {"G": configs.LONG_ROWS.groups}
+        config = configs.LONG_ROWS
+    else:
+        kernel, block = rows.prune_rows_kernel, {"R": config.rows, "G": config.groups}
+    programs = launch.num_programs(operand.device, config.programs_a_processor)
+    launch.run(
+        kernel,
+        (min(programs, -(-operand.num_rows // config.rows)),),
+        operand.raw,
+        operand.base,
+        operand.norm,
+        operand.preserve,
+        operand.bits,
+        operand.thresholds,
+        *operand.sizes(operand.vec),
+        _last(operand.num_columns, selection),
+        m_preserve,
+        operand.flags(selection, write=write),
+        device=operand.device,
+        num_warps=config.num_warps,
+        max_registers=config.max_registers,
+        **block,
+        DTYPE=operand.dtype_code,
+        DELTA=selection.score_delta and operand.dtype_code != launch.SIGNED,
+        PRESERVED=preserved,
+        VEC=operand.vec,
+    )
+
+
+def _prune_tables(operands, selection, *, write):
+    """Many matrices of one dtype: one launch, or one for each length of rows where they are big."""
+    parts = [operands]
+    if sum(operand.weight.numel() for operand in operands) > configs.MERGED_WEIGHTS:
+        by_length = {}
+        for operand in operands:
+            by_length.setdefault(configs.power_of_two(operand.num_columns), []).append(operand)
+        parts = by_length.values()
+    for part in parts:
+        for start in range(0, len(part), configs.MATRICES_A_LAUNCH):
+            chunk = part[start : start + configs.MATRICES_A_LAUNCH]
+            _prune_table(chunk, selection, write=write)
+
+
+def _prune_table(operands, selection, *, write):
+    dtype_code, device = operands[0].dtype_code, operands[0].device
+    preserved = any(operand.preserve_norm is not None for operand in operands)
+    short, long = [], []
+    for operand in operands:
+        is_short = operand.num_columns <= configs.LONGEST_SHORT_ROW
+        (short if is_short else long).append(operand)
+    vec_short, vec_long = (all(o.vec for o in part) for part in (short, long))
+    heavy = configs.is_heavy(
+        dtype_code, vec=vec_long, delta=selection.score_delta, preserved=preserved
+    )
+    warps, registers, per_processor, groups_long = 4, 128, 4, 0
+    if long:
+        config = configs.row_config(max(o.num_columns for o in long), vec=vec_long, heavy=heavy)
+        if config is None:  # one of them made all of them heavy
+            for operand in operands:
+                _prune_rows([operand], selection, write=write)
+            return
+        warps, registers = config.num_warps, config.max_registers
+        per_processor, groups_long = config.programs_a_processor, config.groups
+    rows_short = groups_short = 0
+    if short:
+        config = configs.row_config(
+            max(o.num_columns for o in short), vec=vec_short, heavy=heavy, num_warps=warps
+        )
+        rows_short, groups_short = config.rows, config.groups
+    table, tiles = [], 0
+    for operand in operands:
+        is_short = operand.num_columns <= configs.LONGEST_SHORT_ROW
+        vec = vec_short if is_short else vec_long
+        table.append(_table_row(operand, selection, write, vec, tiles, is_short))
+        tiles += -(-operand.num_rows // rows_short) if is_short else operand.num_rows
+    programs = launch.num_programs(device, per_processor)
+    launch.run(
+        rows.prune_table_kernel,
+        (min(programs, tiles),),
+        torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True),
+        len(operands),
+        tiles,
+        device=device,
+        num_warps=warps,
+        max_registers=registers,
+        R_SHORT=rows_short,
+        G_SHORT=groups_short,
+        VEC_SHORT=vec_short,
+        G_LONG=groups_long,
+        VEC_LONG=vec_long,
+        DTYPE=dtype_code,
+        DELTA=selection.score_delta,
+        PRESERVED=preserved,
+        MATRICES=configs.power_of_two(len(operands)),
+    )
+
+
+def _table_row(operand, selection, write, vec, first_tile, is_short):
+    """A matrix as ``rows.table_entry`` and the kernel read it."""
+    columns = operand.num_columns
+    m_preserve = 0
+    if operand.preserve_norm is not None:
+        m_preserve = num_pruned(columns, selection.preserve)
+    num_rows, num_columns, W_row_stride, base_row_stride = operand.sizes(vec)
+    tensors = (
+        operand.weight,
+        operand.base_weight,
+        operand.act_norm,
+        operand.preserve_norm,
+        operand.bits_out,
+        operand.thresholds_out,
+    )
+    return [
+        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+        num_rows,
+        num_columns,
+        W_row_stride,
+        base_row_stride,
+        _last(columns, selection),
+        m_preserve,
+        operand.flags(selection, write=write),
+        first_tile,
+        int(is_short),
+        0,
+    ]
+
+
+def _prune_groups(operand, selection, *, write):
+    removed, size = selection.n_m
+    columns = operand.num_columns
+    tail = columns % size
+    whole_last = removed if selection.largest else size - removed
+    tail_last = tail * removed // size
+    if not selection.largest:
+        tail_last = tail - tail_last
+    common = {
+        "device": operand.device,
+        "DTYPE": operand.dtype_code,
+        "DELTA": selection.score_delta and operand.dtype_code != launch.SIGNED,
+    }
+    flags = operand.flags(selection, write=write)
+    if size in (2, 4, 8, 16):
+        width = max(size, 8)
+        vec = operand.vec and columns % width == 0
+        blocks = min(configs.SMALL_GROUP_BLOCKS, configs.power_of_two(-(-columns // width)))
+        launch.run(
+            groups.prune_small_groups_kernel,
+            (operand.num_rows, -(-columns // (blocks * width))),
+            operand.raw,
+            operand.base,
+            operand.norm,
+            operand.bits,
+            *operand.sizes(vec),
+            whole_last,
+            tail_last,
+            flags,
+            num_warps=configs.ELEMENTWISE_WARPS,
+            B=blocks,
+            M=size,
+            VEC=vec,
+            **common,
+        )
+        return
+    block = 8 * configs.power_of_two(-(-min(size, columns) // 8))
+    if block > configs.LONGEST_HEAVY_ROW:  # larger groups than anybody prunes
+        _prune_groups_with_torch(operand, selection, write=write)
+        return
+    marks = launch.absent(operand.device, torch.uint8)
+    if operand.bits_out is not None:
+        marks = torch.empty(operand.weight.shape, dtype=torch.uint8, device=operand.device)
+    in_program = max(1, configs.GROUP_VALUES // block)
+    number = operand.num_rows * -(-columns // size)
+    launch.run(
+        groups.prune_groups_kernel,
+        (-(-number // in_program),),
+        operand.raw,
+        operand.base,
+        operand.norm,
+        marks,
+        *operand.sizes(vec=False),
+        whole_last,
+        tail_last,
+        flags,
+        size,
+        num_warps=16 if block > configs.GROUP_VALUES else 8,
+        R=in_program,
+        G=block // 8,
+        **common,
+    )
+    if operand.bits_out is not None:
+        operand.bits_out.copy_(reference.pack_bits(marks.bool()))
+
+
+def _prune_groups_with_torch(operand, selection, *, write):
+    if operand.dtype_code == launch.SIGNED:
+        reference.select_mask(operand.weight, selection, operand.bits_out)
+        return
+    reference.prune(
+        [operand.weight],
+        [operand.act_norm],
+        selection,
+        [None],
+        [operand.base_weight],
+        write=write,
+        bits=None if operand.bits_out is None else [operand.bits_out],
+        thresholds=None,
+    )
+
+
+def _prune_cut(operands, selection, *, write):
+    """One selection over all the operands together."""
+    total = sum(operand.weight.numel() for operand in operands)
+    protected = sum(o.weight.numel() for o in operands if o.preserve_norm is not None)
+    first = operands[0]
+    cut.prune_cut(
+        [o.weight for o in operands],
+        [o.act_norm for o in operands],
+        num_pruned(total, selection),
+        num_pruned(protected, selection.preserve) if protected else 0,
+        [o.preserve_norm for o in operands],
+        [o.base_weight for o in operands],
+        largest=selection.largest,
+        delta=selection.score_delta and first.dtype_code != launch.SIGNED,
+        signed=first.dtype_code == launch.SIGNED,
+        write=write,
+        bits=None if first.bits_out is None else [o.bits_out for o in operands],
+        thresholds=None if first.thresholds_out is None else [o.thresholds_out for o in operands],
+    )
+
+
+def _elementwise(weight):
+    """(grid, block sizes) of a kernel that treats each weight alone."""
+    groups_a_row = -(-weight.shape[1] // 8)
+    in_program = min(configs.power_of_two(groups_a_row), configs.ELEMENTWISE_VALUES // 8)
+    rows_a_program = configs.ELEMENTWISE_VALUES // (8 * in_program)
+    grid = (-(-weight.shape[0] // rows_a_program), -(-groups_a_row // in_program))
+    return grid, {"R": rows_a_program, "G": in_program}

@@ -1,0 +1,232 @@
+"""Rows too long for the registers: the same search, with the row read again from the caches.
+
+A row of 131072 bf16 weights is 256 KB: it comes from memory once, and every further count of it
+from the second-level cache.
+"""
+
+import triton
+import triton.language as tl
+
+from antidote_fast.backends.triton_kernels.keys import (
+    MAX_KEY,
+    PAD,
+    SIGNED,
+    keys_of,
+    score_of_key,
+)
+from antidote_fast.backends.triton_kernels.rows import (
+    HAS_NORM,
+    SMALLEST,
+    WANT_BITS,
+    WANT_THRESHOLDS,
+    WRITE,
+    in_range,
+    load_norm,
+    row_offsets,
+    store_bits,
+    store_removed,
+)
+from antidote_fast.backends.triton_kernels.search import (
+    NO_GUESS,
+    first_pivots,
+    inside,
+    narrowed,
+    next_pivots,
+)
+
+
+@triton.jit
+def chunk_keys(
+    W_row,
+    base_row,
+    NORM,
+    has_norm,
+    first_group,
+    num_columns,
+    G: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DELTA: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Keys [1, G, 8] of one part of a row, PAD past its end."""
+    group = first_group + tl.arange(0, G)
+    column = group[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    present = in_range(tl.zeros([1], tl.int32), 1, group, num_columns, VEC)
+    raw = tl.load(W_row + column, mask=present, other=0)
+    base = raw
+    if DELTA:
+        base = tl.load(base_row + column, mask=present, other=0)
+    norm = load_norm(NORM, column, present, has_norm)
+    return tl.where(present, keys_of(raw, base, norm, DTYPE, DELTA), PAD)
+
+
+@triton.jit
+def top_of_long_row(
+    W_row,
+    base_row,
+    NORM,
+    has_norm,
+    num_columns,
+    m,
+    guess,
+    G: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DELTA: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """As ``search.search`` and ``search.tie_cut`` for one row, whose keys are made anew each time.
+
+    Returns:
+        threshold [1], the first column whose ties are taken [1], and whether some are left [1].
+    """
+    LOWEST: tl.constexpr = -0x7FFFFFFF if DTYPE == SIGNED else 0
+    groups = tl.cdiv(num_columns, 8)
+    largest = tl.full([1, G, 8], PAD, tl.int32)
+    for start in range(0, groups, G):
+        keys = chunk_keys(W_row, base_row, NORM, has_norm, start, num_columns, G, DTYPE, DELTA, VEC)
+        largest = tl.maximum(largest, keys)
+    high = tl.max(tl.max(largest, 2), 1) + 1
+    wanted = tl.zeros_like(high) + m
+    low = tl.where(wanted == 0, MAX_KEY, LOWEST)
+    count_low = tl.where(wanted == 0, 0, num_columns)
+    count_high = tl.zeros_like(high)
+    weak = count_high != 0
+    first, second = first_pivots(high, guess)
+    while tl.max(((count_low != m) & (low + 1 < high)).to(tl.int32), 0) > 0:
+        first = inside(first, low, high)
+        second = inside(second, low, high)
+        hits = tl.zeros([1, G, 8], tl.int32)  # both counts, 16 bits each: under 2**15 parts a row
+        for start in range(0, groups, G):
+            keys = chunk_keys(
+                W_row, base_row, NORM, has_norm, start, num_columns, G, DTYPE, DELTA, VEC
+            )
+            hits += (keys >= first[:, None, None]).to(tl.int32)
+            hits += (keys >= second[:, None, None]).to(tl.int32) << 16
+        count_first = tl.sum(tl.sum(hits & 0xFFFF, 2), 1)
+        count_second = tl.sum(tl.sum(hits >> 16, 2), 1)
+        low, count_low, high, count_high, slow = narrowed(
+            low, count_low, high, count_high, first, count_first, second, count_second, m
+        )
+        weak = slow & (weak == 0)
+        first, second = next_pivots(low, count_low, high, count_high, m, weak)
+    too_many = count_low > m
+    cut = tl.zeros_like(low)
+    past = cut + 8 * groups
+    while tl.max((too_many & (cut + 1 < past)).to(tl.int32), 0) > 0:
+        middle = (cut + past) // 2
+        hits = tl.zeros([1, G, 8], tl.int32)
+        for start in range(0, groups, G):
+            keys = chunk_keys(
+                W_row, base_row, NORM, has_norm, start, num_columns, G, DTYPE, DELTA, VEC
+            )
+            column = (start + tl.arange(0, G))[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+            hits += ((keys == low[:, None, None]) & (column < middle[:, None, None])).to(tl.int32)
+        fits = tl.sum(tl.sum(hits, 2), 1) <= count_low - m
+        cut = tl.where(fits, middle, cut)
+        past = tl.where(fits, past, middle)
+    return low, cut, too_many
+
+
+@triton.jit
+def top_bits(keys, first_group, threshold, cut, G: tl.constexpr):
+    """The bits [1, G] of what a threshold and a cut of its ties take."""
+    lane = tl.arange(0, 8)[None, None, :]
+    column = (first_group + tl.arange(0, G))[None, :, None] * 8 + lane
+    bar = threshold[:, None, None]
+    taken = (keys > bar) | ((keys == bar) & (column >= cut[:, None, None]))
+    return tl.sum(taken.to(tl.int32) << lane, 2)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "num_columns",
+        "W_row_stride",
+        "base_row_stride",
+        "m",
+        "m_preserve",
+        "flags",
+    ]
+)
+def prune_long_rows_kernel(
+    W_ptr,
+    base_ptr,
+    norm_ptr,
+    preserve_ptr,
+    bits_ptr,
+    thresholds_ptr,
+    num_rows,
+    num_columns,
+    W_row_stride,
+    base_row_stride,
+    m,
+    m_preserve,
+    flags,
+    G: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DELTA: tl.constexpr,
+    PRESERVED: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """One matrix, a row at a time; arguments as ``rows.prune_rows_kernel``."""
+    guess = tl.full([1], NO_GUESS, tl.int32)
+    preserve_guess = guess
+    has_norm = (flags & HAS_NORM) != 0
+    groups = tl.cdiv(num_columns, 8)
+    share = tl.cdiv(num_rows, tl.num_programs(0))
+    begin = tl.program_id(0) * share
+    for number in range(begin, tl.minimum(begin + share, num_rows)):
+        row = number + tl.arange(0, 1)
+        W_row = W_ptr + row_offsets(row, W_row_stride, VEC)
+        base_row = base_ptr + row_offsets(row, base_row_stride, VEC)
+        guess, cut, left = top_of_long_row(
+            W_row, base_row, norm_ptr, has_norm, num_columns, m, guess, G, DTYPE, DELTA, VEC
+        )
+        kept_cut = cut
+        if PRESERVED:
+            preserve_guess, kept_cut, _ = top_of_long_row(
+                W_row,
+                base_row,
+                preserve_ptr,
+                True,
+                num_columns,
+                m_preserve,
+                preserve_guess,
+                G,
+                DTYPE,
+                DELTA,
+                VEC,
+            )
+        smallest = (flags & SMALLEST) != 0
+        edge = tl.zeros_like(guess) + tl.where(smallest, PAD, MAX_KEY)
+        for start in range(0, groups, G):
+            keys = chunk_keys(
+                W_row, base_row, norm_ptr, has_norm, start, num_columns, G, DTYPE, DELTA, VEC
+            )
+            bits = top_bits(keys, start, guess, cut, G)
+            if (flags & WANT_THRESHOLDS) != 0:
+                bar = guess[:, None, None]
+                above = tl.min(tl.min(tl.where(keys >= bar, keys, MAX_KEY), 2), 1)
+                below = tl.max(tl.max(tl.where(keys < bar, keys, PAD), 2), 1)
+                edge = tl.where(smallest, tl.maximum(edge, below), tl.minimum(edge, above))
+            if smallest:
+                bits = bits ^ 0xFF
+            if PRESERVED:
+                keys = chunk_keys(
+                    W_row, base_row, preserve_ptr, True, start, num_columns, G, DTYPE, DELTA, VEC
+                )
+                bits = bits & (top_bits(keys, start, preserve_guess, kept_cut, G) ^ 0xFF)
+            group = start + tl.arange(0, G)
+            real = tl.minimum(tl.maximum(num_columns - group * 8, 0), 8)
+            bits = bits & ((1 << real) - 1)[None, :]
+            if (flags & WANT_BITS) != 0:
+                store_bits(bits_ptr, row, num_rows, group, num_columns, bits)
+            if (flags & WRITE) != 0:
+                column = group[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+                store_removed(W_row, base_row, column, bits, flags, VEC)
+        if (flags & WANT_THRESHOLDS) != 0:
+            if smallest:
+                edge = tl.where(left, guess, edge)
+            removed = tl.where(smallest, num_columns - m, m)
+            rows = tl.where(removed > 0, num_rows, 0)
+            tl.store(thresholds_ptr + row, score_of_key(edge), mask=row < rows)
