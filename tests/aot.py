@@ -46,10 +46,12 @@ class Recorder:
         self.calls = 0
         self.label = ""
 
-    def run(self, kernel, grid, *args, device, num_warps, **constants):
+    def run(self, kernel, grid, *args, device, num_warps, max_registers=None, **constants):
         """As ``launch.run``, but only keeps what would be compiled."""
         self.calls += 1
         options = {**OPTIONS, "num_warps": num_warps}
+        if max_registers is not None:
+            options["maxnreg"] = max_registers
         for arch in self.arches:
             target = GPUTarget("cuda", arch, 32)
             backend = make_backend(target)

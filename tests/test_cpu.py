@@ -4,10 +4,12 @@ import itertools
 import threading
 
 import oracle
+import parity
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import SELECTIONS, SHAPES
 
 from antidote_fast import (
     Selection,
@@ -21,40 +23,8 @@ from antidote_fast import (
 )
 from antidote_fast import score as score_op
 from antidote_fast.backends import cpu, load
-from antidote_fast.ops import prune_with_report_
 
 pytestmark = pytest.mark.skipif(load("cpu")[1] is not None, reason=f"cpu backend: {load('cpu')[1]}")
-
-SHAPES = [
-    (0, 5),
-    (3, 0),
-    (1, 1),
-    (7, 2),
-    (5, 8),
-    (9, 15),
-    (4, 16),
-    (3, 31),
-    (6, 32),
-    (6, 33),
-    (2, 63),
-    (2, 64),
-    (5, 65),
-    (3, 257),
-    (4, 1000),
-    (33, 1024),
-    (2, 4097),
-]
-SELECTIONS = {
-    "row-5%": Selection(0.05),
-    "row-20%": Selection(0.2),
-    "row-all": Selection(1.0),
-    "row-none": Selection(0.0),
-    "row-smallest": Selection(0.4, largest=False),
-    "tensor": Selection(0.1, scope="tensor"),
-    "tensor-smallest": Selection(0.5, scope="tensor", largest=False),
-    "2:4": Selection(n_m=(2, 4)),
-    "3:16-smallest": Selection(n_m=(3, 16), largest=False),
-}
 
 
 @pytest.fixture(params=cpu.ISAS)
@@ -64,42 +34,7 @@ def isa(request, monkeypatch):
 
 
 def both(weights, norms, selection, preserve=None, bases=None):
-    """Prune copies with either backend and compare every bit of every output."""
-    outcomes = []
-    for backend in ("reference", "cpu"):
-        copies = [_copied(w) for w in weights]
-        masks, thresholds = prune_with_report_(
-            copies,
-            norms,
-            selection,
-            preserve_norms=preserve,
-            base_weights=bases,
-            backend=backend,
-        )
-        outcomes.append((copies, masks, thresholds))
-    (expected, masks, edges), (pruned, cpu_masks, cpu_edges) = outcomes
-    for i in range(len(weights)):
-        assert cpu_masks[i] == masks[i]
-        assert oracle.same_bits(pruned[i], expected[i])
-        assert cpu_edges[i] == edges[i] or (cpu_edges[i] != cpu_edges[i] and edges[i] != edges[i])
-        _check_padding(pruned[i])
-    return cpu_masks
-
-
-def _copied(weight):
-    """A copy with the same strides; what lies between the rows stays 7."""
-    if weight.is_contiguous():
-        return weight.clone()
-    wide = torch.full((weight.shape[0], weight.stride(0)), 7.0, dtype=weight.dtype)
-    copy = wide[:, : weight.shape[1]]
-    copy.copy_(weight)  # same dtype: bits are kept
-    return copy
-
-
-def _check_padding(weight):
-    if not weight.is_contiguous():
-        rest = weight._base[:, weight.shape[1] :]
-        assert bool((rest == 7).all())
+    return parity.same("cpu", weights, norms, selection, preserve, bases)
 
 
 @pytest.mark.table
@@ -234,12 +169,12 @@ def test_apply_mask(isa, dtype):
         mask = prune_mask(weight, None, Selection(0.3), backend="reference")
         outcomes = [
             apply_mask_(
-                _copied(weight), mask, base_weight=base if base_too else None, backend=backend
+                parity.copied(weight), mask, base_weight=base if base_too else None, backend=backend
             )
             for backend in ("reference", "cpu")
         ]
         assert oracle.same_bits(*outcomes)
-        _check_padding(outcomes[1])
+        parity.check_padding(outcomes[1])
 
 
 def test_denormals_count_under_flush_to_zero(isa):
@@ -297,41 +232,10 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
         prune_mask(torch.ones(2, 3), None, Selection(0.5), backend="cpu")
 
 
-def _draw_call(data):
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
-    dtype = data.draw(st.sampled_from(list(oracle.DTYPES.values())))
-    options = {"largest": data.draw(st.booleans()), "score_delta": data.draw(st.booleans())}
-    grouped = data.draw(st.integers(0, 4)) == 0
-    if grouped:
-        m = data.draw(st.sampled_from([1, 2, 4, 7, 8, 9, 16, 70]))
-        selection = Selection(n_m=(data.draw(st.integers(0, m)), m), **options)
-    else:
-        selection = Selection(
-            data.draw(
-                st.sampled_from([0.0, 0.01, 0.05, 0.1, 0.2, 0.5, 0.99, 1.0]) | st.floats(0, 1)
-            ),
-            scope=data.draw(st.sampled_from(["row", "row", "tensor", "global"])),
-            preserve_ratio=data.draw(st.none() | st.floats(0, 1)),
-            **options,
-        )
-    weights, norms, preserve, bases = [], [], [], []
-    for _ in range(data.draw(st.sampled_from([1, 1, 2, 3]))):
-        shape = data.draw(st.integers(0, 6)), data.draw(st.integers(0, 140))
-        kind = data.draw(st.sampled_from(oracle.WEIGHT_KINDS))
-        padding = data.draw(st.sampled_from([0, 0, 1, 8]))
-        weights.append(oracle.make_weight(kind, shape, dtype, generator, padding))
-        present = selection.score_delta or data.draw(st.booleans())
-        bases.append(oracle.make_weight(kind, shape, dtype, generator) if present else None)
-        kinds = [data.draw(st.sampled_from(oracle.NORM_KINDS)) for _ in range(2)]
-        norms.append(oracle.make_norm(kinds[0], shape[1], generator))
-        preserve.append(None if grouped else oracle.make_norm(kinds[1], shape[1], generator))
-    return weights, norms, selection, preserve, bases
-
-
 @settings(max_examples=3000, deadline=None)
 @given(st.data())
 def test_any_call(data):
-    weights, norms, selection, preserve, bases = _draw_call(data)
+    weights, norms, selection, preserve, bases = parity.draw_call(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(cpu.ENVIRONMENT, data.draw(st.sampled_from(cpu.ISAS)))
         both(weights, norms, selection, preserve, bases)
