@@ -8,6 +8,7 @@ Matrices are rotated so that none is in a cache when its turn comes (``--residen
 instead), and restored outside the timing. GB/s counts the bytes that cannot be avoided (``CASES``).
 """
 
+import itertools
 from dataclasses import dataclass
 
 import common
@@ -132,12 +133,12 @@ def prepare(source, operands, args, report, about):
     return made
 
 
-def bench(shape, ratio, args, report):
-    """Rows of one shape and ratio: all take turns over the same rotated matrices."""
-    dtype, case, device = common.DTYPES[args.dtype], CASES[args.case], args.device
+def bench(name, shape, ratio, args, report):
+    """Rows of one case, shape and ratio: all take turns over the same rotated matrices."""
+    dtype, case, device = common.DTYPES[args.dtype], CASES[name], args.device
     source, operands = make(shape, dtype, case, ratio, device)
     about = {
-        "case": args.case,
+        "case": name,
         "shape": f"{shape[0]}x{shape[1]}",
         "dtype": str(dtype).removeprefix("torch."),
         "ratio": ratio,
@@ -190,7 +191,7 @@ def _report(about, count, watch, floor, source, report):
 def main(argv=None):
     options = common.parser(__doc__)
     options.add_argument("--backends", nargs="+", help="time several of ours in one run")
-    options.add_argument("--case", choices=CASES, default="row")
+    options.add_argument("--case", nargs="+", choices=CASES, default=["row"])
     options.add_argument("--dtype", choices=common.DTYPES, default="bf16")
     options.add_argument("--ratio", type=float, nargs="+", default=RATIOS)
     options.add_argument("--shape", nargs="+", help="such as 4096x11008")
@@ -206,9 +207,9 @@ def main(argv=None):
     args.runs = args.runs or (64 if on_cpu else 24)
     shapes = args.shape or (SHAPES_ON_CPU if on_cpu else QUICK if args.quick else ALL_SHAPES)
     report = common.Report("_".join(["prune"] + ["resident"] * args.resident), args)
-    for shape in map(common.shape_of, shapes):
-        for ratio in [0.5] if args.case == "2:4" else args.ratio:
-            bench(shape, ratio, args, report)
+    for name, shape in itertools.product(args.case, map(common.shape_of, shapes)):
+        for ratio in [0.5] if name == "2:4" else args.ratio:
+            bench(name, shape, ratio, args, report)
     report.finish()
 
 

@@ -19,12 +19,14 @@ LINEARS = {
 }
 
 
-def make(linears, rank, layers, dtype, device):
+def make(linears, args):
     """(factors, norms): A (r, in) and B (out, r) of every linear of every layer."""
+    device, dtype = args.device, common.DTYPES[args.dtype]
     generator = torch.Generator(device).manual_seed(0)
     factors, norms = [], []
-    for rows, columns in linears * layers:
-        for shape in ((rank, columns), (rows, rank)):
+    for rows, columns in linears * args.layers:
+        rows, columns = rows // args.shrink, columns // args.shrink
+        for shape in ((args.rank, columns), (rows, args.rank)):
             factors.append(torch.randn(shape, generator=generator, device=device, dtype=dtype))
             norms.append(torch.rand(shape[1], generator=generator, device=device) + 0.5)
     return factors, norms
@@ -59,8 +61,8 @@ def check(factors, norms, selection, backend):
 
 def bench(name, ratio, args, report):
     """Rows of one adapter and ratio."""
-    dtype, selection = common.DTYPES[args.dtype], Selection(ratio)
-    factors, norms = make(LINEARS[name], args.rank, args.layers, dtype, args.device)
+    selection = Selection(ratio)
+    factors, norms = make(LINEARS[name], args)
     check(factors, norms, selection, args.backend)
     num_bytes = sum(f.nbytes for f in factors)
     count = args.rotated or common.rotation(num_bytes, args.device)
@@ -87,7 +89,8 @@ def bench(name, ratio, args, report):
         median = watch.median(label)
         report.add(
             {
-                "adapter": f"Llama-2-7B r={args.rank} {name}",
+                "adapter": f"Llama-2-7B r={args.rank} {name}"
+                + f" / {args.shrink}" * (args.shrink > 1),
                 "factors": len(factors),
                 "MB": round(num_bytes / 1e6, 1),
                 "dtype": args.dtype,
@@ -107,6 +110,7 @@ def main(argv=None):
     options.add_argument("--adapter", nargs="+", choices=LINEARS, default=list(LINEARS))
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--layers", type=int, default=LAYERS)
+    options.add_argument("--shrink", type=int, default=1, help="divide the model's widths by this")
     options.add_argument("--dtype", choices=common.DTYPES, default="bf16")
     options.add_argument("--ratio", type=float, nargs="+", default=[0.05, 0.2])
     options.add_argument("--rotated", type=int, help="how many adapters take turns")

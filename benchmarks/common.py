@@ -136,7 +136,7 @@ def take_turns(watch, turns, count, runs, restore=None, limits=None):
     """
     for done in range(0, runs, count):
         for name, call in turns.items():
-            used = range(min(count, (limits or {}).get(name, runs) - done))
+            used = range(min(count, runs - done, (limits or {}).get(name, runs) - done))
             for i in used if restore else ():
                 restore(i)
             for i in used:
