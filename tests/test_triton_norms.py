@@ -6,7 +6,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from antidote_fast.backends.triton_kernels import launch, norms
+from antidote_fast.backends.triton_kernels import launch, norms  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -123,6 +123,7 @@ def test_which_dimensions_merge():
     assert norms.token_dims(x.transpose(0, 1)) == [(6, 16), (4, 96)]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
 def test_values_past_fp32_and_negative_zero():
     x = torch.zeros(3, 8, device=DEVICE)
     x[1, 0], x[2, 1], x[0, 2] = 1e30, -0.0, -3.0

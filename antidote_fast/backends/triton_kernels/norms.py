@@ -46,7 +46,6 @@ def accumulate_sq_norm_(sq_sum, x, token_mask):
     run = RUN_BYTES // x.element_size()
     blocks = triton.cdiv(width, 8 * groups)
     splits, per_split = split_tokens(tokens, blocks, run * rows, x.device)
-    vector = is_vector(x, width, outer_stride, inner_stride)
     partial = None
     if splits > 1:
         partial = torch.empty((splits, width), dtype=torch.float64, device=x.device)
@@ -59,14 +58,14 @@ def accumulate_sq_norm_(sq_sum, x, token_mask):
         launch.absent(x.device, torch.float64) if partial is None else partial,
         tokens,
         inner,
-        outer_stride // 8 if vector else outer_stride,
-        inner_stride // 8 if vector else inner_stride,
+        outer_stride,
+        inner_stride,
         width,
         per_split,
         device=x.device,
         num_warps=WARPS,
         DTYPE=launch.DTYPE_CODES[x.dtype],
-        VEC=vector,
+        VEC=is_vector(x, width, outer_stride, inner_stride),
         MASKED=token_mask is not None,
         NESTED=outer > 1,
         SINGLE=partial is None,
@@ -185,8 +184,8 @@ def sq_norm_kernel(
     first = tl.program_id(1).to(tl.int64) * per_split
     count = tl.minimum(n_tokens - first, per_split).to(tl.int32)
     if VEC:
-        inner_stride = inner_stride * 8
-        outer_stride = outer_stride * 8
+        inner_stride = inner_stride // 8 * 8  # says that it is a multiple of 8
+        outer_stride = outer_stride // 8 * 8
     column = group_columns(block, G)
     exists = columns_inside(block, n_cols, G, VEC)
     place = tl.arange(0, R)
