@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from antidote_fast import fusion
 from antidote_fast.collector import AGGREGATIONS, NormCollector
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.fingerprint import fingerprint_model
@@ -98,6 +99,7 @@ class ActivationNorms:
         progress=False,
         fingerprint=None,
         backend=None,
+        fuse=False,
     ):
         """Run a model over batches and keep the norms of its targets' inputs.
 
@@ -116,22 +118,31 @@ class ActivationNorms:
             progress: as :func:`antidote_fast.progress.track` takes it.
             fingerprint: of the base model; computed where not given.
             backend: as in :mod:`antidote_fast.ops`.
+            fuse: sum squares inside RMSNorm and SwiGLU, where a Llama-like model has them in front
+                of targets (:mod:`antidote_fast.fusion`); the norms then differ by the activations'
+                rounding. Off until it has been measured on a GPU. Where nothing can be fused, a
+                warning says so.
 
         Raises:
-            UsageError: unknown aggregation, or ``response_only`` without labels.
+            UsageError: unknown aggregation, ``response_only`` without labels, or ``fuse`` with
+                ``aggregation="mean"``.
+            BackendUnavailable: ``fuse`` where Triton kernels cannot run on the model's device.
             DataError: no batch, or no counted token in any; a layer whose inputs hold NaN or
                 infinity; a layer that got another number of tokens than the batch has.
             NothingPruned: no target matched.
         """
         found = find_targets(model, targets, ignore)
+        device = next(model.parameters()).device
+        if fuse:
+            fusion.check_fuse(device.type, aggregation)
         if fingerprint is None:
             fingerprint = fingerprint_model(model)
-        device = next(model.parameters()).device
         with (
             NormCollector(
                 found, aggregation=aggregation, response_only=response_only, backend=backend
             ) as collector,
             _EvalMode(model),
+            fusion.fused_forwards(model, collector) if fuse else contextlib.nullcontext(),
             lean_forward(model) as options,
             torch.no_grad(),
         ):

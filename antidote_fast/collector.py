@@ -127,6 +127,30 @@ class NormCollector:
         self._mask = self._shared = None
         self._masks, self._pending = {}, []
 
+    def tokens_counted(self, x):
+        """Which tokens of x (..., K) count, for a kernel that sums squares in the hooks' place.
+
+        Returns:
+            (known, mask): mask is a contiguous bool of ``x.shape[:-1]``, or None where all count.
+            Where it is not known x belongs to no batch, and the hooks say what is wrong.
+        """
+        tokens = x.shape[:-1]
+        if self._mask is None or tokens not in (self._shape, (self._shape.numel(),)):
+            return False, None
+        if self._all_count:
+            return True, None
+        place = (x.device, *tokens)
+        if place not in self._masks:
+            self._masks[place] = self._mask.to(x.device).reshape(tokens).contiguous()
+        return True, self._masks[place]
+
+    def deposit(self, x, sums):
+        """Take sums (K,) fp32 of ``x ** 2`` over its counted tokens, made along with x.
+
+        A module that receives this very tensor next, unchanged and in its dtype, is not reduced.
+        """
+        self._shared = (x, x.dtype, _version(x), sums)
+
     def norms(self, *, fingerprint=""):
         """The :class:`ActivationNorms` of all finished batches.
 
@@ -210,7 +234,7 @@ class NormCollector:
             if not shareable:
                 self._pending.append((slot, self._reduce(target, x)))
                 return
-            version = None if x.is_inference() else x._version
+            version = _version(x)
             held = self._shared
             if held is None or held[0] is not x or held[1:3] != (dtype, version):
                 held = (x, dtype, version, self._reduce(target, x.to(dtype)))
@@ -279,9 +303,7 @@ class NormCollector:
                 f"{target.key}: got {tuple(tokens)} tokens, where the batch has "
                 f"{tuple(self._shape)}"
             )
-        if self._all_count:
-            return None, add
-        return self._mask.to(x.device).reshape(tokens).contiguous(), add
+        return self.tokens_counted(x)[1], add
 
     def _name_the_bad_layer(self):
         for target, views in zip(self.targets, self._slots, strict=True):
@@ -291,6 +313,10 @@ class NormCollector:
                     f"{target.key}: its input holds NaN or infinity, or squares past float32, in "
                     f"batch {self._seen_batches}"
                 )
+
+
+def _version(x):
+    return None if x.is_inference() else x._version
 
 
 def _plane(name, value, ids):
