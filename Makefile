@@ -15,7 +15,7 @@ MARK := $(VENV)/.antidote-fast$(subst /,-,$(CURDIR))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: demo test tests style sanitize bench clean
+.PHONY: demo test tests style sanitize bench gpu-check clean
 
 # A short spin keeps OpenMP usable on busy cores. A training step of the demo, one of two Xeon cores
 # taken by another program: 25 s with libgomp's default, 2.3 s with a spin of 10000; with both cores
@@ -53,6 +53,12 @@ sanitize: $(MARK)-test
 
 bench: $(MARK)-test
 	for file in benchmarks/bench_*.py; do $(PY) $$file || exit; done
+
+# What only a GPU can tell, in under ten minutes. Nothing is downloaded: the Python that is there
+# must bring torch and triton; the device, every step and all times go into one file.
+GPU_CHECK_OUT ?= $(or $(OUT),build)
+gpu-check:
+	$(if $(wildcard $(PY)),$(PY),python3) benchmarks/gpu_check.py --out $(GPU_CHECK_OUT)/gpu-check.json
 
 clean:
 	rm -rf build dist antidote_fast.egg-info antidote_fast/_cpu*.so

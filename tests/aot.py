@@ -125,8 +125,15 @@ def _compile(index):
             if not name.startswith(APPROXIMATE)
         ),
         "loads": len(loads),
-        "wide_loads": sum(".v2.b64" in x or ".v4.b32" in x or ".v4.u32" in x for x in loads),
+        "loads_of_16": sum(_bytes(name) == 16 for name in loads),
+        "loads_of_8": sum(_bytes(name) == 8 for name in loads),
     }
+
+
+def _bytes(instruction):
+    """How many bytes a thread's vector load takes; 0 where it is no vector."""
+    found = re.search(r"\.v(\d)\.[a-z]+(\d+)$", instruction)
+    return int(found[1]) * int(found[2]) // 8 if found else 0
 
 
 def _usage(cubin):
@@ -145,7 +152,8 @@ def problems(row):
     """What is wrong with a compiled kernel, one line each; empty where nothing is.
 
     No registers in memory; shared memory that the GPU has; a score that is one multiply, rounded
-    once, denormals kept; 16-byte loads where the constants say ``VEC``.
+    once, denormals kept; loads of 16 bytes where the constants say ``VEC`` (8 are enough where a
+    thread holds no more).
     """
     if "error" in row:
         return [f"does not compile: {row['error']}"]
@@ -160,9 +168,21 @@ def problems(row):
         found.append(f"fuses multiply-add: {', '.join(row['fma'])}")
     if row["ftz"]:
         found.append(f"flushes denormals: {', '.join(row['ftz'])}")
-    if row["constants"].get("VEC") and not row["wide_loads"]:
-        found.append(f"VEC, but none of its {row['loads']} loads takes 16 bytes")
+    for name, values in _vector_tiles(row):
+        if not row["loads_of_16"] and (values >= 8 or not row["loads_of_8"]):
+            found.append(f"{name}, but none of its {row['loads']} loads takes 16 bytes")
     return found
+
+
+def _vector_tiles(row):
+    """(the constant that promises vectors, values a thread) of each tile of a kernel."""
+    constants = row["constants"]
+    for part in ("", "_SHORT", "_LONG"):
+        groups = constants.get(f"G{part}", constants.get("GROUPS"))
+        if not constants.get(f"VEC{part}") or groups == 0:
+            continue
+        values = 8 * groups * constants.get(f"R{part}", 1) if groups else 1 << 20
+        yield f"VEC{part}", values // (32 * row["num_warps"])
 
 
 def title(row):
@@ -172,8 +192,19 @@ def title(row):
 
 
 def table(rows):
-    """Lines: kernel, constants, architecture, registers, shared memory, programs at once."""
-    head = ("kernel", "constants", "warps", "sm", "registers", "shared", "programs", "wide", "for")
+    """Lines: kernel, constants, architecture, registers, shared memory, programs at once on a
+    processor, loads of 16 and of 8 bytes among all."""
+    head = (
+        "kernel",
+        "constants",
+        "warps",
+        "sm",
+        "registers",
+        "shared",
+        "programs",
+        "16+8 B/loads",
+        "for",
+    )
     lines = [head]
     for row in sorted(rows, key=lambda r: (r["topic"], r["kernel"], r["arch"], -_size(r))):
         constants = " ".join(f"{name}={value}" for name, value in row["constants"].items())
@@ -181,7 +212,7 @@ def table(rows):
         if "error" in row:
             lines.append((*start, "error", "", "", "", row["first_call"]))
             continue
-        wide = f"{row['wide_loads']}/{row['loads']}"
+        wide = f"{row['loads_of_16']}+{row['loads_of_8']}/{row['loads']}"
         end = (row["registers"], row["shared"], _programs(row), wide, row["first_call"])
         lines.append((*start, *end))
     widths = [max(len(str(line[i])) for line in lines) for i in range(len(head))]

@@ -3,8 +3,6 @@
 Tensors are empty CPU ones of real models' shapes: only their shapes, dtypes and alignment count.
 """
 
-import importlib.util
-
 import torch
 
 from antidote_fast import Selection
@@ -27,8 +25,7 @@ def calls(every=False):
     yield from _whole(every)
     yield from _elementwise(every)
     yield from _norms(every)
-    if importlib.util.find_spec("antidote_fast.backends.triton_kernels.fused"):
-        yield from _fused(every)
+    yield from _fused(every)
 
 
 def _rows(every):
@@ -144,7 +141,21 @@ def _norms(every):
 
 
 def _fused(every):
-    return iter(())
+    from antidote_fast.backends.triton_kernels import fused
+
+    for dtype in DTYPES if every else ("bf16",):
+        for tokens, columns in ((5000, 4096), (1600, 8192)) if every else ((5000, 4096),):
+            x, weight = matrix(tokens, columns, dtype), matrix(1, columns, dtype)[0]
+            counted = torch.empty(tokens, dtype=torch.bool)
+            label = f"rms_norm {dtype} {tokens}x{columns}"
+            yield label, _bound(fused.rms_norm, x, weight, 1e-5, None)
+            yield f"{label} masked", _bound(fused.rms_norm, x, weight, 1e-5, counted)
+        for tokens, columns in ((5000, 11008), (1600, 28672)) if every else ((5000, 11008),):
+            gate = matrix(tokens, columns, dtype)
+            counted = torch.empty(tokens, dtype=torch.bool)
+            label = f"swiglu {dtype} {tokens}x{columns}"
+            yield label, _bound(fused.swiglu, gate, gate, None)
+            yield f"{label} masked", _bound(fused.swiglu, gate, gate, counted)
 
 
 def matrix(rows, columns, dtype, padding=0):

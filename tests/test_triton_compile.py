@@ -35,7 +35,7 @@ def test_every_kernel_keeps_the_rules(tmp_path):
     assert done.returncode == 0
     assert {row["arch"] for row in found["rows"]} == {80, 90}
     assert all(row["registers"] > 0 for row in found["rows"])
-    assert any(row["wide_loads"] for row in found["rows"])
+    assert any(row["loads_of_16"] for row in found["rows"])
 
 
 def test_each_broken_rule_is_named(tmp_path):
@@ -50,6 +50,6 @@ def test_each_broken_rule_is_named(tmp_path):
     assert "fuses multiply-add: fma.rn.f32" in fused
     assert silent == "silent: nothing went through launch.run"
     fine = found["rows"][0]
-    assert fine["wide_loads"] == fine["loads"] > 0
+    assert fine["loads_of_16"] == fine["loads"] > 0
     labels = [row["first_call"] for row in found["rows"]]
     assert labels == ["one", "narrow", "spills", "fused"]  # "again" makes nothing new
