@@ -9,7 +9,6 @@ first; no time is printed for a model whose norms differ.
 """
 
 import functools
-import inspect
 import random
 import statistics
 import tempfile
@@ -19,8 +18,16 @@ from pathlib import Path
 import common
 import torch
 
-from antidote_fast import ActivationNorms, Selection, find_targets, oneshot, prune_model_
+from antidote_fast import (
+    ActivationNorms,
+    Selection,
+    find_targets,
+    fusion,
+    oneshot,
+    prune_model_,
+)
 from antidote_fast.calibrate import lean_forward
+from antidote_fast.errors import BackendUnavailable
 from antidote_fast.fingerprint import fingerprint_model
 
 MODELS = {  # hidden, intermediate, layers, heads, key and value heads, vocabulary
@@ -112,15 +119,14 @@ def tolerance(mode):
     return 1e-6 if mode == "collect" else 2e-2
 
 
-def modes_here(backend):
-    """{name: options of collect}: "collect", and "collect fused" where collect knows ``fuse``."""
-    known = inspect.signature(ActivationNorms.collect).parameters
-    if "fuse" not in known:
-        return {"collect": {"backend": backend}}
-    return {
-        "collect": {"backend": backend, "fuse": False},
-        "collect fused": {"backend": backend, "fuse": True},
-    }
+def modes_here(args):
+    """{name: options of collect}: "collect", and "collect fused" where Triton kernels can run."""
+    modes = {"collect": {"backend": args.backend, "fuse": False}}
+    try:
+        fusion.check_fuse(args.device.type, "rms")
+    except BackendUnavailable:
+        return modes
+    return modes | {"collect fused": {"backend": args.backend, "fuse": True}}
 
 
 def measure(model, batches, targets, modes, rounds, device):
@@ -226,7 +232,7 @@ def bench(args, report):
     dtype, device = common.DTYPES[args.dtype], args.device
     model, built = common.stopped(device, build, args.model, dtype, device)
     batches = make_batches(args, MODELS[args.model][-1])
-    modes = modes_here(args.backend)
+    modes = modes_here(args)
     check(model, batches[0], targets, modes)
     about = {
         "model": args.model,

@@ -177,12 +177,6 @@ def rotation(num_bytes, device, at_least=1):
 
 def machine(device=torch.device("cpu")):  # noqa: B008 - a constant
     """Device, versions, commit and date: what a row must be read with."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
     on_cpu = {"isa": cpu.isa() if cpu.ISAS else None, "threads": torch.get_num_threads()}
     return {
         "device": _processor() if device.type == "cpu" else _gpu(device),
@@ -190,9 +184,23 @@ def machine(device=torch.device("cpu")):  # noqa: B008 - a constant
         "antidote_fast": __version__,
         **{name: version(name) for name in ("torch", "transformers", "peft")},
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _commit():
+    """What git calls this tree; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def version(name):

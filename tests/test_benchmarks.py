@@ -1,9 +1,10 @@
 """The benchmarks and the GPU check on tiny tensors: what runs, and what is not printed."""
 
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,9 @@ def test_every_step_runs_on_tiny_tensors(tmp_path):
         assert all(row["us"] > 0 and row["runs"] == 2 for row in ours)
         assert len(ours) == (6 if name == "prune" else 1)
         assert any("ours is faster x" in row for row in rows[name])
+    if importlib.util.find_spec("triton"):
+        assert {row["operation"] for row in rows["fusion"]} == {"rms_norm", "swiglu"}
+        assert any(row["name"] == "collect fused" for row in rows["oneshot"])
     timed = {row["name"] for row in rows["oneshot"]}
     assert timed >= {"bare", "collect", "prune_model_", "oneshot, live model", "oneshot, folder"}
 
@@ -114,3 +118,43 @@ def test_turns_are_restored_before_any_of_them_is_timed(benchmarks):
         *(("restore", 0), ("ours", 0)),
     ]
     assert [watch.row(name)["runs"] for name in watch] == [3, 1]
+
+
+def test_a_gpu_is_timed_by_its_events(benchmarks, monkeypatch):
+    """The code for GPUs on a stand-in that has a clock: each call takes 2 ms, each wait 1."""
+    common = benchmarks("common")
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, last):
+            return last.at - self.at
+
+    def advance(ticks):
+        clock[0] += ticks
+
+    properties = types.SimpleNamespace(L2_cache_size=50 << 20, multi_processor_count=132)
+    module = types.SimpleNamespace(
+        Event=Event,
+        _sleep=lambda ticks: advance(1),
+        synchronize=lambda device: None,
+        get_device_properties=lambda device: properties,
+        get_device_name=lambda device: "A GPU",
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    device = torch.device("cuda", 0)
+    watch = common.Stopwatch(device)
+    common.take_turns(watch, {"ours": lambda i: advance(2)}, 3, 4, lambda i: advance(100))
+    row = watch.row("ours")
+    assert (row["us"], row["us_p90"], row["runs"]) == (2000.0, 2000.0, 4)
+    assert row["host_us"] > 0
+    assert common.rotation(32 << 20, device) == 7  # 224 MB: past four times the L2
+    about = common.machine(device)
+    assert (about["device"], about["processors"], about["l2_mb"]) == ("A GPU", 132, 50.0)
+    properties.L2_cache_size = 0
+    assert common.rotation(32 << 20, device) == 8
