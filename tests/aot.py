@@ -109,7 +109,9 @@ def _compile(index):
         compiled = triton.compile(source, target=target, options=options)
     except Exception as error:  # one kernel that does not compile is a row, not the end
         return {**described, "error": f"{type(error).__name__}: {error}"[:2000]}
-    usage = _usage(compiled.asm["cubin"])
+    cubin = compiled.asm["cubin"]
+    usage = {n: int(v) for n, v in re.findall(r"\b([A-Z]+):(\d+)", _read(cubin, "-res-usage"))}
+    spilled = usage["STACK"] or usage["LOCAL"]
     ptx = compiled.asm["ptx"]
     loads = re.findall(r"\bld\.global\S*", ptx)
     return {
@@ -117,6 +119,7 @@ def _compile(index):
         "registers": usage["REG"],
         "stack": usage["STACK"],
         "local": usage["LOCAL"],
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", _read(cubin, "-sass"))) if spilled else 0,
         "shared": usage["SHARED"] + compiled.metadata.shared,
         "fma": sorted(set(re.findall(r"\bfma\.\S*f32\b", ptx))),
         "ftz": sorted(
@@ -136,16 +139,14 @@ def _bytes(instruction):
     return int(found[1]) * int(found[2]) // 8 if found else 0
 
 
-def _usage(cubin):
-    """{"REG": 40, "STACK": 0, ...} of a compiled kernel."""
+def _read(cubin, what):
+    """What ``cuobjdump`` says of a compiled kernel; it comes with Triton."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        printed = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", printed)}
+        done = subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def problems(row):
@@ -158,8 +159,11 @@ def problems(row):
     if "error" in row:
         return [f"does not compile: {row['error']}"]
     found = []
-    if row["stack"] or row["local"]:
-        found.append(f"spills: {row['stack']} bytes of stack, {row['local']} local")
+    if row["spills"] or row["local"]:  # a stack that no instruction touches does no harm
+        found.append(
+            f"spills: {row['stack']} bytes of stack, {row['local']} local, "
+            f"{row['spills']} instructions that store or load them"
+        )
     if row["shared"] > SHARED_LIMIT[row["arch"]]:
         found.append(f"takes {row['shared']} bytes of shared memory")
     if row["registers"] * 32 * row["num_warps"] > REGISTERS:
@@ -177,12 +181,13 @@ def problems(row):
 def _vector_tiles(row):
     """(the constant that promises vectors, values a thread) of each tile of a kernel."""
     constants = row["constants"]
-    for part in ("", "_SHORT", "_LONG"):
+    for name in constants:
+        part = name.removeprefix("VEC")  # "_SHORT", where a kernel has several kinds of tile
         groups = constants.get(f"G{part}", constants.get("GROUPS"))
-        if not constants.get(f"VEC{part}") or groups == 0:
+        if not name.startswith("VEC") or not constants[name] or groups == 0:
             continue
         values = 8 * groups * constants.get(f"R{part}", 1) if groups else 1 << 20
-        yield f"VEC{part}", values // (32 * row["num_warps"])
+        yield name, values // (32 * row["num_warps"])
 
 
 def title(row):
