@@ -18,12 +18,14 @@ import triton
 from antidote_fast.backends.triton_kernels import cut_kernels as kernels
 from antidote_fast.backends.triton_kernels import launch
 
-GROUPS = 512  # groups of 8 columns a tile
+GROUPS = 256  # groups of 8 columns a tile
 NUM_WARPS = 8
 PROGRAMS_PER_PROCESSOR = 4
 SAMPLE = 16384
-SAMPLE_BLOCK = 512
+SAMPLE_BLOCK = 1024
 MARGIN = 6.0  # standard deviations between the expected rank and the bracket's ends
+SUM_BLOCK = 4096  # of at most SUM_ROWS programs' counts
+SUM_ROWS = 128
 EDGE_BLOCK = 1024
 
 
@@ -77,13 +79,13 @@ def prune_cut(
     scratch = _Scratch(selections, programs, device)
     state, histograms = scratch.state, scratch.histograms
 
-    def count(counting, into):
+    def count(counting):
         launch.run(
             kernels.cut_count_kernel,
             (programs,),
             table,
             state,
-            into,
+            histograms,
             scratch.own_counts,
             device=device,
             num_warps=NUM_WARPS,
@@ -100,7 +102,7 @@ def prune_cut(
         table,
         scratch.sample,
         device=device,
-        num_warps=4,
+        num_warps=NUM_WARPS,
         SAMPLE=SAMPLE,
         BLOCK_SIZE=SAMPLE_BLOCK,
         GROUPED=rows.vectors,
@@ -109,11 +111,23 @@ def prune_cut(
     bracket = (kernels.cut_bracket_kernel, (selections,), table, state, scratch.sample, MARGIN)
     launch.run(*bracket, device=device, num_warps=16, SAMPLE=SAMPLE)
     if taken > 0 or preserved:
-        count(kernels.NEAR, histograms)
-        count(kernels.FAR, histograms)
+        count(kernels.NEAR)
+        count(kernels.FAR)
         find_bin = (kernels.cut_bin_kernel, (selections,), table, state, histograms)
-        launch.run(*find_bin, device=device, num_warps=NUM_WARPS)
-        count(kernels.INSIDE, scratch.sub_bins)
+        launch.run(*find_bin, device=device, num_warps=16)
+        count(kernels.INSIDE)
+        sum_rows = min(triton.next_power_of_2(programs), SUM_ROWS)
+        launch.run(
+            kernels.cut_sum_kernel,
+            (kernels.SUB_BINS.value * sum_rows // SUM_BLOCK, selections),
+            scratch.own_counts,
+            scratch.sub_bins,
+            programs,
+            device=device,
+            num_warps=4,
+            R=sum_rows,
+            BLOCK_SIZE=SUM_BLOCK // sum_rows,
+        )
         launch.run(
             kernels.cut_key_kernel,
             (selections,),

@@ -71,7 +71,7 @@ SHIFT = tl.constexpr(12)
 SUB_BINS = tl.constexpr(1 << 12)
 BINS = tl.constexpr(1 << 20)  # keys are signed: the upper half serves scores
 ZERO_BIN = tl.constexpr(1 << 19)
-SCAN = tl.constexpr(2048)
+SCAN = tl.constexpr(4096)  # bins at a time
 
 # What a counting pass counts.
 NEAR = tl.constexpr(0)  # into bins, the keys where the sample expects the cut
@@ -82,7 +82,7 @@ INSIDE = tl.constexpr(2)  # single keys of the bin that holds the cut
 @triton.jit
 def only_if(present, condition):
     """``present & condition`` of a tile and a scalar; the interpreter gets that wrong as a mask."""
-    return present & ((tl.zeros(present.shape, tl.int32) + condition.to(tl.int32)) != 0)
+    return present & ((tl.full(present.shape, 0, tl.int32) + condition.to(tl.int32)) != 0)
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def load_raw(address, row, stride, column, present, code, DTYPE: tl.constexpr, V
         else:
             half = tl.load(pointer(address, tl.int16, VEC) + offset, mask=present, other=0)
             raw = half.to(tl.int32)
-    elif DTYPE == BF16 or DTYPE == FP16:
+    elif DTYPE <= FP16:
         raw = tl.load(pointer(address, tl.int16, VEC) + offset, mask=present, other=0)
     else:
         raw = tl.load(pointer(address, tl.int32, VEC) + offset, mask=present, other=0)
@@ -127,7 +127,7 @@ def store_raw(address, row, stride, column, raw, touched, code, DTYPE, VEC: tl.c
         else:
             half = raw.to(tl.int16)
             tl.store(pointer(address, tl.int16, VEC) + offset, half, mask=touched)
-    elif DTYPE == BF16 or DTYPE == FP16:
+    elif DTYPE <= FP16:
         tl.store(pointer(address, tl.int16, VEC) + offset, raw, mask=touched)
     else:
         tl.store(pointer(address, tl.int32, VEC) + offset, raw, mask=touched)
@@ -174,12 +174,11 @@ def last_not_above(table, tensors, field, value):
 @triton.jit
 def stretch(table):
     """The tiles of this program, [first, last)."""
-    tiles = tl.load(table + TILES)
-    program = tl.program_id(0).to(tl.int64)
-    programs = tl.num_programs(0)
-    return (tiles * program // programs).to(tl.int32), (
-        tiles * (program + 1) // programs
-    ).to(tl.int32)
+    tiles = tl.load(table + TILES).to(tl.int32)
+    program = tl.program_id(0)
+    share, rest = tiles // tl.num_programs(0), tiles % tl.num_programs(0)
+    first = program * share + tl.minimum(program, rest)
+    return first, first + share + (program < rest).to(tl.int32)
 
 
 @triton.jit
@@ -189,13 +188,24 @@ def tensor_at(table, tensor, tile, last, GROUPS: tl.constexpr):
     Returns (groups a row, groups left from the tile on, its row, its group in the row, end).
     """
     entry = table + HEADER + tensor * FIELDS
-    columns = tl.load(entry + COLUMNS)
-    groups = (columns + 7) // 8
-    begin = (tile - tl.load(entry + FIRST_TILE)) * GROUPS
-    left = tl.load(entry + ROWS) * groups - begin
+    groups = ((tl.load(entry + COLUMNS) + 7) // 8).to(tl.int32)
+    number = tile - tl.load(entry + FIRST_TILE).to(tl.int32)
+    left = tl.load(entry + ROWS) * groups - number.to(tl.int64) * GROUPS
     end = tl.minimum(last, tl.load(entry + FIELDS + FIRST_TILE).to(tl.int32))
-    row = begin // groups
-    return groups.to(tl.int32), left, row, (begin - row * groups).to(tl.int32), end
+    # In 32 bits, for up to 2^24 tiles: a division of 64 bits is a call, and takes a stack.
+    rest = (number * (GROUPS % groups)).to(tl.uint32, bitcast=True)
+    over = rest // groups.to(tl.uint32, bitcast=True)
+    group = (rest - over * groups.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
+    row = number.to(tl.int64) * (GROUPS // groups) + over.to(tl.int64)
+    return groups, left, row, group, end
+
+
+@triton.jit
+def next_place(row, group, groups, GROUPS: tl.constexpr):
+    """Where the next tile begins: no division that a loop would repeat."""
+    group += GROUPS % groups
+    over = group >= groups
+    return row + GROUPS // groups + over.to(tl.int32), tl.where(over, group - groups, group)
 
 
 @triton.jit
@@ -208,11 +218,21 @@ def tile_at(row, group, groups, left, columns, GROUPS: tl.constexpr, VEC: tl.con
     first = ((ahead - rows * groups) * 8)[:, None]
     column = first + tl.arange(0, 8)[None, :]
     present = (tl.arange(0, GROUPS) < left)[:, None]
-    if VEC:
-        present = tl.broadcast_to(present, (GROUPS, 8))
-    else:
-        present = present & (column < columns)
+    present = tl.broadcast_to(present, (GROUPS, 8)) if VEC else present & (column < columns)
     return (row + rows)[:, None], column, present
+
+
+@triton.jit
+def keys_at(entry, norm, row, column, present, DTYPE: tl.constexpr, DELTA: tl.constexpr, VEC):
+    """Keys of single weights, each of the tensor with that entry of the table."""
+    raw = load_raw(
+        tl.load(entry + W), row, tl.load(entry + W_STRIDE), column, present, 0, DTYPE, VEC
+    )
+    base = raw
+    if DELTA:
+        address, stride = tl.load(entry + BASE), tl.load(entry + BASE_STRIDE)
+        base = load_raw(address, row, stride, column, present, 0, DTYPE, VEC)
+    return load_keys(raw, base, norm, column, present, 0, DTYPE, DELTA, VEC)
 
 
 @triton.jit
@@ -227,7 +247,8 @@ def cut_sample_kernel(
 ):
     """The key of one weight of each of SAMPLE equal stretches, or of all where they are fewer.
 
-    GROUPED is what VEC is elsewhere; nothing here loads vectors. Where in its stretch is hashed, not random: the same on every run, and never a column.
+    GROUPED is what VEC is elsewhere; nothing here loads vectors. Where in its stretch is hashed,
+    not random: the same on every run, and never a column.
     """
     which = tl.program_id(1)
     total = tl.load(table + TOTAL + which)
@@ -248,20 +269,16 @@ def cut_sample_kernel(
     place -= tl.load(entry + FIRST + which)
     row = place // columns
     column = place - row * columns
-    W_address, W_stride = tl.load(entry + W), tl.load(entry + W_STRIDE)
-    base_address, base_stride = tl.load(entry + BASE), tl.load(entry + BASE_STRIDE)
     norm = tl.load(entry + NORM + which)
-    key = tl.full([BLOCK_SIZE], PAD, tl.int32)
-    for code in tl.static_range(3 if DTYPE == MIXED else 1):
-        KIND: tl.constexpr = code if DTYPE == MIXED else DTYPE
-        some = present
-        if DTYPE == MIXED:
-            some = present & (tl.load(entry + CODE) == code)
-        raw = load_raw(W_address, row, W_stride, column, some, 0, KIND, GROUPED)
-        base = raw
-        if DELTA:
-            base = load_raw(base_address, row, base_stride, column, some, 0, KIND, GROUPED)
-        key = tl.maximum(key, load_keys(raw, base, norm, column, some, 0, KIND, DELTA, GROUPED))
+    if DTYPE == MIXED:
+        code = tl.load(entry + CODE)
+        key = keys_at(entry, norm, row, column, present & (code == BF16), BF16, DELTA, GROUPED)
+        other = keys_at(entry, norm, row, column, present & (code == FP16), FP16, DELTA, GROUPED)
+        key = tl.maximum(key, other)
+        other = keys_at(entry, norm, row, column, present & (code == FP32), FP32, DELTA, GROUPED)
+        key = tl.maximum(key, other)
+    else:
+        key = keys_at(entry, norm, row, column, present, DTYPE, DELTA, GROUPED)
     tl.store(sample + which * SAMPLE + number, key, mask=present)
 
 
@@ -281,37 +298,24 @@ def cut_bracket_kernel(table, state, sample, margin, SAMPLE: tl.constexpr):
     rank = (taken * size + total - 1) // tl.maximum(total, 1)
     share = rank.to(tl.float32) / tl.maximum(size, 1).to(tl.float32)
     reach = margin * tl.sqrt(size.to(tl.float32) * share * tl.maximum(1.0 - share, 0.0))
-    reach = tl.where(size == total, 0, reach.to(tl.int64) + 3)
-    target = tl.full([], PAD, tl.int32).to(tl.int64)
-    low, high = target, target
+    reach = tl.where(size == total, 0, tl.maximum(reach.to(tl.int64) + 3, 0))
+    end = tl.arange(0, 4)  # the bracket's low end, the target, its high end twice
+    ranks = rank + tl.where(end == LOW, reach, tl.where(end == TARGET, 0, -reach))
+    found = tl.full([4], -(1 << 31), tl.int64)
     step = tl.full([], 1 << 31, tl.int64)
     while step > 0:  # from the top bit down: the largest key that so many reach
-        low += tl.where(count(key, low + step) >= rank + reach, step, 0)
-        target += tl.where(count(key, target + step) >= rank, step, 0)
-        high += tl.where(count(key, high + step) >= rank - reach, step, 0)
+        reached = key[None, :] >= (found + step).to(tl.int32)[:, None]
+        found += tl.where(tl.sum(reached.to(tl.int32), 1) >= ranks, step, 0)
         step = step >> 1
-    low = tl.where(rank + reach > size, PAD + 1, low)
-    high = tl.where(rank - reach < 1, CANONICAL_NAN, high)
-    ties = tl.maximum(count_equal(key, low), count_equal(key, target))
-    ties = tl.maximum(ties, count_equal(key, high))
-    low, high = tl.where(taken > 0, low, MAX_KEY), tl.where(taken > 0, high, MAX_KEY)
-    tl.store(state + LOW, low)
-    tl.store(state + TARGET, target)
-    tl.store(state + HIGH, high)
+    equal = key[None, :] == found.to(tl.int32)[:, None]
+    ties = tl.max(tl.sum(equal.to(tl.int32), 1), 0)
+    found = tl.where(ranks > size, PAD + 1, found)
+    found = tl.where(ranks < 1, CANONICAL_NAN, found)
+    found = tl.where(taken > 0, found, MAX_KEY)
+    tl.store(state + end, found, mask=end <= HIGH)
     tl.store(state + HEAVY, ((ties > 2) | (size == total)).to(tl.int64))
     tl.store(state + KEY, MAX_KEY - 1)  # what holds where nothing is taken
     tl.store(state + TIE_PROGRAM, MAX_KEY)
-
-
-@triton.jit
-def count(key, pivot):
-    """How many keys are >= the pivot."""
-    return tl.sum((key >= pivot.to(tl.int32)).to(tl.int32), 0).to(tl.int64)
-
-
-@triton.jit
-def count_equal(key, pivot):
-    return tl.sum((key == pivot.to(tl.int32)).to(tl.int32), 0)
 
 
 @triton.jit
@@ -343,7 +347,6 @@ def tally(key, present, histogram, own, state, above, at_least, e0, e1, e2, PASS
         e0 += tl.sum(equal.to(tl.int32), 1)
         counted = ((key >> SHIFT) == (first >> SHIFT)) & (equal == 0) & present
         place = key & (SUB_BINS - 1)
-        add_each(histogram, place, counted)
         add_each(own, place, counted)
     else:
         low = tl.load(state + LOW).to(tl.int32)
@@ -386,9 +389,7 @@ def finish(histogram, own, state, above, at_least, e0, e1, e2, PASS: tl.constexp
                 tl.atomic_add(zero + (high >> SHIFT), highs, sem="relaxed")
     elif PASS == INSIDE:
         place = tl.load(state + ATOM) & (SUB_BINS - 1)
-        ties = tl.sum(e0.to(tl.int64), 0)
-        tl.atomic_add(histogram + place, ties, sem="relaxed")
-        tl.atomic_add(own + place, ties.to(tl.int32), sem="relaxed")
+        tl.atomic_add(own + place, tl.sum(e0, 0), sem="relaxed")
 
 
 @triton.jit
@@ -415,13 +416,12 @@ def cut_count_kernel(
     """One reading of all tensors that counts keys; see ``PASS``.
 
     Args:
-        state, histograms: one for each of the two selections; sub-bins where INSIDE.
-        own_counts: [selections, programs, SUB_BINS] int32, written where INSIDE.
+        state, histograms: one for each of the two selections.
+        own_counts: [selections, programs, SUB_BINS] int32, added to where INSIDE.
         PRESERVED: whether there is a second selection, among the tensors with a preserve norm.
     """
     state2 = state + STATE
-    size = SUB_BINS if PASS == INSIDE else BINS
-    histogram2 = histograms + size
+    histogram2 = histograms + BINS
     own = own_counts + tl.program_id(0).to(tl.int64) * SUB_BINS
     own2 = own + tl.num_programs(0).to(tl.int64) * SUB_BINS
     tile, last = stretch(table)
@@ -432,7 +432,7 @@ def cut_count_kernel(
             last = tl.where(again | again2, last, tile)
         else:
             last = tl.where(again, last, tile)
-    above = tl.zeros([GROUPS], tl.int32)
+    above = tl.full([GROUPS], 0, tl.int32)
     at_least, e0, e1, e2 = above, above, above, above
     above2, at_least2, f0, f1, f2 = above, above, above, above, above
     tensor = last_not_above(table, tl.load(table + TENSORS), FIRST_TILE, tile.to(tl.int64))
@@ -471,9 +471,7 @@ def cut_count_kernel(
                 )
             tile += 1
             left -= GROUPS
-            group += GROUPS
-            row += group // groups
-            group = group % groups
+            row, group = next_place(row, group, groups, GROUPS)
         tensor += 1
     finish(histograms, own, state, above, at_least, e0, e1, e2, PASS)
     if PRESERVED:
@@ -521,8 +519,24 @@ def last_holding(place, counts, rank):
     return found, rank - tl.sum(tl.where(place > found, counts, 0), 0)
 
 
-@triton.jit
-def cut_key_kernel(table, state, histograms, own_counts, programs, PROGRAMS: tl.constexpr):
+@triton.jit(do_not_specialize=["programs"])
+def cut_sum_kernel(own_counts, sub_bins, programs, R: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """sub_bins [selections, SUB_BINS] int64 = the sum of own_counts over programs."""
+    which = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    total = tl.full([R, BLOCK_SIZE], 0, tl.int64)
+    begin = 0
+    while begin < programs:
+        program = begin + tl.arange(0, R)
+        place = (which * programs + program)[:, None] * SUB_BINS + column[None, :]
+        inside = tl.broadcast_to((program < programs)[:, None], (R, BLOCK_SIZE))
+        total += tl.load(own_counts + place, mask=inside, other=0).to(tl.int64)
+        begin += R
+    tl.store(sub_bins + which * SUB_BINS + column, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["programs"])
+def cut_key_kernel(table, state, sub_bins, own_counts, programs, PROGRAMS: tl.constexpr):
     """Find the m-th largest key, and from which tie on they are taken.
 
     Args: PROGRAMS: the programs of the counting passes, rounded up to a power of two.
@@ -530,42 +544,47 @@ def cut_key_kernel(table, state, histograms, own_counts, programs, PROGRAMS: tl.
     which = tl.program_id(0)
     state += which * STATE
     if tl.load(table + TAKEN + which) > 0:
-        sub_bins = tl.arange(0, SUB_BINS).to(tl.int64)
-        counts = tl.load(histograms + which * SUB_BINS + sub_bins)
-        sub_bin, ties = last_holding(sub_bins, counts, tl.load(state + LEFT))
+        place = tl.arange(0, SUB_BINS).to(tl.int64)
+        counts = tl.load(sub_bins + which * SUB_BINS + place)
+        sub_bin, ties = last_holding(place, counts, tl.load(state + LEFT))
         program = tl.arange(0, PROGRAMS).to(tl.int64)
         own = own_counts + (which * programs + program) * SUB_BINS + sub_bin
         counts = tl.load(own, mask=program < programs, other=0).to(tl.int64)
         tie_program, ties = last_holding(program, counts, ties)
         tl.store(state + KEY, tl.load(state + BIN) + sub_bin)
         tl.store(state + TIE_PROGRAM, tie_program)
-        tl.store(
-            state + SKIP, tl.sum(tl.where(program == tie_program, counts, 0), 0) - ties
-        )
+        tl.store(state + SKIP, tl.sum(tl.where(program == tie_program, counts, 0), 0) - ties)
 
 
 @triton.jit
-def taken_of(key, state, seen, GROUPS: tl.constexpr):
-    """Which of a tile are among the last m, [GROUPS, 8]; ``seen`` counts ties of the stretch."""
+def packed(marked):
+    """Bool [GROUPS, 8] -> [GROUPS] int32, as a mask's bytes: an eighth of the registers."""
+    return tl.sum(marked.to(tl.int32) << tl.arange(0, 8)[None, :], 1)
+
+
+@triton.jit
+def unpacked(bits):
+    """The way back of :func:`packed`."""
+    return ((bits[:, None] >> tl.arange(0, 8)[None, :]) & 1) != 0
+
+
+@triton.jit
+def taken_of(key, state, seen):
+    """Which of a tile are among the last m, packed; ``seen`` counts ties of the stretch."""
     threshold = tl.load(state + KEY).to(tl.int32)
     tie_program = tl.load(state + TIE_PROGRAM).to(tl.int32)
     program = tl.program_id(0)
-    taken = key >= tl.where(program > tie_program, threshold, threshold + 1)
+    taken = packed(key >= tl.where(program > tie_program, threshold, threshold + 1))
     if program == tie_program:
-        ties = key == threshold
+        ties = packed(key == threshold)
+        numbers = tl.sum((key == threshold).to(tl.int32), 1)
+        number = tl.sum(numbers, 0)
         wanted = tl.load(state + SKIP).to(tl.int32) - seen  # so many of the tile's are not taken
-        number = tl.sum(tl.sum(ties.to(tl.int32), 1), 0)
         if wanted < number:
-            place = tl.arange(0, GROUPS)[:, None] * 8 + tl.arange(0, 8)[None, :]
-            begin = wanted * 0
-            step = begin + GROUPS * 8 // 2
-            while step > 0:  # the largest begin with fewer than `wanted` ties before it
-                before = ties & (place < begin + step)
-                fewer = tl.sum(tl.sum(before.to(tl.int32), 1), 0) < wanted
-                begin += tl.where(fewer, step, 0)
-                step = step >> 1
-            begin += tl.where(wanted > 0, 1, 0)
-            taken = taken | (ties & (place >= begin))
+            skipped = wanted - tl.cumsum(numbers, 0) + numbers
+            for i in tl.static_range(8):
+                ties = tl.where(skipped > i, ties & (ties - 1), ties)
+            taken = taken | ties
         seen += number
     return taken, seen
 
@@ -583,7 +602,7 @@ def cut_apply_kernel(
     """The last reading: mark and remove. A vector in which nothing is removed is not written."""
     state2 = state + STATE
     flags = tl.load(table + FLAGS)
-    smallest = (flags & SMALLEST) != 0
+    turn = tl.where((flags & SMALLEST) != 0, 0xFF, 0)
     tile, last = stretch(table)
     seen, seen2 = tile * 0, tile * 0
     edge = tl.full([GROUPS], PAD, tl.int32)
@@ -600,7 +619,6 @@ def cut_apply_kernel(
         base_stride = tl.load(entry + BASE_STRIDE)
         norm = tl.load(entry + NORM)
         preserve = tl.load(entry + NORM + 1)
-        bits = tl.load(entry + BITS).to(tl.pointer_type(tl.uint8))
         while tile < end:
             rows, column, present = tile_at(row, group, groups, left, columns, GROUPS, VEC)
             raw = load_raw(W_address, rows, W_stride, column, present, code, DTYPE, VEC)
@@ -608,35 +626,34 @@ def cut_apply_kernel(
             if DELTA:
                 base = load_raw(base_address, rows, base_stride, column, present, code, DTYPE, VEC)
             key = load_keys(raw, base, norm, column, present, code, DTYPE, DELTA, VEC)
-            removed, seen = taken_of(key, state, seen, GROUPS)
-            removed = (removed != smallest) & present
+            removed, seen = taken_of(key, state, seen)
+            removed = (removed ^ turn) & packed(present)
             if (flags & WANT_EDGE) != 0:
-                edge = tl.maximum(edge, tl.max(tl.where(removed, key, PAD), 1))
+                edge = tl.maximum(edge, tl.max(tl.where(unpacked(removed), key, PAD), 1))
             if PRESERVED:
                 some = only_if(present, preserve != 0)
                 key = load_keys(raw, base, preserve, column, some, code, DTYPE, DELTA, VEC)
-                kept, seen2 = taken_of(key, state2, seen2, GROUPS)
-                removed = removed & (kept == 0)
+                kept, seen2 = taken_of(key, state2, seen2)
+                removed = removed & (kept ^ 0xFF)
             if (flags & WANT_BITS) != 0:
-                byte = tl.sum(removed.to(tl.int32) << tl.arange(0, 8)[None, :], 1)
+                bits = tl.load(entry + BITS).to(tl.pointer_type(tl.uint8))
                 number = row * groups + group + tl.arange(0, GROUPS)
                 inside = tl.arange(0, GROUPS) < left
-                tl.store(bits + number, byte.to(tl.uint8), mask=inside)
+                tl.store(bits + number, removed.to(tl.uint8), mask=inside)
             if (flags & WRITE) != 0:
-                touched = removed
+                marked = unpacked(removed)
+                touched = marked
                 if VEC:
-                    dirty = tl.max(removed.to(tl.int32), 1) != 0
-                    touched = tl.broadcast_to(dirty[:, None], removed.shape) & present
+                    touched = tl.broadcast_to((removed != 0)[:, None], marked.shape)
                 if not DELTA:
+                    base_address, base_stride = tl.load(entry + BASE), tl.load(entry + BASE_STRIDE)
                     some = only_if(touched, base_address != 0)
                     base = load_raw(base_address, rows, base_stride, column, some, code, DTYPE, VEC)
-                raw = tl.where(removed, base, raw)
+                raw = tl.where(marked, base, raw)
                 store_raw(W_address, rows, W_stride, column, raw, touched, code, DTYPE, VEC)
             tile += 1
             left -= GROUPS
-            group += GROUPS
-            row += group // groups
-            group = group % groups
+            row, group = next_place(row, group, groups, GROUPS)
         tensor += 1
     if (flags & WANT_EDGE) != 0:
         tl.atomic_max(state + EDGE, tl.max(edge, 0).to(tl.int64), sem="relaxed")
@@ -651,7 +668,7 @@ def cut_edge_kernel(table, state, BLOCK_SIZE: tl.constexpr):
     smallest = (tl.load(table + FLAGS) & SMALLEST) != 0
     edge = tl.where(smallest, tl.load(state + EDGE), tl.load(state + KEY)).to(tl.int32)
     row = tl.arange(0, BLOCK_SIZE).to(tl.int64)
-    value = score_of_key(tl.zeros([BLOCK_SIZE], tl.int32) + edge)
+    value = score_of_key(tl.full([BLOCK_SIZE], 0, tl.int32) + edge)
     begin = rows * 0
     while begin < rows:
         tl.store(thresholds + begin + row, value, mask=begin + row < rows)
