@@ -99,17 +99,17 @@ def test_rows_that_are_read_in_parts(columns, kind):
         both([weight.float()], [None], Selection(0.7, largest=False))
 
 
-@pytest.mark.parametrize("rank", [4, 8, 16, 48, 64, 256, 512])
-@pytest.mark.parametrize("preserved", [False, True])
+@pytest.mark.parametrize("rank", [4, 8, 16, 48, 64, 256, 512] if COMPILED else [4, 16, 48, 512])
+@pytest.mark.parametrize("preserved", [False, True] if COMPILED else [True])
 def test_an_adapter_in_one_launch(rank, preserved, monkeypatch):
     """A (rank, in) and B (out, rank) factors of several modules: the same bits, one launch."""
     from antidote_fast.backends.triton_kernels import launch
 
     generator = torch.Generator().manual_seed(rank)
-    sizes = [(1024, 96), (576, 130), (2048, 64)]
+    sizes = [(1024, 96), (576, 130), (5000, 64)]
     shapes = [shape for wide, tall in sizes for shape in ((rank, wide), (tall, rank))]
     if not COMPILED:
-        shapes = [(min(rows, 70), columns) for rows, columns in shapes]
+        shapes = [(min(rows, 12), columns) for rows, columns in shapes]
     weights = [oracle.make_weight("gauss", s, torch.bfloat16, generator) for s in shapes]
     weights[1].zero_()  # as B is before training
     norms = [oracle.make_norm("uniform", s[1], generator) for s in shapes]

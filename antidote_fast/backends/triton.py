@@ -26,6 +26,7 @@ else:
             long_rows,
             norms,
             rows,
+            table,
         )
     except Exception as error:  # a triton that does not fit this Python or torch fails in many ways
         _missing = f"triton cannot be imported ({' '.join(str(error).split())[:200]})"
@@ -226,27 +227,21 @@ def _last(n, selection):
 
 
 def _prune_rows(operands, selection, *, write):
-    kinds = {}
+    by_dtype = {}
     for operand in operands:
-        heavy = configs.is_heavy(
-            operand.dtype_code,
-            vec=operand.vec,
-            delta=selection.score_delta and operand.dtype_code != launch.SIGNED,
-            preserved=operand.preserve_norm is not None,
-        )
-        config = configs.row_config(operand.num_columns, vec=operand.vec, heavy=heavy)
-        kinds.setdefault((operand.dtype_code, config is None), []).append((operand, config))
-    for (_, is_long), members in kinds.items():
-        if is_long or len(members) == 1:
-            for operand, config in members:
-                _prune_one(operand, config, selection, write=write)
+        by_dtype.setdefault(operand.dtype_code, []).append(operand)
+    for members in by_dtype.values():
+        if len(members) == 1:
+            _prune_one(members[0], selection, write=write)
         else:
-            _prune_tables([operand for operand, _ in members], selection, write=write)
+            _prune_tables(members, selection, write=write)
 
 
-def _prune_one(operand, config, selection, *, write):
+def _prune_one(operand, selection, *, write):
     """One matrix, from the arguments of one launch."""
     preserved = operand.preserve_norm is not None
+    delta = selection.score_delta and operand.dtype_code != launch.SIGNED
+    config = _row_config([operand], delta, preserved)
     m_preserve = num_pruned(operand.num_columns, selection.preserve) if preserved else 0
     if config is None:
         kernel, block = long_rows.prune_long_rows_kernel, {"G": configs.LONG_ROWS.groups}
@@ -272,9 +267,21 @@ def _prune_one(operand, config, selection, *, write):
         max_registers=config.max_registers,
         **block,
         DTYPE=operand.dtype_code,
-        DELTA=selection.score_delta and operand.dtype_code != launch.SIGNED,
+        DELTA=delta,
         PRESERVED=preserved,
         VEC=operand.vec,
+    )
+
+
+def _row_config(operands, delta, preserved, num_warps=None):
+    """The RowConfig that serves all of these, or None where their rows are read in parts."""
+    vec, code = _all_aligned(operands), operands[0].dtype_code
+    return configs.row_config(
+        max(o.num_columns for o in operands),
+        itemsize=operands[0].weight.element_size(),
+        vec=vec,
+        heavy=configs.is_heavy(code, vec=vec, delta=delta, preserved=preserved),
+        num_warps=num_warps,
     )
 
 
@@ -293,66 +300,74 @@ def _prune_tables(operands, selection, *, write):
 
 
 def _prune_table(operands, selection, *, write):
-    dtype_code, device = operands[0].dtype_code, operands[0].device
+    """One launch over matrices of one dtype, of which each is of one of three kinds."""
+    delta = selection.score_delta
     preserved = any(operand.preserve_norm is not None for operand in operands)
-    short, long = [], []
-    for operand in operands:
-        is_short = operand.num_columns <= configs.LONGEST_SHORT_ROW
-        (short if is_short else long).append(operand)
-    vec_short, vec_long = (all(o.vec for o in part) for part in (short, long))
-    heavy = configs.is_heavy(
-        dtype_code, vec=vec_long, delta=selection.score_delta, preserved=preserved
-    )
-    warps, registers, per_processor, groups_long = 4, 128, 4, 0
-    if long:
-        config = configs.row_config(max(o.num_columns for o in long), vec=vec_long, heavy=heavy)
-        if config is None:  # one of them made all of them heavy
-            for operand in operands:
-                _prune_rows([operand], selection, write=write)
-            return
-        warps, registers = config.num_warps, config.max_registers
-        per_processor, groups_long = config.programs_a_processor, config.groups
-    rows_short = groups_short = 0
-    if short:
-        config = configs.row_config(
-            max(o.num_columns for o in short), vec=vec_short, heavy=heavy, num_warps=warps
+    lengths = [operand.num_columns for operand in operands]
+    shared = _row_config(operands, delta, preserved)
+    longest = None if shared is None else 8 * shared.groups
+    if shared is None or min(lengths) <= configs.LONGEST_SHORT_ROW < max(lengths):
+        shared = configs.mixed_config(
+            lengths,
+            heavy=configs.is_heavy(
+                operands[0].dtype_code,
+                vec=_all_aligned(operands),
+                delta=delta,
+                preserved=preserved,
+            ),
         )
-        rows_short, groups_short = config.rows, config.groups
-    table, tiles = [], 0
-    for operand in operands:
-        is_short = operand.num_columns <= configs.LONGEST_SHORT_ROW
-        vec = vec_short if is_short else vec_long
-        table.append(_table_row(operand, selection, write, vec, tiles, is_short))
-        tiles += -(-operand.num_rows // rows_short) if is_short else operand.num_rows
-    programs = launch.num_programs(device, per_processor)
+        longest = configs.LONGEST_MIXED_ROW
+    short = [o for o in operands if o.num_columns <= configs.LONGEST_SHORT_ROW]
+    long = [o for o in operands if configs.LONGEST_SHORT_ROW < o.num_columns <= longest]
+    parts = [o for o in operands if o.num_columns > longest]
+    groups = {
+        "G_SHORT": 0,
+        "G_LONG": configs.power_of_two(-(-max(o.num_columns for o in long) // 8)) if long else 0,
+        "G_PARTS": shared.groups if parts else 0,
+    }
+    rows_short = 0
+    if short:
+        config = _row_config(short, delta, preserved, shared.num_warps)
+        rows_short, groups["G_SHORT"] = config.rows, config.groups
+    entries, tiles = [], 0
+    kinds = {table.SHORT.value: short, table.LONG.value: long, table.IN_PARTS.value: parts}
+    for kind, members in kinds.items():
+        vec = _all_aligned(members)
+        for operand in members:
+            entries.append(_entry(operand, selection, write, vec, tiles, kind))
+            tiles += -(-operand.num_rows // (rows_short if kind == table.SHORT.value else 1))
+    device = operands[0].device
+    programs = launch.num_programs(device, shared.programs_a_processor)
     launch.run(
-        rows.prune_table_kernel,
+        table.prune_table_kernel,
         (min(programs, tiles),),
-        torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True),
+        torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True),
         len(operands),
         tiles,
         device=device,
-        num_warps=warps,
-        max_registers=registers,
+        num_warps=shared.num_warps,
+        max_registers=shared.max_registers,
         R_SHORT=rows_short,
-        G_SHORT=groups_short,
-        VEC_SHORT=vec_short,
-        G_LONG=groups_long,
-        VEC_LONG=vec_long,
-        DTYPE=dtype_code,
-        DELTA=selection.score_delta,
+        **groups,
+        VEC_SHORT=_all_aligned(short),
+        VEC_LONG=_all_aligned(long),
+        VEC_PARTS=_all_aligned(parts),
+        DTYPE=operands[0].dtype_code,
+        DELTA=delta,
         PRESERVED=preserved,
         MATRICES=configs.power_of_two(len(operands)),
     )
 
 
-def _table_row(operand, selection, write, vec, first_tile, is_short):
-    """A matrix as ``rows.table_entry`` and the kernel read it."""
-    columns = operand.num_columns
+def _all_aligned(operands):
+    return all(operand.vec for operand in operands)
+
+
+def _entry(operand, selection, write, vec, first_tile, kind):
+    """A matrix as ``table.table_entry`` and the kernel read it."""
     m_preserve = 0
     if operand.preserve_norm is not None:
-        m_preserve = num_pruned(columns, selection.preserve)
-    num_rows, num_columns, W_row_stride, base_row_stride = operand.sizes(vec)
+        m_preserve = num_pruned(operand.num_columns, selection.preserve)
     tensors = (
         operand.weight,
         operand.base_weight,
@@ -363,16 +378,12 @@ def _table_row(operand, selection, write, vec, first_tile, is_short):
     )
     return [
         *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-        num_rows,
-        num_columns,
-        W_row_stride,
-        base_row_stride,
-        _last(columns, selection),
+        *operand.sizes(vec),
+        _last(operand.num_columns, selection),
         m_preserve,
         operand.flags(selection, write=write),
         first_tile,
-        int(is_short),
-        0,
+        kind,
     ]
 
 

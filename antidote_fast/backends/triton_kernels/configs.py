@@ -26,9 +26,16 @@ class RowConfig(NamedTuple):
     programs_a_processor: int
 
 
-#     columns up to: warps of a program that takes one row
-_WARPS = {1024: 2, 2048: 4, 4096: 8, 8192: 16, 16384: 32}
+# Columns up to: warps of a program that takes one row, its registers a thread, programs at once.
+_ROWS = {
+    1024: (2, 72, 14),
+    2048: (4, 64, 8),
+    4096: (8, 64, 4),
+    8192: (16, 64, 2),
+    16384: (32, 64, 1),
+}
 LONG_ROWS = RowConfig(1, 512, 8, 128, 2)
+LONGEST_MIXED_ROW = 4096  # in a launch of short rows and others; longer ones are read in parts
 GROUP_VALUES = 1024  # keys of a program that searches groups of n_m
 SMALL_GROUP_BLOCKS = 256  # blocks of a program that ranks within groups
 ELEMENTWISE_VALUES = 2048  # weights of a program that scores or applies a mask
@@ -45,21 +52,29 @@ def is_heavy(dtype_code, *, vec, delta, preserved):
     return dtype_code >= 2 or delta or preserved or not vec
 
 
-def row_config(columns, *, vec, heavy, num_warps=None):
-    """The RowConfig for rows of this length, or None where they must be read in parts.
+def row_config(columns, *, itemsize, vec, heavy, num_warps=None):
+    """The RowConfig for rows of this length; None where they must be read in parts.
 
-    ``num_warps``: of the launch that short rows share with long ones.
+    ``itemsize``: bytes a weight. ``heavy``: as :func:`is_heavy`. ``num_warps``: of a launch that
+    short rows share with long ones.
     """
     block = 8 * power_of_two(-(-columns // 8))
     if block > (LONGEST_HEAVY_ROW if heavy else LONGEST_ROW):
         return None
     if block <= LONGEST_SHORT_ROW:
-        warps = num_warps or 4
+        warps = num_warps or (8 if block < 256 else 4)
         # Without vectors a group's columns lie in 8 threads: one key each, or rows' states pile up.
-        keys = 8 if vec else 1
+        keys = 16 // itemsize if vec else 1
         rows = max(1, warps * THREADS_A_WARP * keys // block)
-        return RowConfig(rows, block // 8, warps, 128, 4)
-    warps = next(w for columns, w in _WARPS.items() if block <= columns)
+        return RowConfig(rows, block // 8, warps, 128, 2)
+    warps, registers, programs = next(v for limit, v in _ROWS.items() if block <= limit)
     if heavy:
-        return RowConfig(1, block // 8, warps, 128, max(1, 16 // warps))
-    return RowConfig(1, block // 8, warps, 64, 32 // warps)
+        registers, programs = 128, max(1, 16 // warps)
+    return RowConfig(1, block // 8, warps, registers, programs)
+
+
+def mixed_config(lengths, *, heavy):
+    """The RowConfig of a table of rows of several kinds: one kernel holds the code of all."""
+    if heavy or any(128 < n <= LONGEST_SHORT_ROW for n in lengths):
+        return LONG_ROWS._replace(max_registers=255, programs_a_processor=1)
+    return LONG_ROWS

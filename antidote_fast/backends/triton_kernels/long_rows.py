@@ -137,6 +137,88 @@ def top_bits(keys, first_group, threshold, cut, G: tl.constexpr):
     return tl.sum(taken.to(tl.int32) << lane, 2)
 
 
+@triton.jit
+def prune_long_row(
+    W,
+    BASE,
+    NORM,
+    PRESERVE,
+    BITS,
+    THRESHOLDS,
+    number,
+    num_rows,
+    num_columns,
+    W_row_stride,
+    base_row_stride,
+    m,
+    m_preserve,
+    flags,
+    guess,
+    preserve_guess,
+    G: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DELTA: tl.constexpr,
+    PRESERVED: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """As ``rows.prune_tile`` for one row of any length."""
+    has_norm = (flags & HAS_NORM) != 0
+    groups = tl.cdiv(num_columns, 8)
+    row = number + tl.arange(0, 1)
+    W_row = W + row_offsets(row, W_row_stride, VEC)
+    base_row = BASE + row_offsets(row, base_row_stride, VEC)
+    guess, cut, left = top_of_long_row(
+        W_row, base_row, NORM, has_norm, num_columns, m, guess, G, DTYPE, DELTA, VEC
+    )
+    kept_cut = cut
+    if PRESERVED:
+        preserve_guess, kept_cut, _ = top_of_long_row(
+            W_row,
+            base_row,
+            PRESERVE,
+            True,
+            num_columns,
+            m_preserve,
+            preserve_guess,
+            G,
+            DTYPE,
+            DELTA,
+            VEC,
+        )
+    smallest = (flags & SMALLEST) != 0
+    edge = tl.zeros_like(guess) + tl.where(smallest, PAD, MAX_KEY)
+    for start in range(0, groups, G):
+        keys = chunk_keys(W_row, base_row, NORM, has_norm, start, num_columns, G, DTYPE, DELTA, VEC)
+        bits = top_bits(keys, start, guess, cut, G)
+        if (flags & WANT_THRESHOLDS) != 0:
+            bar = guess[:, None, None]
+            above = tl.min(tl.min(tl.where(keys >= bar, keys, MAX_KEY), 2), 1)
+            below = tl.max(tl.max(tl.where(keys < bar, keys, PAD), 2), 1)
+            edge = tl.where(smallest, tl.maximum(edge, below), tl.minimum(edge, above))
+        if smallest:
+            bits = bits ^ 0xFF
+        if PRESERVED:
+            keys = chunk_keys(
+                W_row, base_row, PRESERVE, True, start, num_columns, G, DTYPE, DELTA, VEC
+            )
+            bits = bits & (top_bits(keys, start, preserve_guess, kept_cut, G) ^ 0xFF)
+        group = start + tl.arange(0, G)
+        real = tl.minimum(tl.maximum(num_columns - group * 8, 0), 8)
+        bits = bits & ((1 << real) - 1)[None, :]
+        if (flags & WANT_BITS) != 0:
+            store_bits(BITS, row, num_rows, group, num_columns, bits)
+        if (flags & WRITE) != 0:
+            column = group[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+            store_removed(W_row, base_row, column, bits, flags, VEC)
+    if (flags & WANT_THRESHOLDS) != 0:
+        if smallest:
+            edge = tl.where(left, guess, edge)
+        removed = tl.where(smallest, num_columns - m, m)
+        rows = tl.where(removed > 0, num_rows, 0)
+        tl.store(THRESHOLDS + row, score_of_key(edge), mask=row < rows)
+    return guess, preserve_guess
+
+
 @triton.jit(
     do_not_specialize=[
         "num_rows",
@@ -171,62 +253,29 @@ def prune_long_rows_kernel(
     """One matrix, a row at a time; arguments as ``rows.prune_rows_kernel``."""
     guess = tl.full([1], NO_GUESS, tl.int32)
     preserve_guess = guess
-    has_norm = (flags & HAS_NORM) != 0
-    groups = tl.cdiv(num_columns, 8)
     share = tl.cdiv(num_rows, tl.num_programs(0))
     begin = tl.program_id(0) * share
     for number in range(begin, tl.minimum(begin + share, num_rows)):
-        row = number + tl.arange(0, 1)
-        W_row = W_ptr + row_offsets(row, W_row_stride, VEC)
-        base_row = base_ptr + row_offsets(row, base_row_stride, VEC)
-        guess, cut, left = top_of_long_row(
-            W_row, base_row, norm_ptr, has_norm, num_columns, m, guess, G, DTYPE, DELTA, VEC
+        guess, preserve_guess = prune_long_row(
+            W_ptr,
+            base_ptr,
+            norm_ptr,
+            preserve_ptr,
+            bits_ptr,
+            thresholds_ptr,
+            number,
+            num_rows,
+            num_columns,
+            W_row_stride,
+            base_row_stride,
+            m,
+            m_preserve,
+            flags,
+            guess,
+            preserve_guess,
+            G,
+            DTYPE,
+            DELTA,
+            PRESERVED,
+            VEC,
         )
-        kept_cut = cut
-        if PRESERVED:
-            preserve_guess, kept_cut, _ = top_of_long_row(
-                W_row,
-                base_row,
-                preserve_ptr,
-                True,
-                num_columns,
-                m_preserve,
-                preserve_guess,
-                G,
-                DTYPE,
-                DELTA,
-                VEC,
-            )
-        smallest = (flags & SMALLEST) != 0
-        edge = tl.zeros_like(guess) + tl.where(smallest, PAD, MAX_KEY)
-        for start in range(0, groups, G):
-            keys = chunk_keys(
-                W_row, base_row, norm_ptr, has_norm, start, num_columns, G, DTYPE, DELTA, VEC
-            )
-            bits = top_bits(keys, start, guess, cut, G)
-            if (flags & WANT_THRESHOLDS) != 0:
-                bar = guess[:, None, None]
-                above = tl.min(tl.min(tl.where(keys >= bar, keys, MAX_KEY), 2), 1)
-                below = tl.max(tl.max(tl.where(keys < bar, keys, PAD), 2), 1)
-                edge = tl.where(smallest, tl.maximum(edge, below), tl.minimum(edge, above))
-            if smallest:
-                bits = bits ^ 0xFF
-            if PRESERVED:
-                keys = chunk_keys(
-                    W_row, base_row, preserve_ptr, True, start, num_columns, G, DTYPE, DELTA, VEC
-                )
-                bits = bits & (top_bits(keys, start, preserve_guess, kept_cut, G) ^ 0xFF)
-            group = start + tl.arange(0, G)
-            real = tl.minimum(tl.maximum(num_columns - group * 8, 0), 8)
-            bits = bits & ((1 << real) - 1)[None, :]
-            if (flags & WANT_BITS) != 0:
-                store_bits(bits_ptr, row, num_rows, group, num_columns, bits)
-            if (flags & WRITE) != 0:
-                column = group[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-                store_removed(W_row, base_row, column, bits, flags, VEC)
-        if (flags & WANT_THRESHOLDS) != 0:
-            if smallest:
-                edge = tl.where(left, guess, edge)
-            removed = tl.where(smallest, num_columns - m, m)
-            rows = tl.where(removed > 0, num_rows, 0)
-            tl.store(thresholds_ptr + row, score_of_key(edge), mask=row < rows)

@@ -1,14 +1,13 @@
 """Row scope: each row is read once into registers, searched there, and its dirty vectors written.
 
-One kernel takes a matrix from its arguments, the other takes many from a table in device memory: a
-whole adapter, short rows (B factors) and long ones (A factors) alike, in one launch.
+``prune_tile`` is all of it; the kernel here takes one matrix from its arguments, the one in
+``table.py`` many from a table in device memory.
 """
 
 import triton
 import triton.language as tl
 
 from antidote_fast.backends.triton_kernels.keys import (
-    FP32,
     MAX_KEY,
     PAD,
     SIGNED,
@@ -24,9 +23,6 @@ HAS_NORM = tl.constexpr(4)
 HAS_BASE = tl.constexpr(8)
 WANT_BITS = tl.constexpr(16)
 WANT_THRESHOLDS = tl.constexpr(32)
-
-# Columns of the table, int64: addresses, then sizes; a matrix a row.
-TABLE_WIDTH = tl.constexpr(16)
 
 
 @triton.jit
@@ -243,114 +239,3 @@ def prune_rows_kernel(
             PRESERVED,
             VEC,
         )
-
-
-@triton.jit
-def table_entry(table_ptr, index, W_TYPE: tl.constexpr):
-    """One row of the table: pointers, then sizes."""
-    entry = table_ptr + index * TABLE_WIDTH
-    W = tl.multiple_of(tl.load(entry).to(tl.pointer_type(W_TYPE)), 16)
-    base = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(W_TYPE)), 16)
-    norm = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(tl.float32)), 16)
-    preserve = tl.multiple_of(tl.load(entry + 3).to(tl.pointer_type(tl.float32)), 16)
-    bits = tl.load(entry + 4).to(tl.pointer_type(tl.uint8))
-    thresholds = tl.load(entry + 5).to(tl.pointer_type(tl.float32))
-    return W, base, norm, preserve, bits, thresholds
-
-
-@triton.jit(do_not_specialize=["num_matrices", "num_tiles"])
-def prune_table_kernel(
-    table_ptr,
-    num_matrices,
-    num_tiles,
-    R_SHORT: tl.constexpr,
-    G_SHORT: tl.constexpr,
-    VEC_SHORT: tl.constexpr,
-    G_LONG: tl.constexpr,
-    VEC_LONG: tl.constexpr,
-    DTYPE: tl.constexpr,
-    DELTA: tl.constexpr,
-    PRESERVED: tl.constexpr,
-    MATRICES: tl.constexpr,
-):
-    """Many matrices: several short rows a tile, or one long row; each kind absent where its G is 0.
-
-    The hints of alignment in ``table_entry`` hold where VEC says so, and are not used elsewhere.
-    """
-    W_TYPE: tl.constexpr = tl.int32 if DTYPE == FP32 else tl.int16
-    ROWS: tl.constexpr = R_SHORT if G_SHORT > 0 else 1
-    short_guess = tl.full([ROWS], NO_GUESS, tl.int32)
-    short_preserve = short_guess
-    long_guess = tl.full([1], NO_GUESS, tl.int32)
-    long_preserve = long_guess
-    slot = tl.arange(0, MATRICES)
-    first_tiles = tl.load(
-        table_ptr + slot * TABLE_WIDTH + 13, mask=slot < num_matrices, other=num_tiles
-    )
-    share = tl.cdiv(num_tiles, tl.num_programs(0))
-    first = tl.program_id(0) * share
-    for tile in range(first, tl.minimum(first + share, num_tiles)):
-        index = tl.sum((first_tiles <= tile).to(tl.int32), 0) - 1
-        W, base, norm, preserve, bits, thresholds = table_entry(table_ptr, index, W_TYPE)
-        entry = table_ptr + index * TABLE_WIDTH
-        num_rows = tl.load(entry + 6).to(tl.int32)
-        num_columns = tl.load(entry + 7).to(tl.int32)
-        W_row_stride = tl.load(entry + 8)
-        base_row_stride = tl.load(entry + 9)
-        m = tl.load(entry + 10).to(tl.int32)
-        m_preserve = tl.load(entry + 11).to(tl.int32)
-        flags = tl.load(entry + 12).to(tl.int32)
-        inner = (tile - tl.load(entry + 13)).to(tl.int32)
-        is_short = tl.load(entry + 14) != 0
-        if is_short:
-            if G_SHORT > 0:
-                short_guess, short_preserve = prune_tile(
-                    W,
-                    base,
-                    norm,
-                    preserve,
-                    bits,
-                    thresholds,
-                    inner * ROWS,
-                    num_rows,
-                    num_columns,
-                    W_row_stride,
-                    base_row_stride,
-                    m,
-                    m_preserve,
-                    flags,
-                    short_guess,
-                    short_preserve,
-                    ROWS,
-                    G_SHORT,
-                    DTYPE,
-                    DELTA,
-                    PRESERVED,
-                    VEC_SHORT,
-                )
-        else:
-            if G_LONG > 0:
-                long_guess, long_preserve = prune_tile(
-                    W,
-                    base,
-                    norm,
-                    preserve,
-                    bits,
-                    thresholds,
-                    inner,
-                    num_rows,
-                    num_columns,
-                    W_row_stride,
-                    base_row_stride,
-                    m,
-                    m_preserve,
-                    flags,
-                    long_guess,
-                    long_preserve,
-                    1,
-                    G_LONG,
-                    DTYPE,
-                    DELTA,
-                    PRESERVED,
-                    VEC_LONG,
-                )
