@@ -1,6 +1,6 @@
 """Tensor and global scope: one exact selection over all weights of a list, in three readings.
 
-1. ``cut_sample_kernel`` brackets the m-th largest key by 16384 sampled ones. A first reading counts
+1. ``cut_sample_kernel`` brackets the m-th largest key by 8192 sampled ones. A first reading counts
    the keys above the bracket, and those inside it by bins of 4096 keys: about 2% of all weights, so
    that few atomics are needed. Where the bracket missed, which no value on the host need say, a
    reading that otherwise returns at once counts the rest as well.
@@ -16,14 +16,17 @@ import torch
 import triton
 
 from antidote_fast.backends.triton_kernels import cut_kernels as kernels
+from antidote_fast.backends.triton_kernels import cut_search as search
+from antidote_fast.backends.triton_kernels import cut_table as tables
 from antidote_fast.backends.triton_kernels import launch
 
-GROUPS = 256  # groups of 8 columns a tile
+GROUPS = 256  # groups of 8 columns a tile; half of it where no vectors are loaded
 NUM_WARPS = 8
+MAX_REGISTERS = 64  # for the common case: without spills, 4 programs fit a processor
 PROGRAMS_PER_PROCESSOR = 4
-SAMPLE = 16384
+SAMPLE = 8192
 SAMPLE_BLOCK = 1024
-MARGIN = 6.0  # standard deviations between the expected rank and the bracket's ends
+MARGIN = 4.5  # standard deviations between the expected rank and the bracket's ends
 SUM_BLOCK = 4096  # of at most SUM_ROWS programs' counts
 SUM_ROWS = 128
 EDGE_BLOCK = 1024
@@ -63,9 +66,9 @@ def prune_cut(
         return
     preserved = protected_k > 0
     taken = k if largest else rows.total - k
-    flags = write * kernels.WRITE.value | (not largest) * kernels.SMALLEST.value
-    flags |= (bits is not None) * kernels.WANT_BITS.value
-    flags |= (thresholds is not None and not largest) * kernels.WANT_EDGE.value
+    flags = write * tables.WRITE.value | (not largest) * tables.SMALLEST.value
+    flags |= (bits is not None) * tables.WANT_BITS.value
+    flags |= (thresholds is not None and not largest) * tables.WANT_EDGE.value
     header = [len(rows.entries), rows.tiles, taken, protected_k, rows.total, rows.protected, flags]
     device = weights[0].device
     table = _to_device([*header, 0, *rows.flat()], device)
@@ -74,6 +77,9 @@ def prune_cut(
         "DTYPE": launch.SIGNED if signed else rows.dtype(),
         "DELTA": bool(delta),
     }
+    half = all(entry.weight.element_size() == 2 for entry in rows.entries)
+    light = rows.vectors and half and not preserved
+    max_registers = MAX_REGISTERS if light else 2 * MAX_REGISTERS
     selections = 1 + preserved
     programs = min(launch.num_programs(device, PROGRAMS_PER_PROCESSOR), rows.tiles)
     scratch = _Scratch(selections, programs, device)
@@ -89,15 +95,16 @@ def prune_cut(
             scratch.own_counts,
             device=device,
             num_warps=NUM_WARPS,
+            max_registers=max_registers,
             PASS=counting.value,
-            GROUPS=GROUPS,
+            GROUPS=rows.groups,
             PRESERVED=preserved,
             VEC=rows.vectors,
             **constants,
         )
 
     launch.run(
-        kernels.cut_sample_kernel,
+        search.cut_sample_kernel,
         (triton.cdiv(min(SAMPLE, rows.total), SAMPLE_BLOCK), selections),
         table,
         scratch.sample,
@@ -108,18 +115,18 @@ def prune_cut(
         GROUPED=rows.vectors,
         **constants,
     )
-    bracket = (kernels.cut_bracket_kernel, (selections,), table, state, scratch.sample, MARGIN)
+    bracket = (search.cut_bracket_kernel, (selections,), table, state, scratch.sample, MARGIN)
     launch.run(*bracket, device=device, num_warps=16, SAMPLE=SAMPLE)
     if taken > 0 or preserved:
         count(kernels.NEAR)
         count(kernels.FAR)
-        find_bin = (kernels.cut_bin_kernel, (selections,), table, state, histograms)
+        find_bin = (search.cut_bin_kernel, (selections,), table, state, histograms)
         launch.run(*find_bin, device=device, num_warps=16)
         count(kernels.INSIDE)
         sum_rows = min(triton.next_power_of_2(programs), SUM_ROWS)
         launch.run(
-            kernels.cut_sum_kernel,
-            (kernels.SUB_BINS.value * sum_rows // SUM_BLOCK, selections),
+            search.cut_sum_kernel,
+            (search.SUB_BINS.value * sum_rows // SUM_BLOCK, selections),
             scratch.own_counts,
             scratch.sub_bins,
             programs,
@@ -129,7 +136,7 @@ def prune_cut(
             BLOCK_SIZE=SUM_BLOCK // sum_rows,
         )
         launch.run(
-            kernels.cut_key_kernel,
+            search.cut_key_kernel,
             (selections,),
             table,
             state,
@@ -147,7 +154,8 @@ def prune_cut(
         state,
         device=device,
         num_warps=NUM_WARPS,
-        GROUPS=GROUPS,
+        max_registers=max_registers,
+        GROUPS=rows.groups,
         PRESERVED=preserved,
         VEC=rows.vectors,
         **constants,
@@ -161,29 +169,32 @@ class _Rows:
     """What the kernels' table says of each tensor that is not empty."""
 
     def __init__(self, weights, act_norms, preserve_norms, base_weights, bits, thresholds):
-        self.entries = []
-        self.total = self.protected = self.tiles = 0
-        for i, weight in enumerate(weights):
-            if weight.numel():
-                operands = (act_norms, preserve_norms, base_weights, bits, thresholds)
-                entry = _Entry(weight, *(None if o is None else o[i] for o in operands))
-                entry.begin = (self.total, self.protected, self.tiles)
-                self.entries.append(entry)
-                self.total += weight.numel()
-                self.protected += 0 if entry.preserve is None else weight.numel()
-                self.tiles += -(-weight.shape[0] * -(-weight.shape[1] // 8) // GROUPS)
+        operands = (act_norms, preserve_norms, base_weights, bits, thresholds)
+        self.entries = [
+            _Entry(weight, *(None if o is None else o[i] for o in operands))
+            for i, weight in enumerate(weights)
+            if weight.numel()
+        ]
         self.vectors = all(entry.is_aligned() for entry in self.entries)
+        self.groups = GROUPS if self.vectors else GROUPS // 2
+        self.total = self.protected = self.tiles = 0
+        for entry in self.entries:
+            entry.begin = (self.total, self.protected, self.tiles)
+            rows, columns = entry.weight.shape
+            self.total += rows * columns
+            self.protected += 0 if entry.preserve is None else rows * columns
+            self.tiles += triton.cdiv(rows * triton.cdiv(columns, 8), self.groups)
 
     def dtype(self):
         """The code of the only dtype, or that of several."""
         codes = {launch.DTYPE_CODES[entry.weight.dtype] for entry in self.entries}
-        return codes.pop() if len(codes) == 1 else kernels.MIXED.value
+        return codes.pop() if len(codes) == 1 else tables.MIXED.value
 
     def flat(self):
         """The rows one after the other, and one that begins where the last ends."""
         numbers = [n for entry in self.entries for n in entry.numbers(self.vectors)]
-        end = [0] * kernels.FIELDS.value
-        end[kernels.FIRST_TILE.value] = self.tiles
+        end = [0] * tables.FIELDS.value
+        end[tables.FIRST_TILE.value] = self.tiles
         return numbers + end
 
 
@@ -230,10 +241,10 @@ class _Scratch:
 
     def __init__(self, selections, programs, device):
         sizes = [
-            selections * kernels.STATE.value,
-            selections * kernels.BINS.value,
-            selections * kernels.SUB_BINS.value,
-            selections * programs * kernels.SUB_BINS.value // 2,  # int32
+            selections * search.STATE.value,
+            selections * search.BINS.value,
+            selections * search.SUB_BINS.value,
+            selections * programs * search.SUB_BINS.value // 2,  # int32
             selections * SAMPLE // 2,
         ]
         parts = torch.zeros(sum(sizes), dtype=torch.int64, device=device).split(sizes)
