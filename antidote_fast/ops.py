@@ -208,7 +208,7 @@ def prune_with_report_(
         want_thresholds=True,
         backend=backend,
     )
-    return masks, [_edge(rows, selection.largest) for rows in thresholds]
+    return masks, _edges(thresholds, selection.largest)
 
 
 def prune_linear_(
@@ -320,8 +320,15 @@ def _empty_bits(weight):
     return torch.zeros((rows, (columns + 7) // 8), dtype=torch.uint8, device=weight.device)
 
 
-def _edge(rows, largest):
-    present = rows[~rows.isnan()]
-    if not present.numel():  # nothing selected, or its edge is NaN in every row
-        return float("nan")
-    return float(present.min() if largest else present.max())
+def _edges(thresholds, largest):
+    """One float a list of rows' thresholds; the device is waited for once."""
+    if not thresholds:
+        return []
+    far = torch.inf if largest else -torch.inf
+    edges = []
+    for rows in thresholds:
+        present = ~rows.isnan()  # absent: nothing selected, or its edge is NaN in every row
+        padded = torch.nn.functional.pad(torch.where(present, rows, far), (0, 1), value=far)
+        edge = padded.amin() if largest else padded.amax()
+        edges.append(torch.where(present.any(), edge, torch.nan))
+    return torch.stack(edges).tolist()
