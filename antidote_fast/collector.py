@@ -108,8 +108,7 @@ class NormCollector:
         """
         if self._mask is None:
             raise UsageError("finish: call start(batch) first")
-        for slot, sums in self._pending:
-            self._add(slot, sums)
+        self._add_pending()
         for flat in self._batch.values():
             if not bool(torch.isfinite(flat).all()):
                 self._name_the_bad_layer()
@@ -211,7 +210,6 @@ class NormCollector:
         ]
 
     def _make_hook(self, index, target):
-        slot = self._slots[index]
         is_lora = ".lora_" in target.key
         # PEFT casts the wrapper's input to the factor's dtype, a copy for each factor: sharing is
         # seen, and the cast done, on the wrapper's side.
@@ -226,22 +224,34 @@ class NormCollector:
             if first is not None:
                 source = x.to(first.weight.dtype)
                 source = functional.linear(source, first.weight)
-                self._pending.append((slot, self._reduce(target, source)))
+                self._pending.append((index, self._reduce(target, source)))
                 return
             dtype = x.dtype
             if cast_to is not None and dtype != cast_to and cast_to != torch.float32:
                 dtype = cast_to
             if not shareable:
-                self._pending.append((slot, self._reduce(target, x)))
+                self._pending.append((index, self._reduce(target, x)))
                 return
             version = _version(x)
             held = self._shared
             if held is None or held[0] is not x or held[1:3] != (dtype, version):
                 held = (x, dtype, version, self._reduce(target, x.to(dtype)))
                 self._shared = held
-            self._pending.append((slot, held[3]))
+            self._pending.append((index, held[3]))
 
         return hook
+
+    def _add_pending(self):
+        """Add what the hooks left to the batch's buffers, in one addition a device if it fits."""
+        in_place = sorted(self._pending, key=lambda entry: entry[0])
+        once = [index for index, _ in in_place] == list(range(len(self.targets)))
+        if self.aggregation != "rms" or not once:  # a shared module, or an expert not reached
+            for index, sums in self._pending:
+                self._add(self._slots[index], sums)
+            return
+        for device, flat in self._batch.items():  # hundreds of small additions keep a GPU waiting
+            mine = [sums for index, sums in in_place if self._places[index][0] == device]
+            flat.add_(torch.cat([sums.to(device) for sums in mine]))
 
     def _add(self, slot, sums):
         """Add (K,) sums, or with one norm a sequence (B, K), to a target's slot."""
