@@ -302,6 +302,17 @@ def test_rank_at_the_boundary_of_zeros(beyond, largest):
     both([weight], [None], Selection((256 + beyond) / 512, scope="tensor", largest=largest))
 
 
+@pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
+@pytest.mark.parametrize("bins", [1, 3])
+def test_bracket_that_begins_and_ends_within_bins(bins, largest):
+    """Keys next to each other: some of a bin lie above the bracket, some below."""
+    g = generator(bins)
+    raw = torch.randint(bins * 4096, (12, 64), generator=g) + 0x3F800000
+    weight = raw.to(torch.int32).view(FP32)
+    for ratio in (0.1, 0.45):
+        both([weight], [None], Selection(ratio, scope="tensor", largest=largest))
+
+
 class Spy:
     """Keeps the arguments of the last launch of each kernel."""
 

@@ -13,6 +13,7 @@ from antidote_fast.backends.triton_kernels.cut_search import (
     HEAVY,
     HIGH,
     KEY,
+    LAST,
     LOW,
     SHIFT,
     SKIP,
@@ -88,7 +89,8 @@ def tally(key, present, histogram, own, state, above, at_least, e0, e1, e2, PASS
         atom = tl.load(state + ATOM).to(tl.int32)
         equal = key == atom
         e0 += tl.sum(equal.to(tl.int32), 1)
-        counted = ((key >> SHIFT) == (first >> SHIFT)) & (equal == 0) & present
+        last = tl.load(state + LAST).to(tl.int32)
+        counted = (key >= first) & (key <= last) & (equal == 0) & present
         place = key & (SUB_BINS - 1)
         add_each(own, place, counted)
     else:

@@ -48,6 +48,7 @@ KEY = tl.constexpr(9)  # the m-th largest key
 TIE_PROGRAM = tl.constexpr(10)  # ties are taken in this program's stretch from number SKIP on,
 SKIP = tl.constexpr(11)  # in all of the stretches behind, in none before
 EDGE = tl.constexpr(12)
+LAST = tl.constexpr(13)  # the last key of the bin that is not yet counted as above
 STATE = tl.constexpr(16)
 
 SHIFT = tl.constexpr(12)
@@ -190,6 +191,8 @@ def cut_bin_kernel(table, state, histograms):
             likely = tl.load(state + (i + 2) % 3)
             atom = tl.where((likely >> SHIFT) == (first >> SHIFT), likely, atom)
         tl.store(state + BIN, first)
+        last = first + SUB_BINS - 1
+        tl.store(state + LAST, tl.where(far, last, tl.minimum(last, high)))
         tl.store(state + LEFT, left)
         tl.store(state + ATOM, atom)
 
