@@ -55,7 +55,7 @@ SHIFT = tl.constexpr(12)
 SUB_BINS = tl.constexpr(1 << 12)
 BINS = tl.constexpr(1 << 20)  # keys are signed: the upper half serves scores
 ZERO_BIN = tl.constexpr(1 << 19)
-SCAN = tl.constexpr(4096)  # bins at a time
+SCAN = tl.constexpr(2048)  # bins at a time
 
 
 @triton.jit
