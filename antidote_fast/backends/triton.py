@@ -275,13 +275,18 @@ def _prune_one(operand, selection, *, write):
 
 def _row_config(operands, delta, preserved, num_warps=None):
     """The RowConfig that serves all of these, or None where their rows are read in parts."""
-    vec, code = _all_aligned(operands), operands[0].dtype_code
     return configs.row_config(
         max(o.num_columns for o in operands),
         itemsize=operands[0].weight.element_size(),
-        vec=vec,
-        heavy=configs.is_heavy(code, vec=vec, delta=delta, preserved=preserved),
+        vec=_all_aligned(operands),
+        pressure=_pressure(operands, delta, preserved),
         num_warps=num_warps,
+    )
+
+
+def _pressure(operands, delta, preserved):
+    return configs.pressure(
+        operands[0].dtype_code, vec=_all_aligned(operands), delta=delta, preserved=preserved
     )
 
 
@@ -309,14 +314,11 @@ def _prune_table(operands, selection, *, write):
     if shared is None or min(lengths) <= configs.LONGEST_SHORT_ROW < max(lengths):
         shared = configs.mixed_config(
             lengths,
-            heavy=configs.is_heavy(
-                operands[0].dtype_code,
-                vec=_all_aligned(operands),
-                delta=delta,
-                preserved=preserved,
-            ),
+            pressure=_pressure(operands, delta, preserved),
         )
         longest = configs.LONGEST_MIXED_ROW
+    else:
+        shared = configs.table_config(shared)
     short = [o for o in operands if o.num_columns <= configs.LONGEST_SHORT_ROW]
     long = [o for o in operands if configs.LONGEST_SHORT_ROW < o.num_columns <= longest]
     parts = [o for o in operands if o.num_columns > longest]
@@ -424,7 +426,7 @@ def _prune_groups(operand, selection, *, write):
         )
         return
     block = 8 * configs.power_of_two(-(-min(size, columns) // 8))
-    if block > configs.LONGEST_HEAVY_ROW:  # larger groups than anybody prunes
+    if block > configs.LONGEST_GROUP:  # larger groups than anybody prunes
         _prune_groups_with_torch(operand, selection, write=write)
         return
     marks = launch.absent(operand.device, torch.uint8)

@@ -1,15 +1,15 @@
 """Every block size of the row kernels in one table: nothing is tuned at first use.
 
 Chosen from what the compiler reports (registers, spills; ``tests/test_triton_compile.py``), not yet
-from times on a GPU. A thread holds 16 keys: at 64 registers, which plain pruning of 16-bit weights
-needs, four 4096-column rows are in flight on each processor of an H100 or A100; 32 keys a thread
-need over 128 registers from 16384 columns on, and spill.
+from times on a GPU. A thread holds 16 keys where weights are of 16 bits and nothing else takes
+part: 64 registers, so that four rows of 4096 columns are in flight on each processor of an H100.
+With 32 keys it would need over 128 and spill. Where more takes part (``pressure``) it holds 8.
 """
 
 from typing import NamedTuple
 
-LONGEST_ROW = 16384  # columns; longer rows are read in parts
-LONGEST_HEAVY_ROW = 8192  # where a thread needs more than 64 registers
+LONGEST_ROW = 16384  # columns, halved by each step of pressure; longer rows are read in parts
+LONGEST_GROUP = 8192  # of n_m
 LONGEST_SHORT_ROW = 512  # up to here a program takes several rows
 THREADS_A_WARP = 32  # of NVIDIA; where warps are wider, programs have more threads for the work
 MATRICES_A_LAUNCH = 1024  # rows of a table, all looked at by each program
@@ -47,19 +47,20 @@ def power_of_two(n):
     return 1 << max(n - 1, 0).bit_length()
 
 
-def is_heavy(dtype_code, *, vec, delta, preserved):
-    """Whether a thread with 16 keys needs more than 64 registers."""
-    return dtype_code >= 2 or delta or preserved or not vec
+def pressure(dtype_code, *, vec, delta, preserved):
+    """How many registers a key needs beside its own: 0 for plain 16-bit weights, 1 or 2."""
+    extra = dtype_code >= 2, delta or preserved
+    return sum(extra) if vec else 2
 
 
-def row_config(columns, *, itemsize, vec, heavy, num_warps=None):
+def row_config(columns, *, itemsize, vec, pressure, num_warps=None):
     """The RowConfig for rows of this length; None where they must be read in parts.
 
-    ``itemsize``: bytes a weight. ``heavy``: as :func:`is_heavy`. ``num_warps``: of a launch that
+    ``itemsize``: bytes a weight. ``pressure``: as :func:`pressure`. ``num_warps``: of a launch that
     short rows share with long ones.
     """
     block = 8 * power_of_two(-(-columns // 8))
-    if block > (LONGEST_HEAVY_ROW if heavy else LONGEST_ROW):
+    if block > LONGEST_ROW >> pressure:
         return None
     if block <= LONGEST_SHORT_ROW:
         warps = num_warps or (8 if block < 256 else 4)
@@ -68,13 +69,23 @@ def row_config(columns, *, itemsize, vec, heavy, num_warps=None):
         rows = max(1, warps * THREADS_A_WARP * keys // block)
         return RowConfig(rows, block // 8, warps, 128, 2)
     warps, registers, programs = next(v for limit, v in _ROWS.items() if block <= limit)
-    if heavy:
-        registers, programs = 128, max(1, 16 // warps)
+    if pressure:  # 8 keys a thread
+        warps, registers = 2 * warps, 64 * pressure
+        programs = max(1, 32 // warps // pressure)
     return RowConfig(1, block // 8, warps, registers, programs)
 
 
-def mixed_config(lengths, *, heavy):
+def mixed_config(lengths, *, pressure):
     """The RowConfig of a table of rows of several kinds: one kernel holds the code of all."""
-    if heavy or any(128 < n <= LONGEST_SHORT_ROW for n in lengths):
+    if pressure or any(128 < n <= LONGEST_SHORT_ROW for n in lengths):
         return LONG_ROWS._replace(max_registers=255, programs_a_processor=1)
     return LONG_ROWS
+
+
+def table_config(config):
+    """A RowConfig of one kind of row with the few registers more that a table's kernel needs."""
+    if config.max_registers > 64 or config.num_warps > 16:
+        return config
+    return config._replace(
+        max_registers=128, programs_a_processor=max(1, config.programs_a_processor // 2)
+    )
