@@ -139,6 +139,8 @@ def test_a_list_of_everything():
         norms = [oracle.make_norm("uniform", s[1], generator) for s in shapes]
         norms[1] = None
         both(weights, norms, Selection(0.15))
+        preserve = [None if i in (1, 3) else n for i, n in enumerate(norms)]
+        both(weights, norms, Selection(0.15, preserve_ratio=0.1), preserve)
 
 
 @pytest.mark.parametrize("scope", ["row", "tensor"])

@@ -244,8 +244,10 @@ def _prune_one(operand, selection, *, write):
     config = _row_config([operand], delta, preserved)
     m_preserve = num_pruned(operand.num_columns, selection.preserve) if preserved else 0
     if config is None:
-        kernel, block = long_rows.prune_long_rows_kernel, {"G": configs.LONG_ROWS.groups}
         config = configs.LONG_ROWS
+        if _pressure([operand], delta, preserved):
+            config = configs.LONG_ROWS_UNDER_PRESSURE
+        kernel, block = long_rows.prune_long_rows_kernel, {"G": config.groups}
     else:
         kernel, block = rows.prune_rows_kernel, {"R": config.rows, "G": config.groups}
     programs = launch.num_programs(operand.device, config.programs_a_processor)
@@ -319,6 +321,10 @@ def _prune_table(operands, selection, *, write):
         longest = configs.LONGEST_MIXED_ROW
     else:
         shared = configs.table_config(shared)
+        if shared is None:
+            for operand in operands:
+                _prune_one(operand, selection, write=write)
+            return
     short = [o for o in operands if o.num_columns <= configs.LONGEST_SHORT_ROW]
     long = [o for o in operands if configs.LONGEST_SHORT_ROW < o.num_columns <= longest]
     parts = [o for o in operands if o.num_columns > longest]

@@ -28,13 +28,14 @@ class RowConfig(NamedTuple):
 
 # Columns up to: warps of a program that takes one row, its registers a thread, programs at once.
 _ROWS = {
-    1024: (2, 72, 14),
+    1024: (2, 80, 12),
     2048: (4, 64, 8),
     4096: (8, 64, 4),
     8192: (16, 64, 2),
     16384: (32, 64, 1),
 }
 LONG_ROWS = RowConfig(1, 512, 8, 128, 2)
+LONG_ROWS_UNDER_PRESSURE = RowConfig(1, 256, 8, 128, 2)
 LONGEST_MIXED_ROW = 4096  # in a launch of short rows and others; longer ones are read in parts
 GROUP_VALUES = 1024  # keys of a program that searches groups of n_m
 SMALL_GROUP_BLOCKS = 256  # blocks of a program that ranks within groups
@@ -83,8 +84,13 @@ def mixed_config(lengths, *, pressure):
 
 
 def table_config(config):
-    """A RowConfig of one kind of row with the few registers more that a table's kernel needs."""
-    if config.max_registers > 64 or config.num_warps > 16:
+    """A RowConfig of one kind of row with the few registers more that a table's kernel needs.
+
+    None where a program of that size has none to give: such matrices take a launch each.
+    """
+    if config.num_warps > 16:
+        return None
+    if config.max_registers > 64:
         return config
     return config._replace(
         max_registers=128, programs_a_processor=max(1, config.programs_a_processor // 2)

@@ -27,7 +27,11 @@ from antidote_fast.backends.triton_kernels.rows import (
     store_removed,
 )
 from antidote_fast.backends.triton_kernels.search import (
+    NEAR,
     NO_GUESS,
+    ROUGH,
+    TOP,
+    estimate,
     first_pivots,
     inside,
     narrowed,
@@ -81,17 +85,24 @@ def top_of_long_row(
     """
     LOWEST: tl.constexpr = -0x7FFFFFFF if DTYPE == SIGNED else 0
     groups = tl.cdiv(num_columns, 8)
-    largest = tl.full([1, G, 8], PAD, tl.int32)
-    for start in range(0, groups, G):
-        keys = chunk_keys(W_row, base_row, NORM, has_norm, start, num_columns, G, DTYPE, DELTA, VEC)
-        largest = tl.maximum(largest, keys)
-    high = tl.max(tl.max(largest, 2), 1) + 1
-    wanted = tl.zeros_like(high) + m
+    low = tl.zeros([1], tl.int32)
+    wanted = low + m
     low = tl.where(wanted == 0, MAX_KEY, LOWEST)
+    high = tl.zeros_like(low) + TOP
     count_low = tl.where(wanted == 0, 0, num_columns)
-    count_high = tl.zeros_like(high)
+    count_high = tl.zeros_like(low)
     weak = count_high != 0
-    first, second = first_pivots(high, guess)
+    unknown = guess == NO_GUESS
+    reach = tl.where(unknown, ROUGH, NEAR)
+    if tl.max(unknown.to(tl.int32), 0) > 0:
+        values = tl.zeros([1, G, 8], tl.float32)
+        for start in range(0, groups, G):
+            keys = chunk_keys(
+                W_row, base_row, NORM, has_norm, start, num_columns, G, DTYPE, DELTA, VEC
+            )
+            values += tl.maximum(keys, 0).to(tl.float32, bitcast=True)
+        guess = estimate(tl.sum(tl.sum(values, 2), 1), low * 0 + num_columns, wanted)
+    first, second = first_pivots(guess, reach)
     while tl.max(((count_low != m) & (low + 1 < high)).to(tl.int32), 0) > 0:
         first = inside(first, low, high)
         second = inside(second, low, high)
@@ -108,7 +119,9 @@ def top_of_long_row(
             low, count_low, high, count_high, first, count_first, second, count_second, m
         )
         weak = slow & (weak == 0)
-        first, second = next_pivots(low, count_low, high, count_high, m, weak)
+        first, second, reach = next_pivots(
+            low, count_low, high, count_high, wanted, weak, reach, LOWEST
+        )
     too_many = count_low > m
     cut = tl.zeros_like(low)
     past = cut + 8 * groups
@@ -176,7 +189,7 @@ def prune_long_row(
             W_row,
             base_row,
             PRESERVE,
-            True,
+            m_preserve > 0,
             num_columns,
             m_preserve,
             preserve_guess,
@@ -199,7 +212,7 @@ def prune_long_row(
             bits = bits ^ 0xFF
         if PRESERVED:
             keys = chunk_keys(
-                W_row, base_row, PRESERVE, True, start, num_columns, G, DTYPE, DELTA, VEC
+                W_row, base_row, PRESERVE, m_preserve > 0, start, num_columns, G, DTYPE, DELTA, VEC
             )
             bits = bits & (top_bits(keys, start, preserve_guess, kept_cut, G) ^ 0xFF)
         group = start + tl.arange(0, G)
