@@ -30,6 +30,7 @@ tests: $(MARK)-test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --cov=antidote_fast --cov-fail-under=90 \
 		--ignore-glob='tests/test_triton*'
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_triton*.py
+	@cut -c 1-200 build/triton-kernels.txt
 
 style: $(MARK)-test
 	$(PY) -m ruff check .

@@ -143,6 +143,24 @@ def test_a_list_of_everything():
         both(weights, norms, Selection(0.15, preserve_ratio=0.1), preserve)
 
 
+def test_a_long_list_takes_several_launches(monkeypatch):
+    """Large matrices alone, the others by length, no more of them at once than a table holds."""
+    from antidote_fast.backends.triton_kernels import configs, launch
+
+    generator = torch.Generator().manual_seed(8)
+    shapes = [(6, 1024), (3, 600), (2, 700), (3, 640), (4, 40), (3, 48)]
+    weights = [oracle.make_weight("gauss", s, torch.bfloat16, generator) for s in shapes]
+    norms = [oracle.make_norm("uniform", s[1], generator) for s in shapes]
+    for name, value in {"MERGED_WEIGHTS": 1000, "ALONE": 6000, "MATRICES_A_LAUNCH": 2}.items():
+        monkeypatch.setattr(configs, name, value)
+    launches, usual = [], launch.run
+    monkeypatch.setattr(
+        launch, "run", lambda *a, **k: (launches.append(a[0].__name__), usual(*a, **k))
+    )
+    both(weights, norms, Selection(0.1))
+    assert launches == ["prune_rows_kernel"] + ["prune_table_kernel"] * 3
+
+
 @pytest.mark.parametrize("scope", ["row", "tensor"])
 @pytest.mark.parametrize("largest", [True, False])
 def test_signed_scores(scope, largest):
@@ -284,3 +302,9 @@ def test_it_says_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "capability 7.5; 8.0 or later is needed" in module.unavailable()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setenv("CC", "cc")
+    assert module.unavailable() is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert "finds no C compiler" in module.unavailable()

@@ -5,6 +5,8 @@ Tensors on the CPU are taken only where Triton's interpreter runs the kernels
 """
 
 import importlib.util
+import os
+import shutil
 
 import torch
 
@@ -28,6 +30,7 @@ else:
             rows,
             table,
         )
+        from antidote_fast.backends.triton_kernels.operand import Operand
     except Exception as error:  # a triton that does not fit this Python or torch fails in many ways
         _missing = f"triton cannot be imported ({' '.join(str(error).split())[:200]})"
 
@@ -47,6 +50,10 @@ def unavailable():
             if name == "cuda" and torch.version.cuda and module.get_device_capability() < (8, 0):
                 major, minor = module.get_device_capability()
                 return f"the GPU has compute capability {major}.{minor}; 8.0 or later is needed"
+            if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+                return (
+                    "Triton builds its launcher at first use and finds no C compiler (gcc, clang)"
+                )
             return None
     return "torch sees no GPU here (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
 
@@ -61,7 +68,7 @@ def score(weight, act_norm, base_weight):
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     if not weight.numel():
         return out
-    operand = _Operand(weight, act_norm, base_weight)
+    operand = Operand(weight, act_norm, base_weight)
     vec = operand.vec and out.data_ptr() % 16 == 0
     grid, sizes = _elementwise(weight)
     launch.run(
@@ -85,7 +92,7 @@ def score(weight, act_norm, base_weight):
 
 def apply_mask_(weight, bits, base_weight):
     """As ``reference.apply_mask_``."""
-    operand = _Operand(weight, None, base_weight)
+    operand = Operand(weight, None, base_weight)
     grid, sizes = _elementwise(weight)
     launch.run(
         elementwise.apply_mask_kernel,
@@ -104,14 +111,14 @@ def apply_mask_(weight, bits, base_weight):
 
 def select_mask(scores, selection, bits):
     """As ``reference.select_mask``."""
-    operands = [_Operand(scores, bits=bits, is_signed=True)]
+    operands = [Operand(scores, bits=bits, is_signed=True)]
     _prune(operands, selection, write=False)
 
 
 def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write, bits, thresholds):
     """As ``reference.prune``."""
     operands = [
-        _Operand(
+        Operand(
             weight,
             act_norms[i],
             base_weights[i],
@@ -122,85 +129,6 @@ def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write,
         for i, weight in enumerate(weights)
     ]
     _prune(operands, selection, write=write)
-
-
-class _Operand:
-    """One weight with what belongs to it, as the kernels take it; ``None`` where absent."""
-
-    def __init__(
-        self,
-        weight,
-        act_norm=None,
-        base_weight=None,
-        preserve_norm=None,
-        bits=None,
-        thresholds=None,
-        is_signed=False,
-    ):
-        self.weight, self.base_weight = weight, base_weight
-        self.act_norm, self.preserve_norm = act_norm, preserve_norm
-        self.bits_out, self.thresholds_out = bits, thresholds
-        self.device, self.num_rows, self.num_columns = weight.device, *weight.shape
-        self.dtype_code = launch.SIGNED if is_signed else launch.DTYPE_CODES[weight.dtype]
-        self.vec = self._is_aligned()
-
-    def _is_aligned(self):
-        """Whether rows, bases and norms can be read 16 bytes at a time."""
-        if self.num_columns % 8:
-            return False
-        for matrix in (self.weight, self.base_weight):
-            if matrix is not None and (matrix.data_ptr() % 16 or matrix.stride(0) % 8):
-                return False
-        return all(n is None or n.data_ptr() % 16 == 0 for n in (self.act_norm, self.preserve_norm))
-
-    @property
-    def raw(self):
-        return launch.raw(self.weight)
-
-    @property
-    def base(self):
-        return self.raw if self.base_weight is None else launch.raw(self.base_weight)
-
-    @property
-    def norm(self):
-        return self._or_absent(self.act_norm, torch.float32)
-
-    @property
-    def preserve(self):
-        return self._or_absent(self.preserve_norm, torch.float32)
-
-    @property
-    def bits(self):
-        return self._or_absent(self.bits_out, torch.uint8)
-
-    @property
-    def thresholds(self):
-        return self._or_absent(self.thresholds_out, torch.float32)
-
-    def _or_absent(self, tensor, dtype):
-        return launch.absent(self.device, dtype) if tensor is None else tensor.detach()
-
-    def sizes(self, vec):
-        """Rows, columns and the row strides, these in groups of 8 columns where ``vec``."""
-        step = 8 if vec else 1
-        base = self.weight if self.base_weight is None else self.base_weight
-        return (
-            self.num_rows,
-            self.num_columns,
-            self.weight.stride(0) // step,
-            base.stride(0) // step,
-        )
-
-    def flags(self, selection=None, *, write=False):
-        """The kernels' ``flags``."""
-        return (
-            (rows.WRITE.value if write else 0)
-            | (rows.SMALLEST.value if selection is not None and not selection.largest else 0)
-            | (rows.HAS_NORM.value if self.act_norm is not None else 0)
-            | (rows.HAS_BASE.value if self.base_weight is not None else 0)
-            | (rows.WANT_BITS.value if self.bits_out is not None else 0)
-            | (rows.WANT_THRESHOLDS.value if self.thresholds_out is not None else 0)
-        )
 
 
 def _prune(operands, selection, *, write):
@@ -293,14 +221,19 @@ def _pressure(operands, delta, preserved):
 
 
 def _prune_tables(operands, selection, *, write):
-    """Many matrices of one dtype: one launch, or one for each length of rows where they are big."""
-    parts = [operands]
-    if sum(operand.weight.numel() for operand in operands) > configs.MERGED_WEIGHTS:
-        by_length = {}
-        for operand in operands:
-            by_length.setdefault(configs.power_of_two(operand.num_columns), []).append(operand)
-        parts = by_length.values()
-    for part in parts:
+    """Many matrices of one dtype: one launch, or where they are big several that suit them better.
+
+    Large matrices then have a launch each, the others one for each length of rows.
+    """
+    parts = {}
+    is_big = sum(operand.weight.numel() for operand in operands) > configs.MERGED_WEIGHTS
+    for operand in operands:
+        if is_big and operand.weight.numel() >= configs.ALONE:
+            _prune_one(operand, selection, write=write)
+        else:
+            length = configs.power_of_two(operand.num_columns) if is_big else None
+            parts.setdefault(length, []).append(operand)
+    for part in parts.values():
         for start in range(0, len(part), configs.MATRICES_A_LAUNCH):
             chunk = part[start : start + configs.MATRICES_A_LAUNCH]
             _prune_table(chunk, selection, write=write)

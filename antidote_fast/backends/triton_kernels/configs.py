@@ -14,6 +14,7 @@ LONGEST_SHORT_ROW = 512  # up to here a program takes several rows
 THREADS_A_WARP = 32  # of NVIDIA; where warps are wider, programs have more threads for the work
 MATRICES_A_LAUNCH = 1024  # rows of a table, all looked at by each program
 MERGED_WEIGHTS = 1 << 24  # lists with fewer weights than this take one launch, whatever their rows
+ALONE = 1 << 24  # of longer lists, a matrix this large has its own: a table costs registers
 
 
 class RowConfig(NamedTuple):

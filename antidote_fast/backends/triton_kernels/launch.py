@@ -20,6 +20,8 @@ def run(kernel, grid, *args, device, num_warps, max_registers=None, **constants)
     Every launch of the backend passes here, which is what the ahead-of-time tests record.
     ``max_registers`` a thread is for NVIDIA's compiler, which takes more than it needs otherwise.
     """
+    if torch.version.hip:  # warps of 64 threads, of which a program has 1024 at most
+        num_warps = min(num_warps, 16)
     options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
     if max_registers is not None and torch.version.cuda:
         options["maxnreg"] = max_registers
