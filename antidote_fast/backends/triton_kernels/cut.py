@@ -78,7 +78,7 @@ def prune_cut(
         "DELTA": bool(delta),
     }
     half = all(entry.weight.element_size() == 2 for entry in rows.entries)
-    light = rows.vectors and half and not preserved
+    light = rows.vectors and half and not (preserved or delta)
     max_registers = MAX_REGISTERS if light else 2 * MAX_REGISTERS
     selections = 1 + preserved
     programs = min(launch.num_programs(device, PROGRAMS_PER_PROCESSOR), rows.tiles)
