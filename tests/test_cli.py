@@ -274,10 +274,12 @@ def test_module_runs_as_the_script():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_with_75_and_leaves_nothing(number, tmp_path):
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
         "from antidote_fast import cli\n"
         "from antidote_fast.commit import output_folder\n"
         "from antidote_fast.pipeline import prune\n"
+        # A shell starts background jobs with this one ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def run(config, *, progress=False):\n"
         "    with output_folder(config.output_dir) as folder:\n"
         "        (folder / 'half').write_text('x')\n"
