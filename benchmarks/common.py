@@ -175,7 +175,7 @@ def rotation(num_bytes, device, at_least=1):
     return max(at_least, -(-wanted // max(num_bytes, 1)))
 
 
-def machine(device=torch.device("cpu")):  # noqa: B008 - a constant
+def machine(device):
     """Device, versions, commit and date: what a row must be read with."""
     on_cpu = {"isa": cpu.isa() if cpu.ISAS else None, "threads": torch.get_num_threads()}
     return {

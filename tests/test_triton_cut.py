@@ -236,10 +236,8 @@ def test_base_weights(dtype, preserve):
 def test_delta_of_mixed_dtypes():
     g = generator(0)
     shapes = [(6, 40), (3, 33), (4, 16)]
-    weights, bases = (
-        [oracle.make_weight("ties", s, t, g) for s, t in zip(shapes, (FP16, FP32, BF16))]  # noqa: B905
-        for _ in range(2)
-    )
+    cases = list(zip(shapes, (FP16, FP32, BF16), strict=True))
+    weights, bases = ([oracle.make_weight("ties", s, t, g) for s, t in cases] for _ in range(2))
     norms = [oracle.make_norm("uniform", s[1], g) for s in shapes]
     selection = Selection(0.3, scope="global", score_delta=True, largest=False)
     both(weights, norms, selection, [None, norms[1], norms[2]], bases)

@@ -92,14 +92,11 @@ def narrowed(low, count_low, high, count_high, first, count_first, second, count
 
 
 @triton.jit
-def count_at(keys, pivot):
-    """How many keys of each row are >= its pivot: [R, G, 8], [R] -> [R]."""
-    return tl.sum(tl.sum((keys >= pivot[:, None, None]).to(tl.int32), 2), 1)
-
-
-@triton.jit
 def count_at_two(keys, first, second):
-    """The counts at two pivots, packed into one reduction: a row of a tile is under 2**15 keys."""
+    """How many keys of each row are >= either pivot: [R, G, 8], [R], [R] -> two of [R].
+
+    Both counts share one reduction: a row of a tile is under 2**15 keys.
+    """
     hits = tl.where(keys >= first[:, None, None], 1, 0)
     hits = tl.where(keys >= second[:, None, None], 65537, hits)  # it is the higher one
     both = tl.sum(tl.sum(hits, 2), 1)
