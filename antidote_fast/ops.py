@@ -244,12 +244,27 @@ def prune_linear_(
     lists = [weight], [norm], selection, [preserve_norm], [base_weight]
     check.prune_lists(*lists, write=True)  # all refusals come before the norms' work
     module = select(backend, weight.device.type)
-    if x.numel():
-        module.accumulate_sq_norm_(norm, x, token_mask)
-    norm.sqrt_()
-    masks = _run(module, *lists, write=True, want_masks=return_mask, want_thresholds=False)[0]
+    masks = _prune_at_once(module, weight, norm, x, token_mask, lists, return_mask)
+    if masks is None:
+        if x.numel():
+            module.accumulate_sq_norm_(norm, x, token_mask)
+        norm.sqrt_()
+        masks = _run(module, *lists, write=True, want_masks=return_mask, want_thresholds=False)[0]
     outputs = (weight,) + ((masks[0],) if return_mask else ()) + ((norm,) if return_norm else ())
     return outputs if len(outputs) > 1 else weight
+
+
+def _prune_at_once(module, weight, norm, x, token_mask, lists, want_masks):
+    """:func:`prune_linear_` in one launch: its list of masks, or None where that cannot be."""
+    if not hasattr(module, "prune_linear") or not weight.numel():
+        return None
+    _, _, selection, (preserve_norm,), (base_weight,) = lists
+    bits = [_empty_bits(weight)] if want_masks else None
+    operands = weight, norm, x, token_mask, selection, preserve_norm, base_weight
+    if not module.prune_linear(*operands, bits=bits):
+        return None
+    check.mark_written(weight)
+    return [PackedMask(bits[0], weight.shape)] if want_masks else [None]
 
 
 def _prune_lists(weights, act_norms, selection, preserve_norms, base_weights, **options):

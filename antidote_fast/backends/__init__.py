@@ -1,7 +1,8 @@
 """The backends by name, and which of them runs a call.
 
 Every backend module exports the same functions: ``unavailable``, ``accumulate_sq_norm_``,
-``score``, ``select_mask``, ``prune``, ``apply_mask_``; ``reference`` says what each does.
+``score``, ``select_mask``, ``prune``, ``apply_mask_``; ``reference`` says what each does. One that
+prunes a linear layer from its input in one launch has ``prune_linear`` too.
 """
 
 import functools
@@ -11,10 +12,10 @@ import os
 from antidote_fast.errors import BackendUnavailable
 
 ENVIRONMENT = "ANTIDOTE_BACKEND"
-NAMES = ("cpu", "triton", "reference")
+NAMES = ("cpu", "cuda", "triton", "reference")
 PREFERENCE = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("triton", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
     "xpu": ("triton", "reference"),
 }
 

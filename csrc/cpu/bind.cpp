@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <vector>
 
 #include "prune.h"
@@ -15,49 +14,24 @@ using namespace antidote;
 
 namespace {
 
-// (weight, weight_stride, base, base_stride, act_norm, preserve_norm, bits, thresholds, rows,
-//  columns, dtype, k, preserve_k)
-using Row = std::array<int64_t, 13>;
-
-template <typename T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
-}
-
 // The isa is an index into isas().
 const cpu::Rows& table(int isa) { return *cpu::supported_rows().at(isa); }
 
-cpu::Matrix matrix(const Row& r) {
-  return {pointer<void>(r[0]),
-          r[1],
-          pointer<const void>(r[2]),
-          r[3],
-          pointer<const float>(r[4]),
-          pointer<const float>(r[5]),
-          pointer<uint8_t>(r[6]),
-          pointer<float>(r[7]),
-          r[8],
-          r[9],
-          static_cast<DType>(r[10]),
-          r[11],
-          r[12]};
-}
-
 void select_rows(int isa, const std::vector<Row>& rows, int scope, bool largest, bool score_delta,
                  bool is_signed, bool write, int64_t removed, int64_t group, int threads) {
-  std::vector<cpu::Matrix> matrices;
-  for (const Row& row : rows) matrices.push_back(matrix(row));
+  std::vector<Matrix> matrices;
+  for (const Row& row : rows) matrices.push_back(matrix_of(row));
   cpu::select(table(isa), matrices,
               {static_cast<Scope>(scope), largest, score_delta, is_signed, write, removed, group},
               threads);
 }
 
 void score(int isa, const Row& row, bool delta, int64_t out, int threads) {
-  cpu::score(table(isa), matrix(row), delta, pointer<float>(out), threads);
+  cpu::score(table(isa), matrix_of(row), delta, pointer<float>(out), threads);
 }
 
 void apply_mask(int isa, const Row& row, int threads) {
-  cpu::apply_mask(table(isa), matrix(row), threads);
+  cpu::apply_mask(table(isa), matrix_of(row), threads);
 }
 
 void accumulate_sq_norm(int isa, int64_t sq_sum, int64_t x, int dtype, int64_t columns,

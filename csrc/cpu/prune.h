@@ -4,35 +4,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "matrix.h"
 #include "rows.h"
 
 namespace antidote::cpu {
-
-// One weight of a call; null where absent. Strides are in elements; masks are contiguous.
-struct Matrix {
-  void* weight;
-  int64_t weight_stride;
-  const void* base;
-  int64_t base_stride;
-  const float* act_norm;
-  const float* preserve_norm;
-  uint8_t* bits;
-  float* thresholds;
-  int64_t rows, columns;
-  DType dtype;
-  // How many are selected and protected: along a row, or in this matrix (tensor scope); global
-  // scope takes the first matrix's.
-  int64_t k, preserve_k;
-};
-
-struct Plan {
-  Scope scope;
-  bool largest;
-  bool score_delta;
-  bool is_signed;
-  bool write;
-  int64_t removed, group;  // n_m; group 0: none
-};
 
 void select(const Rows& rows, const std::vector<Matrix>& matrices, const Plan& plan, int threads);
 void score(const Rows& rows, const Matrix& matrix, bool delta, float* out, int threads);

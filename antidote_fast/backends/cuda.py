@@ -1,0 +1,125 @@
+"""The CUDA C++ kernels of ``csrc/cuda``, for NVIDIA GPUs of compute capability 8.0 and later.
+
+The extension takes addresses, sizes, strides and a stream; this module turns tensors into them.
+Nothing here waits for the device. In the sanitizer build the same kernels are compiled for the
+host (``csrc/simt``), and take CPU tensors: for tests, nothing else.
+"""
+
+import torch
+
+from antidote_fast.backends import native, reference
+
+try:
+    from antidote_fast import _cuda
+except ImportError as error:
+    _cuda, _missing = None, str(error)
+
+NAME = "cuda"
+EMULATED = _cuda is not None and _cuda.emulated
+DEVICE_TYPES = ("cpu",) if EMULATED else ("cuda",)
+
+
+def unavailable():
+    """Why this backend cannot run here, or None."""
+    if _cuda is None:
+        return f"the extension is not built ({_missing}); reinstall where there is nvcc"
+    if EMULATED:
+        return None
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU here"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}; 8.0 or later is needed"
+    return None
+
+
+def accumulate_sq_norm_(sq_sum, x, token_mask):
+    """As ``reference.accumulate_sq_norm_``."""
+    where = _where(x)
+    activations = _activations(x, token_mask)
+    scratch = _scratch(_cuda.norms_scratch(where, *activations), x)
+    _cuda.accumulate_sq_norm(where, sq_sum.data_ptr(), *activations, native.address(scratch))
+
+
+def score(weight, act_norm, base_weight):
+    """As ``reference.score``."""
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    if weight.numel():
+        row = native.row(weight, act_norm, base_weight)
+        _cuda.score(_where(weight), row, base_weight is not None, out.data_ptr())
+    return out
+
+
+def select_mask(scores, selection, bits):
+    """As ``reference.select_mask``."""
+    plan = native.plan_of(selection, is_signed=True, write=False)
+    _select([scores], [native.signed_row(scores, selection, bits)], plan, [bits])
+
+
+def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write, bits, thresholds):
+    """As ``reference.prune``."""
+    rows = native.rows_of(
+        weights, act_norms, selection, preserve_norms, base_weights, bits, thresholds
+    )
+    plan = native.plan_of(selection, is_signed=False, write=write)
+    _select(weights, rows, plan, bits)
+
+
+def prune_linear(weight, norm, x, token_mask, selection, preserve_norm, base_weight, *, bits):
+    """Fill ``norm`` from x and prune by it, in one launch; False where that is not possible."""
+    if selection.scope != "row" or selection.n_m is not None or not x.numel():
+        return False
+    (row,) = native.rows_of([weight], [norm], selection, [preserve_norm], [base_weight], bits, None)
+    plan = native.plan_of(selection, is_signed=False, write=True)
+    where = _where(weight)
+    activations = _activations(x, token_mask)
+    scratch = _scratch(_cuda.linear_scratch(where, row, plan, *activations), weight)
+    _cuda.prune_linear(where, row, plan, norm.data_ptr(), *activations, native.address(scratch))
+    return True
+
+
+def apply_mask_(weight, bits, base_weight):
+    """As ``reference.apply_mask_``."""
+    _cuda.apply_mask(_where(weight), native.row(weight, None, base_weight, bits=bits))
+
+
+def _select(weights, rows, plan, bits):
+    where = _where(weights[0])
+    present = [i for i, weight in enumerate(weights) if weight.numel()]
+    if plan[-1]:
+        for i in present:
+            marks = None
+            if bits is not None and _cuda.needs_marks(plan):
+                shape = weights[i].shape
+                marks = torch.empty(shape, dtype=torch.uint8, device=weights[i].device)
+            _cuda.prune_groups(where, rows[i], plan, native.address(marks))
+            if marks is not None:
+                bits[i].copy_(reference.pack_bits(marks.bool()))
+        return
+    rows = [rows[i] for i in present]
+    if plan[0] == native.SCOPE_CODES["row"]:
+        scratch = _scratch(_cuda.rows_scratch(where, rows, plan), weights[0])
+        _cuda.prune_rows(where, rows, plan, native.address(scratch))
+    else:
+        alone = plan[0] == native.SCOPE_CODES["tensor"]
+        for part in [[row] for row in rows] if alone else [rows]:
+            scratch = _scratch(_cuda.cut_scratch(where, part, plan), weights[0])
+            _cuda.prune_cut(where, part, plan, native.address(scratch))
+
+
+def _where(tensor):
+    """(device, stream) of a tensor."""
+    if EMULATED:
+        return 0, 0
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _scratch(size, like):
+    """Device memory of one call: torch keeps it until the stream is past it."""
+    return torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
+
+
+def _activations(x, token_mask):
+    """(x, dtype, columns, token_mask), sizes, strides."""
+    head = x.data_ptr(), native.DTYPE_CODES[x.dtype], x.shape[-1], native.address(token_mask)
+    return head, list(x.shape[:-1]), list(x.stride()[:-1])
