@@ -70,9 +70,9 @@ enum cudaError_t {
 };
 typedef struct CUstream_st* cudaStream_t;
 
-// The message of this OS thread's last failed launch where it is one of a launch.
 static inline const char* cudaGetErrorString(cudaError_t error) {
-  const char* message = antidote::simt::last_message();
+  const char* message = antidote::simt::message_of(error);
+  if (message != nullptr) return message;
   switch (error) {
     case cudaSuccess:
       return "no error";
@@ -80,18 +80,18 @@ static inline const char* cudaGetErrorString(cudaError_t error) {
       return "invalid argument";
     case cudaErrorMemoryAllocation:
       return "out of memory";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
     case cudaErrorInvalidDevice:
       return "invalid device ordinal";
+    case cudaErrorLaunchFailure:
+      return "unspecified launch failure";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
     case cudaErrorNotSupported:
       return "operation not supported";
-    case cudaErrorInvalidConfiguration:
-      return *message ? message : "invalid configuration argument";
-    case cudaErrorCooperativeLaunchTooLarge:
-      return *message ? message : "too many blocks in cooperative launch";
-    case cudaErrorLaunchFailure:
-      return *message ? message : "unspecified launch failure";
   }
-  return "unknown error";
+  return "unrecognized error code";
 }
 
 static inline cudaError_t cudaGetDevice(int* device) {
@@ -113,14 +113,6 @@ static inline cudaError_t launch(int64_t blocks, int threads, size_t shared, boo
   return static_cast<cudaError_t>(run_launch(blocks, threads, shared, cooperative, body));
 }
 
-template <typename To, typename From>
-static inline To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
-
 // A register of 4 or 8 bytes as it travels between lanes.
 template <typename T>
 static inline uint64_t bits_of(T value) {
@@ -136,12 +128,10 @@ static inline T from_bits(uint64_t bits) {
   return value;
 }
 
-// A GPU has one NaN for all that fp32 arithmetic makes.
-static inline float gpu_nan(float value) {
-  return value == value ? value : bits_as<float>(0x7FFFFFFF);
-}
-
 }  // namespace antidote::simt
+
+// The parameter that tells where a call stands.
+#define ANTIDOTE_SIMT_HERE ::antidote::simt::Site site = ::antidote::simt::Site::here()
 
 // ---- shared memory and barriers
 
@@ -155,27 +145,24 @@ namespace antidote::cuda {
 static inline unsigned char* dynamic_shared() {
   return static_cast<unsigned char*>(simt::dynamic_memory());
 }
-static inline void grid_sync(simt::Site site = simt::Site::here()) {
+static inline void grid_sync(ANTIDOTE_SIMT_HERE) {
   simt::barrier(simt::Op::kGrid, "grid_sync", false, site);
 }
 
 }  // namespace antidote::cuda
 
-static inline void __syncthreads(antidote::simt::Site site = antidote::simt::Site::here()) {
+static inline void __syncthreads(ANTIDOTE_SIMT_HERE) {
   antidote::simt::barrier(antidote::simt::Op::kBarrier, "__syncthreads", false, site);
 }
-static inline int __syncthreads_count(int predicate,
-                                      antidote::simt::Site site = antidote::simt::Site::here()) {
+static inline int __syncthreads_count(int predicate, ANTIDOTE_SIMT_HERE) {
   return static_cast<int>(antidote::simt::barrier(antidote::simt::Op::kBarrier,
                                                   "__syncthreads_count", predicate != 0, site));
 }
-static inline int __syncthreads_or(int predicate,
-                                   antidote::simt::Site site = antidote::simt::Site::here()) {
+static inline int __syncthreads_or(int predicate, ANTIDOTE_SIMT_HERE) {
   return antidote::simt::barrier(antidote::simt::Op::kBarrier, "__syncthreads_or", predicate != 0,
                                  site) != 0;
 }
-static inline int __syncthreads_and(int predicate,
-                                    antidote::simt::Site site = antidote::simt::Site::here()) {
+static inline int __syncthreads_and(int predicate, ANTIDOTE_SIMT_HERE) {
   return antidote::simt::barrier(antidote::simt::Op::kBarrier, "__syncthreads_and", predicate == 0,
                                  site) == 0;
 }
@@ -187,8 +174,7 @@ static inline void __nanosleep(unsigned) { antidote::simt::pause(); }
 
 // ---- warps
 
-static inline void __syncwarp(unsigned mask = 0xFFFFFFFFu,
-                              antidote::simt::Site site = antidote::simt::Site::here()) {
+static inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, ANTIDOTE_SIMT_HERE) {
   antidote::simt::warp(antidote::simt::Op::kSyncWarp, "__syncwarp", mask, 0, 0, site);
 }
 
@@ -214,14 +200,14 @@ static inline T shuffle(const char* name, uint32_t mask, T value, int source, Si
 
 template <typename T>
 static inline T __shfl_sync(unsigned mask, T value, int source, int width = 32,
-                            antidote::simt::Site site = antidote::simt::Site::here()) {
+                            ANTIDOTE_SIMT_HERE) {
   auto s = antidote::simt::segment(width);
   source = s.first + (source & (width - 1));
   return antidote::simt::shuffle("__shfl_sync", mask, value, source, site);
 }
 template <typename T>
 static inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                               antidote::simt::Site site = antidote::simt::Site::here()) {
+                               ANTIDOTE_SIMT_HERE) {
   auto s = antidote::simt::segment(width);
   int64_t source = static_cast<int64_t>(s.lane) - delta;
   return antidote::simt::shuffle("__shfl_up_sync", mask, value,
@@ -229,7 +215,7 @@ static inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width
 }
 template <typename T>
 static inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                                 antidote::simt::Site site = antidote::simt::Site::here()) {
+                                 ANTIDOTE_SIMT_HERE) {
   auto s = antidote::simt::segment(width);
   int64_t source = static_cast<int64_t>(s.lane) + delta;
   return antidote::simt::shuffle("__shfl_down_sync", mask, value,
@@ -237,38 +223,33 @@ static inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int wid
 }
 template <typename T>
 static inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
-                                antidote::simt::Site site = antidote::simt::Site::here()) {
+                                ANTIDOTE_SIMT_HERE) {
   auto s = antidote::simt::segment(width);
   int source = s.lane ^ (lane_mask & 31);
   return antidote::simt::shuffle("__shfl_xor_sync", mask, value, source > s.last ? s.lane : source,
                                  site);
 }
 
-static inline unsigned __ballot_sync(unsigned mask, int predicate,
-                                     antidote::simt::Site site = antidote::simt::Site::here()) {
+static inline unsigned __ballot_sync(unsigned mask, int predicate, ANTIDOTE_SIMT_HERE) {
   return static_cast<unsigned>(antidote::simt::warp(antidote::simt::Op::kBallot, "__ballot_sync",
                                                     mask, predicate != 0, 0, site));
 }
-static inline int __any_sync(unsigned mask, int predicate,
-                             antidote::simt::Site site = antidote::simt::Site::here()) {
+static inline int __any_sync(unsigned mask, int predicate, ANTIDOTE_SIMT_HERE) {
   return antidote::simt::warp(antidote::simt::Op::kBallot, "__any_sync", mask, predicate != 0, 0,
                               site) != 0;
 }
-static inline int __all_sync(unsigned mask, int predicate,
-                             antidote::simt::Site site = antidote::simt::Site::here()) {
+static inline int __all_sync(unsigned mask, int predicate, ANTIDOTE_SIMT_HERE) {
   return antidote::simt::warp(antidote::simt::Op::kBallot, "__all_sync", mask, predicate == 0, 0,
                               site) == 0;
 }
 template <typename T>
-static inline unsigned __match_any_sync(unsigned mask, T value,
-                                        antidote::simt::Site site = antidote::simt::Site::here()) {
+static inline unsigned __match_any_sync(unsigned mask, T value, ANTIDOTE_SIMT_HERE) {
   return static_cast<unsigned>(antidote::simt::warp(antidote::simt::Op::kMatch, "__match_any_sync",
                                                     mask, antidote::simt::bits_of(value), 0, site));
 }
 
 #define ANTIDOTE_SIMT_REDUCE(name, T, op)                                               \
-  static inline T name(unsigned mask, T value,                                          \
-                       antidote::simt::Site site = antidote::simt::Site::here()) {      \
+  static inline T name(unsigned mask, T value, ANTIDOTE_SIMT_HERE) {                    \
     return antidote::simt::from_bits<T>(antidote::simt::warp(                           \
         antidote::simt::Op::op, #name, mask, antidote::simt::bits_of(value), 0, site)); \
   }
@@ -282,6 +263,8 @@ ANTIDOTE_SIMT_REDUCE(__reduce_and_sync, unsigned, kAnd)
 ANTIDOTE_SIMT_REDUCE(__reduce_or_sync, unsigned, kOr)
 ANTIDOTE_SIMT_REDUCE(__reduce_xor_sync, unsigned, kXor)
 #undef ANTIDOTE_SIMT_REDUCE
+
+#undef ANTIDOTE_SIMT_HERE
 
 // ---- atomics: plain, for one OS thread runs a launch; the types are those that CUDA has
 
@@ -324,10 +307,10 @@ ANTIDOTE_SIMT_ATOMIC(atomicAdd, unsigned long long, old + value)
   static inline T name(const T* address) { \
     return *address;                       \
   }
-#define ANTIDOTE_SIMT_STORE(name)                      \
-  template <typename T>                                \
-  static inline void name(T* address, const T value) { \
-    *address = value;                                  \
+#define ANTIDOTE_SIMT_STORE(name)                                        \
+  template <typename T>                                                  \
+  static inline void name(T* address, std::enable_if_t<true, T> value) { \
+    *address = value;                                                    \
   }
 ANTIDOTE_SIMT_LOAD(__ldg)
 ANTIDOTE_SIMT_LOAD(__ldca)
@@ -349,98 +332,4 @@ static inline void __pipeline_memcpy_async(void* to, const void* from, size_t by
 static inline void __pipeline_commit() { antidote::simt::copy_commit(); }
 static inline void __pipeline_wait_prior(size_t groups) { antidote::simt::copy_wait(groups); }
 
-// ---- bits
-
-static inline int __popc(unsigned value) { return __builtin_popcount(value); }
-static inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
-static inline int __ffs(int value) { return __builtin_ffs(value); }
-static inline int __ffsll(long long value) { return __builtin_ffsll(value); }
-static inline int __clz(int value) {
-  return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value));
-}
-static inline int __clzll(long long value) {
-  return value == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(value));
-}
-static inline unsigned __brev(unsigned value) {
-  unsigned reversed = 0;
-  for (int i = 0; i < 32; ++i) reversed |= (value >> i & 1u) << (31 - i);
-  return reversed;
-}
-static inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
-  uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
-  unsigned result = 0;
-  for (int i = 0; i < 4; ++i) {
-    unsigned choice = selector >> (4 * i) & 0xFu;
-    unsigned byte = static_cast<unsigned>(bytes >> (8 * (choice & 7u))) & 0xFFu;
-    if (choice & 8u) byte = byte & 0x80u ? 0xFFu : 0;  // the sign of the byte, eight times
-    result |= byte << (8 * i);
-  }
-  return result;
-}
-static inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
-  uint64_t both = static_cast<uint64_t>(high) << 32 | low;
-  return static_cast<unsigned>(both << (shift & 31u) >> 32);
-}
-static inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
-  uint64_t both = static_cast<uint64_t>(high) << 32 | low;
-  return static_cast<unsigned>(both >> (shift & 31u));
-}
-
-static inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
-}
-static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
-  return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
-}
-
-static inline int __float_as_int(float value) { return antidote::simt::bits_as<int>(value); }
-static inline unsigned __float_as_uint(float value) {
-  return antidote::simt::bits_as<unsigned>(value);
-}
-static inline float __int_as_float(int value) { return antidote::simt::bits_as<float>(value); }
-static inline float __uint_as_float(unsigned value) {
-  return antidote::simt::bits_as<float>(value);
-}
-
-// ---- arithmetic that rounds once; plain operators keep the NaN of the machine, these do not
-
-static inline float __fadd_rn(float a, float b) { return antidote::simt::gpu_nan(a + b); }
-static inline float __fsub_rn(float a, float b) { return antidote::simt::gpu_nan(a - b); }
-static inline float __fmul_rn(float a, float b) { return antidote::simt::gpu_nan(a * b); }
-static inline float __fdiv_rn(float a, float b) { return antidote::simt::gpu_nan(a / b); }
-static inline float __fmaf_rn(float a, float b, float c) {
-  return antidote::simt::gpu_nan(fmaf(a, b, c));
-}
-static inline float __fsqrt_rn(float a) { return antidote::simt::gpu_nan(sqrtf(a)); }
-static inline double __dadd_rn(double a, double b) { return a + b; }
-static inline double __dsub_rn(double a, double b) { return a - b; }
-static inline double __dmul_rn(double a, double b) { return a * b; }
-static inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
-static inline double __dsqrt_rn(double a) { return sqrt(a); }
-static inline float __double2float_rn(double a) {
-  return antidote::simt::gpu_nan(static_cast<float>(a));
-}
-
-#define ANTIDOTE_SIMT_MIN_MAX(R, A, B)                                                    \
-  static inline R min(A a, B b) {                                                         \
-    return static_cast<R>(b) < static_cast<R>(a) ? static_cast<R>(b) : static_cast<R>(a); \
-  }                                                                                       \
-  static inline R max(A a, B b) {                                                         \
-    return static_cast<R>(a) < static_cast<R>(b) ? static_cast<R>(b) : static_cast<R>(a); \
-  }
-#define ANTIDOTE_SIMT_MIN_MAX_OF(T)                         \
-  ANTIDOTE_SIMT_MIN_MAX(T, T, T)                            \
-  ANTIDOTE_SIMT_MIN_MAX(unsigned T, unsigned T, unsigned T) \
-  ANTIDOTE_SIMT_MIN_MAX(unsigned T, unsigned T, T)          \
-  ANTIDOTE_SIMT_MIN_MAX(unsigned T, T, unsigned T)
-ANTIDOTE_SIMT_MIN_MAX_OF(int)
-ANTIDOTE_SIMT_MIN_MAX_OF(long)
-ANTIDOTE_SIMT_MIN_MAX_OF(long long)
-#undef ANTIDOTE_SIMT_MIN_MAX_OF
-#undef ANTIDOTE_SIMT_MIN_MAX
-static inline float min(float a, float b) {
-  return fminf(a, b);
-}  // of a NaN and a number the latter
-static inline float max(float a, float b) { return fmaxf(a, b); }
-static inline double min(double a, double b) { return fmin(a, b); }
-static inline double max(double a, double b) { return fmax(a, b); }
+#include "intrinsics.h"

@@ -8,12 +8,12 @@
 
 namespace antidote::simt {
 
-// Runs body() for every thread of every block, on this OS thread; returns 0 or the number of a
-// cudaError_t, and last_message() then says more. Blocks run one at a time, in cooperative launches
-// side by side.
+// Runs body() for every thread of every block, on this OS thread; returns a cudaError_t's number.
+// Blocks run one at a time, in cooperative launches side by side.
 int run_launch(int64_t blocks, int threads, size_t shared, bool cooperative,
                const std::function<void()>& body);
-const char* last_message();  // of this OS thread; empty where there is none
+// What was wrong with this OS thread's last failed launch, if that gave this error, else null.
+const char* message_of(int error);
 
 // The order in which threads run, from the next launch on: 0 ascending, 1 descending, else a random
 // one that the number determines, with switches at atomics too.
