@@ -15,6 +15,11 @@ struct Divider {
     return {n, n <= 1 ? 0 : UINT64_MAX / n + 1};
   }
 
+  // Whether every number up to n is divided exactly.
+  static bool serves(int64_t n, int64_t size) {
+    return size <= 1 || static_cast<uint64_t>(n) <= UINT64_MAX / static_cast<uint64_t>(size);
+  }
+
 #if defined(__CUDACC__) || defined(ANTIDOTE_SIMT)
   __device__ __forceinline__ int64_t quotient(int64_t n) const {
     return magic == 0 ? n : static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(n), magic));

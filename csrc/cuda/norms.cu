@@ -97,7 +97,7 @@ cudaError_t plan_norms(const Activations& x, NormPlan* plan) {
   // Sizes that no memory holds; kernels count these in 32 bits, and divide below 2^64.
   bool fits = plan->per_split < 1 << 30 && plan->items < 1 << 30;
   for (int d = 1; d < plan->dims; ++d) {
-    fits &= plan->tokens <= INT64_MAX / static_cast<int64_t>(plan->sizes[d].size);
+    fits &= Divider::serves(plan->tokens, static_cast<int64_t>(plan->sizes[d].size));
   }
   if (!fits) return cudaErrorInvalidValue;
   return cudaSuccess;
