@@ -13,10 +13,10 @@ thread_local std::vector<std::unique_ptr<Thread>> pool;
 
 namespace {
 
-constexpr int64_t kMaxBlocks = 2147483647;        // of a grid
-constexpr int64_t kMaxSideBySide = 64;            // blocks of a cooperative launch,
-constexpr int64_t kMaxFibers = 16384;             // and their threads: each takes two memory maps
-constexpr int64_t kMaxPauses = int64_t{1} << 22;  // in a row; more, and nobody will get on
+constexpr int64_t kMaxBlocks = 2147483647;       // of a grid
+constexpr int64_t kMaxSideBySide = 64;           // blocks of a cooperative launch,
+constexpr int64_t kMaxFibers = 16384;            // and their threads: each takes two memory maps
+constexpr int64_t kMaxSpins = int64_t{1} << 22;  // atomics and pauses; more, and nobody gets on
 
 std::atomic<uint64_t> next_order{0};
 thread_local Launch* launch_here = nullptr;
@@ -149,20 +149,24 @@ void Launch::stop(const std::string& why) {
 }
 
 void Launch::suspend() {
-  pauses_ = 0;
+  spins_ = 0;
   running->leave();
   running->wait.op = Op::kNone;
   if (failed_) throw Abandoned();
 }
 
+void Launch::spin() {
+  if (++spins_ > kMaxSpins) fail("threads spin and nobody gets on");
+}
+
 void Launch::pause() {
-  if (++pauses_ > kMaxPauses) fail("threads spin and nobody gets on");
   paused_.add(running->place);
   running->leave();
   if (failed_) throw Abandoned();
 }
 
 void Launch::pause_atomic() {
+  spin();
   // Now and then in any order: a loop of atomics may wait for another thread.
   if (++running->atomics % 1024 == 0 || (order_ > 1 && (random() & 1) != 0)) pause();
 }
@@ -205,7 +209,7 @@ void Launch::arrive_at_grid() {
 
 void Launch::ended() {
   running->state = State::kEnded;
-  pauses_ = 0;
+  spins_ = 0;
   --live_;
   --running->block->live;
   if (!failed_) release(*running->block);
@@ -324,7 +328,10 @@ uint64_t barrier(Op op, const char* name, bool predicate, Site site) {
   return self.result;
 }
 
-void pause() { current_launch().pause(); }
+void pause() {
+  current_launch().spin();
+  current_launch().pause();
+}
 
 void pause_atomic() { current_launch().pause_atomic(); }
 

@@ -153,10 +153,11 @@ class Launch {
   int64_t block_at(int64_t turn, int64_t blocks);
 
   // Of the running thread: until somebody wakes it, until the others had their turn, the same at
-  // an atomic where the order says so, at its end.
+  // an atomic where the order says so, at its end. `spin` counts what may go on for ever.
   void suspend();
   void pause();
   void pause_atomic();
+  void spin();
   void ended();
 
   // The running thread is at a barrier, at the grid's, at an operation of its warp.
@@ -186,7 +187,7 @@ class Launch {
   unsigned origin_ = 0;  // of a random order, see next()
   int stretch_ = 0;
   int64_t start_ = 0, step_ = 0;  // of the blocks
-  int64_t pauses_ = 0;            // since a thread got on
+  int64_t spins_ = 0;             // atomics and pauses since a thread waited or ended
   int live_ = 0, at_grid_ = 0;
   bool failed_ = false;
   std::vector<Block> blocks_;
