@@ -113,6 +113,15 @@ def test_strided_activations(dtype):
         check(view)
 
 
+def test_runs_that_cross_a_boundary():
+    """Of two dimensions, most runs of tokens stay inside the inner one, some do not."""
+    x = normal(3, 70, 264, dtype=torch.bfloat16)
+    for view in (x[:, :67, :256], x[:, 1:, :257], x[:, ::2, :8], x.transpose(0, 1)[::3]):
+        check(view)
+        mask = torch.arange(view[..., 0].numel(), device=DEVICE).view(view.shape[:2]) % 5 != 2
+        check(view, mask)
+
+
 def test_what_lies_between_the_rows_is_not_read():
     x = torch.full((50, 3, 40), torch.nan, device=DEVICE)
     for part in (x[:, :2, 4:36], x[::2, :1, :33]):

@@ -80,7 +80,6 @@ cudaError_t plan_norms(const Activations& x, NormPlan* plan) {
   Device device;
   ANTIDOTE_TRY(current_device(&device));
   const int64_t per_lane = 16 / item_size(x.dtype);
-  plan->plain = plan->dims == 1 && x.token_mask == nullptr;
   plan->vector = reinterpret_cast<uintptr_t>(x.x) % 16 == 0 && x.columns % per_lane == 0;
   for (int d = 0; d < plan->dims; ++d) plan->vector &= plan->strides[d] % per_lane == 0;
   while (plan->lane_shift < 5 && (per_lane << plan->lane_shift) < x.columns) ++plan->lane_shift;

@@ -44,7 +44,6 @@ struct NormPlan {
   int lane_shift;              // 2^lane_shift lanes take a token; a warp 32 >> lane_shift tokens
   DType dtype;
   bool vector;  // 16-byte loads are possible
-  bool plain;   // one dimension, every token counts
 };
 
 // The plan of a call on the current device; sums and partials stay null. An error where more than
@@ -73,9 +72,17 @@ __device__ __forceinline__ int64_t token_offset(const NormPlan& p, int64_t token
   return offset + token * p.strides[0];
 }
 
+// Whether `span` tokens from one on differ in the innermost dimension alone.
+__device__ __forceinline__ bool evenly_spaced(const NormPlan& p, int64_t token, int span) {
+  if (p.dims == 1) return true;
+  const Divider& inner = p.sizes[p.dims - 1];
+  const int64_t place = inner.remainder(token, inner.quotient(token));
+  return place + span <= static_cast<int64_t>(inner.size);
+}
+
 // 16 bytes of values that lie `step` apart; 0 for those from `left` on.
 template <typename Raw>
-__device__ __forceinline__ uint4 gathered(const Raw* at, int step, int64_t left) {
+__device__ __forceinline__ uint4 gathered(const Raw* at, int step, int left) {
   constexpr int kValues = 16 / sizeof(Raw);
   uint32_t words[4] = {};
 #pragma unroll
@@ -104,32 +111,26 @@ __device__ __forceinline__ void add_squares(const uint4& raw, float (&sums)[kNor
   }
 }
 
-// run += the squares of those tokens of a run that `counted` says, kBatch loads in flight.
-template <int DTYPE, bool VECTOR, bool NESTED, typename Raw>
-__device__ __forceinline__ void add_tokens(const NormPlan& p, const Raw* x, int64_t token,
-                                           unsigned counted, int64_t left,
+// run += the squares of some tokens: those of kTokens that lie `step` apart which `counted` says.
+template <int DTYPE, bool VECTOR, int kTokens, typename Raw>
+__device__ __forceinline__ void add_tokens(const NormPlan& p, const Raw* at, int64_t step,
+                                           unsigned counted, int left,
                                            float (&run)[kNormColumns<DTYPE>]) {
-  constexpr int kBatch = VECTOR ? (NESTED ? 2 : 4) : 1;
-#pragma unroll 1
-  for (int begin = 0; begin < kNormColumns<DTYPE>; begin += kBatch) {
-    uint4 raw[kBatch];
+  uint4 raw[kTokens];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      raw[i] = make_uint4(0, 0, 0, 0);
-      if ((counted >> i & 1) == 0) continue;
-      const int64_t number = token + (i << (5 - p.lane_shift));
-      const Raw* at = x + (NESTED ? token_offset(p, number) : number * p.strides[0]);
+  for (int i = 0; i < kTokens; ++i) {
+    raw[i] = make_uint4(0, 0, 0, 0);
+    if ((counted >> i & 1) != 0) {
       if (VECTOR) {
         raw[i] = *reinterpret_cast<const uint4*>(at);
       } else {
         raw[i] = gathered(at, 1 << p.lane_shift, left);
       }
     }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) add_squares<DTYPE>(raw[i], run);
-    token += kBatch << (5 - p.lane_shift);
-    counted >>= kBatch;
+    at += step;
   }
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) add_squares<DTYPE>(raw[i], run);
 }
 
 // The squares of a lane's tokens and columns of one strand: of `count` tokens from `first` on. The
@@ -140,10 +141,12 @@ __device__ __forceinline__ void sum_strand(const NormPlan& p, int64_t first, int
                                            int64_t column, int strand, volatile double* totals) {
   using Raw = typename RawOf<DTYPE>::type;
   constexpr int kRun = kNormColumns<DTYPE>;
+  constexpr int kBatch = VECTOR ? 4 : 2;  // tokens whose loads are in flight: registers are few
   const int at_once = 32 >> p.lane_shift;
   const int span = kRun * at_once;
   const Raw* x = static_cast<const Raw*>(p.x) + column;
-  if (column >= p.columns) count = 0;
+  const int left = static_cast<int>(min(p.columns - column, int64_t{256}));
+  if (left <= 0) count = 0;
 #pragma unroll 1
   for (int start = strand * span; start < count; start += kNormStrands * span) {
     const int place = start + (threadIdx.x % 32 >> p.lane_shift);
@@ -159,10 +162,20 @@ __device__ __forceinline__ void sum_strand(const NormPlan& p, int64_t first, int
       }
     }
     float run[kRun] = {};
-    if (VECTOR && p.dims == 1) {
-      add_tokens<DTYPE, VECTOR, false>(p, x, token, counted, p.columns - column, run);
+    if (evenly_spaced(p, first + start, span)) {
+      const int64_t step = p.strides[p.dims - 1] * at_once;
+      const Raw* at = x + token_offset(p, token);
+#pragma unroll 1
+      for (int i = 0; i < kRun; i += kBatch) {
+        add_tokens<DTYPE, VECTOR, kBatch>(p, at, step, counted >> i, left, run);
+        at += kBatch * step;
+      }
     } else {
-      add_tokens<DTYPE, VECTOR, true>(p, x, token, counted, p.columns - column, run);
+#pragma unroll 1
+      for (int i = 0; i < kRun; ++i) {
+        const Raw* at = x + token_offset(p, token + i * at_once);
+        add_tokens<DTYPE, VECTOR, 1>(p, at, 0, counted >> i, left, run);
+      }
     }
     double before[kRun];  // all are read before one is written: they wait for each other else
 #pragma unroll
