@@ -74,8 +74,8 @@ void forget(void*) {}
 
 size_t page() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
 
-thread_local size_t made = 0;   // fibers
-thread_local Fiber* beginning;  // the fiber that is entered for the first time
+[[maybe_unused]] thread_local size_t made = 0;  // fibers
+thread_local Fiber* beginning;                  // the fiber that is entered for the first time
 
 }  // namespace
 
