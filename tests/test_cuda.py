@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import oracle
 import parity
 import pytest
@@ -227,7 +228,8 @@ def test_a_linear_layer_in_one_launch(columns, masked):
         sums = torch.zeros(columns, device=DEVICE)
         token_mask = None if mask is None else mask.to(DEVICE)
         accumulate_sq_norm_(sums, x.to(DEVICE), token_mask, backend="cuda")
-        assert oracle.same_bits(sums.sqrt().cpu(), norm.cpu())
+        root = torch.from_numpy(np.sqrt(sums.cpu().numpy()))  # torch's own is not always rounded
+        assert oracle.same_bits(root, norm.cpu())
         expected, expected_mask = prune_(
             weight.clone(),
             norm.cpu(),

@@ -67,13 +67,15 @@ def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write,
 
 def prune_linear(weight, norm, x, token_mask, selection, preserve_norm, base_weight, *, bits):
     """Fill ``norm`` from x and prune by it, in one launch; False where that is not possible."""
-    if selection.scope != "row" or selection.n_m is not None or not x.numel():
+    if selection.scope != "row" or selection.n_m is not None:
         return False
     (row,) = native.rows_of([weight], [norm], selection, [preserve_norm], [base_weight], bits, None)
     plan = native.plan_of(selection, is_signed=False, write=True)
     where = _where(weight)
     activations = _activations(x, token_mask)
-    scratch = _scratch(_cuda.linear_scratch(where, row, plan, *activations), weight)
+    if not _cuda.serves_linear(where, row, plan, *activations):
+        return False
+    scratch = _scratch(_cuda.linear_scratch(where, *activations), weight)
     _cuda.prune_linear(where, row, plan, norm.data_ptr(), *activations, native.address(scratch))
     return True
 

@@ -150,13 +150,19 @@ PYBIND11_MODULE(_cuda, module) {
       },
       Release());
   module.def(
-      "linear_scratch",
+      "serves_linear",
       [](const Where& where, const Row& row, const PlanOf& plan, const Head& head,
          const Sizes& sizes, const Sizes& strides) {
         Guard guard(where[0]);
+        return serves_linear(matrix_of(row), plan_of(plan), activations(head, sizes, strides));
+      },
+      Release());
+  module.def(
+      "linear_scratch",
+      [](const Where& where, const Head& head, const Sizes& sizes, const Sizes& strides) {
+        Guard guard(where[0]);
         size_t bytes;
-        check(linear_scratch(matrix_of(row), plan_of(plan), activations(head, sizes, strides),
-                             &bytes));
+        check(linear_scratch(activations(head, sizes, strides), &bytes));
         return bytes;
       },
       Release());

@@ -46,9 +46,9 @@ cudaError_t accumulate_sq_norm(float* sq_sum, const Activations& x, void* scratc
                                cudaStream_t stream);
 
 // Norms and row scope in one cooperative launch; `norm` takes the square roots of the sums, the
-// same bits that accumulate_sq_norm on zeros gives.
-cudaError_t linear_scratch(const Matrix& matrix, const Plan& plan, const Activations& x,
-                           size_t* bytes);
+// same bits that accumulate_sq_norm on zeros gives. Not for all rows and types: serves_linear.
+bool serves_linear(const Matrix& matrix, const Plan& plan, const Activations& x);
+cudaError_t linear_scratch(const Activations& x, size_t* bytes);
 cudaError_t prune_linear(const Matrix& matrix, const Plan& plan, float* norm, const Activations& x,
                          void* scratch, cudaStream_t stream);
 

@@ -58,8 +58,8 @@ RowEntry row_entry(const Matrix& m, const Plan& plan, const Device& device) {
     e.flags |= kVectors;
   }
   const size_t held = static_cast<size_t>(threads_of_row(e.columns)) * kSlots * item_size;
-  if (plan.is_signed || plan.score_delta || m.columns > kLongestByBlock ||
-      held + sizeof(Search) > static_cast<size_t>(device.shared_a_block)) {
+  if (plan.is_signed || plan.score_delta || m.columns * item_size > 2 * kLongestByBlock ||
+      held + sizeof(Search) > static_cast<size_t>(device.shared_a_block) || m.rows > INT32_MAX) {
     e.flags |= kByReading;
   } else {
     e.flags |= e.columns <= kShort ? kByThread : e.columns <= kLongestByWarp ? kByWarp : kByBlock;
@@ -89,6 +89,7 @@ ListPlan plan_list(std::vector<RowEntry>& entries, int item_size) {
     plan.tiles += (e.rows + rows - 1) / rows;
     set_sample_ranks(e, plan.threads);
   }
+  plan.shared += sizeof(RowEntry);
   return plan;
 }
 

@@ -81,22 +81,26 @@ __device__ __forceinline__ uint32_t select_last(const Team<WARP> team, Search& s
   if (team.rank == 0) s.max_key = s.listed = 0;
 
   uint32_t reaching = 0, above = 0;
-#pragma unroll
+#pragma unroll 2
   for (int v = 0; v < kGroups; ++v) {
     const uint32_t column = row.first_column(v);
-    if (column >= row.columns) continue;
+    if (column >= row.columns) break;
     const Group<DTYPE> group = row.group(v);
     float norms[8];
     load_norms(norms, row.norm, column, width_at(row.columns, column), vectors);
+    uint32_t reaches = 0, exceeds = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const uint32_t key = key_of(group.value(i), norms[i]);
-      if (key >= low) reaching |= 1u << (8 * v + i);
-      if (key > top) above |= 1u << (8 * v + i);
+      if (key >= low) reaches |= 1u << i;
+      if (key > top) exceeds |= 1u << i;
     }
+    reaching |= reaches << (8 * v);
+    above |= exceeds << (8 * v);
   }
   above &= valid;
   const uint32_t between = reaching & ~above & valid;
+#pragma unroll 1
   for (uint32_t rest = between; rest != 0; rest &= rest - 1) {
     atomicAdd(&s.fine[(row.key(__ffs(rest) - 1) - low) >> shift], 1u);
   }
@@ -131,6 +135,7 @@ __device__ __forceinline__ uint32_t select_last(const Team<WARP> team, Search& s
   }
 
   uint32_t taken = above, listed = 0;
+#pragma unroll 1
   for (uint32_t rest = between; rest != 0; rest &= rest - 1) {
     const int slot = __ffs(rest) - 1;
     const int own = static_cast<int>((row.key(slot) - low) >> shift);
@@ -138,14 +143,17 @@ __device__ __forceinline__ uint32_t select_last(const Team<WARP> team, Search& s
     if (own == bin) listed |= 1u << slot;
   }
   if (need == count) return taken | listed;
+#pragma unroll 1
   for (uint32_t rest = listed; rest != 0; rest &= rest - 1) {
     s.list[atomicAdd(&s.listed, 1u)] = row.composite(__ffs(rest) - 1);
   }
   team.sync();
+#pragma unroll 1
   for (uint32_t rest = listed; rest != 0; rest &= rest - 1) {
     const int slot = __ffs(rest) - 1;
     const uint64_t own = row.composite(slot);
     uint32_t larger = 0;
+#pragma unroll 1
     for (uint32_t i = 0; i < count; ++i) larger += s.list[i] > own;
     if (larger < need) taken |= 1u << slot;
   }
@@ -158,6 +166,7 @@ __device__ __forceinline__ float edge_score(const Team<WARP> team, Search& s,
                                             const Resident<DTYPE> row, uint32_t selected,
                                             bool smallest_selected) {
   int32_t edge = smallest_selected ? kMaxKey : -1;
+#pragma unroll 1
   for (uint32_t rest = selected; rest != 0; rest &= rest - 1) {
     const int32_t key = row.key(__ffs(rest) - 1);
     edge = smallest_selected ? min(edge, key) : max(edge, key);

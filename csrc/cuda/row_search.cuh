@@ -141,6 +141,7 @@ __device__ __forceinline__ uint64_t pivot_by_counting(const T team, Search& s, c
   while (!few) {
     const int shift = max(0, bits - 9);
     team.sync();
+#pragma unroll 1
     for (int slot = 0; slot < source.slots; ++slot) {
       if (!source.has(slot)) continue;
       const uint64_t place = source.composite(slot) - begin;
@@ -155,15 +156,17 @@ __device__ __forceinline__ uint64_t pivot_by_counting(const T team, Search& s, c
     bits = shift;
     team.clear(s.fine);
   }
+#pragma unroll 1
   for (int slot = 0; slot < source.slots; ++slot) {
     if (!source.has(slot)) continue;
     const uint64_t composite = source.composite(slot);
     if ((composite - begin) >> bits == 0) s.list[atomicAdd(&s.listed, 1u)] = composite;
   }
   team.sync();
-  if (team.rank < s.listed) {
+  if (static_cast<uint32_t>(team.rank) < s.listed) {
     const uint64_t own = s.list[team.rank];
     uint32_t larger = 0;
+#pragma unroll 1
     for (uint32_t i = 0; i < s.listed; ++i) larger += s.list[i] > own;
     if (larger == need - 1) s.pivot = own;
   }

@@ -8,21 +8,21 @@ namespace antidote::cuda {
 namespace {
 
 constexpr int kThreadsOfMany = 256;      // a block of warps or threads with a row each
-constexpr int kThreadsOfMixed = 512;     // the most of a list's block: it has all kinds of rows
+constexpr int kThreadsOfMixed = 352;     // the most of a list's block: it has all kinds of rows
 constexpr int64_t kAlone = 16 << 20;     // weights of a matrix that has a launch of its own,
 constexpr int64_t kTogether = 64 << 20;  // where the list has more than this
 constexpr int kNormReserve = 16 << 10;   // bytes of nearest cache beside the norms
 
 template <int DTYPE>
-__global__ __launch_bounds__(1024) void rows_by_block(const __grid_constant__ RowEntry entry,
-                                                      int stages) {
+__global__ __launch_bounds__(DTYPE == kFp32 ? 512 : 1024) void rows_by_block(
+    const __grid_constant__ RowEntry entry, int stages) {
   ANTIDOTE_SHARED(Search, search);
   prune_by_block<DTYPE>(entry, search, reinterpret_cast<uint4*>(dynamic_shared()), stages);
 }
 
 template <int DTYPE>
-__global__ __launch_bounds__(kThreadsOfMany) void rows_by_warp(
-    const __grid_constant__ RowEntry entry) {
+__global__ __launch_bounds__(kThreadsOfMany,
+                             4) void rows_by_warp(const __grid_constant__ RowEntry entry) {
   unsigned char* shared = dynamic_shared();
   Search* searches = reinterpret_cast<Search*>(shared);
   prune_by_warp<DTYPE>(entry, searches,
@@ -43,8 +43,8 @@ __global__ __launch_bounds__(1024) void rows_by_reading(const RowEntry* list, in
 }
 
 template <int DTYPE>
-__global__ __launch_bounds__(kThreadsOfMixed) void rows_of_list(const RowEntry* list, int number,
-                                                                int64_t tiles) {
+__global__ __launch_bounds__(kThreadsOfMixed, 2) void rows_of_list(const RowEntry* list, int number,
+                                                                   int64_t tiles) {
   prune_tiles<DTYPE>(list, number, tiles, dynamic_shared());
 }
 

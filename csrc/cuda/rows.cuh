@@ -22,30 +22,25 @@ __device__ __forceinline__ void prune_by_block(const RowEntry& e, Search& s, uin
                                                int stages) {
   const Team<false> team;
   team.prepare(s);
-  const size_t stage = held_bytes<DTYPE>(team.size, e.columns) / sizeof(uint4);
-  int64_t row = blockIdx.x;
-  if (row < e.rows) start_row<DTYPE>(e, row, held, team.rank, team.size);
-  __pipeline_commit();
-  bool second = false;
-  for (; row < e.rows; row += gridDim.x) {
-    uint4* here = held + (second ? stage : 0);
-    const int64_t next = row + gridDim.x;
-    if (stages == 2) {
-      second = !second;
-      if (next < e.rows) {
-        start_row<DTYPE>(e, next, held + (second ? stage : 0), team.rank, team.size);
+  const uint32_t rows = static_cast<uint32_t>(e.rows);
+  const uint32_t other =
+      stages == 2 ? static_cast<uint32_t>(held_bytes<DTYPE>(team.size, e.columns) / 16) : 0;
+  uint32_t there = 0;  // the stage to load into; with two, the other one is looked through
+  uint32_t next = blockIdx.x, row = next - (stages - 1) * gridDim.x;
+  do {
+    if (next < rows) start_row<DTYPE>(e, next, held + there, team.rank, team.size);
+    __pipeline_commit();
+    there = other - there;
+    if (row < rows) {  // not so in the first turn, if rows are loaded one ahead
+      if (stages == 2) {
+        __pipeline_wait_prior(1);
+      } else {
+        __pipeline_wait_prior(0);
       }
-      __pipeline_commit();
-      __pipeline_wait_prior(1);
-    } else {
-      __pipeline_wait_prior(0);
+      prune_resident<DTYPE>(team, s, e, row, held + there);
     }
-    prune_resident<DTYPE>(team, s, e, row, here);
-    if (stages == 1) {  // each thread reads only what it loaded
-      if (next < e.rows) start_row<DTYPE>(e, next, held, team.rank, team.size);
-      __pipeline_commit();
-    }
-  }
+    next += gridDim.x, row += gridDim.x;
+  } while (row < rows);
 }
 
 // A warp a row; `searches` and `held` have a place for each warp.
@@ -56,8 +51,8 @@ __device__ __forceinline__ void prune_by_warp(const RowEntry& e, Search* searche
   Search& s = searches[warp];
   held += warp * (held_bytes<DTYPE>(32, e.columns) / sizeof(uint4));
   team.prepare(s);
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * warps + warp; row < e.rows;
-       row += static_cast<int64_t>(gridDim.x) * warps) {
+  const uint32_t rows = static_cast<uint32_t>(e.rows);
+  for (uint32_t row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
     start_row<DTYPE>(e, row, held, team.rank, 32);
     __pipeline_commit();
     __pipeline_wait_prior(0);
@@ -101,18 +96,27 @@ __device__ __forceinline__ void prune_tiles(const RowEntry* list, int number, in
                                             unsigned char* shared) {
   const Team<false> block;
   const Team<true> warp;
-  Search& s = *reinterpret_cast<Search*>(shared);
+  unsigned char* teams = shared + sizeof(RowEntry);
+  Search& s = *reinterpret_cast<Search*>(teams);
   block.prepare(s);
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const RowEntry& e = entry_of(list, number, tile);
-    const int64_t row = (tile - e.first_tile) * rows_of_tile(e.flags, blockDim.x);
+    // A copy in shared memory takes no registers.
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(&entry_of(list, number, tile));
+    __syncthreads();  // the tile before is done
+    if (threadIdx.x < sizeof(RowEntry) / 4) {
+      reinterpret_cast<uint32_t*>(shared)[threadIdx.x] = from[threadIdx.x];
+    }
+    __syncthreads();
+    const RowEntry& e = *reinterpret_cast<const RowEntry*>(shared);
+    const uint32_t row =
+        static_cast<uint32_t>(tile - e.first_tile) * rows_of_tile(e.flags, blockDim.x);
     if (e.flags & kByThread) {
       prune_by_thread<DTYPE>(e, row + threadIdx.x);
     } else if (e.flags & kByWarp) {
       const int which = threadIdx.x / 32, warps = blockDim.x / 32;
       if (row + which < e.rows) {
-        Search& own = reinterpret_cast<Search*>(shared)[1 + which];
-        uint4* held = reinterpret_cast<uint4*>(shared + (1 + warps) * sizeof(Search)) +
+        Search& own = reinterpret_cast<Search*>(teams)[1 + which];
+        uint4* held = reinterpret_cast<uint4*>(teams + (1 + warps) * sizeof(Search)) +
                       which * (held_bytes<DTYPE>(32, e.columns) / sizeof(uint4));
         warp.prepare(own);
         start_row<DTYPE>(e, row + which, held, warp.rank, 32);
@@ -120,15 +124,12 @@ __device__ __forceinline__ void prune_tiles(const RowEntry* list, int number, in
         __pipeline_wait_prior(0);
         prune_resident<DTYPE>(warp, own, e, row + which, held);
       }
-      __syncthreads();  // another tile may hold its rows in the same memory
     } else {
-      uint4* held = reinterpret_cast<uint4*>(shared + sizeof(Search));
-      __syncthreads();
+      uint4* held = reinterpret_cast<uint4*>(teams + sizeof(Search));
       start_row<DTYPE>(e, row, held, block.rank, block.size);
       __pipeline_commit();
       __pipeline_wait_prior(0);
       prune_resident<DTYPE>(block, s, e, row, held);
-      __syncthreads();
     }
   }
 }
