@@ -2,17 +2,15 @@
 // in each group.
 #include <algorithm>
 
-#include "columns.cuh"
 #include "prune.h"
+#include "small_groups.cuh"
 
 namespace antidote::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kLargest = 16;  // a thread keeps so many keys
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-bool is_small(int64_t group) { return group <= kLargest && (group & (group - 1)) == 0; }
+bool is_small(int64_t group) { return group <= kLargestSmall && (group & (group - 1)) == 0; }
 
 // How many of a group come last in the order, of whole groups and of a row's incomplete one; what
 // is removed are these or, with `smallest`, the others.
@@ -26,134 +24,6 @@ struct Counts {
     return {plan.group - plan.removed, rest - fewer, true};
   }
 };
-
-struct SmallTask {
-  Units units;
-  void* weight;
-  const void* base;
-  const float* norm;
-  uint8_t* bits;
-  int64_t bits_stride;
-  int64_t whole_columns;  // of a row, in whole groups
-  int group, whole, tail;
-  bool smallest, delta, write;
-  float one;  // a 1 that the compiler does not know: a NaN must pass a multiplication
-};
-
-// The keys of a unit; below every key past the end of a row.
-template <int DTYPE, int WIDTH>
-__device__ __forceinline__ void unit_keys(const SmallTask& t, const Place& place,
-                                          const uint32_t (&words)[kWords<DTYPE, WIDTH>],
-                                          int32_t (&keys)[WIDTH]) {
-  using Raw = typename RawOf<DTYPE>::type;
-  const int64_t valid = t.units.columns - place.column;
-  uint32_t base[kWords<DTYPE, WIDTH>];
-  if (t.delta) {
-    const int64_t start = place.row * t.units.base_stride + place.column;
-    load_unit<DTYPE, WIDTH>(static_cast<const Raw*>(t.base) + start, t.units.vector, valid, base);
-  }
-  float norm[WIDTH];
-  if (t.norm != nullptr && t.units.vector) {
-#pragma unroll
-    for (int i = 0; i < WIDTH; i += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(t.norm + place.column + i);
-      norm[i] = four.x, norm[i + 1] = four.y, norm[i + 2] = four.z, norm[i + 3] = four.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) {
-      norm[i] = t.norm != nullptr && i < valid ? t.norm[place.column + i] : t.one;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < WIDTH; ++i) {
-    const uint32_t raw = raw_of<DTYPE>(words, i);
-    if (DTYPE == kSigned) {
-      keys[i] = key_of_signed_raw(raw);
-    } else {
-      float value = value_of<DTYPE>(raw);
-      if (t.delta) value = __fsub_rn(value, value_of<DTYPE>(raw_of<DTYPE>(base, i)));
-      keys[i] = key_of(value, norm[i]);
-    }
-    if (!t.units.vector && i >= valid) keys[i] = kMinKey;
-  }
-}
-
-// Bit i: column i of a unit is removed. GROUP is the group's size, or 8 for one that divides 8.
-template <int GROUP, int WIDTH>
-__device__ __forceinline__ uint32_t removed_of(const SmallTask& t, int64_t column,
-                                               const int32_t (&keys)[WIDTH]) {
-  const int group = GROUP == 8 ? t.group : GROUP;
-  int after[WIDTH];  // how many of its group come after a key
-#pragma unroll
-  for (int j = 0; j < WIDTH; ++j) {
-    after[j] = j & (group - 1);
-#pragma unroll
-    for (int i = j & ~(GROUP - 1); i < j; ++i) {
-      const bool later = keys[j] >= keys[i] && (GROUP != 8 || (i ^ j) < group);
-      after[i] += later;
-      after[j] -= later;
-    }
-  }
-  uint32_t removed = 0;
-#pragma unroll
-  for (int i = 0; i < WIDTH; ++i) {
-    const int last = t.units.vector || column + i < t.whole_columns ? t.whole : t.tail;
-    removed |= static_cast<uint32_t>(after[i] < last) << i;
-  }
-  if (t.smallest) removed = ~removed;
-  const int64_t valid = t.units.vector ? WIDTH : min(t.units.columns - column, int64_t{WIDTH});
-  return removed & ((1u << valid) - 1);
-}
-
-template <int DTYPE, int GROUP>
-constexpr int kUnitWidth = GROUP < 8 ? 8 : GROUP;
-template <int DTYPE, int GROUP>
-constexpr int kUnitsAtOnce =
-    kUnitWidth<DTYPE, GROUP> * sizeof(typename RawOf<DTYPE>::type) > 16 ? 1 : 2;
-
-template <int DTYPE, int GROUP>
-__global__ void __launch_bounds__(kThreads)
-    small_groups_kernel(const __grid_constant__ SmallTask t) {
-  using Raw = typename RawOf<DTYPE>::type;
-  constexpr int kWidth = kUnitWidth<DTYPE, GROUP>, kUnits = kUnitsAtOnce<DTYPE, GROUP>;
-  constexpr int kCount = kWords<DTYPE, kWidth>;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads * kUnits + threadIdx.x;
-  uint32_t words[kUnits][kCount];
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    if (first + u * kThreads >= t.units.count) continue;
-    const Place place(t.units, first + u * kThreads);
-    const int64_t start = place.row * t.units.weight_stride + place.column;
-    load_unit<DTYPE, kWidth>(static_cast<const Raw*>(t.weight) + start, t.units.vector,
-                             t.units.columns - place.column, words[u]);
-  }
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    if (first + u * kThreads >= t.units.count) continue;
-    const Place place(t.units, first + u * kThreads);
-    int32_t keys[kWidth];
-    unit_keys<DTYPE, kWidth>(t, place, words[u], keys);
-    const uint32_t removed = removed_of<GROUP, kWidth>(t, place.column, keys);
-    if (t.bits != nullptr) {
-      uint8_t* bits = t.bits + place.row * t.bits_stride + (place.column >> 3);
-      bits[0] = static_cast<uint8_t>(removed);
-      if (kWidth == 16 && place.column + 8 < t.units.columns) {
-        bits[1] = static_cast<uint8_t>(removed >> 8);
-      }
-    }
-    if (!t.write || removed == 0) continue;
-    uint32_t fill[kCount] = {};
-    if (t.base != nullptr) {
-      const int64_t start = place.row * t.units.base_stride + place.column;
-      load_unit<DTYPE, kWidth>(static_cast<const Raw*>(t.base) + start, t.units.vector,
-                               t.units.columns - place.column, fill);
-    }
-    const int64_t start = place.row * t.units.weight_stride + place.column;
-    store_removed<DTYPE, kWidth>(static_cast<Raw*>(t.weight) + start, t.units.vector, removed,
-                                 words[u], fill);
-  }
-}
 
 struct Task {
   void* weight;
@@ -224,11 +94,11 @@ __device__ __forceinline__ Edge edge_of(const Group<DTYPE>& group, int64_t last)
 
 // A warp a group.
 template <int DTYPE>
-__global__ void __launch_bounds__(kThreads) groups_kernel(const __grid_constant__ Task t) {
+__global__ void __launch_bounds__(kGroupThreads) groups_kernel(const __grid_constant__ Task t) {
   using Raw = typename RawOf<DTYPE>::type;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kGroupThreads / 32);
   const int lane = threadIdx.x % 32;
-  for (int64_t number = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  for (int64_t number = static_cast<int64_t>(blockIdx.x) * (kGroupThreads / 32) + threadIdx.x / 32;
        number < t.count; number += warps) {
     const int64_t row = t.a_row.quotient(number);
     const int64_t column = t.a_row.remainder(number, row) * t.group;
@@ -259,31 +129,37 @@ __global__ void __launch_bounds__(kThreads) groups_kernel(const __grid_constant_
   }
 }
 
+template <int DTYPE, int GROUP>
+cudaError_t launch_small(SmallTask task, const Matrix& m, cudaStream_t stream) {
+  constexpr int kWidth = GROUP < 8 ? 8 : GROUP;
+  ANTIDOTE_TRY(Units::of(m, kWidth, &task.units));
+  const int64_t a_block =
+      kGroupThreads * units_at_once(kWidth, static_cast<int>(item_size(m.dtype)));
+  const Grid grid{(task.units.count + a_block - 1) / a_block, kGroupThreads, 0, stream};
+  if (task.units.vector) return launch(grid, small_groups_kernel<DTYPE, GROUP, true>, task);
+  return launch(grid, small_groups_kernel<DTYPE, GROUP, false>, task);
+}
+
 template <int DTYPE>
 cudaError_t prune_small(const Matrix& m, const Plan& plan, cudaStream_t stream) {
-  const int width = plan.group == 16 ? 16 : 8;
   const Counts last = Counts::of(plan, m.columns);
-  SmallTask task{{},
-                 m.weight,
-                 m.base,
-                 m.act_norm,
-                 m.bits,
-                 (m.columns + 7) / 8,
-                 m.columns / plan.group * plan.group,
-                 static_cast<int>(plan.group),
-                 static_cast<int>(last.whole),
-                 static_cast<int>(last.tail),
-                 last.smallest,
-                 plan.score_delta,
-                 plan.write,
-                 1.0f};
-  ANTIDOTE_TRY(Units::of(m, width, &task.units));
-  const int at_once = width * item_size(m.dtype) > 16 ? 1 : 2;
-  const int64_t units = kThreads * at_once;
-  const Grid grid{(task.units.count + units - 1) / units, kThreads, 0, stream};
-  if (plan.group == 16) return launch(grid, small_groups_kernel<DTYPE, 16>, task);
-  if (plan.group == 4) return launch(grid, small_groups_kernel<DTYPE, 4>, task);
-  return launch(grid, small_groups_kernel<DTYPE, 8>, task);
+  const SmallTask task{{},
+                       m.weight,
+                       plan.write || plan.score_delta ? m.base : nullptr,
+                       m.act_norm,
+                       m.bits,
+                       (m.columns + 7) / 8,
+                       m.columns / plan.group * plan.group,
+                       static_cast<int>(plan.group),
+                       static_cast<int>(last.whole),
+                       static_cast<int>(last.tail),
+                       last.smallest ? 0 : kTops,
+                       plan.score_delta,
+                       plan.write,
+                       1.0f};
+  if (plan.group == 16) return launch_small<DTYPE, 16>(task, m, stream);
+  if (plan.group == 4) return launch_small<DTYPE, 4>(task, m, stream);
+  return launch_small<DTYPE, 8>(task, m, stream);
 }
 
 template <int DTYPE>
@@ -306,7 +182,7 @@ cudaError_t prune_any(const Matrix& m, const Plan& plan, uint8_t* marks, cudaStr
   Device device;
   ANTIDOTE_TRY(current_device(&device));
   const int64_t blocks = std::min<int64_t>((task.count + 7) / 8, device.processors * 32);
-  return launch({blocks, kThreads, 0, stream}, groups_kernel<DTYPE>, task);
+  return launch({blocks, kGroupThreads, 0, stream}, groups_kernel<DTYPE>, task);
 }
 
 template <int DTYPE>
