@@ -46,7 +46,7 @@ class Arena {
 struct Cut {
   std::vector<CutEntry> entries;
   CutTask task;
-  bool fast;  // vectors of one 16-bit type, without options
+  bool fast;  // vectors of one 16-bit type, without options; bases with the weights' strides
   bool edges;
   int dtype;
   int64_t find_blocks, apply_blocks;
@@ -72,28 +72,34 @@ void list_entries(const Matrices& matrices, const Plan& plan, Cut* cut) {
   cut->edges = false;
   cut->dtype = static_cast<int>(matrices[0].dtype);
   for (const Matrix& m : matrices) {
-    CutEntry e = {m.weight,
-                  m.base,
-                  {m.act_norm, m.preserve_norm},
-                  m.bits,
-                  m.thresholds,
-                  m.weight_stride,
-                  m.base_stride,
-                  m.rows,
-                  m.columns,
-                  {end.first[0], end.first[1]},
-                  end.first_group,
-                  end.first_tile,
-                  plan.is_signed ? kSigned : static_cast<int>(m.dtype),
-                  is_aligned(m),
-                  1.0f,
-                  0};
+    CutEntry e = {};
+    e.weight = m.weight;
+    e.base = m.base;
+    e.norms[0] = m.act_norm;
+    e.norms[1] = m.preserve_norm;
+    e.bits = m.bits;
+    e.thresholds = m.thresholds;
+    e.weight_stride = m.weight_stride;
+    e.base_stride = m.base_stride;
+    e.rows = m.rows;
+    e.columns = m.columns;
+    for (int i = 0; i < 2; ++i) {
+      e.first[i] = end.first[i];
+      e.norm_steps[i] = e.norms[i] != nullptr;
+      e.in_selection[i] = i == 0 || e.norms[i] != nullptr;
+    }
+    e.first_group = end.first_group;
+    e.first_tile = end.first_tile;
+    e.dtype = plan.is_signed ? kSigned : static_cast<int>(m.dtype);
+    e.vectors = is_aligned(m);
+    for (float& one : e.ones) one = 1.0f;
     const int64_t groups = m.rows * ((m.columns + 7) / 8);
     end.first[0] += m.rows * m.columns;
     if (m.preserve_norm != nullptr) end.first[1] += m.rows * m.columns;
     end.first_group += groups;
     end.first_tile += (groups + kCutThreads - 1) / kCutThreads;
-    cut->fast = cut->fast && e.vectors != 0 && e.dtype == cut->dtype && e.dtype != kFp32;
+    const bool parallel = m.base == nullptr || m.base_stride == m.weight_stride || m.rows == 1;
+    cut->fast = cut->fast && e.vectors && parallel && e.dtype == cut->dtype && e.dtype != kFp32;
     cut->edges = cut->edges || m.thresholds != nullptr;
     cut->entries.push_back(e);
   }
@@ -172,7 +178,14 @@ cudaError_t prepare(const Matrices& matrices, const Plan& plan, void* scratch, C
   ANTIDOTE_TRY(all_blocks(&cut->find_blocks, &cut_find_kernel, device, task.stretches));
 
   Arena arena(scratch);
-  task.list.entries = arena.take<CutEntry>(static_cast<int64_t>(cut->entries.size()));
+  const auto size = static_cast<int64_t>(cut->entries.size());
+  auto* entries = arena.take<CutEntry>(size);
+  task.list.entries = entries;
+  for (int64_t i = 0; i < size && scratch != nullptr; ++i) {  // absent norms are read all the same
+    for (const float*& norm : cut->entries[i].norms) {
+      if (norm == nullptr) norm = entries[i].ones;
+    }
+  }
   const int64_t before = arena.size();
   cut->counters = arena.take<unsigned long long>(0);
   for (Search& s : task.searches) {

@@ -27,8 +27,7 @@ __device__ __forceinline__ int32_t sampled_key(const CutList& list, const Search
   const uint32_t raw = half ? static_cast<const uint16_t*>(entry.weight)[from]
                             : static_cast<const uint32_t*>(entry.weight)[from];
   if (entry.dtype == kSigned) return key_of_signed_raw(raw);
-  const float* norm = entry.norms[which];
-  const float n = norm == nullptr ? entry.one : norm[column];
+  const float n = entry.norms[which][column * entry.norm_steps[which]];
   const auto value = [&entry](uint32_t bits) {
     return entry.dtype == kBf16   ? value_of<kBf16>(bits)
            : entry.dtype == kFp16 ? value_of<kFp16>(bits)
@@ -92,7 +91,7 @@ __global__ void __launch_bounds__(kBracketThreads)
   }
   if (threadIdx.x != 0) return;
   const auto heavy = static_cast<unsigned long long>(search.heavy);
-  int64_t low = kMinKey + int64_t{1}, top = kMaxKey;
+  int64_t low = task.list.entries[0].dtype == kSigned ? kMinKey + int64_t{1} : 0, top = kMaxKey;
   CutState state = {};
   state.low_atom = state.high_atom = kMinKey;
   if (bounded[0]) {
@@ -106,16 +105,11 @@ __global__ void __launch_bounds__(kBracketThreads)
       ++low;
     }
   }
-  state.width = top < low ? 0 : static_cast<uint32_t>(top - low + 1);
+  // A low end of kMaxKey + 1 comes with a top of kMaxKey - 1, and means none as well.
   state.low = static_cast<int32_t>(low > kMaxKey ? kMaxKey : low);
   state.top = static_cast<int32_t>(top);
   state.key = kMaxKey;  // what holds where nothing is taken
   state.place = INT64_MAX;
-  if (search.rank == 0) {
-    state.width = 0;
-    state.top = kMaxKey;
-    state.low_atom = state.high_atom = kMinKey;
-  }
   *search.state = state;
 }
 
@@ -147,8 +141,8 @@ __device__ __forceinline__ void read_all(const CutTask& task, int which, int64_t
                    [&](const CutEntry& entry, const Walk& at, const Packed& raw) {
                      int32_t key[8];
                      keys_of_group<kAny>(key, entry, at, raw, which, task.list.delta);
-                     const bool compared = which == 0 || entry.norms[1] != nullptr;
-                     body(entry, at, key, compared ? bits_below(at.width(entry)) : 0u);
+                     const bool compared = which == 0 || entry.in_selection[1] != 0;
+                     body(entry, at, key, compared ? at.valid<kAny>(entry) : 0u);
                    });
 }
 

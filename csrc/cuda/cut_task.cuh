@@ -9,21 +9,20 @@ namespace antidote::cuda {
 constexpr int kLevels = 3, kDigitBits = 11, kDigits = 1 << kDigitBits;
 constexpr int kBracketThreads = 1024;
 
-// Keys that the first reading keeps, in chunks that belong to one warp each.
+// Of the keys that the first reading keeps, in chunks that belong to one warp each.
+constexpr uint32_t kChunk = 512;
+
 #if defined(ANTIDOTE_SIMT)
 constexpr int64_t kSample = 512;  // so that small matrices meet every path
-constexpr uint32_t kChunk = 256;
 #else
 constexpr int64_t kSample = 8192;
-constexpr uint32_t kChunk = 512;  // at least the 256 weights that a warp may add at once
 #endif
 
 // What is known of a selection on the device.
 struct CutState {
-  // The rank-th largest key is expected in [low, low + width), or to be one of the two beside,
-  // where those are counted on their own because they may be many. `top` is the last key inside.
+  // The rank-th largest key is expected in [low, top], or to be one of the two beside, where those
+  // are counted on their own because they may be many.
   int32_t low, top;
-  uint32_t width;
   int32_t low_atom, high_atom;  // kMinKey, which no key is, where they are not
   uint32_t overflow;            // whether some of the keys inside found no chunk
   uint32_t chunks;              // taken behind each warp's first
