@@ -1,17 +1,20 @@
 """Builds the native extensions; everything else about the package is in pyproject.toml.
 
-``antidote_fast._cpu`` is built from ``csrc/cpu`` wherever there is a C++ compiler. Without one the
-package installs all the same and runs on its reference backend. With one, a compile error fails
-the install: a broken build must not pass for a slow one.
+``antidote_fast._cpu`` is built from ``csrc/cpu`` wherever there is a C++ compiler, and
+``antidote_fast._cuda`` from ``csrc/cuda`` where there is nvcc of CUDA 12.1 or later as well.
+Without them the package installs all the same. With them, a compile error fails the install: a
+broken build must not pass for a slow one.
 
-Environment: ``ANTIDOTE_SKIP_EXT=1`` builds none. ``ANTIDOTE_SANITIZE=1`` builds with the address
-and undefined-behaviour sanitizers. ``CXX``, ``CXXFLAGS`` and ``LDFLAGS`` as everywhere.
+Environment: ``ANTIDOTE_SKIP_EXT=1`` builds none. ``ANTIDOTE_CUDA_ARCHS=80,90`` (the default) says
+for which GPUs; empty: no ``_cuda``. ``ANTIDOTE_SANITIZE=1`` builds with sanitizers, and ``_cuda``
+for emulated threads. ``CUDACXX``, ``CUDA_HOME``, ``CXX``, ``CXXFLAGS``, ``LDFLAGS`` as everywhere.
 """
 
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from glob import glob
 from pathlib import Path
@@ -19,10 +22,13 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+sys.path.insert(0, "csrc/cuda")
+
 SANITIZE = os.environ.get("ANTIDOTE_SANITIZE") == "1"
 # Scores are rounded once and compared as integers: a fused multiply-add, or any other licence
 # taken with floating point, would break bit-for-bit equality with the reference.
-FLAGS = ["-std=c++17", "-fvisibility=hidden", "-fno-fast-math", "-ffp-contract=off", "-Wall"]
+STRICT = ["-fno-fast-math", "-ffp-contract=off"]
+FLAGS = ["-std=c++17", "-fvisibility=hidden", *STRICT, "-Wall"]
 if SANITIZE:
     FLAGS += ["-g", "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
     FLAGS += ["-fsanitize=address,undefined"]
@@ -52,13 +58,15 @@ def links_with(compiler, flag):
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def cpu_extension():
+def extension(name, *folders):
     import pybind11
 
     return Extension(
-        "antidote_fast._cpu",
-        sources=sorted(glob("csrc/cpu/*.cpp")),
-        depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),
+        f"antidote_fast.{name}",
+        sources=sorted(
+            p for f in folders for p in glob(f"csrc/{f}/*.c*") if p.endswith(("u", "p"))
+        ),
+        depends=sorted(p for f in (".", *folders) for p in glob(f"csrc/{f}/*.[hip]*")),
         include_dirs=["csrc", pybind11.get_include()],
         language="c++",
     )
@@ -82,17 +90,30 @@ class BuildExtensions(build_ext):
             extension.extra_link_args += links
         super().build_extensions()
 
+    def build_extension(self, ext):
+        if ext.name != "antidote_fast._cuda":
+            return super().build_extension(ext)
+        import build
+
+        strict = None if SANITIZE else STRICT
+        places = Path(self.build_temp) / "cuda", Path(self.get_ext_fullpath(ext.name))
+        includes = [*ext.include_dirs, *self.include_dirs]
+        build.build(self.spawn, find_compiler(), FLAGS, strict, ext.sources, includes, *places)
+
 
 def extensions():
     if os.environ.get("ANTIDOTE_SKIP_EXT") == "1" or not glob("csrc/cpu/*.cpp"):
         return []
-    if os.name != "posix":
-        print("antidote-fast: csrc/cpu needs GCC or Clang; the reference backend is used here")
-        return []
-    if find_compiler() is None:
+    if os.name != "posix" or find_compiler() is None:
         print("antidote-fast: no C++ compiler was found; the reference backend is used here")
         return []
-    return [cpu_extension()]
+    found = [extension("_cpu", "cpu")]
+    if glob("csrc/cuda/*.cu"):
+        import build
+
+        if SANITIZE or build.find_nvcc():
+            found.append(extension("_cuda", "cuda", *(["simt"] if SANITIZE else [])))
+    return found
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtensions})

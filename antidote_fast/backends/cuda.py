@@ -16,6 +16,7 @@ except ImportError as error:
 
 NAME = "cuda"
 EMULATED = _cuda is not None and _cuda.emulated
+MAX_DIMS = 9  # of activations
 DEVICE_TYPES = ("cpu",) if EMULATED else ("cuda",)
 
 
@@ -36,6 +37,7 @@ def unavailable():
 def accumulate_sq_norm_(sq_sum, x, token_mask):
     """As ``reference.accumulate_sq_norm_``."""
     where = _where(x)
+    x = _few_dims(x)
     activations = _activations(x, token_mask)
     scratch = _scratch(_cuda.norms_scratch(where, *activations), x)
     _cuda.accumulate_sq_norm(where, sq_sum.data_ptr(), *activations, native.address(scratch))
@@ -72,6 +74,7 @@ def prune_linear(weight, norm, x, token_mask, selection, preserve_norm, base_wei
     (row,) = native.rows_of([weight], [norm], selection, [preserve_norm], [base_weight], bits, None)
     plan = native.plan_of(selection, is_signed=False, write=True)
     where = _where(weight)
+    x = _few_dims(x)
     activations = _activations(x, token_mask)
     if not _cuda.serves_linear(where, row, plan, *activations):
         return False
@@ -119,6 +122,11 @@ def _where(tensor):
 def _scratch(size, like):
     """Device memory of one call: torch keeps it until the stream is past it."""
     return torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
+
+
+def _few_dims(x):
+    """x of no more dimensions than a kernel has room for."""
+    return x if x.dim() <= MAX_DIMS else x.reshape(-1, x.shape[-1])
 
 
 def _activations(x, token_mask):

@@ -27,9 +27,16 @@ __device__ __forceinline__ float value_of(uint32_t raw) {
   return __uint_as_float(raw);
 }
 
-// The key of | |w| * n |; n = 1 where there is no norm.
+// The key of | |w| * n |.
 __device__ __forceinline__ int32_t key_of(float w, float n) {
   return __float_as_int(__fmul_rn(fabsf(w), fabsf(n)));
+}
+
+// The key of | w | where there is no norm. A multiplication by a 1 that the compiler sees could be
+// left out, and a NaN would keep its payload.
+__device__ __forceinline__ int32_t key_of_magnitude(float w) {
+  const int32_t key = __float_as_int(w) & 0x7FFFFFFF;
+  return key > 0x7F800000 ? kMaxKey : key;
 }
 
 // The key of a score of any sign.
@@ -65,7 +72,7 @@ __device__ __forceinline__ int32_t key_at(const void* weight, const void* base, 
   if (base != nullptr) {
     value = __fsub_rn(value, value_of<DTYPE>(static_cast<const Raw*>(base)[base_place]));
   }
-  return key_of(value, norm == nullptr ? 1.0f : norm[column]);
+  return norm == nullptr ? key_of_magnitude(value) : key_of(value, norm[column]);
 }
 
 }  // namespace antidote::cuda

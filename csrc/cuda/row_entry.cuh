@@ -6,7 +6,7 @@
 namespace antidote::cuda {
 
 // Null where absent. The last `last` of a row are selected, or all but those (kSmallest).
-struct RowEntry {
+struct alignas(16) RowEntry {
   void* weight;
   const void* base;
   const float* norm;
@@ -20,6 +20,7 @@ struct RowEntry {
   // Ranks, in the sample of a row, of the bounds of what is looked for; then of what is kept.
   uint32_t rank_top, rank_low, preserve_top, preserve_low;
   uint32_t flags;
+  float one;  // 1, which the compiler must not know: times it, every NaN becomes the same
 };
 
 constexpr uint32_t kWrite = 1, kSmallest = 2;
@@ -111,12 +112,12 @@ __device__ __forceinline__ Group<DTYPE> load_group(const Raw<DTYPE>* from, int w
   return group;
 }
 
-// Eight norms from `column` on; 1 where there are none.
-__device__ __forceinline__ void load_norms(float (&n)[8], const float* norm, uint32_t column,
-                                           int width, bool vectors) {
+// Eight norms from `column` on; `one` where there are none.
+__device__ __forceinline__ void load_norms(float (&n)[8], const float* norm, float one,
+                                           uint32_t column, int width, bool vectors) {
   if (norm == nullptr) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) n[i] = 1.0f;
+    for (int i = 0; i < 8; ++i) n[i] = one;
   } else if (vectors) {
     const float4* from = reinterpret_cast<const float4*>(norm + column);
     const float4 a = from[0], b = from[1];

@@ -42,6 +42,7 @@ RowEntry row_entry(const Matrix& m, const Plan& plan, const Device& device) {
   e.weight = m.weight, e.base = m.base, e.norm = m.act_norm, e.preserve = m.preserve_norm;
   e.bits = m.bits, e.thresholds = m.thresholds;
   e.weight_stride = m.weight_stride, e.base_stride = m.base_stride;
+  e.one = 1.0f;
   e.rows = m.rows;
   e.columns = static_cast<uint32_t>(m.columns);
   e.last = static_cast<uint32_t>(plan.largest ? m.k : m.columns - m.k);

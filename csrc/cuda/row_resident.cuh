@@ -12,6 +12,7 @@ template <int DTYPE>
 struct Resident {
   const uint4* held;  // part p of group v is at [(v * kParts + p) * size + rank]
   const float* norm;
+  float one;  // where there is no norm
   uint32_t columns;
   int rank, size, column_bits;
   static constexpr int slots = kSlots;
@@ -34,7 +35,7 @@ struct Resident {
     const int part = slot / kInPart;  // groups follow each other in parts
     const uint32_t raw =
         reinterpret_cast<const Raw<DTYPE>*>(held + part * size + rank)[slot % kInPart];
-    return key_of(value_of<DTYPE>(raw), norm == nullptr ? 1.0f : norm[column(slot)]);
+    return key_of(value_of<DTYPE>(raw), norm == nullptr ? one : norm[column(slot)]);
   }
   __device__ __forceinline__ uint64_t composite(int slot) const {
     return static_cast<uint64_t>(key(slot)) << column_bits | column(slot);
@@ -87,7 +88,7 @@ __device__ __forceinline__ uint32_t select_last(const Team<WARP> team, Search& s
     if (column >= row.columns) break;
     const Group<DTYPE> group = row.group(v);
     float norms[8];
-    load_norms(norms, row.norm, column, width_at(row.columns, column), vectors);
+    load_norms(norms, row.norm, row.one, column, width_at(row.columns, column), vectors);
     uint32_t reaches = 0, exceeds = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -188,7 +189,7 @@ template <int DTYPE, bool WARP>
 __device__ __forceinline__ void prune_resident(const Team<WARP> team, Search& s, const RowEntry& e,
                                                int64_t row_number, const uint4* held) {
   const bool vectors = e.flags & kVectors;
-  Resident<DTYPE> row{held, e.norm, e.columns, team.rank, team.size, bits_of(e.columns)};
+  Resident<DTYPE> row{held, e.norm, e.one, e.columns, team.rank, team.size, bits_of(e.columns)};
   const uint32_t valid = row.valid();
   uint32_t removed = 0;
 #pragma unroll 1

@@ -43,7 +43,7 @@ __device__ __forceinline__ uint32_t keys_and_last(const RowEntry& e, int64_t row
     if (width == 0) continue;
     const Group<DTYPE> group = load_group<DTYPE>(raw_row<DTYPE>(e, row) + 8 * v, width, vectors);
     float norms[8];
-    load_norms(norms, norm, 8 * v, width, vectors);
+    load_norms(norms, norm, e.one, 8 * v, width, vectors);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (i < width) keys[8 * v + i] = key_of(group.value(i), norms[i]);
