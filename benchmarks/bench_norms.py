@@ -6,6 +6,7 @@ are compared with float64 first. ``extra_mb`` is the memory that a call takes be
 the CPU ours must stay under 1 MB.
 """
 
+import functools
 import resource
 
 import common
@@ -35,6 +36,11 @@ def vector_norm(x, sums):
 def read_only(x, sums):
     """Reads every element once."""
     common.as_words(x).max()
+
+
+def add(backend, x, sums):
+    """Ours, with one backend."""
+    accumulate_sq_norm_(sums, x, backend=backend)
 
 
 PEERS = {
@@ -76,19 +82,21 @@ def bench(shape, args, report):
     dtype = common.DTYPES[args.dtype]
     x = torch.randn(shape, generator=generator, device=args.device).to(dtype)
     sums = torch.zeros(shape[1], device=args.device)
-    check(x, args.backend)
+    for backend in args.ours.values():
+        check(x, backend)
     on_cpu = args.device.type == "cpu"
     count = args.rotated or (5 if on_cpu else common.rotation(x.nbytes, args.device, 2))
     # On a CPU activations come straight from a layer: they are in a cache. On a GPU they are not.
     inputs = [x] * count if on_cpu else [x.roll(i, 0) for i in range(count)]
-    calls = {"antidote_fast": lambda x, sums: accumulate_sq_norm_(sums, x, backend=args.backend)}
+    calls = {name: functools.partial(add, backend) for name, backend in args.ours.items()}
     calls |= PEERS
     memory = {name: extra_mb(call, x, sums) for name, call in calls.items()}
     turns = {name: (lambda i, call=call: call(inputs[i], sums)) for name, call in calls.items()}
     watch = common.Stopwatch(args.device)
     limits = dict.fromkeys(PEERS, 20) if on_cpu else None
     common.take_turns(watch, turns, count, args.runs, limits=limits)
-    ours, floor = watch.median("antidote_fast"), watch.median("read only (int32 max)")
+    ours = {name: watch.median(name) for name in args.ours}
+    floor = watch.median("read only (int32 max)")
     for name in watch:
         median = watch.median(name)
         row = {
@@ -102,13 +110,15 @@ def bench(shape, args, report):
         }
         if memory[name] is not None:
             row["extra_mb"] = memory[name]
-        if name != "antidote_fast":
-            row["ours is faster x"] = round(median / ours, 2)
+        for mine, seconds in ours.items():
+            if name not in ours:
+                label = mine.replace("antidote_fast", "ours", 1)
+                row[f"{label} is faster x"] = round(median / seconds, 2)
         report.add(row)
 
 
 def main(argv=None):
-    options = common.parser(__doc__)
+    options = common.parser(__doc__, several=True)
     options.add_argument("--shape", nargs="+", help="tokens x channels, such as 2048x4096")
     options.add_argument("--dtype", choices=common.DTYPES, default="bf16")
     options.add_argument("--rotated", type=int, help="how many inputs take turns")
@@ -116,6 +126,7 @@ def main(argv=None):
     args = common.parsed(options, argv)
     args.runs = args.runs or 100
     report = common.Report("norms", args)
+    args.ours = common.ours(args, report)
     shapes = args.shape or (SHAPES if args.device.type == "cpu" else SHAPES_ON_GPU)
     for shape in map(common.shape_of, shapes):
         bench(shape, args, report)

@@ -6,8 +6,10 @@ is compared with the stable sort's first; no time is printed for one that differ
 
 Matrices are rotated so that none is in a cache when its turn comes (``--resident`` times one matrix
 instead), and restored outside the timing. GB/s counts the bytes that cannot be avoided (``CASES``).
+With ``--graph`` ours are timed inside CUDA graphs, too, and a replay's result is compared as well.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -92,7 +94,11 @@ def ours(weight, operands, backend):
 
 
 def check(source, operands, backends, made):
-    """Ours equal the stable sort bit for bit; the peers agree up to ties."""
+    """Ours equal the stable sort bit for bit; the peers agree up to ties.
+
+    Returns:
+        The weight as it must be, bits as integers.
+    """
     bits = torch.int32 if source.dtype == torch.float32 else torch.int16
     expected = source.clone()
     mask = peers.sort_chain(expected, operands)
@@ -112,6 +118,7 @@ def check(source, operands, backends, made):
         else:
             same = (found.view(mask.shape) == mask).float().mean()
         assert same > 0.999, f"{name} agrees on {same:.2%} only"
+    return expected.view(bits)
 
 
 def prepare(source, operands, args, report, about):
@@ -144,7 +151,7 @@ def bench(name, shape, ratio, args, report):
         "ratio": ratio,
     }
     made = prepare(source, operands, args, report, about)
-    check(source, operands, args.backends, made)
+    expected = check(source, operands, args.ours.values(), made)
     count = 1 if args.resident else args.rotated or common.rotation(source.nbytes, device, 2)
     sources = [source, *(source.roll(i, 0) for i in range(1, count))]
     targets = [original.clone() for original in sources]
@@ -152,23 +159,41 @@ def bench(name, shape, ratio, args, report):
         "copy_": lambda i: targets[i].copy_(sources[i]),
         READ_ONLY: lambda i: common.as_words(targets[i]).max(),
     }
-    for backend in args.backends:
-        name = f"antidote_fast {backend}" if len(args.backends) > 1 else "antidote_fast"
+    for name, backend in args.ours.items():
         turns[name] = lambda i, backend=backend: ours(targets[i], operands, backend)
+    if args.graph and operands.write:
+        turns |= in_graphs(turns, sources, targets, expected, args, report, about)
     for name, peer in made.items():
         turns[name] = lambda i, peer=peer: peer(targets[i], operands)
     limits = {name: RUNS_ON_CPU.get(name, 5) for name in made} if device.type == "cpu" else None
     watch = common.Stopwatch(device)
     restore = (lambda i: targets[i].copy_(sources[i])) if operands.write else None
     common.take_turns(watch, turns, count, args.runs, restore, limits)
-    _report(about, count, watch, case.floor(dtype.itemsize) * source.numel(), source, report)
+    best = {name: watch.median(name) for name in args.ours}
+    _report(about, count, watch, case.floor(dtype.itemsize) * source.numel(), source, best, report)
 
 
-def _report(about, count, watch, floor, source, report):
-    """One row an implementation; ratios are of medians in this run."""
+def in_graphs(turns, sources, targets, expected, args, report, about):
+    """Ours replayed from a graph for each of the rotated matrices."""
+    added = {}
+    for name in args.ours:
+        label = f"{name}, graph"
+        calls = [functools.partial(turns[name], i) for i in range(len(targets))]
+        made = common.graphs(args.device, calls, report, about | {"name": label})
+        if not made:
+            continue
+        targets[0].copy_(sources[0])
+        made[0].replay()
+        same = torch.equal(targets[0].view(expected.dtype), expected)
+        assert same, f"{label}: differs from the stable sort"
+        added[label] = lambda i, made=made: made[i].replay()
+    return added
+
+
+def _report(about, count, watch, floor, source, best, report):
+    """One row an implementation; ratios are of medians in this run. ``best``: ours, and times."""
     copy = watch.median("copy_")
     moved = {"copy_": 2 * source.nbytes, READ_ONLY: source.nbytes}
-    best = {name: watch.median(name) for name in watch if name.startswith("antidote_fast")}
     for name in watch:
         median = watch.median(name)
         speed = moved.get(name, floor) / median
@@ -182,15 +207,14 @@ def _report(about, count, watch, floor, source, report):
             "x copy_": round(median / copy, 2),
         }
         for mine, seconds in best.items():
-            if name not in best:
+            if not name.startswith("antidote_fast"):
                 label = mine.replace("antidote_fast", "ours", 1)
                 row[f"{label} is faster x"] = round(median / seconds, 2)
         report.add(row)
 
 
 def main(argv=None):
-    options = common.parser(__doc__)
-    options.add_argument("--backends", nargs="+", help="time several of ours in one run")
+    options = common.parser(__doc__, several=True)
     options.add_argument("--case", nargs="+", choices=CASES, default=["row"])
     options.add_argument("--dtype", choices=common.DTYPES, default="bf16")
     options.add_argument("--ratio", type=float, nargs="+", default=RATIOS)
@@ -198,15 +222,16 @@ def main(argv=None):
     options.add_argument("--quick", action="store_true", help=f"on a GPU: {' '.join(QUICK)}")
     options.add_argument("--peer", nargs="*", help="only these peers")
     options.add_argument("--compile", action="store_true", help="the sort chain compiled, too")
+    options.add_argument("--graph", action="store_true", help="ours inside CUDA graphs, too")
     options.add_argument("--resident", action="store_true", help="time one matrix over and over")
     options.add_argument("--rotated", type=int, help="how many matrices take turns")
     options.add_argument("--runs", type=int, help="timed calls of each; default 24, CPU 64")
     args = common.parsed(options, argv)
-    args.backends = args.backends or [args.backend]
     on_cpu = args.device.type == "cpu"
     args.runs = args.runs or (64 if on_cpu else 24)
     shapes = args.shape or (SHAPES_ON_CPU if on_cpu else QUICK if args.quick else ALL_SHAPES)
     report = common.Report("_".join(["prune"] + ["resident"] * args.resident), args)
+    args.ours = common.ours(args, report)
     for name, shape in itertools.product(args.case, map(common.shape_of, shapes)):
         for ratio in [0.5] if name == "2:4" else args.ratio:
             bench(name, shape, ratio, args, report)

@@ -13,17 +13,20 @@ from pathlib import Path
 
 import torch
 
-from antidote_fast import __version__
+from antidote_fast import __version__, backends
 from antidote_fast.backends import cpu
+from antidote_fast.errors import BackendUnavailable
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROTATED_ON_CPU = 1 << 30  # bytes: past the last-level cache of any server
-QUEUED = 500_000  # clock ticks, some 0.3 ms: the time that Python has to queue a timed call
+TICKS = 2_000_000_000  # a GPU's clock ticks in a second, about
+QUEUED = 500_000  # of these: the time that Python has at least to queue a timed call
+LONGEST_QUEUED = TICKS // 50
 
 
-def parser(description):
-    """The options that every benchmark has."""
+def parser(description, several=False):
+    """The options that every benchmark has; ``several`` backends may take part in some."""
     options = argparse.ArgumentParser(description=description.splitlines()[0])
     options.add_argument(
         "--device", help="such as cuda; default a GPU where there is one, unless --backend cpu"
@@ -35,6 +38,8 @@ def parser(description):
     options.add_argument(
         "--rows", type=Path, help="append each row to this file as a line of JSON, at once"
     )
+    if several:
+        options.add_argument("--backends", nargs="+", help="time several of ours in one run")
     return options
 
 
@@ -46,7 +51,27 @@ def parsed(options, argv=None):
     args.device = torch.device(args.device)
     if args.device.type == "cuda" and args.device.index is None:
         args.device = torch.device("cuda", torch.cuda.current_device())
+    if hasattr(args, "backends"):
+        args.backends = args.backends or [args.backend]
     return args
+
+
+def ours(args, report):
+    """{name in the rows: backend} of those asked for that can run; a note says why one cannot."""
+    if len(args.backends) == 1:
+        return {"antidote_fast": args.backends[0]}
+    found = {}
+    for backend in args.backends:
+        name = f"antidote_fast {backend}"
+        try:
+            backends.select(backend, args.device.type)
+        except BackendUnavailable as error:
+            report.note(name=name, why=str(error))
+        else:
+            found[name] = backend
+    if not found:
+        raise SystemExit(f"none of --backends {' '.join(args.backends)} can run here")
+    return found
 
 
 def shape_of(text):
@@ -74,8 +99,8 @@ def summary(seconds):
 class Stopwatch:
     """Times calls by name: with ``perf_counter`` on a CPU, with events on a GPU.
 
-    On a GPU a short wait is queued first, so that what is measured is the device's time, not
-    Python's; how long the call kept Python is in ``host``.
+    On a GPU a wait is queued first, longer than the call before kept Python, so that what is
+    measured is the device's time; how long the call kept Python is in ``host``.
     """
 
     def __init__(self, device):
@@ -93,7 +118,8 @@ class Stopwatch:
             return
         first, last = (self.module.Event(enable_timing=True) for _ in range(2))
         if hasattr(self.module, "_sleep"):
-            self.module._sleep(QUEUED)
+            kept = self.host.get(name, [0])[-1]
+            self.module._sleep(min(LONGEST_QUEUED, max(QUEUED, round(1.5 * kept * TICKS))))
         first.record()
         begin = time.perf_counter()
         call(*args)
@@ -141,6 +167,28 @@ def take_turns(watch, turns, count, runs, restore=None, limits=None):
                 restore(i)
             for i in used:
                 watch.run(name, call, i)
+
+
+def captured(device, call):
+    """A CUDA graph of what ``call`` queues, ready to be replayed.
+
+    The call must have run before: what compiles or loads code at first use cannot be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def graphs(device, calls, report, about):
+    """One graph a call; none, and a note, where there are no graphs or a call cannot be in one."""
+    try:
+        if device.type != "cuda":
+            raise RuntimeError(f"there are no CUDA graphs on {device.type}")
+        return [captured(device, call) for call in calls]
+    except RuntimeError as error:
+        report.note(**about, why=str(error).splitlines()[0][:300])
+        return []
 
 
 def as_words(tensor):
