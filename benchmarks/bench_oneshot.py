@@ -6,8 +6,13 @@ without fused kernels where there are any), finding the base's fingerprint (once
 ``prune_model_``, whose first call also compiles kernels on a GPU. Then ``oneshot`` as a user calls
 it: on the live model, and on a saved folder of the tiny one. Norms are compared with float64 sums
 first; no time is printed for a model whose norms differ.
+
+``official layer replay`` (``official.py``) is timed on ``--official_sequences`` of the sequences,
+its calibration scaled to all of them: it is linear in them. Its norms must agree with ours within
+1e-3 and its masks be ours given the same norms.
 """
 
+import contextlib
 import functools
 import random
 import statistics
@@ -16,6 +21,7 @@ import time
 from pathlib import Path
 
 import common
+import official
 import torch
 
 from antidote_fast import (
@@ -24,6 +30,7 @@ from antidote_fast import (
     find_targets,
     fusion,
     oneshot,
+    prune_mask,
     prune_model_,
 )
 from antidote_fast.calibrate import lean_forward
@@ -148,14 +155,27 @@ def measure(model, batches, targets, modes, rounds, device):
     return times, norms
 
 
-def measure_prune(model, norms, targets, args):
-    """(seconds of the first ``prune_model_``, median of later ones, report); weights return."""
-    found = find_targets(model, targets)
-    kept = [target.weight.detach().clone() for target in found]
+@contextlib.contextmanager
+def restoring(model, targets):
+    """Gives a call that puts the targets' weights back; at the end of the block it is called."""
+    weights = [target.weight for target in find_targets(model, targets)]
+    kept = [weight.detach().clone() for weight in weights]
+
+    @torch.no_grad()
+    def restore():
+        torch._foreach_copy_(weights, kept)
+
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+def measure_prune(model, norms, targets, args, restore):
+    """(seconds of the first ``prune_model_``, median of later ones, report)."""
     seconds = []
     for _ in range(args.rounds + 1):
-        with torch.no_grad():
-            torch._foreach_copy_([target.weight for target in found], kept)
+        restore()
         report, took = common.stopped(
             args.device,
             prune_model_,
@@ -166,9 +186,29 @@ def measure_prune(model, norms, targets, args):
             backend=args.backend,
         )
         seconds.append(took)
-    with torch.no_grad():
-        torch._foreach_copy_([target.weight for target in found], kept)
     return seconds[0], statistics.median(seconds[1:]), report
+
+
+def measure_official(model, batches, targets, args):
+    """(sequences, seconds to calibrate on them, to select and prune) of the official method."""
+    count = min(args.official_sequences, args.num_sequences)
+    sequences = torch.cat([batch["input_ids"] for batch in batches])[:count].split(1)
+    options = {"targets": targets, "fingerprint": "", "backend": args.backend}
+    ours = ActivationNorms.collect(model, [{"input_ids": ids} for ids in sequences], **options)
+    means, calibrating = common.stopped(args.device, official.collect, model, sequences, targets)
+    assert means.keys() == ours.sq_sum.keys()
+    for target in find_targets(model, targets):
+        norm = means[target.key].sqrt()
+        expected = ours.act_norm(target.key).to(norm.device) / count**0.5
+        torch.testing.assert_close(norm, expected, rtol=1e-3, atol=0)
+        mask = official.select(target.weight, means[target.key], args.ratio)
+        same = prune_mask(target.weight, norm, Selection(args.ratio), backend=args.backend)
+        assert torch.equal(mask, same.to_bool()), f"{target.key}: differs from the official mask"
+    del mask, same
+    pruning = common.stopped(
+        args.device, official.prune_by, model, means, args.ratio, targets=targets
+    )[1]
+    return count, calibrating, pruning
 
 
 def tokenizer():
@@ -254,7 +294,11 @@ def bench(args, report):
             row["tokens/s"] = round(tokens / median)
         row["x bare"] = round(median / whole, 4)
         report.add(row)
-    first, later, pruned = measure_prune(model, norms, targets, args)
+    with restoring(model, targets) as restore:
+        first, later, pruned = measure_prune(model, norms, targets, args, restore)
+        restore()
+        if args.official_sequences:
+            count, calibrating, pruning = measure_official(model, batches, targets, args)
     size = sum(layer.num_bytes for layer in pruned.layers)
     report.add(
         {
@@ -267,6 +311,23 @@ def bench(args, report):
             "x bare": round(later / whole, 4),
         }
     )
+    ours = statistics.median(times["collect"]) + later
+    row = {**about, "name": "collect + prune_model_", "s": round(ours, 4)}
+    report.add({**row, "x bare": round(ours / whole, 4)})
+    if args.official_sequences:
+        seconds = calibrating * args.num_sequences / count + pruning
+        report.add(
+            {
+                **about,
+                "name": "official layer replay",
+                "s": round(seconds, 4),
+                "timed_sequences": count,
+                "calibrate_s": round(calibrating, 4),
+                "prune_s": round(pruning, 4),
+                "x bare": round(seconds / whole, 4),
+                "ours is faster x": round(seconds / ours, 2),
+            }
+        )
     _, seconds = whole_call(model, args, targets)
     row = {**about, "name": "oneshot, live model", "s": round(seconds, 4)}
     report.add({**row, "x bare": round(seconds / whole, 4), "built_s": round(built, 2)})
@@ -284,11 +345,18 @@ def main(argv=None):
     options.add_argument("--batch_size", type=int, help="default 50 on a GPU, else 4")
     options.add_argument("--ratio", type=float, default=0.2)
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument(
+        "--official_sequences",
+        type=int,
+        help="how many the official method is timed on; default 100 on a GPU, else 16; 0: none",
+    )
     args = common.parsed(options, argv)
     on_cpu = args.device.type == "cpu"
     args.model = args.model or ("small" if on_cpu else "llama2-7b")
     args.num_sequences = args.num_sequences or (16 if on_cpu else 2000)
     args.batch_size = args.batch_size or (4 if on_cpu else 50)
+    if args.official_sequences is None:
+        args.official_sequences = 16 if on_cpu else 100
     report = common.Report("oneshot", args)
     begin = time.perf_counter()
     bench(args, report)
