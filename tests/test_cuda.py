@@ -119,6 +119,18 @@ def test_rows_that_mislead_the_sample(ratio, norm_kind):
         both([weight], [norm], Selection(ratio))
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_rows_of_zeros_and_of_alike(share):
+    """Bounds far apart, and the key looked for among many in the last bin between them."""
+    generator = torch.Generator().manual_seed(12)
+    for columns, dtype in ((700, torch.float16), (1500, torch.bfloat16), (4096, torch.float32)):
+        weight = 1 + torch.rand(3, columns, generator=generator)
+        weight *= torch.rand(3, columns, generator=generator) > share
+        for ratio in (share - 0.01, share, share + 0.01):
+            both([weight.to(dtype)], [None], Selection(ratio, largest=False))
+            both([weight.to(dtype)], [None], Selection(1 - ratio))
+
+
 @pytest.mark.parametrize("rank", [4, 8, 16, 32, 48, 64, 256])
 @pytest.mark.parametrize("preserved", [False, True])
 def test_an_adapter(rank, preserved):

@@ -118,9 +118,14 @@ __device__ __forceinline__ void set_bounds(Search& s, uint32_t rank_top, uint32_
   if ((threadIdx.x & 31) == 0) {
     const int low_bin = low < 0 ? 0 : max(begin + low, 0);
     const int top_bin = top < 0 ? -1 : begin + top;  // -1: most keys are zero
-    s.low = static_cast<uint32_t>(low_bin) << kCoarseShift;
-    s.top = top_bin < low_bin ? s.low : ((static_cast<uint32_t>(top_bin) + 1) << kCoarseShift) - 1;
-    s.shift = max(0, 32 - __clz(s.top - s.low) - 9);
+    const uint32_t lowest = static_cast<uint32_t>(low_bin) << kCoarseShift;
+    const uint32_t highest = (static_cast<uint32_t>(top_bin) + 1) << kCoarseShift;
+    const uint32_t range = top_bin < low_bin ? 0 : highest - 1 - lowest;
+    const int shift = max(0, 32 - __clz(range) - 9);
+    s.low = lowest;
+    s.shift = shift;
+    // The last of the finer bins is whole: what lies in it is not above the bounds.
+    s.top = lowest + (((range >> shift) + 1) << shift) - 1;
   }
 }
 
