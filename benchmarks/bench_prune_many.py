@@ -3,9 +3,10 @@
 Shapes of Llama-2-7B, random values: a whole LoRA adapter of rank 16 on q/k/v (192 factors) or on
 all linears (448), or with ``--model`` the weights of all linears themselves (224, 13 GB; every
 layer then starts from the values of one). In the same run and in turn: a copy of all
-(``torch._foreach_copy_``, the floor), one ``prune_many_`` with each backend asked for, inside a
-CUDA graph as well, one ``prune_`` a weight, and the sort chain and topk + scatter a weight. Every
-result, a replay's too, is compared with the stable sort's; no time is printed for one that differs.
+(``torch._foreach_copy_``, the floor), one ``prune_many_`` with each backend asked for (``--graph``:
+inside a CUDA graph as well), one ``prune_`` a weight, and the sort chain and topk + scatter a
+weight. Every result, a replay's too, is compared with the stable sort's; no time is printed for one
+that differs.
 ``us`` is the device's time on a GPU, ``host_us`` what the call kept Python.
 """
 
@@ -108,7 +109,7 @@ def bench(name, ratio, args, report):
         restore(0)
         turns[label](0)
         check(lists[0], expected, label)
-    if not args.no_graph and args.device.type == "cuda":
+    if args.graph:
         turns |= in_graphs(turns, lists, restore, expected, args, report, about)
     turns["sort chain"] = lambda i: with_peer(peers.sort_chain, lists[i], norms, selection)
     turns["topk + scatter"] = lambda i: with_peer(peers.topk_scatter, lists[i], norms, selection)
@@ -159,7 +160,7 @@ def main(argv=None):
     options.add_argument("--dtype", choices=common.DTYPES, default="bf16")
     options.add_argument("--ratio", type=float, nargs="+", default=[0.05, 0.2])
     options.add_argument("--rotated", type=int, help="how many lists take turns")
-    options.add_argument("--no_graph", action="store_true", help="no CUDA graphs")
+    options.add_argument("--graph", action="store_true", help="ours inside CUDA graphs, too")
     options.add_argument("--runs", type=int, default=20)
     args = common.parsed(options, argv)
     report = common.Report("prune_model" if args.model else "prune_many", args)

@@ -57,6 +57,7 @@ def steps():
     both = ("--backends", *BACKENDS)
     cases = ("--shape", "4096x4096", "14336x4096", "--ratio", "0.05", "--runs", "20")
     one = ("--shape", "4096x4096", "--ratio", "0.05")
+    few = ("--ratio", "0.01", "0.05", "--runs", "8")
     return [
         build(),
         tests("cuda", 100, "test_cuda", "test_ops", "test_norms", "test_fusion"),
@@ -68,8 +69,8 @@ def steps():
         benchmark("shared_atomics", 40),
         benchmark("prune", 110, "--quick", *both),
         benchmark("prune", 60, "--case", *CASES, *cases, *both),
-        benchmark("prune_many", 50, "--ratio", "0.05", *both),
-        benchmark("prune_many", 60, "--model", "--ratio", "0.01", "0.05", "--runs", "8", *both),
+        benchmark("prune_many", 50, "--graph", "--ratio", "0.05", *both),
+        benchmark("prune_many", 60, "--model", "--graph", *few, *both),
         benchmark("norms", 30, *both),
         benchmark("linear", 30, *both),
         benchmark("fusion", 30),

@@ -8,7 +8,10 @@ import types
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+
+from antidote_fast import ActivationNorms, Selection, backends, find_targets, prune_mask
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -40,20 +43,24 @@ def test_every_step_runs_on_tiny_tensors(tmp_path):
     assert failed == []
     assert done.returncode == 0, done.stderr
     assert found["torch"] == torch.__version__
-    rows = {step["name"].split()[0]: step.get("rows") for step in found["steps"]}
+    rows = {}
+    for step in found["steps"]:
+        rows.setdefault(step["name"].split()[0], []).extend(step.get("rows", []))
     assert {row["case"] for row in rows["prune"]} == {
         *("row", "tensor", "preserve", "base", "2:4", "mask")
     }
-    for name in ("prune", "prune_many", "norms"):
+    for name in ("prune", "prune_many", "norms", "linear"):
         ours = [row for row in rows[name] if row["name"] == "antidote_fast"]
         assert all(row["us"] > 0 and row["runs"] == 2 for row in ours)
         assert len(ours) == (6 if name == "prune" else 1)
         assert any("ours is faster x" in row for row in rows[name])
+    assert any(row.get("weights") == 7 for row in rows["prune_many"])  # a layer's linears
     if importlib.util.find_spec("triton"):
         assert {row["operation"] for row in rows["fusion"]} == {"rms_norm", "swiglu"}
         assert any(row["name"] == "collect fused" for row in rows["oneshot"])
     timed = {row["name"] for row in rows["oneshot"]}
     assert timed >= {"bare", "collect", "prune_model_", "oneshot, live model", "oneshot, folder"}
+    assert timed >= {"collect + prune_model_", "official layer replay"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -76,6 +83,29 @@ def test_a_step_that_fails_or_hangs_is_recorded_and_not_the_end(tmp_path, benchm
     assert check.run(wrong, 100, tmp_path)["status"] == "failed"
     assert check.run(wrong, 5, tmp_path)["status"] == "skipped"
     assert check.run(check.Step("absent", [], 60), 100, tmp_path)["status"] == "skipped"
+
+
+def test_both_backends_are_checked_with_every_tool(benchmarks, monkeypatch):
+    check = benchmarks("gpu_check")
+    monkeypatch.setattr(check, "architecture", lambda: "90")
+    monkeypatch.delenv("ANTIDOTE_CUDA_ARCHS", raising=False)
+    monkeypatch.setattr(check.os, "access", lambda path, mode: True)
+    steps = {step.name: step for step in check.steps()}
+    assert steps["build"].environment == {"ANTIDOTE_CUDA_ARCHS": "90"}
+    for backend in check.BACKENDS:
+        files = " ".join(map(str, steps[f"tests {backend}"].command))
+        assert f"tests/test_{backend}.py" in files
+        assert "_compile" not in files
+        assert f"memcheck {backend}" in steps
+    for tool in ("racecheck", "synccheck"):
+        command = " ".join(map(str, steps[f"{tool} cuda"].command))
+        assert f"--tool {tool} --error-exitcode 9" in command
+        assert command.endswith("--ops cuda --backend cuda")
+    begun = [step.name.split()[0] for step in check.steps() if step.rows]
+    wanted = ["shared_atomics", "prune", "prune", "prune_many", "prune_many", "norms", "linear"]
+    assert begun[: len(wanted)] == wanted
+    monkeypatch.setattr(check.os, "access", lambda path, mode: False)
+    assert check.sanitizer("racecheck", "cuda", 9).command == []
 
 
 def test_no_time_is_printed_for_a_wrong_result(benchmarks, monkeypatch, capsys):
@@ -104,6 +134,123 @@ def test_a_peer_that_fails_is_noted_and_the_others_are_timed(benchmarks, monkeyp
     printed = capsys.readouterr().out
     assert "name=broken  why=RuntimeError: no such kernel\n" in printed
     assert "name=sort chain  us=" in printed
+
+
+def test_a_backend_that_cannot_run_is_noted_and_the_others_are_timed(
+    benchmarks, monkeypatch, capsys
+):
+    bench = benchmarks("bench_norms")
+    load = backends.load
+
+    def without_triton(name):
+        return load(name) if name != "triton" else (load(name)[0], "triton is not installed")
+
+    monkeypatch.setattr(backends, "load", without_triton)
+    arguments = ["--device", "cpu", "--shape", "8x32", *ONCE]
+    bench.main([*arguments, "--backends", "reference", "triton"])
+    printed = capsys.readouterr().out
+    assert "name=antidote_fast triton  why=backend='triton': triton is not installed\n" in printed
+    assert "name=antidote_fast reference  us=" in printed
+    assert "ours reference is faster x=" in printed
+    with pytest.raises(SystemExit, match="none of --backends triton triton can run here"):
+        bench.main([*arguments, "--backends", "triton", "triton"])
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+@pytest.mark.parametrize("name", ["bench_prune", "bench_prune_many"])
+def test_a_replayed_graph_is_compared_before_it_is_timed(
+    name, is_right, benchmarks, monkeypatch, capsys
+):
+    """On a stand-in for graphs: one that runs the call, one that does nothing."""
+    bench, common = benchmarks(name), benchmarks("common")
+
+    def graphs(device, calls, report, about):
+        return [types.SimpleNamespace(replay=c if is_right else lambda: None) for c in calls]
+
+    monkeypatch.setattr(common, "graphs", graphs)
+    arguments = ["--device", "cpu", "--backend", "reference", "--ratio", "0.2", *ONCE]
+    arguments += ["--graph"]
+    if name == "bench_prune":
+        arguments += ["--shape", "4x32"]
+    else:
+        arguments += ["--shrink", "512", "--layers", "1", "--rank", "2", "--adapter", "qkv"]
+    if is_right:
+        bench.main(arguments)
+        assert "name=antidote_fast, graph  us=" in capsys.readouterr().out
+        return
+    with pytest.raises(
+        AssertionError, match="antidote_fast, graph: .*differs from the stable sort"
+    ):
+        bench.main(arguments)
+    assert "us=" not in capsys.readouterr().out
+
+
+def test_a_call_that_no_graph_takes_is_noted(benchmarks, monkeypatch):
+    common = benchmarks("common")
+    noted = []
+    report = types.SimpleNamespace(note=lambda **what: noted.append(what))
+
+    def refuses(device, call):
+        raise RuntimeError("not while capturing\nand more")
+
+    monkeypatch.setattr(common, "captured", refuses)
+    assert common.graphs(torch.device("cuda", 0), [print], report, {"name": "ours"}) == []
+    assert common.graphs(torch.device("cpu"), [print], report, {"name": "ours"}) == []
+    assert [what["why"] for what in noted] == [
+        "not while capturing",
+        "there are no CUDA graphs on cpu",
+    ]
+
+
+def test_the_official_replay_gives_our_norms_and_masks(benchmarks):
+    """Sequences of different lengths, as in its data."""
+    official = benchmarks("official")
+    model = tiny.build(layers=3)
+    generator = torch.Generator().manual_seed(0)
+    sequences = [
+        torch.randint(3, tiny.VOCAB, (1, length), generator=generator) for length in (7, 12, 5)
+    ]
+    means = official.collect(model, sequences, "all-linear")
+    ours = ActivationNorms.collect(
+        model, [{"input_ids": ids} for ids in sequences], targets="all-linear"
+    )
+    found = find_targets(model, "all-linear")
+    before = {target.key: target.weight.detach().clone() for target in found}
+    assert len(means) == len(found) == 21
+    masks = official.prune_by(model, means, 0.2, "all-linear")
+    for target in found:
+        norm = means[target.key].sqrt()
+        torch.testing.assert_close(
+            norm, ours.act_norm(target.key) / len(sequences) ** 0.5, rtol=1e-3, atol=0
+        )
+        expected = prune_mask(before[target.key], norm, Selection(0.2)).to_bool()
+        assert torch.equal(masks[target.key], expected)
+        left = torch.where(expected, 0.0, before[target.key])
+        assert torch.equal(target.weight, left)
+    assert official.select(torch.randn(1, 10), torch.ones(10), 0.8).sum() == 9  # not a ceiling
+
+
+def test_shared_atomics_compile_and_need_a_gpu(tmp_path, benchmarks):
+    bench = benchmarks("bench_shared_atomics")
+    if bench.find_nvcc() is None:
+        pytest.skip("no nvcc was found")
+    program = bench.compiled(bench.find_nvcc(), "90", tmp_path)
+    if torch.cuda.is_available():
+        return
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "there is no GPU here\n"
+
+
+@pytest.mark.parametrize("has_nvcc", [True, False])
+def test_without_what_it_needs_the_atomics_benchmark_says_so(
+    has_nvcc, benchmarks, monkeypatch, capsys
+):
+    bench = benchmarks("bench_shared_atomics")
+    monkeypatch.setattr(bench, "find_nvcc", lambda: "nvcc" if has_nvcc else None)
+    assert bench.main(["--device", "cpu"]) == 2
+    reason = "there is no NVIDIA GPU here" if has_nvcc else "no nvcc was found"
+    assert capsys.readouterr().out == f"bench_shared_atomics: {reason}\n"
 
 
 def test_turns_are_restored_before_any_of_them_is_timed(benchmarks):
