@@ -179,7 +179,7 @@ def test_a_replayed_graph_is_compared_before_it_is_timed(
         assert "name=antidote_fast, graph  us=" in capsys.readouterr().out
         return
     with pytest.raises(
-        AssertionError, match="antidote_fast, graph: .*differs from the stable sort"
+        AssertionError, match=r"antidote_fast, graph: .*differs from the stable sort"
     ):
         bench.main(arguments)
     assert "us=" not in capsys.readouterr().out
