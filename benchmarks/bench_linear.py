@@ -1,10 +1,11 @@
 """One linear layer pruned from a batch of its input, on the CPU or a GPU.
 
 In the same run and in turn: reading the input once and copying the weight (the floor),
-``prune_linear_`` with each backend asked for, ``accumulate_sq_norm_`` and ``prune_`` of the same
-backend one after the other, and what users run today: the official transposed norm and the sort
-chain, ``vector_norm`` and topk + scatter. Norms are compared with float64 and weights with the
-stable sort by that norm first; no time is printed for what differs.
+``prune_linear_`` with each backend asked for (``--graph``: inside a CUDA graph as well),
+``accumulate_sq_norm_`` and ``prune_`` of the same backend one after the other, and what users run
+today: the official transposed norm and the sort chain, ``vector_norm`` and topk + scatter. Norms
+are compared with float64 and weights with the stable sort by that norm first; no time is printed
+for what differs.
 """
 
 import functools
@@ -51,7 +52,12 @@ PEERS = {
 
 
 def check(source, x, selection, calls):
-    """Every norm within 1e-6 of float64, every weight as the stable sort by that norm has it."""
+    """Every norm within 1e-6 of float64, every weight as the stable sort by that norm has it.
+
+    Returns:
+        {name: the weight as it must be}.
+    """
+    weights = {}
     wanted = x.double().square().sum(0).sqrt()
     for name, call in calls.items():
         found, expected = source.clone(), source.clone()
@@ -60,6 +66,8 @@ def check(source, x, selection, calls):
         peers.sort_chain(expected, peers.Operands(selection, source.shape[1], norm))
         same = torch.equal(common.as_words(found), common.as_words(expected))
         assert same, f"{name}: differs from the stable sort"
+        weights[name] = expected
+    return weights
 
 
 def bench(shape, tokens, ratio, args, report):
@@ -72,9 +80,16 @@ def bench(shape, tokens, ratio, args, report):
     for name, backend in args.ours.items():
         calls[name] = functools.partial(at_once, backend=backend)
         calls[f"{name}, norms then prune_"] = functools.partial(apart, backend=backend)
-    check(weight, x, selection, calls)
+    expected = check(weight, x, selection, calls)
     num_bytes = 2 * weight.nbytes + x.nbytes
     count = args.rotated or common.rotation(weight.nbytes + x.nbytes, device, 2)
+    about = {
+        "shape": f"{shape[0]}x{shape[1]}",
+        "tokens": tokens,
+        "dtype": args.dtype,
+        "ratio": ratio,
+        "rotated": count,
+    }
     sources = [weight.roll(i, 0) for i in range(count)]
     targets = [source.clone() for source in sources]
     inputs = [x.roll(i, 0) for i in range(count)]
@@ -86,6 +101,16 @@ def bench(shape, tokens, ratio, args, report):
     turns = {FLOOR: floor}
     for name, call in (calls | PEERS).items():
         turns[name] = lambda i, call=call: call(targets[i], inputs[i], selection)
+    if args.graph:
+
+        def check_replay(label, replay):
+            targets[0].copy_(sources[0])
+            replay()
+            wanted = expected[label.removesuffix(", graph")]
+            same = torch.equal(common.as_words(targets[0]), common.as_words(wanted))
+            assert same, f"{label}: differs from the stable sort"
+
+        turns |= common.in_graphs(turns, count, args, report, about, check_replay)
     limits = dict.fromkeys(PEERS, 3) if device.type == "cpu" else None
     watch = common.Stopwatch(device)
     common.take_turns(
@@ -94,11 +119,7 @@ def bench(shape, tokens, ratio, args, report):
     for name in watch:
         median = watch.median(name)
         row = {
-            "shape": f"{shape[0]}x{shape[1]}",
-            "tokens": tokens,
-            "dtype": args.dtype,
-            "ratio": ratio,
-            "rotated": count,
+            **about,
             "name": name,
             **watch.row(name),
             "GB/s": round(num_bytes / median / 1e9, 1),
@@ -117,6 +138,7 @@ def main(argv=None):
     options.add_argument("--ratio", type=float, nargs="+", default=[0.05])
     options.add_argument("--shape", nargs="+", default=SHAPES, help="such as 4096x11008")
     options.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    options.add_argument("--graph", action="store_true", help="ours inside CUDA graphs, too")
     options.add_argument("--rotated", type=int, help="how many layers take turns")
     options.add_argument("--runs", type=int, help="timed calls of each; default 24, CPU 10")
     args = common.parsed(options, argv)

@@ -9,7 +9,6 @@ instead), and restored outside the timing. GB/s counts the bytes that cannot be 
 With ``--graph`` ours are timed inside CUDA graphs, too, and a replay's result is compared as well.
 """
 
-import functools
 import itertools
 from dataclasses import dataclass
 
@@ -162,7 +161,15 @@ def bench(name, shape, ratio, args, report):
     for name, backend in args.ours.items():
         turns[name] = lambda i, backend=backend: ours(targets[i], operands, backend)
     if args.graph and operands.write:
-        turns |= in_graphs(turns, sources, targets, expected, args, report, about)
+
+        def check_replay(label, replay):
+            targets[0].copy_(sources[0])
+            replay()
+            same = torch.equal(targets[0].view(expected.dtype), expected)
+            assert same, f"{label}: differs from the stable sort"
+
+        tables = operands.selection.scope != "row"
+        turns |= common.in_graphs(turns, count, args, report, about, check_replay, tables)
     for name, peer in made.items():
         turns[name] = lambda i, peer=peer: peer(targets[i], operands)
     limits = {name: RUNS_ON_CPU.get(name, 5) for name in made} if device.type == "cpu" else None
@@ -171,23 +178,6 @@ def bench(name, shape, ratio, args, report):
     common.take_turns(watch, turns, count, args.runs, restore, limits)
     best = {name: watch.median(name) for name in args.ours}
     _report(about, count, watch, case.floor(dtype.itemsize) * source.numel(), source, best, report)
-
-
-def in_graphs(turns, sources, targets, expected, args, report, about):
-    """Ours replayed from a graph for each of the rotated matrices."""
-    added = {}
-    for name in args.ours:
-        label = f"{name}, graph"
-        calls = [functools.partial(turns[name], i) for i in range(len(targets))]
-        made = common.graphs(args.device, calls, report, about | {"name": label})
-        if not made:
-            continue
-        targets[0].copy_(sources[0])
-        made[0].replay()
-        same = torch.equal(targets[0].view(expected.dtype), expected)
-        assert same, f"{label}: differs from the stable sort"
-        added[label] = lambda i, made=made: made[i].replay()
-    return added
 
 
 def _report(about, count, watch, floor, source, best, report):

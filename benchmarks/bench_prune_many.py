@@ -10,8 +10,6 @@ that differs.
 ``us`` is the device's time on a GPU, ``host_us`` what the call kept Python.
 """
 
-import functools
-
 import common
 import peers
 import torch
@@ -110,7 +108,13 @@ def bench(name, ratio, args, report):
         turns[label](0)
         check(lists[0], expected, label)
     if args.graph:
-        turns |= in_graphs(turns, lists, restore, expected, args, report, about)
+
+        def check_replay(label, replay):
+            restore(0)
+            replay()
+            check(lists[0], expected, label)
+
+        turns |= common.in_graphs(turns, count, args, report, about, check_replay, tables=True)
     turns["sort chain"] = lambda i: with_peer(peers.sort_chain, lists[i], norms, selection)
     turns["topk + scatter"] = lambda i: with_peer(peers.topk_scatter, lists[i], norms, selection)
     few = args.model or args.device.type == "cpu"
@@ -131,23 +135,6 @@ def bench(name, ratio, args, report):
             ours = mine.replace("antidote_fast", "ours", 1)
             row[f"{ours} is faster x"] = round(median / watch.median(mine), 2)
         report.add(row)
-
-
-def in_graphs(turns, lists, restore, expected, args, report, about):
-    """``prune_many_`` replayed from a graph for each of the rotated lists."""
-    added = {}
-    for name in args.ours:
-        label = f"{name}, graph"
-        restore(0)
-        calls = [functools.partial(turns[name], i) for i in range(len(lists))]
-        made = common.graphs(args.device, calls, report, about | {"name": label})
-        if not made:
-            continue
-        restore(0)  # what is captured does not run
-        made[0].replay()
-        check(lists[0], expected, label)
-        added[label] = lambda i, made=made: made[i].replay()
-    return added
 
 
 def main(argv=None):

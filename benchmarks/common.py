@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
@@ -180,15 +181,40 @@ def captured(device, call):
     return graph
 
 
-def graphs(device, calls, report, about):
+def graphs(device, backend, calls, report, about, tables):
     """One graph a call; none, and a note, where there are no graphs or a call cannot be in one."""
+    before = torch.cuda.current_stream(device) if device.type == "cuda" else None
     try:
-        if device.type != "cuda":
+        if before is None:
             raise RuntimeError(f"there are no CUDA graphs on {device.type}")
+        if tables and backends.select(backend, device.type).NAME == "triton":
+            raise RuntimeError("its table lies in memory that is gone when a graph is replayed")
         return [captured(device, call) for call in calls]
     except RuntimeError as error:
         report.note(**about, why=str(error).splitlines()[0][:300])
+        if before is not None:
+            torch.cuda.set_stream(before)  # a capture that failed leaves its own
         return []
+
+
+def in_graphs(turns, count, args, report, about, check, tables=False):
+    """{"<name>, graph": replay of a copy's number} of ours, where that can be.
+
+    Args:
+        turns: holds ours by name, as :func:`take_turns` takes them.
+        count: how many copies there are: each has a graph.
+        check: called with a label and the replay for copy 0, raises where the result is wrong.
+        tables: whether a call hands a table of matrices to the device.
+    """
+    added = {}
+    for name, backend in args.ours.items():
+        label = f"{name}, graph"
+        calls = [functools.partial(turns[name], i) for i in range(count)]
+        made = graphs(args.device, backend, calls, report, {**about, "name": label}, tables)
+        if made:
+            check(label, made[0].replay)
+            added[label] = lambda i, made=made: made[i].replay()
+    return added
 
 
 def as_words(tensor):

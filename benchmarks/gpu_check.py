@@ -72,7 +72,7 @@ def steps():
         benchmark("prune_many", 50, "--graph", "--ratio", "0.05", *both),
         benchmark("prune_many", 60, "--model", "--graph", *few, *both),
         benchmark("norms", 30, *both),
-        benchmark("linear", 30, *both),
+        benchmark("linear", 30, "--graph", *both),
         benchmark("fusion", 30),
         benchmark("oneshot", 120, "--rounds", "2"),
         benchmark("prune", 60, *one, "--graph", "--compile", *both),

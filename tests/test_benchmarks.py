@@ -157,20 +157,22 @@ def test_a_backend_that_cannot_run_is_noted_and_the_others_are_timed(
 
 
 @pytest.mark.parametrize("is_right", [True, False])
-@pytest.mark.parametrize("name", ["bench_prune", "bench_prune_many"])
+@pytest.mark.parametrize("name", ["bench_prune", "bench_prune_many", "bench_linear"])
 def test_a_replayed_graph_is_compared_before_it_is_timed(
     name, is_right, benchmarks, monkeypatch, capsys
 ):
     """On a stand-in for graphs: one that runs the call, one that does nothing."""
     bench, common = benchmarks(name), benchmarks("common")
 
-    def graphs(device, calls, report, about):
+    def graphs(device, backend, calls, report, about, tables):
         return [types.SimpleNamespace(replay=c if is_right else lambda: None) for c in calls]
 
     monkeypatch.setattr(common, "graphs", graphs)
     arguments = ["--device", "cpu", "--backend", "reference", "--ratio", "0.2", *ONCE]
     arguments += ["--graph"]
-    if name == "bench_prune":
+    if name == "bench_linear":
+        arguments += ["--shape", "4x32", "--tokens", "8"]
+    elif name == "bench_prune":
         arguments += ["--shape", "4x32"]
     else:
         arguments += ["--shrink", "512", "--layers", "1", "--rank", "2", "--adapter", "qkv"]
@@ -187,19 +189,24 @@ def test_a_replayed_graph_is_compared_before_it_is_timed(
 
 def test_a_call_that_no_graph_takes_is_noted(benchmarks, monkeypatch):
     common = benchmarks("common")
-    noted = []
+    noted, streams = [], []
     report = types.SimpleNamespace(note=lambda **what: noted.append(what))
 
     def refuses(device, call):
         raise RuntimeError("not while capturing\nand more")
 
     monkeypatch.setattr(common, "captured", refuses)
-    assert common.graphs(torch.device("cuda", 0), [print], report, {"name": "ours"}) == []
-    assert common.graphs(torch.device("cpu"), [print], report, {"name": "ours"}) == []
-    assert [what["why"] for what in noted] == [
-        "not while capturing",
-        "there are no CUDA graphs on cpu",
-    ]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the one before")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    chosen = types.SimpleNamespace(NAME="triton")
+    monkeypatch.setattr(backends, "select", lambda name, device_type: chosen)
+    for device, tables in (("cuda", False), ("cpu", False), ("cuda", True)):
+        made = common.graphs(torch.device(device), None, [print], report, {"name": "x"}, tables)
+        assert made == []
+    assert streams == ["the one before"] * 2
+    reasons = [what["why"] for what in noted]
+    assert reasons[:2] == ["not while capturing", "there are no CUDA graphs on cpu"]
+    assert reasons[2].startswith("its table lies in memory")
 
 
 def test_the_official_replay_gives_our_norms_and_masks(benchmarks):
