@@ -86,7 +86,7 @@ def dry_steps():
     chosen = ("--device", "cpu", "--backend", backend)
     tiny = ("--runs", "2", "--rotated", "2", *chosen)
     many = ("--shrink", "512", "--rank", "2", "--layers", "1", "--ratio", "0.1")
-    several = ("--device", "cpu", "--backends", "cuda", backend, "--rotated", "2")
+    several = ("--device", "cpu", "--backends", "cuda", "reference", "--rotated", "2")
     one = ("--shape", "4x64", "--ratio", "0.1", *tiny)
     last = ("--rounds", "1", "--targets", "qkv")
     listed = [
