@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 
 #if defined(ANTIDOTE_SIMT)
 #include "simt/simt.h"
@@ -56,6 +57,22 @@ struct Device {
 cudaError_t current_device(Device* device);
 
 #if defined(__CUDACC__) || defined(ANTIDOTE_SIMT)
+#if !defined(ANTIDOTE_SIMT)
+// What a kernel may ask for is one number a device: another thread must not change it before the
+// call that counts on it is over.
+inline std::mutex shared_memory_mutex;
+
+// Beyond 48 KB, which a kernel's static shared memory is part of, it takes leave.
+constexpr size_t kSharedWithoutLeave = 32 * 1024;
+
+template <typename... P>
+cudaError_t allow_shared(void (*kernel)(P...), size_t bytes) {
+  if (bytes <= kSharedWithoutLeave) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+#endif
+
 // Starts kernel(args...); every launch of the extension passes here.
 template <typename... P>
 cudaError_t launch(const Grid& grid, void (*kernel)(P...), typename Same<P>::type... args) {
@@ -64,12 +81,9 @@ cudaError_t launch(const Grid& grid, void (*kernel)(P...), typename Same<P>::typ
   return simt::launch(grid.blocks, grid.threads, grid.shared, grid.cooperative,
                       [=] { kernel(args...); });
 #else
-  if (grid.shared > 48 * 1024) {
-    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(grid.shared));
-    if (error != cudaSuccess) return error;
-  }
+  const std::lock_guard<std::mutex> lock(shared_memory_mutex);
+  cudaError_t error = allow_shared(kernel, grid.shared);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
@@ -91,12 +105,8 @@ cudaError_t resident_blocks(int* blocks, void (*kernel)(P...), int threads, size
   *blocks = 2;
   return cudaSuccess;
 #else
-  cudaError_t error = cudaSuccess;
-  if (shared > 48 * 1024) {
-    error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  }
+  const std::lock_guard<std::mutex> lock(shared_memory_mutex);
+  cudaError_t error = allow_shared(kernel, shared);
   if (error != cudaSuccess) return error;
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(
       blocks, reinterpret_cast<const void*>(kernel), threads, shared);
