@@ -255,6 +255,28 @@ def test_a_linear_layer_in_one_launch(columns, masked):
         assert oracle.same_bits(pruned.cpu(), expected)
 
 
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("columns", [11008, 16384, 28672])
+def test_a_wide_linear_layer(columns, dtype):
+    """A launch of its own for up to 512 threads a row, several behind each other beyond."""
+    generator = torch.Generator().manual_seed(columns)
+    weight = oracle.make_weight("gauss", (2, columns), oracle.DTYPES[dtype], generator)
+    x = torch.randn(3, columns, generator=generator).to(weight.dtype)
+    pruned, found, norm = prune_linear_(
+        parity.copied(weight, DEVICE),
+        x.to(DEVICE),
+        Selection(0.2),
+        return_mask=True,
+        return_norm=True,
+        backend="cuda",
+    )
+    expected, expected_mask = prune_(
+        weight, norm.cpu(), Selection(0.2), return_mask=True, backend="reference"
+    )
+    assert found.to("cpu") == expected_mask
+    assert oracle.same_bits(pruned.cpu(), expected)
+
+
 def test_inputs_are_left_alone():
     generator = torch.Generator().manual_seed(11)
     for columns in (16, 100, 3000):

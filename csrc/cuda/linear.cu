@@ -10,12 +10,11 @@ namespace {
 
 constexpr int kThreadsOfMany = 256;  // where warps or threads have a row each
 
-template <int DTYPE>
-constexpr int kMostThreads = 512;
+constexpr int kMostThreads = 512;  // sums and selection together take 128 registers
 
 // The shared memory serves the sums first, then the rows.
 template <int DTYPE>
-__global__ __launch_bounds__(kMostThreads<DTYPE>,
+__global__ __launch_bounds__(kMostThreads,
                              1) void linear_kernel(const __grid_constant__ NormPlan norms,
                                                    float* norm,
                                                    const __grid_constant__ RowEntry entry,
@@ -50,6 +49,7 @@ cudaError_t start(RowEntry e, const NormPlan& norms, float* norm, const Device& 
                   cudaStream_t stream) {
   const bool by_block = e.flags & kByBlock;
   const int threads = by_block ? threads_of_row(e.columns) : kThreadsOfMany;
+  if (threads > kMostThreads) return cudaErrorInvalidConfiguration;
   set_sample_ranks(e, threads);
   const size_t sums = std::max(1, threads / (32 * kNormStrands)) * kNormShared * sizeof(double);
   const int teams = by_block ? 1 : e.flags & kByWarp ? threads / 32 : 0;
@@ -73,7 +73,8 @@ bool serves_linear(const Matrix& matrix, const Plan& plan, const Activations& x)
   Device device;
   NormPlan norms;
   if (matrix.dtype != x.dtype || current_device(&device) != cudaSuccess) return false;
-  return !(row_entry(matrix, plan, device).flags & kByReading) &&
+  const RowEntry e = row_entry(matrix, plan, device);
+  return !(e.flags & kByReading) && threads_of_row(e.columns) <= kMostThreads &&
          plan_norms(x, &norms) == cudaSuccess && norms.items > 0;
 }
 
