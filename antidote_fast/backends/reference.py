@@ -23,7 +23,7 @@ def pack_bits(removed):
     """Bool (N, K) -> uint8 (N, ceil(K/8)), little-endian bits, pad bits 0."""
     rows, columns = removed.shape
     padded = torch.nn.functional.pad(removed, (0, -columns % 8)).view(rows, (columns + 7) // 8, 8)
-    place = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=removed.device)
+    place = 1 << torch.arange(8, dtype=torch.uint8, device=removed.device)  # no copy from the host
     return (padded.to(torch.uint8) * place).sum(dim=-1, dtype=torch.uint8)
 
 
