@@ -1,6 +1,7 @@
 """The tensor API: what it returns, what it refuses, and what a refusal leaves untouched."""
 
 import os
+import types
 import warnings
 
 import oracle
@@ -423,3 +424,19 @@ def test_a_backend_takes_its_own_devices_only():
     with pytest.raises(BackendUnavailable, match="takes cpu tensors, not cuda"):
         backends.select("cpu", "cuda")
     assert backends.select(None, "mps").NAME == "reference"
+
+
+def test_a_build_that_does_not_fit_the_gpu_is_passed_over(monkeypatch):
+    """A driver older than the compiler's, or a GPU that it was not built for."""
+    cuda, _ = backends.load("cuda")
+    extension = types.SimpleNamespace(problem=["CUDA: driver too old", ""].__getitem__)
+    monkeypatch.setattr(cuda, "_cuda", extension)
+    monkeypatch.setattr(cuda, "EMULATED", False)
+    monkeypatch.setattr(cuda, "_problem", cuda._problem.__wrapped__)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert "cannot run here (CUDA: driver too old)" in cuda.unavailable()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert cuda.unavailable() is None

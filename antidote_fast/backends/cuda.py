@@ -5,6 +5,8 @@ Nothing here waits for the device. In the sanitizer build the same kernels are c
 host (``csrc/simt``), and take CPU tensors: for tests, nothing else.
 """
 
+import functools
+
 import torch
 
 from antidote_fast.backends import native, reference
@@ -31,7 +33,14 @@ def unavailable():
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return f"the GPU has compute capability {major}.{minor}; 8.0 or later is needed"
-    return None
+    problem = _problem(torch.cuda.current_device())
+    return f"the extension's kernels cannot run here ({problem})" if problem else None
+
+
+@functools.cache
+def _problem(device):
+    """What a driver too old for the build, or a GPU that it has no code for, answers; or ""."""
+    return _cuda.problem(device)
 
 
 def accumulate_sq_norm_(sq_sum, x, token_mask):

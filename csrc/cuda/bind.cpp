@@ -77,6 +77,15 @@ PYBIND11_MODULE(_cuda, module) {
 #else
   module.attr("emulated") = false;
 #endif
+  module.def("problem", [](int device) {
+    try {
+      Guard guard(device);
+      check(probe());
+    } catch (const std::runtime_error& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  });
   module.def(
       "rows_scratch",
       [](const Where& where, const std::vector<Row>& rows, const PlanOf& plan) {

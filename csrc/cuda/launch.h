@@ -56,6 +56,9 @@ struct Device {
 };
 cudaError_t current_device(Device* device);
 
+// Whether kernels of this build run there: the driver is new enough, and there is code for it.
+cudaError_t probe();
+
 #if defined(__CUDACC__) || defined(ANTIDOTE_SIMT)
 #if !defined(ANTIDOTE_SIMT)
 // What a kernel may ask for is one number a device: another thread must not change it before the
