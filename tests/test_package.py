@@ -1,6 +1,7 @@
 """The package as it is installed: imports, names, and what setup.py builds where."""
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -162,6 +163,96 @@ def test_setup_builds_nothing_without_sources(project):
     done, built = build(project)
     assert done.returncode == 0, done.stderr
     assert built == []
+
+
+# --- the same with nvcc ---------------------------------------------------------------------------
+
+ADDS = """__global__ void add(int* p) { ++*p; }
+int code() { return cudaLaunchKernel((const void*)add, 1, 1, nullptr, 0, nullptr); }
+"""
+
+
+@pytest.fixture
+def with_cuda(project):
+    """The project with a kernel, and what builds it."""
+    folder = project / "csrc" / "cuda"
+    folder.mkdir()
+    shutil.copy(ROOT / "csrc" / "cuda" / "build.py", folder)
+    (folder / "add.cu").write_text(ADDS)
+    (folder / "bind.cpp").write_text(
+        "#include <pybind11/pybind11.h>\nint code();\n"
+        'PYBIND11_MODULE(_cuda, m) { m.def("code", &code); }\n'
+    )
+    return project
+
+
+def cuda_files(project):
+    return sorted(path.name for path in (project / "out").rglob("_cuda*"))
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
+def test_kernels_are_built_for_the_gpus_named(with_cuda):
+    done, _ = build(with_cuda, ANTIDOTE_CUDA_ARCHS="86")
+    assert done.returncode == 0, done.stderr
+    assert len(cuda_files(with_cuda)) == 1
+    assert "arch=compute_86,code=sm_86" in done.stdout
+    assert "sm_90" not in done.stdout
+    code = "from antidote_fast import _cuda; print(_cuda.code() >= 0)"  # it loads without a GPU
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=with_cuda / "out",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.stdout == "True\n", ran.stderr
+    (with_cuda / "csrc" / "cuda" / "add.cu").write_text(ADDS + 'int planted = "error";\n')
+    done, _ = build(with_cuda, ANTIDOTE_CUDA_ARCHS="86")
+    assert done.returncode != 0
+    assert "planted" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"ANTIDOTE_CUDA_ARCHS": ""}, "ANTIDOTE_CUDA_ARCHS is empty"),
+        ({"CUDACXX": "./old-nvcc"}, "./old-nvcc is older than CUDA 12.1"),
+    ],
+)
+def test_kernels_are_left_out(with_cuda, environment, words):
+    old = with_cuda / "old-nvcc"
+    old.write_text("#!/bin/sh\necho Cuda compilation tools, release 11.8, V11.8.89\n")
+    old.chmod(0o755)
+    done, built = build(with_cuda, **environment)
+    assert done.returncode == 0, done.stderr
+    assert (len(built), cuda_files(with_cuda)) == (has_compiler(), [])
+    assert words in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"ANTIDOTE_CUDA_ARCHS": "sm_90"}, "ANTIDOTE_CUDA_ARCHS='sm_90': must be numbers such as"),
+        ({"CUDACXX": "no-such-nvcc"}, "CUDACXX='no-such-nvcc': no such compiler"),
+    ],
+)
+def test_a_wrong_request_for_kernels_is_refused(with_cuda, environment, words):
+    done, _ = build(with_cuda, **environment)
+    assert done.returncode != 0
+    assert words in done.stderr
+
+
+def test_without_nvcc_there_are_no_kernels(with_cuda, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location(
+        "build_cuda", with_cuda / "csrc" / "cuda" / "build.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "ANTIDOTE_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    assert module.find_nvcc() is None
+    assert "no nvcc was found" in capsys.readouterr().out
 
 
 def test_setup_is_short():
