@@ -15,6 +15,7 @@ def environment() -> dict:
     import torch
 
     from antidote_fast import backends
+    from antidote_fast.backends import cuda
     from antidote_fast.pipeline.stage import versions
 
     cpu, missing = backends.load("cpu")
@@ -23,8 +24,11 @@ def environment() -> dict:
     return {
         "versions": {name: found or "not installed" for name, found in versions().items()},
         "cpu extension": missing or f"built; {_kernels(cpu)}",
+        "cuda extension": cuda.not_built() or "built",
         "C++ compiler": compiler
         or "none found; install one and pip install again for the cpu backend",
+        "CUDA compiler": shutil.which(os.environ.get("CUDACXX", "nvcc"))
+        or "none found; with nvcc of CUDA 12.1 or later the cuda backend is installed too",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "backends": {name: why or "available" for name, why in backends.available().items()},

@@ -352,14 +352,19 @@ def test_env_tells_backends_and_versions(capsys):
 
 def test_env_says_why_there_is_no_extension(monkeypatch):
     from antidote_fast import backends
+    from antidote_fast.backends import cuda
 
     cpu, _ = backends.load("cpu")
     reason = "the extension is not built"
     monkeypatch.setattr(backends, "load", lambda name: (cpu, reason if name == "cpu" else None))
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(cuda, "_cuda", None)
+    monkeypatch.setattr(cuda, "_missing", "no such file", raising=False)
     found = describe.environment()
     assert found["cpu extension"] == reason
+    assert found["cuda extension"].startswith(f"{reason} (no such file); reinstall where")
+    assert found["CUDA compiler"].startswith("none found")
     assert found["C++ compiler"].startswith("none found")
     assert found["backends"]["cpu"] == reason
 

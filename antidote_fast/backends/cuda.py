@@ -22,10 +22,17 @@ MAX_DIMS = 9  # of activations
 DEVICE_TYPES = ("cpu",) if EMULATED else ("cuda",)
 
 
+def not_built():
+    """Why there is no extension, or None."""
+    if _cuda is None:
+        return f"the extension is not built ({_missing}); reinstall where there is nvcc"
+    return None
+
+
 def unavailable():
     """Why this backend cannot run here, or None."""
     if _cuda is None:
-        return f"the extension is not built ({_missing}); reinstall where there is nvcc"
+        return not_built()
     if EMULATED:
         return None
     if torch.version.cuda is None or not torch.cuda.is_available():
