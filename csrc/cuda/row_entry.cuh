@@ -112,20 +112,18 @@ __device__ __forceinline__ Group<DTYPE> load_group(const Raw<DTYPE>* from, int w
   return group;
 }
 
-// Eight norms from `column` on; `one` where there are none.
+// Eight norms from `column` on; `one` where there are none. The usual case comes first and alone,
+// or its registers are filled with the other cases' values before.
 __device__ __forceinline__ void load_norms(float (&n)[8], const float* norm, float one,
                                            uint32_t column, int width, bool vectors) {
-  if (norm == nullptr) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) n[i] = one;
-  } else if (vectors) {
+  if (vectors && norm != nullptr) {
     const float4* from = reinterpret_cast<const float4*>(norm + column);
     const float4 a = from[0], b = from[1];
     n[0] = a.x, n[1] = a.y, n[2] = a.z, n[3] = a.w;
     n[4] = b.x, n[5] = b.y, n[6] = b.z, n[7] = b.w;
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) n[i] = i < width ? norm[column + i] : 0.0f;
+    for (int i = 0; i < 8; ++i) n[i] = norm == nullptr || i >= width ? one : norm[column + i];
   }
 }
 

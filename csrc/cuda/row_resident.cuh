@@ -82,7 +82,7 @@ __device__ __forceinline__ uint32_t select_last(const Team<WARP> team, Search& s
   if (team.rank == 0) s.max_key = s.listed = 0;
 
   uint32_t reaching = 0, above = 0;
-#pragma unroll 2
+#pragma unroll(DTYPE == kFp32 ? 1 : 2)
   for (int v = 0; v < kGroups; ++v) {
     const uint32_t column = row.first_column(v);
     if (column >= row.columns) break;
@@ -91,10 +91,10 @@ __device__ __forceinline__ uint32_t select_last(const Team<WARP> team, Search& s
     load_norms(norms, row.norm, row.one, column, width_at(row.columns, column), vectors);
     uint32_t reaches = 0, exceeds = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 7; i >= 0; --i) {  // a difference's sign is shifted in: two instructions
       const uint32_t key = key_of(group.value(i), norms[i]);
-      if (key >= low) reaches |= 1u << i;
-      if (key > top) exceeds |= 1u << i;
+      reaches = __funnelshift_l(low - 1 - key, reaches, 1);
+      exceeds = __funnelshift_l(top - key, exceeds, 1);
     }
     reaching |= reaches << (8 * v);
     above |= exceeds << (8 * v);
