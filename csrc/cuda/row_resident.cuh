@@ -81,7 +81,7 @@ __device__ __forceinline__ uint32_t select_last(const Team<WARP> team, Search& s
   team.clear(s.coarse);
   if (team.rank == 0) s.max_key = s.listed = 0;
 
-  uint32_t reaching = 0, above = 0;
+  uint32_t below = 0, above = 0;
 #pragma unroll(DTYPE == kFp32 ? 1 : 2)
   for (int v = 0; v < kGroups; ++v) {
     const uint32_t column = row.first_column(v);
@@ -89,18 +89,18 @@ __device__ __forceinline__ uint32_t select_last(const Team<WARP> team, Search& s
     const Group<DTYPE> group = row.group(v);
     float norms[8];
     load_norms(norms, row.norm, row.one, column, width_at(row.columns, column), vectors);
-    uint32_t reaches = 0, exceeds = 0;
+    uint32_t falls_short = 0, exceeds = 0;
 #pragma unroll
     for (int i = 7; i >= 0; --i) {  // a difference's sign is shifted in: two instructions
       const uint32_t key = key_of(group.value(i), norms[i]);
-      reaches = __funnelshift_l(low - 1 - key, reaches, 1);
+      falls_short = __funnelshift_l(key - low, falls_short, 1);
       exceeds = __funnelshift_l(top - key, exceeds, 1);
     }
-    reaching |= reaches << (8 * v);
+    below |= falls_short << (8 * v);
     above |= exceeds << (8 * v);
   }
   above &= valid;
-  const uint32_t between = reaching & ~above & valid;
+  const uint32_t between = ~(below | above) & valid;
 #pragma unroll 1
   for (uint32_t rest = between; rest != 0; rest &= rest - 1) {
     atomicAdd(&s.fine[(row.key(__ffs(rest) - 1) - low) >> shift], 1u);
