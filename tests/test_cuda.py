@@ -299,3 +299,24 @@ def test_lists_give_what_single_calls_give():
     ]
     many = prune_many_([w.clone() for w in weights], norms, Selection(0.2), **options)
     assert all(oracle.same_bits(a, b) for a, b in zip(singles, many, strict=True))
+
+
+@pytest.mark.skipif(cuda.EMULATED, reason="emulated threads capture no graphs")
+@pytest.mark.parametrize("name", ["row-5%", "tensor", "2:4"])
+def test_a_captured_graph(name):
+    """Nothing waits, allocates outside torch or copies from the host: a replay prunes anew."""
+    generator = torch.Generator().manual_seed(15)
+    shapes = [(64, 16), (33, 1000), (8, 4096)]
+    plain = [oracle.make_weight("gauss", s, torch.bfloat16, generator) for s in shapes]
+    norms = [oracle.make_norm("uniform", s[1], generator) for s in shapes]
+    weights, on_device = [w.to(DEVICE) for w in plain], [n.to(DEVICE) for n in norms]
+    prune_many_([w.clone() for w in weights], on_device, SELECTIONS[name], backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prune_many_(weights, on_device, SELECTIONS[name], backend="cuda")
+    for weight, original in zip(weights, plain, strict=True):
+        weight.copy_(original.flip(0))
+    graph.replay()
+    expected = [w.flip(0).contiguous() for w in plain]
+    prune_many_(expected, norms, SELECTIONS[name], backend="reference")
+    assert all(oracle.same_bits(w.cpu(), e) for w, e in zip(weights, expected, strict=True))

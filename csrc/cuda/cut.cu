@@ -112,7 +112,7 @@ void list_entries(const Matrices& matrices, const Plan& plan, Cut* cut) {
 }
 
 // Where the bracket ends in the sample; returns how many keys are expected to be kept.
-double set_sample(Search* search) {
+double set_sample(CutSearch* search) {
   if (search->total == 0) return 0;
   const int64_t size = std::clamp(search->total / kSampleShare, kSample, 32 * kSample);
   search->sample = std::min(search->total, size);
@@ -158,7 +158,7 @@ cudaError_t prepare(const Matrices& matrices, const Plan& plan, void* scratch, C
   task = {};
   list_entries(matrices, plan, cut);
   const int64_t k = matrices[0].k;
-  Search* searches = task.searches;
+  CutSearch* searches = task.searches;
   task.write = plan.write;
   task.smallest = !plan.largest && k > 0;
   searches[0].rank = k == 0 || plan.largest ? k : searches[0].total - k + 1;
@@ -188,7 +188,7 @@ cudaError_t prepare(const Matrices& matrices, const Plan& plan, void* scratch, C
   }
   const int64_t before = arena.size();
   cut->counters = arena.take<unsigned long long>(0);
-  for (Search& s : task.searches) {
+  for (CutSearch& s : task.searches) {
     s.digits = arena.take<unsigned long long>(kLevels * kDigits);
     s.ties = arena.take<uint32_t>(task.stretches);
     s.parts = arena.take<uint32_t>(cut->find_blocks);
@@ -196,7 +196,7 @@ cudaError_t prepare(const Matrices& matrices, const Plan& plan, void* scratch, C
   }
   cut->counters_size = (arena.size() - before) / static_cast<int64_t>(sizeof *cut->counters);
   for (int i = 0; i < task.selections; ++i) {
-    Search& s = searches[i];
+    CutSearch& s = searches[i];
     const auto kept = static_cast<int64_t>(kSpare * set_sample(&s));
     const int64_t chunks = task.stretches * kCutWarps + kept / kChunk + 1;
     s.chunks = static_cast<uint32_t>(std::min<int64_t>(chunks, UINT32_MAX / kChunk));

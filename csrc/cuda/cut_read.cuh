@@ -5,17 +5,17 @@
 
 namespace antidote::cuda {
 
-constexpr int kSlots = 16;  // keys that a thread holds back, so that warps seldom write some
-static_assert(kChunk >= 32 * kSlots, "a chunk takes all that a warp holds");
+constexpr int kHeldSlots = 16;  // keys that a thread holds back, so that warps seldom write some
+static_assert(kChunk >= 32 * kHeldSlots, "a chunk takes all that a warp holds");
 
 struct CountBuffers {
-  int32_t held[2][kSlots * kCutThreads];  // [selections, kSlots, kCutThreads]
+  int32_t held[2][kHeldSlots * kCutThreads];  // [selections, kHeldSlots, kCutThreads]
   uint32_t sums[4][kCutWarps];
 };
 
 // The buffers of kernels with one selection.
 struct CountBuffersOfOne {
-  int32_t held[1][kSlots * kCutThreads];
+  int32_t held[1][kHeldSlots * kCutThreads];
   uint32_t sums[4][kCutWarps];
 };
 
@@ -67,7 +67,7 @@ struct Bracket {
         atoms(low_atom != kMinKey || high_atom != kMinKey) {}
 };
 
-__device__ __forceinline__ void close_chunk(const Search& search, const Tally& tally) {
+__device__ __forceinline__ void close_chunk(const CutSearch& search, const Tally& tally) {
   if (threadIdx.x % 32 != 0 || tally.end == 0) return;
   const uint32_t chunk = tally.end / kChunk - 1;
   search.chunk_fill[chunk] = tally.next - chunk * kChunk;
@@ -75,7 +75,7 @@ __device__ __forceinline__ void close_chunk(const Search& search, const Tally& t
 }
 
 // Moves what a warp's threads hold into its chunk, or into the next one; the whole warp calls it.
-__device__ __forceinline__ void flush(const CutTask& task, const Search& search, Tally& tally) {
+__device__ __forceinline__ void flush(const CutTask& task, const CutSearch& search, Tally& tally) {
   const int lane = threadIdx.x % 32;
   const uint32_t count = static_cast<uint32_t>(distance(tally.slot, tally.held)) / kCutThreads;
   tally.slot = tally.held;
@@ -112,7 +112,7 @@ __device__ __forceinline__ void flush(const CutTask& task, const Search& search,
 template <int DTYPE>
 __device__ __forceinline__ void count_group(const int32_t (&key)[8], uint32_t valid,
                                             const Bracket& bracket, const CutTask& task,
-                                            const Search& search, Tally& tally) {
+                                            const CutSearch& search, Tally& tally) {
   const uint32_t width = valid == 0 ? 0 : bracket.width;
   uint32_t above = 0;
 #pragma unroll
@@ -144,13 +144,13 @@ __device__ __forceinline__ void count_group(const int32_t (&key)[8], uint32_t va
     }
   }
   // A group more must find room.
-  if (__any_sync(kWholeWarp, distance(tally.slot, tally.held) >= (kSlots - 7) * kCutThreads)) {
+  if (__any_sync(kWholeWarp, distance(tally.slot, tally.held) >= (kHeldSlots - 7) * kCutThreads)) {
     flush(task, search, tally);
   }
 }
 
 // Adds what a block counted to memory.
-__device__ __forceinline__ void finish(const CutTask& task, const Search& search, Tally& tally,
+__device__ __forceinline__ void finish(const CutTask& task, const CutSearch& search, Tally& tally,
                                        uint32_t (&sums)[4][kCutWarps]) {
   flush(task, search, tally);
   close_chunk(search, tally);

@@ -7,8 +7,8 @@ namespace antidote::cuda {
 
 // One weight of each of `sample` equal stretches, or all where they are fewer. Where in its
 // stretch is hashed, not random: the same on every run, and never a column.
-__device__ __forceinline__ int32_t sampled_key(const CutList& list, const Search& search, int which,
-                                               int64_t number) {
+__device__ __forceinline__ int32_t sampled_key(const CutList& list, const CutSearch& search,
+                                               int which, int64_t number) {
   const int64_t begin = number * search.total / search.sample;
   const int64_t end = (number + 1) * search.total / search.sample;
   uint32_t mixed = static_cast<uint32_t>(number) * 2654435761u;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kBracketThreads)
     return;
   }
   const int which = blockIdx.x;
-  const Search& search = task.searches[which];
+  const CutSearch& search = task.searches[which];
   const bool bounded[2] = {search.high_rank >= 1, search.low_rank <= search.sample};
   unsigned long long rank[2], held[2] = {0, 0};
   rank[0] = bounded[0] ? search.high_rank : 1;
@@ -121,7 +121,8 @@ struct FindBuffers {
 // Calls body(key, stretch) for the keys kept by the first reading; body is called by whole warps,
 // with `some` false where there is no key.
 template <typename Body>
-__device__ __forceinline__ void read_kept(const CutTask& task, const Search& search, Body&& body) {
+__device__ __forceinline__ void read_kept(const CutTask& task, const CutSearch& search,
+                                          Body&& body) {
   const uint32_t taken = static_cast<uint32_t>(task.stretches) * kCutWarps + search.state->chunks;
   const uint32_t chunks = taken < search.chunks ? taken : search.chunks;
   for (uint32_t c = blockIdx.x; c < chunks; c += gridDim.x) {
@@ -178,7 +179,7 @@ __device__ __forceinline__ void count_ties(const CutTask& task, int which, int32
 __device__ __forceinline__ int32_t find_key(const CutTask& task, int which, bool kept,
                                             unsigned long long rank, FindBuffers& s,
                                             unsigned long long* rest, unsigned long long* held) {
-  const Search& search = task.searches[which];
+  const CutSearch& search = task.searches[which];
   const uint32_t low = ordered(search.state->low), top = ordered(search.state->top);
   uint32_t prefix = 0;
   for (int level = 0; level < kLevels; ++level) {
@@ -228,7 +229,7 @@ __device__ __forceinline__ int32_t find_key(const CutTask& task, int which, bool
 __device__ __forceinline__ void find_place(const CutTask& task, int which, int32_t key,
                                            const uint32_t* counts, unsigned long long index,
                                            FindBuffers& s) {
-  const Search& search = task.searches[which];
+  const CutSearch& search = task.searches[which];
   unsigned long long held;
   int64_t i = find_holder<false>(counts, task.stretches, index, &s.scan, &index, &held);
   const int64_t first = stretch_begin(task.list.tiles, task.stretches, i);
@@ -255,7 +256,7 @@ __device__ __forceinline__ void find_place(const CutTask& task, int which, int32
 }
 
 __device__ __forceinline__ void find_cut(const CutTask& task, int which, FindBuffers& s) {
-  const Search& search = task.searches[which];
+  const CutSearch& search = task.searches[which];
   CutState& state = *search.state;
   const auto sought = static_cast<unsigned long long>(search.rank);
   const unsigned long long above = state.above, inside = state.inside;

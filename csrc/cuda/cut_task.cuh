@@ -33,7 +33,7 @@ struct CutState {
 };
 
 // One of the two selections; what is null is not needed by the route taken.
-struct Search {
+struct CutSearch {
   int64_t rank;  // of the key sought, from the largest; 0: nothing is taken
   int64_t total;
   int64_t sample, high_rank, low_rank;  // the sample's size, and where in it the bracket ends
@@ -57,7 +57,7 @@ struct CutTask {
   int selections;
   bool write;
   bool smallest;  // what is not taken is removed
-  Search searches[2];
+  CutSearch searches[2];
 };
 
 __device__ __forceinline__ uint32_t ordered(int32_t key) {
