@@ -93,12 +93,12 @@ class BuildExtensions(build_ext):
     def build_extension(self, ext):
         if ext.name != "antidote_fast._cuda":
             return super().build_extension(ext)
-        import build
+        import cuda_build
 
         strict = None if SANITIZE else STRICT
         places = Path(self.build_temp) / "cuda", Path(self.get_ext_fullpath(ext.name))
         includes = [*ext.include_dirs, *self.include_dirs]
-        build.build(self.spawn, find_compiler(), FLAGS, strict, ext.sources, includes, *places)
+        cuda_build.build(self.spawn, find_compiler(), FLAGS, strict, ext.sources, includes, *places)
 
 
 def extensions():
@@ -109,9 +109,9 @@ def extensions():
         return []
     found = [extension("_cpu", "cpu")]
     if glob("csrc/cuda/*.cu"):
-        import build
+        import cuda_build
 
-        if SANITIZE or build.find_nvcc():
+        if SANITIZE or cuda_build.find_nvcc():
             found.append(extension("_cuda", "cuda", *(["simt"] if SANITIZE else [])))
     return found
 

@@ -4,19 +4,18 @@ import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
-import build  # noqa: E402
-
+_SPEC = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc/cuda/cuda_build.py")
+cuda_build = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(cuda_build)
 REPORT = ROOT / "build" / "cuda-kernels.txt"
 FUSED = {"norm_kernel", "combine_kernel", "linear_kernel"}  # sums of squares may fuse
 LAX = r"\bFFMA|\bF(MUL|ADD|SETP|MNMX)\S*\.FTZ"  # (F2I.FTZ is of a division of integers)
-NVCC = build.find_nvcc()
+NVCC = cuda_build.find_nvcc()
 
 
 def cuobjdump():
@@ -92,11 +91,11 @@ def test_no_kernel_spills(extension):
     REPORT.write_text("\n".join(lines) + "\n")  # `make tests` prints it
     assert problems(rows) == []
     by_arch = {arch: sorted(n for a, n, _ in rows if a == arch) for arch, _, _ in rows}
-    assert set(by_arch) == set(build.archs())
+    assert set(by_arch) == set(cuda_build.archs())
     assert len({tuple(names) for names in by_arch.values()}) == 1
-    names = {name.partition("<")[0] for name in by_arch[build.archs()[-1]]}
+    names = {name.partition("<")[0] for name in by_arch[cuda_build.archs()[-1]]}
     assert {"rows_by_block", "rows_by_warp", "rows_of_list", "linear_kernel"} <= names
-    assert f"sm_{build.archs()[-1]}.ptx" in dump(extension, "--list-ptx")
+    assert f"sm_{cuda_build.archs()[-1]}.ptx" in dump(extension, "--list-ptx")
 
 
 def test_scores_are_rounded_as_they_are_written(extension):

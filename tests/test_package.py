@@ -177,7 +177,7 @@ def with_cuda(project):
     """The project with a kernel, and what builds it."""
     folder = project / "csrc" / "cuda"
     folder.mkdir()
-    shutil.copy(ROOT / "csrc" / "cuda" / "build.py", folder)
+    shutil.copy(ROOT / "csrc" / "cuda" / "cuda_build.py", folder)
     (folder / "add.cu").write_text(ADDS)
     (folder / "bind.cpp").write_text(
         "#include <pybind11/pybind11.h>\nint code();\n"
@@ -244,7 +244,7 @@ def test_a_wrong_request_for_kernels_is_refused(with_cuda, environment, words):
 
 def test_without_nvcc_there_are_no_kernels(with_cuda, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location(
-        "build_cuda", with_cuda / "csrc" / "cuda" / "build.py"
+        "cuda_build", with_cuda / "csrc" / "cuda" / "cuda_build.py"
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

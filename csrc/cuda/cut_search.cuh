@@ -26,7 +26,7 @@ __device__ __forceinline__ int32_t sampled_key(const CutList& list, const CutSea
   const bool half = entry.dtype < kFp32;
   const uint32_t raw = half ? static_cast<const uint16_t*>(entry.weight)[from]
                             : static_cast<const uint32_t*>(entry.weight)[from];
-  if (entry.dtype == kSigned) return key_of_signed_raw(raw);
+  if (entry.dtype == kSigned) return key_of_signed(raw);
   const float n = entry.norms[which][column * entry.norm_steps[which]];
   const auto value = [&entry](uint32_t bits) {
     return entry.dtype == kBf16   ? value_of<kBf16>(bits)

@@ -209,7 +209,7 @@ __device__ __forceinline__ void keys_of_group(int32_t (&key)[8], const CutEntry&
   }
   if (entry.dtype == kSigned) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) key[i] = key_of_signed_raw(raw.word[i]);
+    for (int i = 0; i < 8; ++i) key[i] = key_of_signed(raw.word[i]);
     return;
   }
   load_norms<DTYPE>(n, entry, at, selection);

@@ -39,15 +39,12 @@ __device__ __forceinline__ int32_t key_of_magnitude(float w) {
   return key > 0x7F800000 ? kMaxKey : key;
 }
 
-// The key of a score of any sign.
-__device__ __forceinline__ int32_t key_of_signed_raw(uint32_t raw) { return key_of_signed(raw); }
-
 // The score that a key stands for, NaN canonical.
 __device__ __forceinline__ float score_of_key(int32_t key) {
   return __int_as_float(key > 0x7F800000 ? kCanonicalNan : key);
 }
 
-// One weight's raw bits; W is uint16_t or uint32_t.
+// The integer that holds one weight's raw bits.
 template <int DTYPE>
 struct RawOf {
   using type = uint16_t;
@@ -67,7 +64,7 @@ __device__ __forceinline__ int32_t key_at(const void* weight, const void* base, 
                                           int64_t place, int64_t base_place, int64_t column) {
   using Raw = typename RawOf<DTYPE>::type;
   uint32_t raw = static_cast<const Raw*>(weight)[place];
-  if (DTYPE == kSigned) return key_of_signed_raw(raw);
+  if (DTYPE == kSigned) return key_of_signed(raw);
   float value = value_of<DTYPE>(raw);
   if (base != nullptr) {
     value = __fsub_rn(value, value_of<DTYPE>(static_cast<const Raw*>(base)[base_place]));

@@ -8,8 +8,6 @@
 namespace antidote::cuda {
 namespace {
 
-constexpr int kThreadsOfMany = 256;  // where warps have a row each
-
 constexpr int kMostThreads = 512;  // sums and selection together take 128 registers
 
 // The shared memory serves the sums first, then the rows.
@@ -49,7 +47,7 @@ cudaError_t start(RowEntry e, const NormPlan& norms, float* norm, const Device& 
   set_sample_ranks(e, threads);
   const size_t sums = std::max(1, threads / (32 * kNormStrands)) * kNormShared * sizeof(double);
   const int teams = by_block ? 1 : threads / 32;
-  const size_t held = held_bytes<DTYPE>(by_block ? threads : 32, e.columns);
+  const size_t held = held_bytes(by_block ? threads : 32, e.columns, sizeof(Raw<DTYPE>));
   int blocks = 0, stages = by_block ? 3 : 2;
   size_t shared = 0;
   while (blocks == 0) {  // two stages, or one where two leave a processor without a block

@@ -78,8 +78,7 @@ ListPlan plan_list(std::vector<RowEntry>& entries, int item_size) {
   for (RowEntry& e : entries) {
     const int warps = plan.threads / 32;
     const int team = e.flags & kByWarp ? 32 : plan.threads;
-    const size_t held =
-        (e.columns + 8 * team - 1) / (8 * team) * team * 8 * static_cast<size_t>(item_size);
+    const size_t held = held_bytes(team, e.columns, item_size);
     if (e.flags & kByWarp) {
       plan.shared = std::max(plan.shared, (1 + warps) * sizeof(Search) + warps * held);
     } else if (e.flags & kByBlock) {

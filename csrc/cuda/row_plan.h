@@ -8,6 +8,8 @@
 
 namespace antidote::cuda {
 
+constexpr int kThreadsOfMany = 256;  // of a block of warps or threads with a row each
+
 // The entry of a matrix without first_tile; its flags say who prunes a row.
 RowEntry row_entry(const Matrix& matrix, const Plan& plan, const Device& device);
 

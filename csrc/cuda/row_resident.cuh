@@ -51,8 +51,7 @@ struct Resident {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ void count_coarse(Search& s, const T, uint32_t key, uint32_t& largest) {
+__device__ __forceinline__ void count_coarse(Search& s, uint32_t key, uint32_t& largest) {
   if (key > 0) atomicAdd(&s.coarse[(key >> kCoarseShift) & (kBins - 1)], 1u);
   largest = max(largest, key);
 }
@@ -69,7 +68,7 @@ __device__ __forceinline__ uint32_t select_last(const Team<WARP> team, Search& s
 #pragma unroll 1
   for (int i = 0; i < 8; ++i) {
     const int slot = whole ? i : 8 * (i / 2) + 2 * (i / 2) + i % 2;
-    if ((valid >> slot) & 1) count_coarse(s, team, row.key(slot), largest);
+    if ((valid >> slot) & 1) count_coarse(s, row.key(slot), largest);
   }
   largest = __reduce_max_sync(0xFFFFFFFFu, largest);
   if ((threadIdx.x & 31) == 0) atomicMax(&s.max_key, largest);
@@ -172,17 +171,7 @@ __device__ __forceinline__ float edge_score(const Team<WARP> team, Search& s,
     const int32_t key = row.key(__ffs(rest) - 1);
     edge = smallest_selected ? min(edge, key) : max(edge, key);
   }
-  if (team.rank == 0) s.edge = smallest_selected ? kMaxKey : -1;
-  team.sync();
-  if (smallest_selected) {
-    atomicMin(&s.edge, edge);
-  } else {
-    atomicMax(&s.edge, edge);
-  }
-  team.sync();
-  edge = s.edge;
-  team.sync();
-  return score_of_key(edge);
+  return score_of_key(edge_of_team(team, s, edge, smallest_selected));
 }
 
 template <int DTYPE, bool WARP>

@@ -182,6 +182,23 @@ __device__ __forceinline__ uint64_t pivot_by_counting(const T team, Search& s, c
   return pivot;
 }
 
+// The smallest of the threads' keys, or the largest; all get it.
+template <typename T>
+__device__ __forceinline__ int32_t edge_of_team(const T team, Search& s, int32_t key,
+                                                bool smallest) {
+  if (team.rank == 0) s.edge = smallest ? kMaxKey : -1;
+  team.sync();
+  if (smallest) {
+    atomicMin(&s.edge, key);
+  } else {
+    atomicMax(&s.edge, key);
+  }
+  team.sync();
+  const int32_t edge = s.edge;
+  team.sync();
+  return edge;
+}
+
 __device__ __forceinline__ int bits_of(uint32_t columns) {
   return columns < 2 ? 0 : 32 - __clz(columns - 1);
 }

@@ -67,15 +67,8 @@ __device__ __forceinline__ void prune_streamed(const Team<false> team, Search& s
       const int32_t key = row.key(slot);
       edge = smallest ? max(edge, key) : min(edge, key);
     }
-    if (team.rank == 0) s.edge = smallest ? -1 : kMaxKey;
-    team.sync();
-    if (smallest) {
-      atomicMax(&s.edge, edge);
-    } else {
-      atomicMin(&s.edge, edge);
-    }
-    team.sync();
-    if (team.rank == 0) e.thresholds[row_number] = score_of_key(s.edge);
+    edge = edge_of_team(team, s, edge, !smallest);
+    if (team.rank == 0) e.thresholds[row_number] = score_of_key(edge);
   }
   // A warp decides 32 neighbours at a time, so that four of its lanes hold whole bytes of the mask.
   Raw<DTYPE>* to = const_cast<Raw<DTYPE>*>(row.weight);

@@ -7,7 +7,6 @@
 namespace antidote::cuda {
 namespace {
 
-constexpr int kThreadsOfMany = 256;      // a block of warps or threads with a row each
 constexpr int kThreadsOfMixed = 352;     // the most of a list's block: it has all kinds of rows
 constexpr int64_t kAlone = 16 << 20;     // weights of a matrix that has a launch of its own,
 constexpr int64_t kTogether = 64 << 20;  // where the list has more than this
@@ -69,7 +68,7 @@ template <int DTYPE>
 cudaError_t launch_by_block(RowEntry e, const Device& device, cudaStream_t stream) {
   const int threads = threads_of_row(e.columns);
   set_sample_ranks(e, threads);
-  const size_t held = held_bytes<DTYPE>(threads, e.columns);
+  const size_t held = held_bytes(threads, e.columns, sizeof(Raw<DTYPE>));
   int blocks[2] = {};
   for (int stages = 1; stages <= 2; ++stages) {
     const size_t shared = stages * held + sizeof(Search);
@@ -94,7 +93,7 @@ cudaError_t launch_one(RowEntry e, const Device& device, cudaStream_t stream) {
   }
   constexpr int kWarps = kThreadsOfMany / 32;
   set_sample_ranks(e, 32);
-  const size_t shared = kWarps * (sizeof(Search) + held_bytes<DTYPE>(32, e.columns));
+  const size_t shared = kWarps * (sizeof(Search) + held_bytes(32, e.columns, sizeof(Raw<DTYPE>)));
   int64_t blocks;
   ANTIDOTE_TRY(persistent(&blocks, rows_by_warp<DTYPE>, kThreadsOfMany, shared, device,
                           (e.rows + kWarps - 1) / kWarps));
@@ -124,17 +123,17 @@ cudaError_t launch_list(std::vector<RowEntry> entries, bool by_reading, const De
 }
 
 // What one launch takes: matrices of a list together, or one that is better off alone.
-struct Part {
+struct Share {
   std::vector<RowEntry> entries;
   bool by_reading = false;
   bool alone = false;
 };
 
-std::vector<Part> parts_of(const Matrices& matrices, const Plan& plan, DType dtype,
-                           const Device& device) {
-  Part together, read;
+std::vector<Share> parts_of(const Matrices& matrices, const Plan& plan, DType dtype,
+                            const Device& device) {
+  Share together, read;
   read.by_reading = true;
-  std::vector<Part> parts;
+  std::vector<Share> parts;
   int64_t total = 0, members = 0;
   for (const Matrix& m : matrices) {
     if (m.dtype == dtype) total += m.rows * m.columns, ++members;
@@ -164,7 +163,7 @@ cudaError_t prune_parts(const Matrices& matrices, const Plan& plan, DType dtype,
                         cudaStream_t stream) {
   Device device;
   ANTIDOTE_TRY(current_device(&device));
-  for (const Part& part : parts_of(matrices, plan, dtype, device)) {
+  for (const Share& part : parts_of(matrices, plan, dtype, device)) {
     if constexpr (DTYPE != kSigned) {
       if (part.alone) {
         ANTIDOTE_TRY(launch_one<DTYPE>(part.entries[0], device, stream));

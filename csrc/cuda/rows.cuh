@@ -10,10 +10,9 @@ namespace antidote::cuda {
 constexpr uint32_t kLongestByWarp = 32 * kSlots;
 constexpr uint32_t kLongestByBlock = 1024 * kSlots;
 
-// Bytes that hold a row of a team of this many threads.
-template <int DTYPE>
-__host__ __device__ constexpr size_t held_bytes(int threads, uint32_t columns) {
-  return (columns + 8 * threads - 1) / (8 * threads) * threads * sizeof(Group<DTYPE>);
+// Bytes that hold a row of a team of this many threads, in whole groups.
+__host__ __device__ constexpr size_t held_bytes(int threads, uint32_t columns, size_t item_size) {
+  return (columns + 8 * threads - 1) / (8 * threads) * threads * 8 * item_size;
 }
 
 // A block a row, all of them in turn; with two stages the next row is on its way meanwhile.
@@ -24,7 +23,8 @@ __device__ __forceinline__ void prune_by_block(const RowEntry& e, Search& s, uin
   team.prepare(s);
   const uint32_t rows = static_cast<uint32_t>(e.rows);
   const uint32_t other =
-      stages == 2 ? static_cast<uint32_t>(held_bytes<DTYPE>(team.size, e.columns) / 16) : 0;
+      stages == 2 ? static_cast<uint32_t>(held_bytes(team.size, e.columns, sizeof(Raw<DTYPE>)) / 16)
+                  : 0;
   uint32_t there = 0;  // the stage to load into; with two, the other one is looked through
   uint32_t next = blockIdx.x, row = next - (stages - 1) * gridDim.x;
   do {
@@ -49,7 +49,7 @@ __device__ __forceinline__ void prune_by_warp(const RowEntry& e, Search* searche
   const Team<true> team;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   Search& s = searches[warp];
-  held += warp * (held_bytes<DTYPE>(32, e.columns) / sizeof(uint4));
+  held += warp * (held_bytes(32, e.columns, sizeof(Raw<DTYPE>)) / sizeof(uint4));
   team.prepare(s);
   const uint32_t rows = static_cast<uint32_t>(e.rows);
   for (uint32_t row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
@@ -117,7 +117,7 @@ __device__ __forceinline__ void prune_tiles(const RowEntry* list, int number, in
       if (row + which < e.rows) {
         Search& own = reinterpret_cast<Search*>(teams)[1 + which];
         uint4* held = reinterpret_cast<uint4*>(teams + (1 + warps) * sizeof(Search)) +
-                      which * (held_bytes<DTYPE>(32, e.columns) / sizeof(uint4));
+                      which * (held_bytes(32, e.columns, sizeof(Raw<DTYPE>)) / sizeof(uint4));
         warp.prepare(own);
         start_row<DTYPE>(e, row + which, held, warp.rank, 32);
         __pipeline_commit();

@@ -39,7 +39,7 @@ __device__ __forceinline__ void unit_keys(const SmallTask& t, int64_t column,
   float values[WIDTH], norm[WIDTH];
   if (DTYPE == kSigned) {
 #pragma unroll
-    for (int i = 0; i < WIDTH; ++i) keys[i] = key_of_signed_raw(raw_of<DTYPE>(words, i));
+    for (int i = 0; i < WIDTH; ++i) keys[i] = key_of_signed(raw_of<DTYPE>(words, i));
   } else {
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
