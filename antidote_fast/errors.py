@@ -34,3 +34,15 @@ class BackendUnavailable(AntidoteError, RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why. Exit code 2."""
 
     exit_code = 2
+
+
+class JobsSetAside(AntidoteError):
+    """A fleet is finished, and some of its jobs were set aside. Exit code 5."""
+
+    exit_code = 5
+
+
+class Interrupted(AntidoteError):
+    """Stopped by a signal at a place from which the same command goes on. Exit code 75."""
+
+    exit_code = 75

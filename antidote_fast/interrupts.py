@@ -1,0 +1,43 @@
+"""SIGTERM and Ctrl-C in work that can stop at a good place: remembered there, not obeyed at once."""
+
+import contextlib
+import signal
+import threading
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Request:
+    """Whether somebody asked to stop.
+
+    Attributes:
+        made: True once a signal has come.
+    """
+
+    made = False
+
+
+@contextlib.contextmanager
+def remembered():
+    """Inside the block the first SIGTERM or SIGINT sets ``request.made``; a second one interrupts.
+
+    The work looks at it where stopping loses nothing, saves what it has and raises
+    :class:`antidote_fast.errors.Interrupted` (exit code 75). Outside of the main thread signals
+    cannot be caught, and ``made`` stays False.
+    """
+    request = Request()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def note(signum, frame):
+        if request.made:
+            raise KeyboardInterrupt
+        request.made = True
+
+    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
