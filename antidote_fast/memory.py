@@ -1,0 +1,123 @@
+"""How many bytes there are: sizes as people write them, and the memory this process may take."""
+
+import os
+import re
+from pathlib import Path
+
+from antidote_fast.errors import UsageError
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", 1):
+    _UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power, _letter: 1000**_power}
+_SIZE = re.compile(r"(\d+|\d*\.\d+)\s*([A-Za-z]*)")
+
+
+def parse_bytes(text, argument: str) -> int:
+    """A size in bytes from ``4GB`` (4e9), ``4GiB``, ``512MB``, ``1.5G`` or a plain integer.
+
+    Args:
+        text: what a person wrote, or an int.
+        argument: what an error message calls it.
+
+    Raises:
+        UsageError: not a size, or not above 0.
+    """
+    match = _SIZE.fullmatch(str(text).strip())
+    factor = match and _UNITS.get(match[2].upper())
+    if isinstance(text, bool) or not factor:
+        raise UsageError(f"{argument}={text!r}: must be a size such as 4GB, 512MiB or 4000000000")
+    # An integer stays exact; a fraction of a unit is rounded down.
+    size = int(match[1]) * factor if match[1].isdigit() else int(float(match[1]) * factor)
+    if size < 1:
+        raise UsageError(f"{argument}={text!r}: must be greater than 0")
+    return size
+
+
+def format_bytes(size: int) -> str:
+    """``1536000`` as ``1.54 MB``: decimal units, as disks and :func:`parse_bytes` count."""
+    size = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 999.5:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB" if size < 999.5 else f"{size:,.0f} TB"
+
+
+def available_memory(*, proc="/proc", cgroups="/sys/fs/cgroup") -> int:
+    """Bytes that this process may still take: of the machine, and of its control groups.
+
+    On Linux that is ``MemAvailable`` or, where less, what a cgroup (v1 or v2, this process's own or
+    one above it) leaves between its limit and its use; cached file pages, which the kernel gives
+    back, are not counted as used. Elsewhere psutil says it.
+
+    Args:
+        proc, cgroups: where those file systems are mounted.
+    """
+    try:
+        text = (Path(proc) / "meminfo").read_text()
+        available = 1024 * int(re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)[1])
+    except (OSError, TypeError):
+        import psutil
+
+        return psutil.virtual_memory().available
+    rooms = [_room(folder) for folder in _cgroup_folders(Path(proc), Path(cgroups))]
+    return max(0, min([available, *(room for room in rooms if room is not None)]))
+
+
+def resident_bytes(*, proc="/proc") -> int:
+    """Bytes of memory this process holds now."""
+    try:
+        pages = int((Path(proc) / "self" / "statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        import psutil
+
+        return psutil.Process().memory_info().rss
+
+
+def _cgroup_folders(proc, cgroups):
+    """The memory cgroups of this process, from its own up to the root of the mount."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    folders = []
+    for line in lines:
+        hierarchy, controllers, path = line.split(":", 2)
+        if hierarchy == "0":
+            roots = [cgroups, cgroups / "unified"]
+        elif "memory" in controllers.split(","):
+            roots = [cgroups / "memory"]
+        else:
+            continue
+        for root in roots:
+            # In a container the path may be the host's, and its own cgroup the root of the mount.
+            own = root / path.lstrip("/")
+            folders += [f for f in (own, *own.parents) if f == root or f.is_relative_to(root)]
+    return folders
+
+
+def _room(folder):
+    """Bytes between a cgroup's limit and its use; None where it has no limit, or is none."""
+    for limit, usage, cached in (
+        ("memory.max", "memory.current", ("inactive_file", "active_file")),
+        (
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            ("total_inactive_file", "total_active_file"),
+        ),
+    ):
+        try:
+            allowed = (folder / limit).read_text().strip()
+            used = int((folder / usage).read_text())
+        except (OSError, ValueError):
+            continue
+        if not allowed.isdigit():  # "max"
+            return None
+        try:
+            pairs = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            stat = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
+        except (OSError, ValueError):
+            stat = {}
+        return int(allowed) - used + sum(stat.get(name, 0) for name in cached)
+    return None
