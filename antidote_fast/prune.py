@@ -227,9 +227,13 @@ def prune_state_(
 
 def random_scores(key, shape, seed) -> torch.Tensor:
     """Uniform fp32 scores that depend on (seed, key) alone, the same on every machine."""
+    return torch.rand(shape, generator=random_generator(key, seed))
+
+
+def random_generator(key, seed) -> torch.Generator:
+    """What draws the scores of :func:`random_scores`, all at once or some rows after another."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.rand(shape, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @dataclass
