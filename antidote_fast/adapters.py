@@ -1,11 +1,13 @@
 """PEFT LoRA adapters: what is understood, what fits which base, and loading one strictly."""
 
+import os
 import re
 import warnings
 from pathlib import Path
 
 import torch
 
+from antidote_fast import patterns
 from antidote_fast.commit import read_manifest
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.files import Checkpoint, open_checkpoint
@@ -27,6 +29,13 @@ _NOT_UNDERSTOOD = (
     "megatron_config",
 )
 _PREFIX = "base_model.model."
+MAX_RANK = 4096
+_MAX_ADAPTED = 16_384  # modules of one adapter; a model of 400B parameters has some 1000
+_MAX_ENTRIES = 2048  # of a list or a dict in its config
+# Fields of the config that PEFT takes as patterns, with the repeats that one may have: those of
+# the first line are matched once with each module, the others with a prefix and a suffix of PEFT's.
+_PATTERN_FIELDS = {"target_modules": 6, "exclude_modules": 6}
+_PATTERN_LISTS = {"modules_to_save": 2, "layers_pattern": 2, "rank_pattern": 2, "alpha_pattern": 2}
 
 
 def check_adapter_config(config, where):
@@ -38,18 +47,57 @@ def check_adapter_config(config, where):
 
     Raises:
         DataError: not LoRA, or a LoRA variant that is not understood. Plain LoRA, rsLoRA, DoRA,
-            rank and alpha patterns and ``modules_to_save`` are.
+            rank and alpha patterns and ``modules_to_save`` are. In a dict, also a rank above 4096
+            and patterns whose matching could take for ever.
     """
     values = config if isinstance(config, dict) else vars(config)
     kind = values.get("peft_type")
     kind = getattr(kind, "value", kind)
     if kind != "LORA":
+        kind = f"{kind:.40}" if isinstance(kind, str) else type(kind).__name__
         raise DataError(f"{where}: is an adapter of type {kind}; only LORA is understood")
     for name in _NOT_UNDERSTOOD:
         if values.get(name):
             raise DataError(f"{where}: LoRA with {name} is not understood")
     if values.get("init_lora_weights") == "mica":
         raise DataError(f"{where}: LoRA with init_lora_weights='mica' is not understood")
+    if isinstance(config, dict):
+        _check_values(config, where)
+
+
+def _check_values(config, where):
+    """Types, sizes and patterns of a config that came from a file, before they are used."""
+    for name, max_repeats in _PATTERN_FIELDS.items():
+        value = config.get(name)
+        _check_list(value if not isinstance(value, str) else [], name, list, where)
+        if isinstance(value, str) and (problem := patterns.problem_of(value, max_repeats)):
+            raise DataError(f"{where}: {name} {problem}")
+    for name, max_repeats in _PATTERN_LISTS.items():
+        value = config.get(name)
+        value = [value] if isinstance(value, str) and name == "layers_pattern" else value
+        _check_list(value, name, dict if name in ("rank_pattern", "alpha_pattern") else list, where)
+        for pattern in value or ():
+            if problem := patterns.problem_of(pattern, max_repeats):
+                raise DataError(f"{where}: {name}: {_shown(pattern)} {problem}")
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    for rank in ranks:
+        if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+            raise DataError(
+                f"{where}: rank {_shown(rank)}: must be an integer from 1 to {MAX_RANK}"
+            )
+
+
+def _check_list(value, name, kind, where):
+    if value is None:
+        return
+    if not isinstance(value, kind):
+        raise DataError(f"{where}: {name} must be a {kind.__name__}, not {type(value).__name__}")
+    if len(value) > _MAX_ENTRIES or not all(isinstance(item, str) for item in value):
+        raise DataError(f"{where}: {name} must hold at most {_MAX_ENTRIES} names")
+
+
+def _shown(value):
+    return ascii(value)[:80]
 
 
 def check_adapter(adapter: Checkpoint, base: Checkpoint):
@@ -161,15 +209,17 @@ def _factor_shapes(adapter):
         if len(entry.shape) != 2 or 0 in entry.shape:
             raise DataError(f"{where}: {name!r} has shape {entry.shape}, not (out, in)")
         factors.setdefault(match["module"], {})[match["factor"]] = entry.shape
-    if not factors:
-        raise DataError(f"{where}: holds no LoRA factors")
+    if not 0 < len(factors) <= _MAX_ADAPTED:
+        count = f"factors for {len(factors)} modules" if factors else "no LoRA factors"
+        raise DataError(f"{where}: holds {count}")
+    expected_rank = _ranks(adapter.config)
     shapes = {}
     for module, pair in factors.items():
         if len(pair) != 2:
             raise DataError(f"{where}: {module!r} lacks lora_{'B' if 'A' in pair else 'A'}")
         rank, columns = pair["A"]
         rows, inner = pair["B"]
-        expected = _rank(adapter.config, module)
+        expected = expected_rank(module.removeprefix(_PREFIX))
         if rank != inner or rank != expected:
             raise DataError(
                 f"{where}: {module!r} has ranks {rank} (A) and {inner} (B); its config says "
@@ -179,13 +229,19 @@ def _factor_shapes(adapter):
     return shapes
 
 
-def _rank(config, module):
-    patterns = config.get("rank_pattern") or {}
-    name = module.removeprefix(_PREFIX)
-    for pattern, rank in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return rank
-    return config.get("r")
+def _ranks(config):
+    """The rank that a checked config gives a module, by its name; as PEFT reads rank_pattern."""
+    pairs = [
+        (re.compile(rf"(?:{pattern})$").match, rank)
+        for pattern, rank in (config.get("rank_pattern") or {}).items()
+    ]
+
+    def rank_of(name):
+        # PEFT's own "(.*\.)?(pattern)$", without its search for the prefix.
+        starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
+        return next((r for match, r in pairs if any(match(name[i:]) for i in starts)), config["r"])
+
+    return rank_of
 
 
 def _check_all_layers(adapter, base, shapes, base_shapes):
@@ -211,9 +267,11 @@ def _check_fingerprint(adapter, base):
     recorded = (read_manifest(adapter.folder) or {}).get("base_fingerprint")
     if not recorded:
         named = adapter.config.get("base_model_name_or_path")
-        folder = Path(named) if isinstance(named, str) and named else None
-        if folder is None or not (folder / "config.json").is_file():
+        if not isinstance(named, str) or not named:
             return
+        if not os.path.isfile(os.path.join(named, "config.json")):  # False for any odd text
+            return
+        folder = Path(named)
         if folder.resolve() == base.folder.resolve():
             return
         recorded = open_checkpoint(folder, trust_remote_code=True).fingerprint()

@@ -254,19 +254,19 @@ class ActivationNorms:
                 num_tokens=int(metadata["num_tokens"]),
                 response_only={"true": True, "false": False}[metadata["response_only"]],
                 fingerprint=metadata["fingerprint"],
-                transposed=json.loads(metadata["transposed"]),
-                routed=json.loads(metadata["routed"]),
+                transposed=_names(metadata["transposed"]),
+                routed=_names(metadata["routed"]),
             )
         except DataError:
             raise
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"norms={str(path)!r}: cannot be read: {error}") from None
 
     def _check(self):
         if not self.sq_sum:
             raise DataError("norms: hold no weights")
         for name in ("num_sequences", "num_tokens"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) < 1 << 63:
                 raise DataError(f"norms: {name}={getattr(self, name)}: must be at least 1")
         if self.norm_sum is not None and set(self.norm_sum) != set(self.sq_sum):
             raise DataError("norms: norm_sum and sq_sum are of different weights")
@@ -281,6 +281,14 @@ class ActivationNorms:
                     raise DataError(f"norms: {key}: norm_sum and sq_sum differ in length")
                 if not bool((torch.isfinite(value) & (value >= 0)).all()):
                     raise DataError(f"norms: {key}.{name} holds NaN, infinity or a negative value")
+
+
+def _names(text):
+    """A JSON list of weights' names."""
+    names = json.loads(text)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("a list of names is not one")
+    return names
 
 
 class _EvalMode:

@@ -40,16 +40,24 @@ def read_manifest(folder) -> dict | None:
     """The ``COMPLETE.json`` of ``folder``, or None where this tool did not write one there."""
     path = Path(folder) / MANIFEST
     try:
-        if path.is_symlink() or path.stat().st_size > _MAX_MANIFEST_BYTES:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > _MAX_MANIFEST_BYTES:
             return None
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(manifest, dict) or manifest.get("tool") != TOOL:
         return None
     if manifest.get("schema_version") != MANIFEST_VERSION:
         return None
-    return manifest if isinstance(manifest.get("files"), dict) else None
+    files = manifest.get("files")
+    return manifest if isinstance(files, dict) and all(map(_is_entry, files.values())) else None
+
+
+def _is_entry(entry):
+    """A file's ``{"bytes": size, "sha256": digits}``."""
+    if not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
+        return False
+    return isinstance(entry.get("sha256"), str) and len(entry["sha256"]) == 64
 
 
 def verify_folder(folder) -> list[str]:
@@ -70,6 +78,8 @@ def verify_folder(folder) -> list[str]:
     for name, entry in sorted(manifest["files"].items()):
         if name not in present:
             problems.append(f"{name}: missing")
+        elif present[name].is_symlink():
+            problems.append(f"{name}: is a link")
         elif present[name].stat().st_size != entry.get("bytes"):
             problems.append(f"{name}: {present[name].stat().st_size} bytes, not {entry['bytes']}")
         elif sha256_file(present[name]) != entry.get("sha256"):
@@ -142,14 +152,56 @@ def output_folder(path, overwrite=False, **manifest_entries):
             writing it.
         AntidoteError: the disk is full, or a file exceeds a limit.
     """
-    import filelock
-
     path = Path(os.path.abspath(path))
     check_output_folder(path, overwrite)
+    with locked(path):
+        check_output_folder(path, overwrite)
+        staged = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:12]}"
+        try:
+            with os_errors(path):
+                staged.mkdir()
+                yield staged
+            commit(staged, path, manifest_entries)
+        finally:
+            # After an exchange the staged name holds the old folder.
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def commit(staged, path, manifest_entries, digests=None):
+    """Give a staged folder its name: ``COMPLETE.json`` last, everything flushed, then one rename.
+
+    The caller holds the lock of ``path``; what ``staged`` names afterwards (an old folder, where
+    there was one) is the caller's to remove.
+
+    Args:
+        staged: a folder beside ``path``, on the same disk.
+        path: the name to take.
+        manifest_entries: further JSON values for ``COMPLETE.json``.
+        digests: {file name: SHA-256} of files that were hashed before and are on the disk already.
+    """
+    with os_errors(path):
+        _write_manifest(staged, manifest_entries, digests or {})
+        _usual_modes(staged)
+        _sync_tree(staged)
+        _put_in_place(staged, path)
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock of an output folder; what killed jobs have left of it is cleared away.
+
+    Folders above ``path`` that had to be made for the lock are removed again where ``path`` is not
+    there at the end.
+
+    Raises:
+        DataError: another job holds it, or it cannot be made.
+    """
+    import filelock
+
     made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
-    committed = False
     try:
-        with _os_errors(path):
+        with os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(str(path.parent / f".{path.name}.lock"))
         try:
@@ -164,35 +216,21 @@ def output_folder(path, overwrite=False, **manifest_entries):
                     os.rename(stale, path)  # killed between the two renames of _put_in_place
                 else:
                     shutil.rmtree(stale, ignore_errors=True)
-            check_output_folder(path, overwrite)
-            staged = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:12]}"
-            try:
-                with _os_errors(path):
-                    staged.mkdir()
-                    yield staged
-                    _write_manifest(staged, manifest_entries)
-                    _usual_modes(staged)
-                    _sync_tree(staged)
-                    _put_in_place(staged, path)
-                    _sync(path.parent)
-                committed = True
-            finally:
-                # After an exchange the staged name holds the old folder.
-                shutil.rmtree(staged, ignore_errors=True)
+            yield
         finally:
             # Unlinked while held: filelock retries on a file that has lost its name.
             with contextlib.suppress(OSError):
                 os.unlink(lock.lock_file)
             lock.release()
     finally:
-        if not committed:
+        if not path.exists():
             for folder in made:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
 
 
 @contextlib.contextmanager
-def _os_errors(path):
+def os_errors(path):
     """Turn the operating system's refusal to write into one line."""
     try:
         yield
@@ -217,9 +255,9 @@ def _listing(folder):
     }
 
 
-def _write_manifest(folder, entries):
+def _write_manifest(folder, entries, digests):
     files = {
-        name: {"sha256": sha256_file(p), "bytes": p.stat().st_size}
+        name: {"sha256": digests.get(name) or sha256_file(p), "bytes": p.stat().st_size}
         for name, p in _listing(folder).items()
     }
     manifest = {

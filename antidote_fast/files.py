@@ -18,8 +18,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx")
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 _MAX_JSON_BYTES = 64 << 20
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_MAX_HEADER_BYTES = 32 << 20  # some 100 bytes a tensor
 _MAX_TENSORS = 1_000_000
+_MAX_NAME = 512
+_MAX_DIMENSIONS = 8
+_MAX_SIZE = 1 << 40
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -95,7 +98,7 @@ class Checkpoint:
             try:
                 with safe_open(str(file), framework="pt") as handle:
                     tensors.update((key, handle.get_tensor(name)) for key, name in pairs)
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, RuntimeError, ValueError) as error:
                 raise DataError(f"{file}: cannot be read: {error}") from None
         return {key: tensors[key] for key in keys}
 
@@ -170,13 +173,18 @@ def read_json(folder, name) -> dict:
     """A JSON object from a file of a checkpoint folder."""
     path = inside(folder, name)
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: is not a regular file")
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise DataError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
+    except DataError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is not valid JSON: {str(error).splitlines()[0]}") from None
+        what = "nested too deep" if isinstance(error, RecursionError) else error
+        raise DataError(f"{path}: is not valid JSON: {what}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: must hold a JSON object")
     return value
@@ -188,8 +196,8 @@ def inside(folder, name) -> Path:
     A folder of the hub's cache is made of links into the cache's own ``blobs``; those are allowed.
     """
     folder = Path(folder)
-    if not isinstance(name, str) or not name or Path(name).name != name or name == "..":
-        raise DataError(f"{folder}: refers to {name!r}, which is not a plain file name")
+    if not _is_file_name(name):
+        raise DataError(f"{folder}: refers to {ascii(name)[:80]}, which is not a plain file name")
     path = folder / name
     if path.is_symlink():
         root = folder.resolve()
@@ -198,6 +206,12 @@ def inside(folder, name) -> Path:
         if not path.resolve().is_relative_to(root):
             raise DataError(f"{path}: is a link out of its folder")
     return path
+
+
+def _is_file_name(name):
+    if not isinstance(name, str) or not name or not name.isprintable() or name == "..":
+        return False
+    return Path(name).name == name and len(name.encode()) <= 255
 
 
 def _read_index(folder):
@@ -235,6 +249,8 @@ def _read_header(folder, name):
             if name not in (ADAPTER_FILE, MODEL_FILE)
             else f"{folder}: {_why_no_safetensors(folder, name)}"
         )
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise DataError(f"{path}: is not a regular file")
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -243,7 +259,8 @@ def _read_header(folder, name):
             raise DataError(f"{path}: is truncated or not a safetensors file")
         text = file.read(length)
     try:
-        header = json.loads(text)
+        # As strict as the loader's own parser: UTF-8, no name twice, no NaN.
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
         header.pop("__metadata__", None)
         if len(header) > _MAX_TENSORS:
             raise DataError(f"{path}: lists more than {_MAX_TENSORS} tensors")
@@ -254,6 +271,8 @@ def _read_header(folder, name):
         raise DataError(f"{path}: its header is malformed") from None
     position = 8 + length
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if len(key) > _MAX_NAME or not key.isprintable():
+            raise DataError(f"{path}: tensor name {ascii(key)[:80]} is too long or not printable")
         if entry.start != position:
             raise DataError(f"{path}: tensor {key!r} does not follow the one before it")
         position = entry.end
@@ -263,10 +282,23 @@ def _read_header(folder, name):
     return entries
 
 
+def _once(pairs):
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError
+    return values
+
+
+def _refuse(constant):
+    raise ValueError
+
+
 def _entry(path, value, data_start):
     shape = tuple(value["shape"])
     start, end = value["data_offsets"]
     if any(type(n) is not int or n < 0 for n in (*shape, start, end)) or end < start:
+        raise ValueError
+    if len(shape) > _MAX_DIMENSIONS or max(shape, default=0) > _MAX_SIZE:
         raise ValueError
     dtype = _DTYPES.get(value["dtype"])
     if dtype is not None:

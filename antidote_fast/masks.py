@@ -127,19 +127,19 @@ def load_masks(path):
                     f"this release reads {VERSION}"
                 )
             shapes = json.loads(metadata.pop("shapes"))
-            if set(shapes) != set(file.keys()):
+            if not isinstance(shapes, dict) or set(shapes) != set(file.keys()):
                 raise DataError(f"{path}: the masks and their listed shapes differ")
             masks = {}
             for key, shape in shapes.items():
+                if not isinstance(shape, list) or any(type(n) is not int for n in shape):
+                    raise ValueError(f"{key!r} has no shape")
                 mask = PackedMask(file.get_tensor(key), shape)
                 _check_pad_bits(path, key, mask)
                 masks[key.removesuffix("mask").removesuffix(".")] = mask
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except DataError:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as a mask file: {error}") from None
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: {error}") from None
     return masks, metadata
 
 

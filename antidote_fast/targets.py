@@ -182,8 +182,9 @@ def select_keys(keys, targets=None, ignore=()) -> list[str]:
 
 def natural_key(text: str) -> list:
     """Sort key that puts ``layers.2`` before ``layers.10``."""
-    parts = re.split(r"(\d+)", text)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+    # Not int(): it refuses thousands of digits, and names come from files.
+    parts = re.split(r"([0-9]+)", text)
+    return [(len(p.lstrip("0")), p.lstrip("0")) if i % 2 else p for i, p in enumerate(parts)]
 
 
 def _patterns(argument, value):

@@ -137,7 +137,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (change_adapter(lambda t: t.clear() or t.update(x=torch.ones(1))), "holds no LoRA factors"),
         (
             lambda f: tiny.edit_json(f / "adapter_config.json", lambda c: c.update(r=10**9)),
-            "its config says 1000000000",
+            "rank 1000000000: must be an integer from 1 to 4096",
         ),
         (
             lambda f: tiny.edit_json(
