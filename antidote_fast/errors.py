@@ -46,3 +46,11 @@ class Interrupted(AntidoteError):
     """Stopped by a signal at a place from which the same command goes on. Exit code 75."""
 
     exit_code = 75
+
+
+class PeerFailed(AntidoteError):
+    """Another process of the same run failed, and says why. Its exit code is this one's."""
+
+    def __init__(self, message, exit_code=1):
+        super().__init__(message)
+        self.exit_code = exit_code
