@@ -147,7 +147,7 @@ class ActivationNorms:
             torch.no_grad(),
         ):
             for number, batch in enumerate(track(batches, "calibrate", progress)):
-                _run_batch(model, collector, _on_device(batch, device, number), options)
+                run_batch(model, collector, _on_device(batch, device, number), options)
             return collector.norms(fingerprint=fingerprint)
 
     def act_norm(self, key, scope="row") -> torch.Tensor:
@@ -345,8 +345,15 @@ def _on_device(batch, device, number):
     }
 
 
-def _run_batch(model, collector, batch, options):
-    """One forward; on a GPU out of memory, two of half the size."""
+def run_batch(model, collector, batch, options):
+    """One forward under a :class:`NormCollector`; on a GPU out of memory, two of half the size.
+
+    Args:
+        model: in eval mode; the caller has switched gradients off.
+        collector: has its hooks on the model.
+        batch: as :meth:`ActivationNorms.collect` takes it, on the model's device.
+        options: of :func:`lean_forward`.
+    """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     size = batch["input_ids"].shape[0]
     try:
@@ -367,4 +374,4 @@ def _run_batch(model, collector, batch, options):
             else value
             for key, value in batch.items()
         }
-        _run_batch(model, collector, half, options)
+        run_batch(model, collector, half, options)

@@ -118,6 +118,14 @@ class NormCollector:
         self.num_tokens += self._tokens
         self.discard()
 
+    def reset(self):
+        """Forget all that was collected, to begin with other weights in the same modules."""
+        self.discard()
+        for flat in self._total.values():
+            flat.zero_()
+        self.num_sequences = self.num_tokens = 0
+        self._seen_batches = self._seen_sequences = 0
+
     def discard(self):
         """Forget the forward since the last :meth:`start`."""
         if self._pending:

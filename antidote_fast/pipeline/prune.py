@@ -113,8 +113,11 @@ def _weights_to_prune(config, source, norms):
     }
 
 
-def finish(folder, config, report, norms, counts, backend, seconds):
-    """Norms and masks where asked for, the model card and report.json."""
+def finish(folder, config, report, norms, counts, backend, seconds, inputs=None):
+    """Norms and masks where asked for, the model card and report.json.
+
+    ``inputs`` are hashes that are known already, as of :func:`hash_inputs`.
+    """
     if config.save_norms and norms is not None:
         norms.save(folder / NORMS_FILE)
     if config.save_masks:
@@ -128,4 +131,5 @@ def finish(folder, config, report, norms, counts, backend, seconds):
         "seconds": round(sum(seconds.values()), 3),
         "stage_seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
-    return write_report(folder, "prune", config, results, inputs=inputs_of(config))
+    inputs = inputs_of(config) if inputs is None else inputs
+    return write_report(folder, "prune", config, results, inputs=inputs)

@@ -1,6 +1,7 @@
 """What every stage shares: checks before anything is loaded, and the report.json it leaves."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -20,6 +21,11 @@ _MAX_HASHED_BYTES = 256 << 20
 
 def versions() -> dict:
     """The versions that decide a result: this package, Python, the libraries, the platform."""
+    return dict(_versions())
+
+
+@functools.cache  # 3 ms, and a fleet writes thousands of reports
+def _versions():
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in (
         "antidote-fast",
@@ -86,7 +92,8 @@ def write_report(folder, stage, config, results, inputs=()) -> dict:
         stage: the stage's name, such as ``"align"``.
         config: the stage's frozen dataclass.
         results: the stage's own entries, such as ``{"seconds": 1.5, "loss": [...]}``.
-        inputs: paths of the files and folders that the stage read; their hashes are recorded.
+        inputs: paths of the files and folders that the stage read; their hashes are recorded. Or
+            what :func:`hash_inputs` gave for them before.
     """
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -95,7 +102,7 @@ def write_report(folder, stage, config, results, inputs=()) -> dict:
         "versions": versions(),
         "config": dataclasses.asdict(config),
         "seed": config.seed,
-        "inputs": hash_inputs(inputs),
+        "inputs": dict(inputs) if isinstance(inputs, dict) else hash_inputs(inputs),
         "peak_memory_bytes": peak_memory_bytes(),
         **results,
     }
