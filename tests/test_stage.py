@@ -70,6 +70,7 @@ def test_versions_of_a_checkout_and_of_what_is_missing(monkeypatch):
         raise stage.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(stage.importlib.metadata, "version", missing)
+    monkeypatch.setattr(stage, "_versions", stage._versions.__wrapped__)  # without its cache
     found = stage.versions()
     assert found["antidote-fast"] == antidote_fast.__version__
     assert found["torch"] is None
