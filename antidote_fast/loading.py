@@ -101,8 +101,9 @@ def load_model(
         )
     device = pick_device(device)
     options = {"dtype": pick_dtype(dtype), "use_safetensors": True, "local_files_only": True}
-    if "quantization_config" in checkpoint.config:
-        options["device_map"] = {"": str(device)}  # packed weights do not move afterwards
+    if "quantization_config" in checkpoint.config or device.type == "meta":
+        # Packed weights do not move afterwards; those on meta are checked and never read.
+        options["device_map"] = {"": str(device)}
     import transformers
 
     try:
