@@ -7,6 +7,7 @@ root of the mean square (``aggregation="rms"``), its text the mean of per-sequen
 """
 
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -19,9 +20,11 @@ from safetensors.torch import save_file
 
 from antidote_fast import fusion
 from antidote_fast.collector import AGGREGATIONS, NormCollector
+from antidote_fast.distributed import ALONE
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.progress import track
+from antidote_fast.sharded import reshard, run_in_step, runs_in_step
 from antidote_fast.targets import find_targets
 
 FORMAT = "antidote_fast.norms"
@@ -100,6 +103,7 @@ class ActivationNorms:
         fingerprint=None,
         backend=None,
         fuse=False,
+        world=ALONE,
     ):
         """Run a model over batches and keep the norms of its targets' inputs.
 
@@ -122,6 +126,11 @@ class ActivationNorms:
                 of targets (:mod:`antidote_fast.fusion`); the norms then differ by the activations'
                 rounding. Off until it has been measured on a GPU. Where nothing can be fused, a
                 warning says so.
+            world: the ranks (:func:`antidote_fast.distributed.world`) that calibrate together, each
+                on batches of its own (``world.shard(batches)``; none at all is fine); their sums
+                are added up at the end, and all get the same norms. Default: this process alone,
+                whatever process group exists. Needed for a model that FSDP2 shards, whose ranks
+                run as many forwards as the one with the most batches.
 
         Raises:
             UsageError: unknown aggregation, ``response_only`` without labels, or ``fuse`` with
@@ -130,11 +139,15 @@ class ActivationNorms:
             DataError: no batch, or no counted token in any; a layer whose inputs hold NaN or
                 infinity; a layer that got another number of tokens than the batch has.
             NothingPruned: no target matched.
+            PeerFailed: another rank of ``world`` failed.
         """
-        found = find_targets(model, targets, ignore)
-        device = next(model.parameters()).device
-        if fuse:
-            fusion.check_fuse(device.type, aggregation)
+        with world.together():
+            reshard(model)
+            found = find_targets(model, targets, ignore)
+            device = _input_device(model)
+            in_step = runs_in_step(found, world)
+            if fuse:
+                fusion.check_fuse(device.type, aggregation)
         if fingerprint is None:
             fingerprint = fingerprint_model(model)
         with (
@@ -146,9 +159,17 @@ class ActivationNorms:
             lean_forward(model) as options,
             torch.no_grad(),
         ):
-            for number, batch in enumerate(track(batches, "calibrate", progress)):
-                run_batch(model, collector, _on_device(batch, device, number), options)
-            return collector.norms(fingerprint=fingerprint)
+            batches = enumerate(track(batches, "calibrate", progress))
+            batches = (_on_device(batch, device, number) for number, batch in batches)
+            if in_step:
+                forward = functools.partial(_forward, model, options)
+                run_in_step(batches, collector, forward, world, device)
+                reshard(model)
+            else:
+                with world.together():
+                    for batch in batches:
+                        run_batch(model, collector, batch, options)
+            return collector.norms(fingerprint=fingerprint, world=world)
 
     def act_norm(self, key, scope="row") -> torch.Tensor:
         """The norm of each input channel of one weight, (K,) fp32.
@@ -260,7 +281,7 @@ class ActivationNorms:
         except DataError:
             raise
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise DataError(f"norms={str(path)!r}: cannot be read: {error}") from None
+            raise DataError(f"norms={str(path)!r}: cannot be read: {error!s:.300}") from None
 
     def _check(self):
         if not self.sq_sum:
@@ -345,6 +366,17 @@ def _on_device(batch, device, number):
     }
 
 
+def _input_device(model):
+    """Where a model takes its inputs; offloaded weights (meta) are not there."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def _forward(model, options, batch):
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    model(**inputs, **options)
+
+
 def run_batch(model, collector, batch, options):
     """One forward under a :class:`NormCollector`; on a GPU out of memory, two of half the size.
 
@@ -354,11 +386,10 @@ def run_batch(model, collector, batch, options):
         batch: as :meth:`ActivationNorms.collect` takes it, on the model's device.
         options: of :func:`lean_forward`.
     """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
     size = batch["input_ids"].shape[0]
     try:
         if collector.start(batch):
-            model(**inputs, **options)
+            _forward(model, options, batch)
             collector.finish()
         return
     except torch.OutOfMemoryError as error:

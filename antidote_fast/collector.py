@@ -5,6 +5,7 @@ from torch.nn import functional
 
 from antidote_fast import backends
 from antidote_fast._check import WEIGHT_DTYPES
+from antidote_fast.distributed import ALONE
 from antidote_fast.errors import DataError, UsageError
 
 AGGREGATIONS = ("rms", "mean")
@@ -46,6 +47,7 @@ class NormCollector:
         self.num_sequences = self.num_tokens = 0
         self._seen_batches = self._seen_sequences = 0
         self._handles = []
+        self._idle = False
         self._mask = self._shared = None
         self._masks, self._pending = {}, []
         self._allocate()
@@ -100,6 +102,11 @@ class NormCollector:
         self._mask, self._shape = mask, mask.shape
         return True
 
+    def idle(self):
+        """Say that nothing of the next forward counts; no :meth:`finish` follows it."""
+        self.discard()
+        self._idle = True
+
     def finish(self):
         """Add what the last forward gave to the totals.
 
@@ -131,6 +138,7 @@ class NormCollector:
         if self._pending:
             for flat in self._batch.values():
                 flat.zero_()
+        self._idle = False
         self._mask = self._shared = None
         self._masks, self._pending = {}, []
 
@@ -158,29 +166,54 @@ class NormCollector:
         """
         self._shared = (x, x.dtype, _version(x), sums)
 
-    def norms(self, *, fingerprint=""):
+    def norms(self, *, fingerprint="", world=ALONE):
         """The :class:`ActivationNorms` of all finished batches.
 
+        Args:
+            fingerprint: of the base model.
+            world: the ranks (:mod:`antidote_fast.distributed`) whose sums are added up. Each of
+                them calls this, also one that finished no batch, and all get the same norms.
+
         Raises:
-            DataError: no token counted, with the counts.
+            DataError: no token counted, with the counts; ranks whose targets, settings or base
+                models differ.
         """
+        totals, counts = self._added_up(world, fingerprint)
+        with world.together():
+            return self._as_norms(totals, counts, fingerprint)
+
+    def _added_up(self, world, fingerprint):
+        """(totals like ``_total``, counts) over all ranks, in one reduction."""
+        counts = [self.num_sequences, self.num_tokens, self._seen_batches, self._seen_sequences]
+        if world.size == 1:
+            return self._total, counts
+        sizes = [flat.numel() for flat in self._total.values()]
+        keys = [(t.key, t.in_features, t.transposed, t.routed) for t in self.targets]
+        settings = [self.aggregation, self.response_only, fingerprint]
+        world.check_same("models or settings of the ranks", repr((sizes, keys, settings)))
+        counts = torch.tensor(counts, dtype=torch.float64)
+        counts, *sums = world.all_reduce([counts, *self._total.values()])
+        return dict(zip(self._total, sums, strict=True)), [int(count) for count in counts]
+
+    def _as_norms(self, totals, counts, fingerprint):
         from antidote_fast.calibrate import ActivationNorms
 
-        if not self.num_tokens:
+        num_sequences, num_tokens, seen_batches, seen_sequences = counts
+        if not num_tokens:
             what = "tokens that are neither padding nor prompt" if self.response_only else "tokens"
             raise DataError(
-                f"calibration data: {self._seen_batches} batches with {self._seen_sequences} "
-                f"sequences hold 0 {what} to count"
+                f"calibration data: {seen_batches} batches with {seen_sequences} sequences hold 0 "
+                f"{what} to count"
             )
         sums = {"sq_sum": {}, "norm_sum": {}}
-        for target, views in zip(self.targets, self._views(self._total), strict=True):
+        for target, views in zip(self.targets, self._views(totals), strict=True):
             for name, view in zip(sums, views, strict=False):
                 sums[name][target.key] = view.to("cpu", torch.float32)
         return ActivationNorms(
             sums["sq_sum"],
             norm_sum=sums["norm_sum"] if self.aggregation == "mean" else None,
-            num_sequences=self.num_sequences,
-            num_tokens=self.num_tokens,
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
             response_only=self.response_only,
             fingerprint=fingerprint,
             transposed=[t.key for t in self.targets if t.transposed],
@@ -228,6 +261,8 @@ class NormCollector:
         # Short, and sums are added to their slots in finish: what runs here runs between two
         # layers, with cold caches.
         def hook(module, args, kwargs):
+            if self._idle:
+                return
             x = args[0] if args else next(iter(kwargs.values()))
             if first is not None:
                 source = x.to(first.weight.dtype)

@@ -11,6 +11,8 @@ import re
 
 import torch
 
+from antidote_fast.sharded import is_sharded, sampled_rows
+
 UNKNOWN = ""
 _BLOCK_WEIGHT = re.compile(r"(?:^|\.)([^.]+\.\d+\..*\.weight)$")
 # Names that transformers may rename or fuse between file and model.
@@ -52,7 +54,7 @@ def fingerprint(weights, model_type) -> str:
             return UNKNOWN
         if 0 in shape:
             continue
-        sample = rows(sorted({0, shape[0] // 2, shape[0] - 1}), _COLUMNS)
+        sample = rows(_picked(shape), _COLUMNS)
         sample = sample.detach().to("cpu", torch.float32)
         sample = torch.where(sample.abs() < _TINY, 0.0, sample).to(torch.bfloat16).contiguous()
         digest = hashlib.sha256(f"{short} {tuple(shape)} ".encode())
@@ -67,16 +69,29 @@ def fingerprint(weights, model_type) -> str:
 def fingerprint_model(model) -> str:
     """Fingerprint of a live model's base weights; an adapter on top does not count.
 
-    ``""`` where it cannot be told: quantised weights, or weights that live elsewhere (meta).
+    ``""`` where it cannot be told: quantised weights, or weights that live elsewhere (meta). Of a
+    model sharded by FSDP2 every rank must ask.
     """
     parameters = list(model.named_parameters())
     if any(p.is_meta for _, p in parameters):
         return UNKNOWN
+    sampled = {}
+    if any(is_sharded(p) for _, p in parameters):
+        inside = [(name, p) for name, p in parameters if block_name(name) and p.numel()]
+        sampled = sampled_rows(inside, _picked, _COLUMNS)
+        if sampled is None:
+            return UNKNOWN
     return fingerprint(
-        ((name, tuple(p.shape), p.dtype, _rows(p)) for name, p in parameters),
+        ((name, tuple(p.shape), p.dtype, _rows(p, sampled.get(name))) for name, p in parameters),
         getattr(getattr(model, "config", None), "model_type", None),
     )
 
 
-def _rows(tensor):
+def _picked(shape):
+    return sorted({0, shape[0] // 2, shape[0] - 1})
+
+
+def _rows(tensor, sample=None):
+    if sample is not None:
+        return lambda rows, columns: sample
     return lambda rows, columns: tensor.detach()[rows, :columns]
