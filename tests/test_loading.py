@@ -5,6 +5,7 @@ import shutil
 import struct
 
 import huggingface_hub
+import huggingface_hub.errors
 import pytest
 import tiny
 import torch
