@@ -17,6 +17,7 @@ from antidote_fast.errors import DataError, NothingPruned, UsageError
 from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.masks import PackedMask
 from antidote_fast.selection import Selection, num_pruned
+from antidote_fast.sharded import add_up, local_rows, reshard
 from antidote_fast.targets import ALL_LINEAR, coverage, find_targets, natural_key, select_keys
 
 SCORES = ("wanda", "magnitude", "random")
@@ -125,6 +126,10 @@ def prune_model_(
 ) -> PruneReport:
     """Prune a live model's targets in place, once.
 
+    Of a model that FSDP2 shards each rank prunes the rows it holds (row scope), with norms that are
+    the same on all ranks; every rank must call. The report is then that of whole weights and the
+    same everywhere; masks are those of this rank's rows.
+
     Args:
         model: a transformers model, or a PEFT model (its active LoRA adapter is pruned).
         norms: :class:`ActivationNorms` of this model's targets; None for scores without data.
@@ -138,23 +143,30 @@ def prune_model_(
 
     Raises:
         DataError: norms of another base or of other weights, NaN or infinity in a weight, norms
-            of a layer that are all zero. All is checked before the first write.
-        UsageError, NothingPruned: as find_targets; an unknown score.
+            of a layer that are all zero; a weight sharded otherwise than by rows. All is checked
+            before the first write.
+        UsageError, NothingPruned: as find_targets; an unknown score; a scope or score that sharded
+            weights cannot be pruned by.
+        PeerFailed: another rank refused.
     """
+    reshard(model)
     found = find_targets(model, targets, ignore)
     if norms is not None:
         check_base(norms, fingerprint_model(model))
-    report = prune_state_(
-        {target.key: target.weight.detach() for target in found},
-        _narrowed(norms, [t.key for t in found], targets, ignore),
-        selection,
-        score=score,
-        seed=seed,
-        backend=backend,
-        return_masks=return_masks,
-        transposed=[t.key for t in found if t.transposed],
-        routed=[t.key for t in found if t.routed],
-    )
+    weights, world = local_rows(found, norms, selection, score)
+    with world.together():
+        report = prune_state_(
+            weights,
+            _narrowed(norms, [t.key for t in found], targets, ignore),
+            selection,
+            score=score,
+            seed=seed,
+            backend=backend,
+            return_masks=return_masks,
+            transposed=[t.key for t in found if t.transposed],
+            routed=[t.key for t in found if t.routed],
+        )
+    report = add_up(report, found, world)
     report.coverage = asdict(coverage(model, found))
     return report
 
