@@ -16,7 +16,7 @@ MARK := $(VENV)/.antidote-fast$(subst /,-,$(CURDIR))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: demo test tests style sanitize bench gpu-check clean
+.PHONY: demo test tests style sanitize fuzz bench gpu-check clean
 
 # A short spin keeps OpenMP usable on busy cores. A training step of the demo, one of two Xeon cores
 # taken by another program: 25 s with libgomp's default, 2.3 s with a spin of 10000; with both cores
@@ -57,6 +57,11 @@ sanitize: $(MARK)-test
 		-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q -n 2 -m table \
 		$(addprefix $(CURDIR)/,$(shell grep -l 'mark\.table' tests/test_*.py)) \
 		|| { cat $(SANITIZED)/found.* 2>/dev/null; exit 1; }
+
+# 100,000 broken files for the readers, from new seeds: some minutes.
+fuzz: $(MARK)-test
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --timeout=0 --hypothesis-profile=fuzz \
+		--hypothesis-show-statistics tests/test_fuzz.py
 
 # Those that want a GPU say so and exit with 2.
 bench: $(MARK)-test

@@ -54,7 +54,7 @@ def check_adapter_config(config, where):
     kind = values.get("peft_type")
     kind = getattr(kind, "value", kind)
     if kind != "LORA":
-        kind = f"{kind:.40}" if isinstance(kind, str) else type(kind).__name__
+        kind = ascii(kind)[1:41].rstrip("'") if isinstance(kind, str) else type(kind).__name__
         raise DataError(f"{where}: is an adapter of type {kind}; only LORA is understood")
     for name in _NOT_UNDERSTOOD:
         if values.get(name):

@@ -99,7 +99,7 @@ class Checkpoint:
                 with safe_open(str(file), framework="pt") as handle:
                     tensors.update((key, handle.get_tensor(name)) for key, name in pairs)
             except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-                raise DataError(f"{file}: cannot be read: {error}") from None
+                raise DataError(f"{file}: cannot be read: {error!s:.300}") from None
         return {key: tensors[key] for key in keys}
 
     def fingerprint(self) -> str:
@@ -114,7 +114,7 @@ class Checkpoint:
             )
             return fingerprint(weights, self.config.get("model_type"))
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{self.folder}: cannot be read: {error}") from None
+            raise DataError(f"{self.folder}: cannot be read: {error!s:.300}") from None
         finally:
             for handle in handles.values():
                 handle.__exit__(None, None, None)
@@ -184,7 +184,7 @@ def read_json(folder, name) -> dict:
         raise
     except (ValueError, RecursionError) as error:
         what = "nested too deep" if isinstance(error, RecursionError) else error
-        raise DataError(f"{path}: is not valid JSON: {what}") from None
+        raise DataError(f"{path}: is not valid JSON: {what!s:.300}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: must hold a JSON object")
     return value

@@ -139,7 +139,7 @@ def load_masks(path):
     except DataError:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as a mask file: {error}") from None
+        raise DataError(f"{path}: cannot be read as a mask file: {error!s:.300}") from None
     return masks, metadata
 
 

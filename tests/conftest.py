@@ -5,6 +5,7 @@ import inspect
 import os
 import shutil
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import tiny
+
+hypothesis.settings.register_profile("fuzz", max_examples=100_000)  # make fuzz
 
 _LANGUAGE = ("triton.language", "triton.language.core")
 

@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 import json
+import os
 import re
 import typing
+from pathlib import Path
 
 from antidote_fast.errors import AntidoteError, DataError, UsageError
 from antidote_fast.pipeline.config import SECTIONS, ExperimentConfig
@@ -13,6 +15,12 @@ ALIASES = {
     "--nsamples": ("--num_calibration_samples", ""),
     "--dense_ratio": ("--ratio", " (the fraction removed, as in the official code)"),
 }
+
+
+_MAX_YAML_BYTES = 256 << 10
+_MAX_YAML_DEPTH = 32
+_MAX_YAML_ALIASES = 10
+_MAX_MESSAGE = 500
 
 
 def from_words(config_class, words, command):
@@ -31,6 +39,10 @@ def from_words(config_class, words, command):
         DataError: a config file that cannot be read.
     """
     words, notices = spelled_out(words, config_class)
+    for i, word in enumerate(words):
+        flag, _, path = word.partition("=")
+        if flag == "--config":
+            _check_yaml(path or next(iter(words[i + 1 :]), ""))
     return _parsed(config_class, "parse_args", words, command), notices
 
 
@@ -139,15 +151,50 @@ def _default(match):
 
 def _parsed(config_class, method, given, command):
     parser = _parser(config_class)
-    from jsonargparse import ArgumentError
-
     fields = [field.name for field in dataclasses.fields(config_class)]
     try:
         values = getattr(parser, method)(given)
-    except (ArgumentError, KeyError) as error:
+    except AntidoteError:
+        raise
+    except Exception as error:  # the parser's own, YAML's, and what odd values make either raise
         prefix = "--" if method == "parse_args" else f"{command}."
         raise _mistake(str(error), command, fields, prefix) from error
     return config_class(**{field: _plain(values[field]) for field in fields})
+
+
+def _check_yaml(path):
+    """Refuse what would take the parser long, or make it fall over: size, depth, aliases of aliases.
+
+    An alias costs nothing to write; nested ones grow without bound as soon as somebody walks them.
+    """
+    import yaml
+
+    if not os.path.isfile(path):
+        what = "is not a regular file" if os.path.exists(path) else "no such file"
+        raise DataError(f"--config: {ascii(path)[1:-1]:.200}: {what}")
+    if os.path.getsize(path) > _MAX_YAML_BYTES:
+        raise DataError(f"--config: {path}: larger than {_MAX_YAML_BYTES >> 10} KiB")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--config: {path}: cannot be read: {error!s:.300}") from None
+    depth = aliases = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            aliases += isinstance(event, yaml.AliasEvent)
+            if depth > _MAX_YAML_DEPTH or aliases > _MAX_YAML_ALIASES:
+                raise UsageError(
+                    f"--config: {path}: nested deeper than {_MAX_YAML_DEPTH}, or more than "
+                    f"{_MAX_YAML_ALIASES} aliases"
+                )
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config: {path}: not valid YAML: {_on_one_line(error)}") from None
+
+
+def _on_one_line(message):
+    return " ".join(str(message).split())[:_MAX_MESSAGE]
 
 
 def _plain(value):
@@ -161,11 +208,12 @@ def _mistake(message, command, fields, prefix):
         given = (unknown[1] or unknown[2]).split("=")[0]
         close = close_to(given.lstrip("-"), fields, prefix if not unknown[2] else "")
         return UsageError(f"{given}: {command} has no such flag{close}")
+    message = _on_one_line(message)
     missing = re.search(r"arguments are required: (.*)|[Kk]ey ['\"](\w+)['\"] is req", message)
     if missing:
         flags = ", ".join(prefix + field for field in re.findall(r"\w+", missing[1] or missing[2]))
         return UsageError(f"{flags}: required; antidote-fast {command} --help lists the flags")
-    message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
+    message = re.sub(r"<class '(\w+)'>", r"\1", message)
     message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
     for theirs, ours in (("Expected a ", "must be "), ("float", "a number"), ("int", "an integer")):
         message = re.sub(rf"\b{theirs}", ours, message)

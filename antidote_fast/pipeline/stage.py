@@ -115,7 +115,7 @@ def read_report(folder) -> dict | None:
     """The ``report.json`` of a folder, or None where there is none of a version we know."""
     try:
         report = json.loads((Path(folder) / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(report, dict) or report.get("schema_version") != SCHEMA_VERSION:
         return None
