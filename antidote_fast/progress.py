@@ -35,6 +35,65 @@ def track(iterable, what, progress=False, total=None):
 
 
 @contextlib.contextmanager
+def count(total, what, progress=False, every=30.0):
+    """Show counts of work that is not one loop; ``progress`` as :func:`track` takes it.
+
+    Yields:
+        ``show(done, **counts)``: how many of ``total`` are done, and what else to show beside it,
+        such as ``failed=2``; None is not shown. JSON lines come each ``every`` seconds and at the
+        end.
+    """
+    if not progress:
+        yield lambda done, **counts: None
+    elif hasattr(progress, "bars"):
+        task = progress.bars.add_task(what, total=total)
+
+        def show(done, **counts):
+            told = [f"{name.replace('_', ' ')} {value}" for name, value in counts.items() if value]
+            text = ", ".join([what, *told])
+            progress.bars.update(task, completed=done, description=text, refresh=True)
+
+        yield show
+    elif callable(progress):
+        with _counting_lines(total, what, every) as show:
+            yield show
+    else:
+        from tqdm import tqdm
+
+        with tqdm(desc=what, total=total) as bar:
+
+            def show(done, **counts):
+                bar.set_postfix({k: v for k, v in counts.items() if v}, refresh=False)
+                bar.update(done - bar.n)
+
+            yield show
+
+
+@contextlib.contextmanager
+def _counting_lines(total, what, every):
+    start = last = time.monotonic()
+    fields = {"done": 0}
+
+    def line():
+        told = {"step": what, **fields, "seconds": round(time.monotonic() - start, 1)}
+        print(json.dumps(told), file=sys.stderr, flush=True)
+
+    def show(done, **counts):
+        nonlocal last
+        fields.update(done=done, total=total)
+        fields.update({name: value for name, value in counts.items() if value is not None})
+        if time.monotonic() - last >= every:
+            last = time.monotonic()
+            line()
+
+    fields["total"] = total
+    try:
+        yield show
+    finally:
+        line()
+
+
+@contextlib.contextmanager
 def command_line_progress(quiet=False):
     """The ``progress`` that a command uses: bars on a terminal, else one JSON line a step."""
     if quiet:
@@ -59,7 +118,12 @@ def _bars():
         rich_progress.TimeRemainingColumn(),
     )
     with rich_progress.Progress(*columns, console=Console(stderr=True)) as bars:
-        yield lambda iterable, what, total: bars.track(iterable, total=total, description=what)
+
+        def track_on_bars(iterable, what, total):
+            return bars.track(iterable, total=total, description=what)
+
+        track_on_bars.bars = bars  # for count()
+        yield track_on_bars
 
 
 def json_lines(iterable, what, total, every=30.0):

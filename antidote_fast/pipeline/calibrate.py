@@ -79,7 +79,7 @@ def calibrate_folder(config, base, adapter, *, records=None, tokenizer=None, pro
     records = load_data(config, records)
     trust = config.trust_remote_code
     tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
-    batches = _batches(config, records, tokenizer, base.config)
+    batches = batches_of(config, records, tokenizer, base.config)
     model = load_model(
         base.folder, dtype=config.dtype, device=config.device, trust_remote_code=trust
     )
@@ -91,7 +91,7 @@ def calibrate_folder(config, base, adapter, *, records=None, tokenizer=None, pro
 def collect(config, model, records, tokenizer, *, batches=None, progress=False):
     if batches is None:
         model_config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
-        batches = _batches(config, records, tokenizer, model_config)
+        batches = batches_of(config, records, tokenizer, model_config)
     norms = ActivationNorms.collect(
         model,
         batches,
@@ -111,7 +111,8 @@ def collect(config, model, records, tokenizer, *, batches=None, progress=False):
     return norms, counts
 
 
-def _batches(config, records, tokenizer, model_config):
+def batches_of(config, records, tokenizer, model_config):
+    """Batches for a forward of a model of this config; refused where it has too few positions."""
     batches = make_batches(
         records,
         tokenizer,

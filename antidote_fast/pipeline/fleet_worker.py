@@ -1,0 +1,331 @@
+"""One worker of a fleet: a base model in memory, adapters read ahead, results written behind.
+
+While the model runs forwards for one adapter, a thread reads and checks the next ones and another
+prunes and writes those before it. What a job leaves is what ``prune`` leaves for its adapter.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import time
+
+import torch
+
+from antidote_fast.calibrate import lean_forward, run_batch
+from antidote_fast.checkpoint import (
+    check_adapter,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    output_folder,
+    verify_folder,
+    write_pruned,
+)
+from antidote_fast.collector import NormCollector
+from antidote_fast.commit import read_manifest
+from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast.files import Checkpoint
+from antidote_fast.fingerprint import fingerprint_model
+from antidote_fast.hotswap import AdapterSlot
+from antidote_fast.loading import pick_device, resolve_folder
+from antidote_fast.pipeline import calibrate, fleet_folder, prune
+from antidote_fast.pipeline.data import local_file
+from antidote_fast.pipeline.stage import hash_inputs
+from antidote_fast.prune import prune_state_
+from antidote_fast.selection import Selection
+from antidote_fast.targets import find_targets, select_keys
+
+_AHEAD = 2  # adapters read before their turn, and results not yet on the disk, in memory
+_DATA_SETS = 8  # tokenised data sets kept
+
+
+class Worker:
+    """Prunes adapters on one base model, one job after another.
+
+    Args:
+        config: a :class:`FleetConfig`.
+
+    Raises:
+        DataError, UsageError: the base is refused, or the backend cannot run.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        folder = resolve_folder(config.model_name_or_path)
+        base = open_checkpoint(folder, trust_remote_code=config.trust_remote_code)
+        if base.is_adapter:
+            raise DataError(
+                f"model_name_or_path={config.model_name_or_path!r}: is a PEFT adapter; give the "
+                "base model of the adapters"
+            )
+        self.base = _Base(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
+        self.device = pick_device(config.device)
+        self.backend = calibrate.describe_backend(config.backend, self.device)
+        self._base_hashes = hash_inputs([config.model_name_or_path])
+        self._data = collections.OrderedDict()
+        self._slot = self._hooks = self._hooked = self._collector = None
+
+    def check_data(self, jobs):
+        """Read and tokenise the fleet's own data set, so that one no job could use ends it.
+
+        Raises:
+            DataError, UsageError: as :func:`load_records` and :func:`make_batches`.
+        """
+        for job in jobs:
+            if job.config.dataset == self.config.dataset and job.config.score == "wanda":
+                self._data_of(job.config)
+                return
+
+    def run(self, jobs, stop=lambda: False):
+        """Do the jobs; yields one outcome a job, in order, as soon as its folder is in place.
+
+        Args:
+            jobs: :class:`Job`s.
+            stop: looked at between jobs; once it says True no other job is begun.
+
+        Yields:
+            dicts of name, adapter, line, status (``"done"``, ``"skipped"`` where the folder was
+            whole already, ``"failed"``), achieved, seconds, reason, kind and exit_code.
+
+        Raises:
+            AntidoteError: the disk is full, or the device failed: no other job could fare better.
+        """
+        pending = iter(jobs)
+        ahead, behind = collections.deque(), collections.deque()
+        reader = concurrent.futures.ThreadPoolExecutor(1, "fleet-reader")
+        writer = concurrent.futures.ThreadPoolExecutor(1, "fleet-writer")
+        try:
+            while True:
+                while len(ahead) <= _AHEAD and not stop():
+                    job = next(pending, None)
+                    if job is None:
+                        break
+                    ahead.append((job, reader.submit(self._read, job)))
+                if not ahead or stop():
+                    break
+                job, read = ahead.popleft()
+                behind.append((job, self._compute(read, writer)))
+                while behind and (len(behind) > _AHEAD or behind[0][1].done()):
+                    yield _outcome(*behind.popleft())
+            while behind:
+                yield _outcome(*behind.popleft())
+        finally:
+            for executor in (reader, writer):
+                executor.shutdown(wait=True, cancel_futures=True)
+            self._close()
+
+    def _close(self):
+        if self._hooks is not None:
+            self._hooks.close()
+        self._hooks = self._hooked = self._collector = None
+
+    def _read(self, job):
+        """In the reader's thread: every check that needs no model, and the tensors."""
+        start = time.perf_counter()
+        config = job.config
+        adapter = open_checkpoint(config.adapter)
+        if not adapter.is_adapter:
+            raise DataError(f"adapter={config.adapter!r}: is a whole model, not an adapter")
+        if read_manifest(adapter.folder) is not None and (bad := verify_folder(adapter.folder)):
+            raise DataError(f"{adapter.folder}: not as it was written: {bad[0]}")
+        dataset = config.dataset and local_file(config.dataset)
+        inputs = {**self._base_hashes, **hash_inputs([config.adapter])}
+        inputs |= self._hashes_of(dataset) if dataset else {}
+        report = fleet_folder.finished(job, inputs, self.base.fingerprint())
+        if report is not None:
+            return _Read(job, adapter, report=report)
+        check_adapter(adapter, self.base)
+        data = self._data_of(config) if config.score == "wanda" else None
+        tensors = adapter.read(adapter.tensors)
+        return _Read(job, adapter, tensors, data, inputs, seconds=time.perf_counter() - start)
+
+    def _compute(self, read, writer):
+        """A future of the job's report; the forwards are run here, by the thread that calls."""
+        done = concurrent.futures.Future()
+        try:
+            read = read.result()
+        except Exception as error:
+            done.set_exception(error)
+            return done
+        if read.report is not None:
+            done.set_result(("skipped", read.report, 0.0))
+            return done
+        if read.data is not None and self._slot is None:  # a base that fails ends the fleet
+            self._slot = AdapterSlot(self._load)
+            self._fingerprint = fingerprint_model(self._slot.model)
+        try:
+            start = time.perf_counter()
+            norms = None if read.data is None else self._norms(read)
+            seconds = read.seconds + time.perf_counter() - start
+            return writer.submit(self._write, read, norms, seconds)
+        except Exception as error:
+            done.set_exception(error)
+            return done
+
+    def _norms(self, read):
+        """The norms of one adapter; hooks stay on the model for the next one like it."""
+        config = read.job.config
+        if not self._slot.fits(read.adapter):
+            self._close()
+        live = self._slot.put(read.adapter, read.tensors)
+        wanted = (config.targets, config.ignore, config.aggregation, config.response_only)
+        if self._hooks is None or self._hooked != wanted:
+            self._close()
+            self._put_hooks_on(live, config)
+            self._hooked = wanted
+        collector = self._collector
+        collector.reset()
+        batches, *_ = read.data
+        with torch.no_grad():
+            for batch in batches:
+                run_batch(live, collector, batch, self._options)
+        return collector.norms(fingerprint=self._fingerprint)
+
+    def _put_hooks_on(self, live, config):
+        found = find_targets(live, config.targets, config.ignore)
+        collector = NormCollector(
+            found,
+            aggregation=config.aggregation,
+            response_only=config.response_only,
+            backend=config.backend,
+        )
+        with contextlib.ExitStack() as stack:
+            self._collector = stack.enter_context(collector)
+            self._options = stack.enter_context(lean_forward(live))
+            self._hooks = stack.pop_all()
+
+    def _write(self, read, norms, calibrated):
+        """In the writer's thread: select, prune, and put the job's folder in place."""
+        start = time.perf_counter()
+        config, adapter = read.job.config, read.adapter
+        if norms is None:
+            keys, counts = select_keys(adapter.tensors, config.targets, config.ignore), {}
+        else:
+            _, num_records, dropped, truncated = read.data
+            keys = norms.keys
+            counts = {
+                **calibrate.counts_of(norms),
+                "num_records": num_records,
+                "num_dropped": dropped,
+                "num_truncated": truncated,
+            }
+        weights = {key: read.tensors[key].to(self.device) for key in keys}
+        report = prune_state_(
+            weights,
+            norms,
+            Selection(config.ratio, scope=config.scope),
+            targets=config.targets if norms is not None else None,
+            ignore=config.ignore if norms is not None else (),
+            score=config.score,
+            seed=config.seed,
+            backend=config.backend,
+            return_masks=config.save_masks,
+            together=True,
+        )
+        entries = {"base_fingerprint": self.base.fingerprint()}
+        pruned = {layer.key: weights[layer.key] for layer in report.layers}
+        with output_folder(config.output_dir, config.overwrite, **entries) as folder:
+            write_pruned(adapter, folder, pruned)
+            seconds = {"calibrate": calibrated, "prune": time.perf_counter() - start}
+            contents = prune.finish(
+                folder, config, report, norms, counts, self.backend, seconds, inputs=read.inputs
+            )
+        return "done", contents, calibrated + time.perf_counter() - start
+
+    def _load(self):
+        return load_model(
+            self.base.folder,
+            dtype=self.config.dtype,
+            device=self.config.device,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
+    @functools.cached_property
+    def _tokenizer(self):
+        return load_tokenizer(self.base.folder, trust_remote_code=self.config.trust_remote_code)
+
+    def _data_of(self, config):
+        """(batches on the device, records, dropped, truncated), tokenised once for all jobs."""
+        key = (
+            config.dataset,
+            config.num_calibration_samples,
+            config.template,
+            config.max_seq_length,
+            config.batch_size,
+        )
+        held = self._data.get(key)
+        if held is None:
+            try:
+                records = calibrate.load_data(config, None)
+                batches = calibrate.batches_of(config, records, self._tokenizer, self.base.config)
+                on_device = [{k: v.to(self.device) for k, v in b.items()} for b in batches]
+                held = on_device, len(records), batches.num_dropped, batches.num_truncated
+            except AntidoteError as error:  # for every job that names these data
+                held = error
+            self._data[key] = held
+            if len(self._data) > _DATA_SETS:
+                self._data.popitem(last=False)
+        self._data.move_to_end(key)
+        if isinstance(held, AntidoteError):
+            raise type(held)(str(held))
+        return held
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - a worker lives as long as its process
+    def _hashes_of(self, dataset):
+        return hash_inputs([dataset])
+
+
+@dataclasses.dataclass
+class _Read:
+    """A job between its threads; ``report`` where it is done already."""
+
+    job: object
+    adapter: Checkpoint
+    tensors: dict | None = None
+    data: tuple | None = None
+    inputs: dict | None = None
+    report: dict | None = None
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Base(Checkpoint):
+    """A base whose fingerprint is read once."""
+
+    @functools.cached_property
+    def _fingerprint(self):
+        return super().fingerprint()
+
+    def fingerprint(self):
+        return self._fingerprint
+
+
+def _outcome(job, future):
+    """What became of a job, from the future of its report."""
+    about = {"name": job.name, "adapter": job.config.adapter, "line": job.line}
+    try:
+        status, report, seconds = future.result()
+    except Exception as error:
+        if fleet_folder.is_disk_full(error) or isinstance(error, _DEVICE_ERRORS):
+            raise
+        return {**about, "status": "failed", **_why(error)}
+    return {
+        **about,
+        "status": status,
+        "achieved": report.get("achieved"),
+        "seconds": round(seconds, 3),
+    }
+
+
+_DEVICE_ERRORS = (getattr(torch, "AcceleratorError", ()),)
+
+
+def _why(error):
+    """One line, the exception's class and the exit code it stands for."""
+    kind = type(error).__name__
+    text = " ".join(str(error).split())
+    if isinstance(error, AntidoteError):
+        return {"reason": text, "kind": kind, "exit_code": error.exit_code}
+    return {"reason": f"unexpected failure: {kind}: {text:.300}", "kind": kind, "exit_code": 1}
