@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from antidote_fast import _check, backends, ops
+from antidote_fast.cross_check import CrossCheck
 from antidote_fast.errors import DataError, NothingPruned, UsageError
 from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.masks import PackedMask
@@ -123,6 +124,7 @@ def prune_model_(
     seed=0,
     backend=None,
     return_masks=False,
+    cross_check=True,
 ) -> PruneReport:
     """Prune a live model's targets in place, once.
 
@@ -140,8 +142,11 @@ def prune_model_(
         seed: of the random score.
         backend: as in :mod:`antidote_fast.ops`.
         return_masks: keep the masks in the report.
+        cross_check: compare a few rows of the first weight of each shape with the reference
+            (:mod:`antidote_fast.cross_check`).
 
     Raises:
+        AntidoteError: the backend does not select what the reference does.
         DataError: norms of another base or of other weights, NaN or infinity in a weight, norms
             of a layer that are all zero; a weight sharded otherwise than by rows. All is checked
             before the first write.
@@ -163,6 +168,7 @@ def prune_model_(
             seed=seed,
             backend=backend,
             return_masks=return_masks,
+            cross_check=cross_check,
             transposed=[t.key for t in found if t.transposed],
             routed=[t.key for t in found if t.routed],
         )
@@ -182,6 +188,7 @@ def prune_state_(
     seed=0,
     backend=None,
     return_masks=False,
+    cross_check=True,
     transposed=(),
     routed=(),
     together=False,
@@ -199,7 +206,7 @@ def prune_state_(
             them; those of the norms are added.
         together: prune all weights in one call on a CPU too, as on a GPU; less time for many small
             ones, and then no time of each.
-        selection, score, seed, backend, return_masks: as :func:`prune_model_`.
+        selection, score, seed, backend, return_masks, cross_check: as :func:`prune_model_`.
 
     Raises:
         As :func:`prune_model_`; nothing is written then.
@@ -224,8 +231,9 @@ def prune_state_(
         # One call refuses by itself before it writes, unless it writes scores.
         if selection.scope != "global" and (len(calls) > 1 or score == "random"):
             _check_all(layers, selection)
+        guard = CrossCheck(selection, backend) if cross_check else None
         for call in calls:
-            _run(call, selection, score, seed, backend)
+            _run(call, selection, score, seed, backend, guard)
     ratio = selection.ratio if selection.n_m is None else selection.n_m[0] / selection.n_m[1]
     return PruneReport(
         score=score,
@@ -432,20 +440,20 @@ def _calls(layers, scope, together):
     return list(calls.values())
 
 
-def _run(layers, selection, score, seed, backend):
+def _run(layers, selection, score, seed, backend, guard):
     """Select and write, for the layers of one call."""
     start = time.perf_counter()
+    names, matrices = [x.key for x in layers], [x.matrix for x in layers]
+    scored, norms = matrices, [x.norm for x in layers]
     if score == "random":
-        scores = [random_scores(x.key, x.matrix.shape, seed).to(x.matrix.device) for x in layers]
-        masks, thresholds = ops.prune_with_report_(
-            scores, [None] * len(scores), selection, backend=backend
-        )
-        for layer, mask in zip(layers, masks, strict=True):
-            ops.apply_mask_(layer.matrix, mask, backend=backend)
-    else:
-        masks, thresholds = ops.prune_with_report_(
-            [x.matrix for x in layers], [x.norm for x in layers], selection, backend=backend
-        )
+        scored = [random_scores(x.key, x.matrix.shape, seed).to(x.matrix.device) for x in layers]
+    samples = guard.before(names, scored, norms, matrices) if guard else ()
+    masks, thresholds = ops.prune_with_report_(scored, norms, selection, backend=backend)
+    if score == "random":
+        for matrix, mask in zip(matrices, masks, strict=True):
+            ops.apply_mask_(matrix, mask, backend=backend)
+    if samples:
+        guard.after(samples, matrices, masks, thresholds)
     for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
         if layer.copied:
             layer.saved.copy_(layer.matrix.t() if layer.transposed else layer.matrix)

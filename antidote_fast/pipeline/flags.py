@@ -163,7 +163,7 @@ def _parsed(config_class, method, given, command):
 
 
 def _check_yaml(path):
-    """Refuse what would take the parser long, or make it fall over: size, depth, aliases of aliases.
+    """Refuse what takes the parser long or makes it fall over: size, depth, aliases of aliases.
 
     An alias costs nothing to write; nested ones grow without bound as soon as somebody walks them.
     """

@@ -1,0 +1,208 @@
+"""What a kernel selected, checked against the definition on a few rows of each kind of weight.
+
+A fault in a kernel, a compiler or a device would prune the wrong weights and say nothing. So for
+the first weight of each (shape, dtype, device) of a prune some rows are copied. The backend prunes
+the copy first, before anything is written; after the real call the same rows are looked at again.
+Nothing is sorted: a selection is right if and only if its count is right and every (score, index)
+on one side of it is below every one on the other.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from antidote_fast import backends, ops
+from antidote_fast.backends import reference
+from antidote_fast.errors import AntidoteError
+from antidote_fast.selection import num_pruned
+
+MAX_ROWS = 4
+_LOWEST, _HIGHEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+
+
+@dataclass
+class _Sample:
+    """Some rows of one weight as they were: ``keys`` are their scores as ordered integers."""
+
+    place: int
+    name: str
+    rows: torch.Tensor
+    keys: np.ndarray
+    bits: torch.Tensor
+    scored: torch.Tensor
+    norm: torch.Tensor | None
+    removed: np.ndarray | None = None  # of the copy
+
+
+class CrossCheck:
+    """Checks the calls of one prune; every weight kind once.
+
+    Args:
+        selection: the :class:`Selection`.
+        backend: as in :mod:`antidote_fast.ops`; nothing is checked where it is the reference.
+    """
+
+    def __init__(self, selection, backend):
+        self.selection = selection
+        self.backend = backend
+        self._seen = set()
+
+    def before(self, names, scored, norms, weights) -> list:
+        """Copy rows of the weights of one call, and prune the copies.
+
+        Args:
+            names: of the weights, for messages.
+            scored: the matrices that are selected from: the weights, or their random scores.
+            norms: activation norms, or None each.
+            weights: the matrices that will be written.
+
+        Returns:
+            What :meth:`after` takes.
+
+        Raises:
+            AntidoteError: the backend selects otherwise than the reference; nothing is written.
+        """
+        samples = []
+        for place, (name, matrix) in enumerate(zip(names, scored, strict=True)):
+            kind = tuple(matrix.shape), weights[place].dtype, matrix.device
+            module = backends.select(self.backend, matrix.device.type)
+            if kind in self._seen or module is reference or not matrix.numel():
+                continue
+            self._seen.add(kind)
+            count = matrix.shape[0]
+            rows = sorted({i * (count - 1) // max(1, MAX_ROWS - 1) for i in range(MAX_ROWS)})
+            rows = torch.tensor(rows, device=matrix.device)
+            part = matrix.detach()[rows]
+            samples.append(
+                _Sample(
+                    place,
+                    name,
+                    rows,
+                    _keys(part, norms[place]),
+                    _bits(weights[place].detach()[rows]),
+                    part,
+                    norms[place],
+                )
+            )
+        if samples:
+            self._prune_copies(samples)
+        return samples
+
+    def after(self, samples, weights, masks, thresholds):
+        """Look at the copied rows again, now that the weights of the call were pruned.
+
+        Raises:
+            AntidoteError: naming the weight and the backend.
+        """
+        for sample in samples:
+            mask = masks[sample.place]
+            removed = _removed(mask.bits[sample.rows], mask.shape[1])
+            written = _bits(weights[sample.place].detach()[sample.rows])
+            expected = torch.where(torch.from_numpy(removed), 0, sample.bits)
+            if self.selection.n_m is None and self.selection.scope != "row":
+                ok = _beyond(sample.keys, removed, thresholds[sample.place], self.selection.largest)
+                if self.selection.scope == "tensor":
+                    ok &= _count(mask) == num_pruned(mask.shape[0] * mask.shape[1], self.selection)
+            else:  # a row's selection is its own
+                ok = np.array_equal(removed, sample.removed)
+            if not ok or not torch.equal(written, expected):
+                self._refuse(sample, "; the weights in memory are not to be used")
+        if samples and self.selection.scope == "global":
+            total = sum(mask.shape[0] * mask.shape[1] for mask in masks)
+            if sum(map(_count, masks)) != num_pruned(total, self.selection):
+                self._refuse(samples[0], "; the weights in memory are not to be used")
+
+    def _prune_copies(self, samples):
+        copies = [sample.scored.clone() for sample in samples]
+        norms = [sample.norm for sample in samples]
+        masks, _ = ops.prune_with_report_(copies, norms, self.selection, backend=self.backend)
+        removed = [_removed(mask.bits, mask.shape[1]) for mask in masks]
+        scope = self.selection.scope
+        if scope == "global":
+            ok = self._right(_line([s.keys for s in samples]), _line(removed))
+            oks = [ok] * len(samples)
+        elif scope == "tensor":
+            oks = [
+                self._right(_line([s.keys]), _line([r]))
+                for s, r in zip(samples, removed, strict=True)
+            ]
+        else:
+            oks = [self._right(s.keys, r) for s, r in zip(samples, removed, strict=True)]
+        for sample, copy, chosen, ok in zip(samples, copies, removed, oks, strict=True):
+            expected = torch.where(torch.from_numpy(chosen), 0, _bits(sample.scored))
+            if not ok or not torch.equal(_bits(copy), expected):
+                self._refuse(sample, "; nothing was written")
+            sample.removed = chosen
+
+    def _right(self, keys, removed):
+        """Whether each row of ``removed`` is what the selection means of the row of ``keys``."""
+        if self.selection.n_m is not None:
+            scores = torch.from_numpy(keys)
+            return np.array_equal(reference._selected([scores], self.selection)[0].numpy(), removed)
+        columns = keys.shape[1]
+        count = num_pruned(columns, self.selection)
+        if (removed.sum(axis=1) != count).any():
+            return False
+        above = removed if self.selection.largest else ~removed
+        return count in (0, columns) or _apart(keys, above)
+
+    def _refuse(self, sample, consequence):
+        module = backends.select(self.backend, sample.scored.device.type)
+        raise AntidoteError(
+            f"{sample.name}: the {module.NAME} backend does not select what the reference does"
+            f"{consequence}; choose another backend, and report this"
+        )
+
+
+def _keys(part, norm):
+    """Scores of finite rows as integers in their order; what ``reference.score`` gives."""
+    scores = part.to("cpu", torch.float32).abs()
+    if norm is not None:
+        scores = (scores * norm.detach().cpu()).abs_()
+    return scores.numpy().view(np.int32)
+
+
+def _bits(part):
+    return part.cpu().view(torch.int32 if part.itemsize == 4 else torch.int16)
+
+
+def _removed(bits, columns):
+    bits = bits.cpu().numpy()
+    return np.unpackbits(bits, axis=1, count=columns, bitorder="little").view(bool)
+
+
+def _line(matrices):
+    return np.concatenate([matrix.reshape(1, -1) for matrix in matrices], axis=1)
+
+
+def _apart(keys, above):
+    """Whether in each row all (key, index) that are ``above`` are above all others."""
+    low = np.where(above, _LOWEST, keys).max(axis=1)
+    high = np.where(above, keys, _HIGHEST).min(axis=1)
+    if (low > high).any():
+        return False
+    for row in np.flatnonzero(low == high):
+        sides = above[row][keys[row] == low[row]]
+        if (sides[:-1] & ~sides[1:]).any():  # of equal scores the later ones are above
+            return False
+    return True
+
+
+def _beyond(keys, removed, threshold, largest):
+    """Whether rows of a whole that was cut at ``threshold`` are on their sides of it."""
+    if np.isnan(threshold):
+        return not removed.any()
+    edge = np.array([threshold], dtype=np.float32).view(np.int32)[0]
+    above = removed if largest else ~removed
+    ties = above[keys == edge]
+    inside = np.array_equal(above[keys > edge], np.ones((keys > edge).sum(), dtype=bool))
+    outside = not above[keys < edge].any()
+    return bool(inside and outside and not (ties[:-1] & ~ties[1:]).any())
+
+
+def _count(mask):
+    """Bits set; mask.count() takes 20 times as long on a CPU."""
+    if mask.bits.device.type != "cpu" or not hasattr(np, "bitwise_count"):
+        return mask.count()
+    return int(np.bitwise_count(mask.bits.numpy()).sum(dtype=np.int64))

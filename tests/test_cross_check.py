@@ -1,0 +1,180 @@
+"""A kernel that selects or writes wrongly is found out, by name, and its folder is not written."""
+
+import os
+
+import pytest
+import tiny
+import torch
+
+from antidote_fast import backends, ops
+from antidote_fast.backends import reference
+from antidote_fast.cross_check import CrossCheck
+from antidote_fast.errors import AntidoteError
+from antidote_fast.ops import prune_with_report_
+from antidote_fast.pipeline import prune
+from antidote_fast.pipeline.config import PruneConfig
+from antidote_fast.prune import prune_model_, prune_state_
+from antidote_fast.selection import Selection
+
+WRONG = "the broken backend does not select what the reference does"
+
+
+class Broken:
+    """The reference, with what ``damage`` does to its result."""
+
+    NAME = "broken"
+    DEVICE_TYPES = None
+    __name__ = "antidote_fast.backends.broken"
+
+    def __init__(self, damage, smallest=0):
+        self.damage, self.smallest = damage, smallest
+
+    def prune(self, weights, *arguments, write, bits, thresholds):
+        before = [weight.clone() for weight in weights]
+        reference.prune(weights, *arguments, write=write, bits=bits, thresholds=thresholds)
+        for i, weight in enumerate(weights):
+            if weight.numel() > self.smallest:
+                self.damage(weight, before[i], bits[i], thresholds[i])
+
+    def apply_mask_(self, *arguments):
+        reference.apply_mask_(*arguments)
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    def use(damage, **options):
+        module = Broken(damage, **options)
+        for place in (backends, ops):
+            monkeypatch.setattr(place, "select", lambda name, device: module)
+
+    return use
+
+
+def swap(weight, before, bits, thresholds):
+    """One removed weight too many in the last row, another too few: the count stays."""
+    row = reference.unpack_bits(bits[-1:], weight.shape[1])[0]
+    off, on = int(row.nonzero()[0]), int((~row).nonzero()[0])
+    bits[-1, off // 8] ^= 1 << off % 8
+    bits[-1, on // 8] ^= 1 << on % 8
+    weight[-1, off], weight[-1, on] = before[-1, off], 0
+
+
+def one_too_many(weight, before, bits, thresholds):
+    row = reference.unpack_bits(bits[:1], weight.shape[1])[0]
+    on = int((~row).nonzero()[0])
+    bits[0, on // 8] ^= 1 << on % 8
+    weight[0, on] = 0
+
+
+def not_written(weight, before, bits, thresholds):
+    weight.copy_(before)
+
+
+def also_written(weight, before, bits, thresholds):
+    weight[0] = 1.0
+
+
+def nothing(weight, before, bits, thresholds):
+    bits.zero_()
+    weight.copy_(before)
+    thresholds.fill_(float("nan"))
+
+
+DAMAGES = [swap, one_too_many, not_written, also_written, nothing]
+
+
+def weights(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (9, 40), "b": (9, 40), "c": (5, 33)}
+    return {k: torch.randn(shape, generator=generator).to(dtype) for k, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("scope", ["row", "tensor", "global"])
+def test_a_broken_kernel_is_refused_before_anything_is_written(broken, damage, scope):
+    broken(damage)
+    state = weights()
+    with pytest.raises(AntidoteError, match=f"^[abc]: {WRONG}; nothing was written") as caught:
+        prune_state_(state, None, Selection(0.25, scope=scope), score="magnitude")
+    assert caught.value.exit_code == 1
+    assert all(torch.equal(state[key], value) for key, value in weights().items())
+
+
+@pytest.mark.parametrize("damage", [swap, one_too_many, not_written, also_written])
+@pytest.mark.parametrize("scope", ["row", "tensor", "global"])
+def test_one_that_is_broken_for_whole_weights_only(broken, damage, scope):
+    """The copied rows go well; the same rows of the whole weight do not."""
+    broken(damage, smallest=4 * 40)
+    with pytest.raises(AntidoteError, match=f"^[ab]: {WRONG}; the weights in memory are not"):
+        prune_state_(weights(), None, Selection(0.25, scope=scope), score="magnitude")
+
+
+def test_a_wrong_count_far_from_the_copied_rows(broken):
+    def extra(weight, before, bits, thresholds):
+        bits[1, 0] |= 1 | ~bits[1, 0] & 2
+        bits[1, 0] |= 0x0F
+
+    for scope in ("tensor", "global"):
+        broken(extra, smallest=4 * 40)
+        with pytest.raises(AntidoteError, match=WRONG):
+            prune_state_(weights(), None, Selection(0.1, scope=scope), score="magnitude")
+
+
+def test_random_scores_and_switching_it_off(broken):
+    broken(swap)
+    with pytest.raises(AntidoteError, match=WRONG):
+        prune_state_(weights(), None, Selection(0.25), score="random")
+    state = weights()
+    options = {"score": "magnitude", "cross_check": False}
+    assert prune_state_(state, None, Selection(0.25), **options).num_pruned == 2 * 90 + 45
+    with pytest.raises(AntidoteError, match=WRONG):
+        prune_model_(tiny.build(), None, Selection(0.25), score="magnitude")
+    prune_model_(tiny.build(), None, Selection(0.25), **options)
+
+
+def test_no_folder_is_written(broken, folders, tmp_path):
+    broken(swap)
+    options = {"adapter": str(folders / "adapter"), "score": "magnitude"}
+    config = PruneConfig(
+        model_name_or_path=str(folders / "model"), output_dir=str(tmp_path / "out"), **options
+    )
+    with pytest.raises(AntidoteError, match=f"lora_A.weight: {WRONG}"):
+        prune.run(config)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"ratio": r, "scope": s} for r in (0.0, 0.1, 1.0) for s in ("row", "tensor", "global")),
+        {"n_m": (2, 4)},
+        {"n_m": (1, 3)},
+    ],
+    ids=str,
+)
+def test_sound_kernels_pass_with_ties_zeros_and_single_rows(dtype, largest, options):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(7, 24), (1, 9), (6, 1), (12, 24), (0, 5), (3, 0)]
+    # Few values, so that the edge lies among equal scores.
+    matrices = [torch.randint(-2, 3, s, generator=generator).to(dtype) for s in shapes]
+    norms = [torch.randint(0, 3, s[1:], generator=generator).float() for s in shapes]
+    selection = Selection(**options, largest=largest)
+    guard = CrossCheck(selection, None)
+    samples = guard.before(list("abcdef"), matrices, norms, matrices)
+    assert [sample.name for sample in samples] == (
+        [] if backends.select(None, "cpu") is reference else list("abcd")
+    )
+    result = prune_with_report_(matrices, norms, selection)
+    guard.after(samples, matrices, *result)
+
+
+def test_each_kind_is_looked_at_once():
+    if backends.select(None, "cpu") is reference:
+        pytest.skip("the cpu extension is not built")
+    guard = CrossCheck(Selection(0.1), None)
+    state = weights()
+    lists = list(state), list(state.values()), [None] * 3, list(state.values())
+    assert [sample.name for sample in guard.before(*lists)] == ["a", "c"]
+    assert guard.before(*lists) == []
