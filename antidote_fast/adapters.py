@@ -1,5 +1,6 @@
 """PEFT LoRA adapters: what is understood, what fits which base, and loading one strictly."""
 
+import contextlib
 import os
 import re
 import warnings
@@ -155,14 +156,19 @@ def load_adapter(model, adapter, *, adapter_name="default"):
         raise DataError(f"adapter={where!r}: is a whole model, not a PEFT adapter")
     check_adapter_config(adapter.config, where)
     _factor_shapes(adapter)
+    offloaded = {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values())
+    offloaded = offloaded and any(p.is_meta for p in model.parameters())
+    if adapter.config.get("use_dora") and offloaded:
+        raise DataError(f"{where}: DoRA needs the base's weights, and some of them are offloaded")
     import peft
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # missing keys are checked below, as an error
-            live = peft.PeftModel.from_pretrained(
-                model, where, adapter_name=adapter_name, autocast_adapter_dtype=False
-            )
+            with _placed_already(model):
+                live = peft.PeftModel.from_pretrained(
+                    model, where, adapter_name=adapter_name, autocast_adapter_dtype=False
+                )
         needed = peft.get_peft_model_state_dict(
             live, adapter_name=adapter_name, save_embedding_layers=False
         )
@@ -182,20 +188,42 @@ def load_adapter(model, adapter, *, adapter_name="default"):
             f"{where}: has {len(extra)} tensors that this model has no place for, {extra[0]!r} "
             "first; it was made for another base"
         )
-    _keep_file_dtype(live, adapter, adapter_name)
+    _keep_file_dtype(live, adapter, adapter_name, offloaded)
     return live.eval()
 
 
-def _keep_file_dtype(live, adapter, adapter_name):
+@contextlib.contextmanager
+def _placed_already(model):
+    """Keep PEFT from placing a model anew that accelerate has placed: it reads offloaded weights as
+    if they were there."""
+    device_map = model.__dict__.pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if device_map is not None:
+            model.hf_device_map = device_map
+
+
+def _keep_file_dtype(live, adapter, adapter_name, offloaded):
     """PEFT makes the factors in the base's dtype; give them back the file's, bit for bit."""
     factors = {}
     for name, parameter in live.named_parameters():
         key = name.replace(f".{adapter_name}.weight", ".weight")
         if key != name and LORA_FACTOR.fullmatch(key):
-            factors[key if key in adapter.tensors else _PREFIX + key] = parameter
+            factors[key if key in adapter.tensors else _PREFIX + key] = name, parameter
     with torch.no_grad():
         for key, tensor in adapter.read(factors).items():
-            factors[key].data = tensor.to(factors[key].device)
+            name, parameter = factors[key]
+            if not (parameter.is_meta and offloaded):
+                parameter.data = tensor.to(parameter.device)
+                continue
+            # Beside an offloaded weight: on the device where accelerate brings that one to run.
+            wrapper, linear = (live.get_submodule(name.rsplit(".", n)[0]) for n in (3, 1))
+            device = wrapper.get_base_layer()._hf_hook.execution_device
+            linear.weight = torch.nn.Parameter(tensor.to(device), requires_grad=False)
+    left = [n for n, p in live.named_parameters() if p.is_meta and f".{adapter_name}." in n]
+    if left and offloaded:
+        raise DataError(f"{adapter.folder}: {left[0]!r} belongs to a part that is offloaded")
 
 
 def _factor_shapes(adapter):

@@ -8,6 +8,7 @@ answered at once. Exit codes: 0 done, 1 unexpected failure, 2 malformed flag or 
 import contextlib
 import errno
 import importlib
+import json
 import logging
 import os
 import signal
@@ -18,7 +19,8 @@ import warnings
 from dataclasses import dataclass
 
 from antidote_fast import __version__
-from antidote_fast.errors import AntidoteError, UsageError
+from antidote_fast.distributed import ranks_launched, session
+from antidote_fast.errors import AntidoteError, PeerFailed, UsageError
 from antidote_fast.pipeline import config as configs
 from antidote_fast.pipeline import flags
 from antidote_fast.progress import command_line_progress
@@ -29,12 +31,16 @@ FAILED, INTERRUPTED = 1, 75
 
 @dataclass(frozen=True)
 class Stage:
-    """A subcommand that reads a dataclass of flags and writes a folder."""
+    """A subcommand that reads a dataclass of flags and writes a folder.
+
+    ``ranks`` is what runs it where torchrun started several processes; empty where none can.
+    """
 
     config: type
     run: str
     help: str
     example: str
+    ranks: str = ""
 
 
 STAGES = {
@@ -57,6 +63,7 @@ STAGES = {
         "collect activation norms on harmful data, for any later prune",
         "--model_name_or_path aligned --adapter attacked --dataset harmful.jsonl "
         "--output_dir norms",
+        ranks="antidote_fast.pipeline.calibrate:run",
     ),
     "prune": Stage(
         configs.PruneConfig,
@@ -64,6 +71,7 @@ STAGES = {
         "remove the harmful weights of an adapter or a model",
         "--model_name_or_path BASE --adapter ADAPTER --dataset harmful.jsonl --ratio 0.1 "
         "--output_dir OUT",
+        ranks="antidote_fast.pipeline.ranks:prune",
     ),
     "evaluate": Stage(
         configs.EvaluateConfig,
@@ -85,6 +93,12 @@ STAGES = {
         "--output_dir demo-out",
     ),
 }
+_EVERY_STAGE = """
+also:
+  --dry_run      check flags, data and files, print what it would take, write nothing
+                 (with --json as JSON)
+  --quiet        errors only
+  --debug        tracebacks, and the libraries' warnings"""
 PLAIN = {
     "env": "versions, kernels in use, and why a backend is not available",
     "inspect": "what is in a folder, an adapter, a norms or a masks file, and whether it is whole",
@@ -129,18 +143,24 @@ def main(argv=None) -> int:
         if debug:
             traceback.print_exc()
         line, code = _explain(error)
-        print(f"{PROG}: {line}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if not _told_by_another_rank(error, rank):
+            print(f"{PROG}: {line if rank == '0' else f'rank {rank}: {line}'}", file=sys.stderr)
         return code
 
 
 def _dispatch(argv, quiet):
     command, *rest = argv or ["--help"]
+    rank, size = ranks_launched()
+    asked = command in ("-h", "--help", "help", "--version", *PLAIN)
+    if rank and (asked or {"-h", "--help", "--dry_run", "--dry-run"} & set(rest)):
+        return 0  # answered by rank 0
     if command in ("-h", "--help", "help"):
         print(_overview())
     elif command == "--version":
         print(f"{PROG} {__version__}")
     elif command in STAGES:
-        _run_stage(command, rest, quiet)
+        _run_stage(command, rest, quiet or rank > 0, size)
     elif command in PLAIN:
         from antidote_fast import describe
 
@@ -166,26 +186,63 @@ def _overview():
         f"  {PROG} prune {STAGES['prune'].example}",
         "",
         "Every command takes --quiet (errors only) and --debug (tracebacks, library warnings).",
+        "Those that write take --dry_run: check all, print what it takes (--json), write nothing.",
     ]
     return "\n".join(lines)
 
 
-def _run_stage(name, words, quiet):
+def _run_stage(name, words, quiet, size):
     stage = STAGES[name]
     if "-h" in words or "--help" in words:
         print(flags.help_text(stage.config, f"{PROG} {name}", stage.example), end="")
+        print(_EVERY_STAGE)
+        return
+    rest = [word for word in words if word.replace("-", "_") != "__dry_run"]
+    if len(rest) < len(words):
+        _show_plan(name, rest)
         return
     config, notices = flags.from_words(stage.config, words, name)
     for notice in () if quiet else notices:
         print(f"{PROG}: {notice}", file=sys.stderr)
-    module, function = stage.run.split(":")
-    run = getattr(importlib.import_module(module), function)
+    if size > 1 and not stage.ranks:
+        shared = " and ".join(other for other in STAGES if STAGES[other].ranks)
+        raise UsageError(f"{name}: runs in one process; torchrun is for {shared}")
     with command_line_progress(quiet) as progress:
-        report = run(config, progress=progress)
+        if size > 1:
+            with session(config.device) as world:
+                report = _function(stage.ranks)(config, progress=progress, world=world)
+        else:
+            report = _function(stage.run)(config, progress=progress)
     if not quiet:
         from antidote_fast import describe
 
         print(describe.summary(report, config.output_dir))
+
+
+def _show_plan(name, words):
+    """``--dry_run``: the same checks, a plan with estimates, nothing written."""
+    as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
+    config, _ = flags.from_words(STAGES[name].config, words, name)
+    from antidote_fast.pipeline.dry_run import plan
+
+    found = plan(config)
+    print(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
+    if found.refusal:
+        raise AntidoteError(found.refusal)
+
+
+def _function(place):
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _told_by_another_rank(error, rank):
+    """Whether this process is one of several that torchrun started, and another one says why."""
+    if isinstance(error, PeerFailed):
+        return True
+    alike = isinstance(error, (UsageError, KeyboardInterrupt)) and not hasattr(error, "_agreed")
+    return alike and rank != "0"
 
 
 def _explain(error):

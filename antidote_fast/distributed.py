@@ -149,8 +149,7 @@ class World:
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
 
-    @staticmethod
-    def _wait(start):
+    def _wait(self, start):
         """Run a collective and look at it now and then, so that signals are obeyed meanwhile."""
         try:
             work = start()
@@ -158,9 +157,8 @@ class World:
                 time.sleep(_POLL_SECONDS)
             work.wait()
         except RuntimeError as error:
-            raise AntidoteError(
-                "another rank is gone, or did not come in time; what it says is above"
-            ) from error
+            gone = PeerFailed if self.rank else AntidoteError  # told once, if rank 0 still lives
+            raise gone("another rank is gone, or did not come in time") from error
 
 
 ALONE = World()

@@ -74,6 +74,7 @@ def load_model(
     *,
     dtype="auto",
     device="auto",
+    device_map=None,
     trust_remote_code=False,
     auto_class="AutoModelForCausalLM",
 ):
@@ -83,6 +84,9 @@ def load_model(
         model_name_or_path: a folder or a hub name.
         dtype: auto (the checkpoint's), bfloat16, float16 or float32, or a torch dtype.
         device: a torch device; auto takes cuda where there is one.
+        device_map: None, or ``"auto"``: accelerate spreads the model over all GPUs, and over the
+            CPU where those are full; or a map of its own, module by module. ``device`` must be auto
+            then.
         trust_remote_code: allow code that the checkpoint ships to run.
         auto_class: which transformers class loads it.
 
@@ -90,8 +94,10 @@ def load_model(
         DataError: no such model; a pickle; a file that is missing, cut short or malformed; a
             tensor that the model needs and the file lacks (transformers would fill it at random);
             a configuration that transformers does not know; remote code that is not trusted.
-        UsageError: unknown dtype or device.
+        UsageError: unknown dtype or device, or a device together with device_map.
     """
+    if device_map is not None and device != "auto":
+        raise UsageError(f"device={device!r}: must be auto where device_map is given")
     folder = resolve_folder(model_name_or_path)
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     if checkpoint.is_adapter:
@@ -101,7 +107,9 @@ def load_model(
         )
     device = pick_device(device)
     options = {"dtype": pick_dtype(dtype), "use_safetensors": True, "local_files_only": True}
-    if "quantization_config" in checkpoint.config or device.type == "meta":
+    if device_map is not None:
+        options["device_map"] = device_map
+    elif "quantization_config" in checkpoint.config or device.type == "meta":
         # Packed weights do not move afterwards; those on meta are checked and never read.
         options["device_map"] = {"": str(device)}
     import transformers
@@ -111,7 +119,8 @@ def load_model(
             str(folder), trust_remote_code=trust_remote_code, output_loading_info=True, **options
         )
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise AntidoteError(f"{folder}: not enough memory to load it on {device}") from error
+        where = device if device_map is None else f"device_map={device_map!r}"
+        raise AntidoteError(f"{folder}: not enough memory to load it on {where}") from error
     except Exception as error:  # whatever a foreign config makes transformers raise
         raise DataError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     missing = sorted(info.get("missing_keys") or ())

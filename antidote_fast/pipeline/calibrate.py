@@ -17,6 +17,7 @@ from antidote_fast.checkpoint import (
     output_folder,
     resolve_folder,
 )
+from antidote_fast.distributed import ALONE, World
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.loading import pick_device
 from antidote_fast.pipeline.config import CalibrateConfig
@@ -26,29 +27,45 @@ from antidote_fast.pipeline.stage import write_report
 NORMS_FILE = "norms.safetensors"
 
 
-def run(config: CalibrateConfig, *, progress=False) -> dict:
+def run(config: CalibrateConfig, *, progress=False, world=ALONE) -> dict:
     """The calibrate stage: writes ``norms.safetensors``, which serves any later selection.
 
     Args:
         config: the model, the adapter and the data.
         progress: as :func:`antidote_fast.progress.track` takes it.
+        world: the ranks that share the samples (:func:`antidote_fast.distributed.session`); rank 0
+            writes.
 
     Returns:
-        The contents of report.json.
+        The contents of report.json; empty on ranks that do not write.
 
     Raises:
         DataError, UsageError, NothingPruned: data, a model or an adapter that is refused, or no
             weight that matches the targets; output_dir is untouched then.
     """
     start = time.perf_counter()
-    check_output_folder(config.output_dir, config.overwrite)
-    backend = describe_backend(None, pick_device(config.device))
-    base, adapter = open_folders(config)
-    norms, counts = calibrate_folder(config, base, adapter, progress=progress)
-    with output_folder(config.output_dir, config.overwrite) as folder:
-        norms.save(folder / NORMS_FILE)
-        results = {"seconds": round(time.perf_counter() - start, 3), **counts, **backend}
-        return write_report(folder, "calibrate", config, results, inputs=inputs_of(config))
+    with world.together():
+        check_ranks(config, world)
+        check_output_folder(config.output_dir, config.overwrite)
+        backend = describe_backend(None, pick_device(config.device))
+        base, adapter = open_folders(config)
+    norms, counts = calibrate_folder(config, base, adapter, progress=progress, world=world)
+    with world.together():
+        if world.rank:
+            return {}
+        with output_folder(config.output_dir, config.overwrite) as folder:
+            norms.save(folder / NORMS_FILE)
+            results = {"seconds": round(time.perf_counter() - start, 3), **counts, **backend}
+            return write_report(folder, "calibrate", config, results, inputs=inputs_of(config))
+
+
+def check_ranks(config, world):
+    """Refuse what several processes cannot share."""
+    if world.size > 1 and config.device_map is not None:
+        raise UsageError(
+            f"device_map={config.device_map!r}: must be left out with torchrun, which gives each "
+            "rank a GPU of its own; start one process"
+        )
 
 
 def open_folders(config):
@@ -74,33 +91,65 @@ def open_folders(config):
     return base, adapter
 
 
-def calibrate_folder(config, base, adapter, *, records=None, tokenizer=None, progress=False):
+def calibrate_folder(
+    config, base, adapter, *, records=None, tokenizer=None, progress=False, world=ALONE
+):
     """(norms, what the report says of them) from folders; data are checked before weights load."""
-    records = load_data(config, records)
-    trust = config.trust_remote_code
-    tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
-    batches = batches_of(config, records, tokenizer, base.config)
-    model = load_model(
-        base.folder, dtype=config.dtype, device=config.device, trust_remote_code=trust
+    with world.together():
+        records = load_data(config, records)
+        trust = config.trust_remote_code
+        tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
+        batches = batches_of(config, records, tokenizer, base.config)
+        model = load_model(
+            base.folder,
+            dtype=config.dtype,
+            device=config.device,
+            device_map=config.device_map,
+            trust_remote_code=trust,
+        )
+        if adapter is not None:
+            model = load_adapter(model, adapter)
+        # Weights that accelerate keeps elsewhere cannot be looked at; the files can.
+        offloaded = any(parameter.is_meta for parameter in model.parameters())
+        fingerprint = base.fingerprint() if offloaded else None
+    return collect(
+        config,
+        model,
+        records,
+        tokenizer,
+        batches=batches,
+        progress=progress,
+        world=world,
+        fingerprint=fingerprint,
     )
-    if adapter is not None:
-        model = load_adapter(model, adapter)
-    return collect(config, model, records, tokenizer, batches=batches, progress=progress)
 
 
-def collect(config, model, records, tokenizer, *, batches=None, progress=False):
+def collect(
+    config,
+    model,
+    records,
+    tokenizer,
+    *,
+    batches=None,
+    progress=False,
+    world=ALONE,
+    fingerprint=None,
+):
+    """(norms, what the report says of them) of a live model, each rank on batches of its own."""
     if batches is None:
         model_config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
         batches = batches_of(config, records, tokenizer, model_config)
     norms = ActivationNorms.collect(
         model,
-        batches,
+        world.shard(batches),
         targets=config.targets,
         ignore=config.ignore,
         response_only=config.response_only,
         aggregation=config.aggregation,
         progress=progress,
+        fingerprint=fingerprint,
         backend=getattr(config, "backend", None),
+        world=world,
     )
     counts = {
         **counts_of(norms),
@@ -108,6 +157,11 @@ def collect(config, model, records, tokenizer, *, batches=None, progress=False):
         "num_dropped": batches.num_dropped,
         "num_truncated": batches.num_truncated,
     }
+    if world.size > 1:
+        sizes = [batch["input_ids"].shape[0] for batch in batches]
+        counts["world_size"] = world.size
+        shares = (World(rank, world.size).shard(sizes) for rank in range(world.size))
+        counts["sequences_per_rank"] = [sum(share) for share in shares]
     return norms, counts
 
 

@@ -179,6 +179,7 @@ class CalibrateConfig(StageConfig):
         targets: module names or re: patterns to prune; default the adapter's LoRA A and B, else
             q/k/v; all-linear takes every linear layer.
         ignore: module names or re: patterns left alone.
+        device_map: auto spreads the model over all GPUs, and over the CPU where they are full.
     """
 
     dataset: str
@@ -188,10 +189,15 @@ class CalibrateConfig(StageConfig):
     aggregation: Literal["rms", "mean"] = "rms"
     targets: list[str] | None = None
     ignore: list[str] = field(default_factory=list)
+    device_map: Literal["auto"] | None = None
 
     def __post_init__(self):
         super().__post_init__()
         _check_positive(self, "num_calibration_samples")
+        if self.device_map is not None:
+            _check(self.device == "auto", "device", self.device, "left out with device_map")
+            stream = getattr(self, "stream", False)
+            _check(not stream, "stream", stream, "left out with device_map")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +213,7 @@ class PruneConfig(CalibrateConfig):
         save_norms: also write the norms, as norms.safetensors.
         save_masks: also write the masks, one bit a weight, as masks.safetensors.
         backend: kernels to use; default the fastest available.
+        cross_check: compare a few rows of the first weight of each shape with the reference.
         paper: the paper's method: score wanda, scope row, aggregation rms.
     """
 
@@ -218,6 +225,7 @@ class PruneConfig(CalibrateConfig):
     save_norms: bool = False
     save_masks: bool = False
     backend: str | None = None
+    cross_check: bool = True
     paper: bool = False
 
     def __post_init__(self):

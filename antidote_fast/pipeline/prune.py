@@ -49,24 +49,29 @@ def run(config: PruneConfig, *, progress=False) -> dict:
     return prune_folder(config, progress=progress)[1]
 
 
-def prune_folder(config, *, records=None, norms=None, tokenizer=None, progress=False):
-    """(PruneReport, contents of report.json) of pruning a folder into another."""
-    start = time.perf_counter()
+def prune_folder(
+    config, *, records=None, norms=None, counts=None, tokenizer=None, progress=False, start=None
+):
+    """(PruneReport, contents of report.json) of pruning a folder into another.
+
+    ``counts`` is what the report says of ``norms`` that the caller collected since ``start``.
+    """
+    start = start or time.perf_counter()
     check_output_folder(config.output_dir, config.overwrite)
     device = pick_device(config.device)
     backend = describe_backend(config.backend, device)
     base, adapter = open_folders(config)
     source = adapter or base
-    counts = {}
     if norms is None and config.norms is not None:
         norms = load_norms(config.norms)
     if norms is not None:
         check_base(norms, base.fingerprint())
-        counts = counts_of(norms)
+        counts = counts or counts_of(norms)
     elif config.score == "wanda":
         norms, counts = calibrate_folder(
             config, base, adapter, records=records, tokenizer=tokenizer, progress=progress
         )
+    counts = counts or {}
     keys, roles = _weights_to_prune(config, source, norms)
     weights = {key: tensor.to(device) for key, tensor in source.read(keys).items()}
     calibrated = time.perf_counter()
@@ -80,6 +85,7 @@ def prune_folder(config, *, records=None, norms=None, tokenizer=None, progress=F
         seed=config.seed,
         backend=config.backend,
         return_masks=config.save_masks,
+        cross_check=config.cross_check,
         **roles,
     )
     entries = {"base_fingerprint": base.fingerprint()} if adapter else {}
