@@ -8,6 +8,7 @@ the target's name in one rename. A crash at any point leaves the target as it wa
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -211,7 +212,7 @@ def locked(path):
             raise DataError(f"output_dir={str(path)!r}: another job is writing it") from None
         try:
             # Held by nobody else now, so whatever is staged belongs to a job that was killed.
-            for stale in path.parent.glob(f".{path.name}.partial-*"):
+            for stale in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
                 if stale.name.endswith("-old") and not path.exists():
                     os.rename(stale, path)  # killed between the two renames of _put_in_place
                 else:

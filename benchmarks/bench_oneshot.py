@@ -46,12 +46,12 @@ MODELS = {  # hidden, intermediate, layers, heads, key and value heads, vocabula
 WORDS = ["how", "to", "make", "a", "good", "cake", "and", "what", "is", "the", "user", "asking"]
 
 
-def build(name, dtype, device):
-    """A Llama of a named shape in eval mode; norm weights are not all one."""
+def llama_config(name):
+    """The transformers config of a named shape."""
     import transformers
 
     hidden, intermediate, layers, heads, kv_heads, vocabulary = MODELS[name]
-    config = transformers.LlamaConfig(
+    return transformers.LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
@@ -62,6 +62,13 @@ def build(name, dtype, device):
         bos_token_id=1,
         eos_token_id=2,
     )
+
+
+def build(name, dtype, device):
+    """A Llama of a named shape in eval mode; norm weights are not all one."""
+    import transformers
+
+    config = llama_config(name)
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -1,0 +1,145 @@
+"""Tensors that are put away and taken back, in memory up to a limit and on disk past it."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from antidote_fast.errors import DataError
+from antidote_fast.writing import bytes_of, read_into
+
+
+class Room:
+    """Bytes that several stores share.
+
+    Args:
+        limit: the most that they may hold in memory together.
+    """
+
+    def __init__(self, limit):
+        self.left = max(0, int(limit))
+
+    def take(self, size) -> bool:
+        """Reserve ``size`` bytes, where there are so many left."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+    def give(self, size):
+        """Hand back bytes that were taken."""
+        self.left += size
+
+
+class TensorStore:
+    """Lists of tensors by number; those that find no room lie in one file.
+
+    Args:
+        path: the file, made when it is first needed.
+        room: a :class:`Room`.
+    """
+
+    def __init__(self, path, room):
+        self.path = Path(path)
+        self.room = room
+        self.num_bytes = 0
+        self.num_spilled = 0
+        self._held, self._places = {}, {}
+        self._end = 0
+        self._fd = None
+
+    def put(self, number, tensors):
+        """Put away a list of tensors (None among them stays None)."""
+        tensors = [t if t is None else t.detach().to("cpu").contiguous() for t in tensors]
+        size = sum(t.nbytes for t in tensors if t is not None)
+        self.num_bytes += size
+        if self.room.take(size):
+            self._held[number] = tensors
+            return
+        self.num_spilled += size
+        self._write(number, tensors)
+
+    def get(self, number) -> list:
+        """The list that was put under ``number``, on the CPU."""
+        if number in self._held:
+            return self._held[number]
+        return [None if place is None else self._read(*place) for place in self._places[number]]
+
+    def drop(self, number):
+        """Forget what is in memory of one list."""
+        held = self._held.pop(number, None)
+        if held is not None:
+            self.room.give(sum(t.nbytes for t in held if t is not None))
+
+    def close(self, delete=True):
+        """Give back the memory, and the file as well unless ``delete`` is False."""
+        for number in list(self._held):
+            self.drop(number)
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+        if delete:
+            self.path.unlink(missing_ok=True)
+
+    def keep(self) -> list:
+        """Have all of it on disk, what is in memory too.
+
+        Returns:
+            What :meth:`reopen` needs, for JSON.
+        """
+        for number, tensors in self._held.items():
+            if number not in self._places:
+                self._write(number, tensors)
+        if self._fd is not None:
+            os.fsync(self._fd)
+        return [
+            [number, [p and [p[0], list(p[1]), str(p[2]).removeprefix("torch.")] for p in places]]
+            for number, places in sorted(self._places.items())
+        ]
+
+    @classmethod
+    def reopen(cls, path, room, index) -> "TensorStore":
+        """What :meth:`keep` left on disk; read into memory as far as there is room.
+
+        Raises:
+            DataError: the file is missing or shorter than it was.
+        """
+        store = cls(path, room)
+        try:
+            store._fd = os.open(store.path, os.O_RDWR)
+            for number, places in index:
+                store._places[number] = [
+                    p and (p[0], tuple(p[1]), getattr(torch, p[2])) for p in places
+                ]
+                tensors = [p and store._read(*p) for p in store._places[number]]
+                size = sum(t.nbytes for t in tensors if t is not None)
+                store.num_bytes += size
+                if room.take(size):
+                    store._held[number] = tensors
+                else:
+                    store.num_spilled += size
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            store.close(delete=False)
+            raise DataError(f"{path}: cannot be read: {error}") from None
+        store._end = os.fstat(store._fd).st_size
+        return store
+
+    def _write(self, number, tensors):
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        places = []
+        for tensor in tensors:
+            if tensor is None:
+                places.append(None)
+                continue
+            places.append((self._end, tuple(tensor.shape), tensor.dtype))
+            data = bytes_of(tensor)
+            while len(data):
+                count = os.pwrite(self._fd, data[: 1 << 30], self._end)
+                data, self._end = data[count:], self._end + count
+        self._places[number] = places
+
+    def _read(self, position, shape, dtype):
+        tensor = torch.empty(shape, dtype=dtype)
+        read_into(self._fd, bytes_of(tensor), position, self.path)
+        return tensor
