@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from antidote_fast import fusion
-from antidote_fast.collector import AGGREGATIONS, NormCollector
+from antidote_fast.collector import AGGREGATIONS, NormCollector, Seen
 from antidote_fast.distributed import ALONE
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.fingerprint import fingerprint_model
@@ -300,7 +300,9 @@ class ActivationNorms:
                     )
                 if value.shape != self.sq_sum[key].shape:
                     raise DataError(f"norms: {key}: norm_sum and sq_sum differ in length")
-                if not bool((torch.isfinite(value) & (value >= 0)).all()):
+                # Of NaN the bounds are NaN, and neither comparison holds.
+                low, high = torch.aminmax(value) if value.numel() else (value.new_zeros(()),) * 2
+                if not (low >= 0 and high < torch.inf):
                     raise DataError(f"norms: {key}.{name} holds NaN, infinity or a negative value")
 
 
@@ -389,7 +391,8 @@ def run_batch(model, collector, batch, options):
     size = batch["input_ids"].shape[0]
     try:
         if collector.start(batch):
-            _forward(model, options, batch)
+            with contextlib.suppress(Seen):
+                _forward(model, options, batch)
             collector.finish()
         return
     except torch.OutOfMemoryError as error:

@@ -11,6 +11,10 @@ from antidote_fast.errors import DataError, UsageError
 AGGREGATIONS = ("rms", "mean")
 
 
+class Seen(Exception):
+    """Ends a forward whose last target has had its input: what follows is not wanted."""
+
+
 class NormCollector:
     """Collects norms during forwards that the caller runs; a context manager.
 
@@ -31,12 +35,18 @@ class NormCollector:
         aggregation: ``"rms"`` or ``"mean"``, which keeps one norm a sequence as well.
         response_only: count only tokens whose label (unshifted) is not -100.
         backend: as in :mod:`antidote_fast.ops`.
+        stop_early: once a forward has shown in what order the targets get their inputs, end later
+            ones with :class:`Seen` where the last of them has had its own. Not for models whose
+            modules are moved between devices by hooks. Without effect where a target gets no input
+            or several, as routed experts may.
 
     Raises:
         UsageError: unknown aggregation.
     """
 
-    def __init__(self, targets, *, aggregation="rms", response_only=False, backend=None):
+    def __init__(
+        self, targets, *, aggregation="rms", response_only=False, backend=None, stop_early=False
+    ):
         if aggregation not in AGGREGATIONS:
             accepted = ", ".join(AGGREGATIONS)
             raise UsageError(f"aggregation={aggregation!r}: must be one of {accepted}")
@@ -44,6 +54,8 @@ class NormCollector:
         self.aggregation = aggregation
         self.response_only = response_only
         self.backend = backend
+        self.stop_early = stop_early and not any(target.routed for target in self.targets)
+        self._order = None  # of the targets' inputs in a forward
         self.num_sequences = self.num_tokens = 0
         self._seen_batches = self._seen_sequences = 0
         self._handles = []
@@ -115,6 +127,10 @@ class NormCollector:
         """
         if self._mask is None:
             raise UsageError("finish: call start(batch) first")
+        if self.stop_early and self._order is None:
+            self._order = [index for index, _ in self._pending]
+            if sorted(self._order) != list(range(len(self.targets))):
+                self.stop_early = False
         self._add_pending()
         for flat in self._batch.values():
             if not bool(torch.isfinite(flat).all()):
@@ -261,26 +277,28 @@ class NormCollector:
         # Short, and sums are added to their slots in finish: what runs here runs between two
         # layers, with cold caches.
         def hook(module, args, kwargs):
-            if self._idle:
-                return
             x = args[0] if args else next(iter(kwargs.values()))
+            self._pending.append((index, sums_of(x)))
+            # Looked at where all have had theirs: that is the last one, or not as before.
+            if self._order is not None and index == self._order[-1] and self.stop_early:
+                if [place for place, _ in self._pending] == self._order:
+                    raise Seen
+
+        def sums_of(x):
             if first is not None:
                 source = x.to(first.weight.dtype)
-                source = functional.linear(source, first.weight)
-                self._pending.append((index, self._reduce(target, source)))
-                return
+                return self._reduce(target, functional.linear(source, first.weight))
             dtype = x.dtype
             if cast_to is not None and dtype != cast_to and cast_to != torch.float32:
                 dtype = cast_to
             if not shareable:
-                self._pending.append((index, self._reduce(target, x)))
-                return
+                return self._reduce(target, x)
             version = _version(x)
             held = self._shared
             if held is None or held[0] is not x or held[1:3] != (dtype, version):
                 held = (x, dtype, version, self._reduce(target, x.to(dtype)))
                 self._shared = held
-            self._pending.append((index, held[3]))
+            return held[3]
 
         return hook
 
