@@ -1,5 +1,6 @@
 """The model card (README.md) of a pruned folder: what was done, to what, and what was not."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -15,17 +16,12 @@ def write_card(folder, config, report, counts):
         report: its :class:`PruneReport`.
         counts: sequences and tokens that the norms were collected on; empty without norms.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
+    path = Path(folder) / "README.md"
     is_adapter = (Path(folder) / "adapter_config.json").exists()
     base = config.model_name_or_path
-    data = ModelCardData(
-        # A hub name only: a folder of this machine says nothing to a reader, and may say too much.
-        base_model=None if os.path.exists(base) or " " in base else base,
-        library_name="peft" if is_adapter else "transformers",
-        tags=["antidote", "pruned", "safety", *(["lora"] if is_adapter else [])],
-        **_earlier(Path(folder) / "README.md"),
-    )
+    # A hub name only: a folder of this machine says nothing to a reader, and may say too much.
+    base = None if os.path.exists(base) or " " in base else base
+    earlier = path.read_bytes() if path.exists() else None
     text = _TEXT.format(
         kind="LoRA adapter" if is_adapter else "model",
         loader=_LOAD_ADAPTER if is_adapter else _LOAD_MODEL,
@@ -42,19 +38,34 @@ def write_card(folder, config, report, counts):
             else "none; the score needs no data"
         ),
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(folder) / "README.md")
+    make = _header if len(earlier or b"") < 1 << 16 else _header.__wrapped__
+    path.write_bytes(make(base, is_adapter, earlier) + text.encode("utf-8"))
 
 
-def _earlier(path):
+@functools.lru_cache(maxsize=256)  # 2 ms, and the adapters of a fleet mostly share theirs
+def _header(base, is_adapter, earlier):
+    """The card's metadata as bytes; ``earlier`` is the card that came with the folder, or None."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft" if is_adapter else "transformers",
+        tags=["antidote", "pruned", "safety", *(["lora"] if is_adapter else [])],
+        **_earlier(earlier),
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n")).encode("utf-8")
+
+
+def _earlier(card):
     """The entries worth keeping of the card that came with the folder, if it can be read."""
     import yaml
     from huggingface_hub import ModelCard
 
-    if not path.exists():
+    if card is None:
         return {}
     try:
-        values = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (ValueError, TypeError, OSError, yaml.YAMLError):
+        values = ModelCard(card.decode("utf-8"), ignore_metadata_errors=True).data
+    except (ValueError, TypeError, yaml.YAMLError):
         return {}
     values = values.to_dict()
     return {name: values[name] for name in _KEPT if values.get(name)}

@@ -190,6 +190,7 @@ class Worker:
             aggregation=config.aggregation,
             response_only=config.response_only,
             backend=config.backend,
+            stop_early=True,
         )
         with contextlib.ExitStack() as stack:
             self._collector = stack.enter_context(collector)
