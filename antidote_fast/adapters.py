@@ -14,6 +14,7 @@ from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.files import Checkpoint, open_checkpoint
 from antidote_fast.fingerprint import block_name
 from antidote_fast.loading import first_line, resolve_folder
+from antidote_fast.verify import check_input
 
 LORA_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 # Options of LoraConfig that change what a factor's input is, or which weights it stands for.
@@ -102,8 +103,9 @@ def _shown(value):
 
 
 def check_adapter(adapter: Checkpoint, base: Checkpoint):
-    """Refuse an adapter that was not made for this base; reads headers and a few rows only.
+    """Refuse an adapter that was not made for this base, or is not what was written.
 
+    Of the weights a few rows are read; the files of a folder that this tool wrote are hashed.
     Compared are the adapter's own consistency (both factors, ranks), the base's layers and shapes,
     and the base's fingerprint where the adapter recorded one or names a base folder that exists.
 
@@ -112,6 +114,7 @@ def check_adapter(adapter: Checkpoint, base: Checkpoint):
     """
     where = str(adapter.folder)
     check_adapter_config(adapter.config, where)
+    check_input(adapter.folder)
     shapes = _factor_shapes(adapter)
     base_shapes = {}
     for name, entry in base.tensors.items():
@@ -155,6 +158,7 @@ def load_adapter(model, adapter, *, adapter_name="default"):
     if not adapter.is_adapter:
         raise DataError(f"adapter={where!r}: is a whole model, not a PEFT adapter")
     check_adapter_config(adapter.config, where)
+    check_input(adapter.folder)
     _factor_shapes(adapter)
     offloaded = {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values())
     offloaded = offloaded and any(p.is_meta for p in model.parameters())

@@ -19,6 +19,7 @@ import uuid
 from pathlib import Path
 
 from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast.progress import track
 
 MANIFEST = "COMPLETE.json"
 TOOL = "antidote-fast"
@@ -61,8 +62,12 @@ def _is_entry(entry):
     return isinstance(entry.get("sha256"), str) and len(entry["sha256"]) == 64
 
 
-def verify_folder(folder) -> list[str]:
+def verify_folder(folder, progress=False) -> list[str]:
     """Compare a folder written by :func:`output_folder` with its ``COMPLETE.json``.
+
+    Args:
+        folder: the folder.
+        progress: as :func:`antidote_fast.progress.track` takes it.
 
     Returns:
         One line for each file that is missing, extra, cut short or changed; empty when all is well.
@@ -76,7 +81,7 @@ def verify_folder(folder) -> list[str]:
         raise DataError(f"{folder}: has no {MANIFEST} written by {TOOL}")
     problems = []
     present = _listing(folder)
-    for name, entry in sorted(manifest["files"].items()):
+    for name, entry in track(sorted(manifest["files"].items()), "verify", progress):
         if name not in present:
             problems.append(f"{name}: missing")
         elif present[name].is_symlink():

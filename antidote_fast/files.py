@@ -218,8 +218,10 @@ def _read_index(folder):
     if not (folder / INDEX_FILE).exists():
         raise DataError(f"{folder}: {_why_no_safetensors(folder, MODEL_FILE)}")
     index = read_json(folder, INDEX_FILE).get("weight_map")
-    if not isinstance(index, dict) or not index:
+    if not isinstance(index, dict) or not 0 < len(index) <= _MAX_TENSORS:
         raise DataError(f"{folder / INDEX_FILE}: has no weight_map")
+    for key in index:
+        _check_name(folder / INDEX_FILE, key)
     names = sorted({inside(folder, name).name for name in index.values()})
     for name in names:
         if not name.endswith(".safetensors"):
@@ -271,8 +273,7 @@ def _read_header(folder, name):
         raise DataError(f"{path}: its header is malformed") from None
     position = 8 + length
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
-        if len(key) > _MAX_NAME or not key.isprintable():
-            raise DataError(f"{path}: tensor name {ascii(key)[:80]} is too long or not printable")
+        _check_name(path, key)
         if entry.start != position:
             raise DataError(f"{path}: tensor {key!r} does not follow the one before it")
         position = entry.end
@@ -280,6 +281,11 @@ def _read_header(folder, name):
         what = "is truncated" if size < position else "has bytes after its last tensor"
         raise DataError(f"{path}: {what} ({size} bytes, {position} expected)")
     return entries
+
+
+def _check_name(path, key):
+    if len(key) > _MAX_NAME or not key.isprintable():
+        raise DataError(f"{path}: tensor name {ascii(key)[:80]} is too long or not printable")
 
 
 def _once(pairs):

@@ -13,6 +13,7 @@ import torch
 
 from antidote_fast.errors import AntidoteError, DataError, UsageError
 from antidote_fast.files import Checkpoint, inside, open_checkpoint, read_json
+from antidote_fast.verify import check_input
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
@@ -24,6 +25,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+_NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _DTYPES = {
     "auto": "auto",
     "bfloat16": torch.bfloat16,
@@ -105,6 +107,8 @@ def load_model(
             f"model_name_or_path={os.fspath(model_name_or_path)!r}: is a PEFT adapter; give its "
             "base model, and this folder as adapter"
         )
+    check_input(folder)
+    _check_depth(checkpoint)
     device = pick_device(device)
     options = {"dtype": pick_dtype(dtype), "use_safetensors": True, "local_files_only": True}
     if device_map is not None:
@@ -112,8 +116,7 @@ def load_model(
     elif "quantization_config" in checkpoint.config or device.type == "meta":
         # Packed weights do not move afterwards; those on meta are checked and never read.
         options["device_map"] = {"": str(device)}
-    import transformers
-
+    transformers = import_transformers()
     try:
         model, info = getattr(transformers, auto_class).from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, output_loading_info=True, **options
@@ -149,14 +152,41 @@ def load_tokenizer(name_or_path, *, trust_remote_code=False):
                 f"{folder}: its tokenizer asks to run code of its own (auto_map); pass "
                 "trust_remote_code if you trust it"
             )
-    import transformers
-
+    transformers = import_transformers()
     try:
         return transformers.AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # whatever a foreign file makes transformers raise
         raise DataError(f"{folder}: its tokenizer cannot be read: {first_line(error)}") from error
+
+
+def import_transformers():
+    """The transformers package; not one in which a config alone could make code run.
+
+    Raises:
+        AntidoteError: it is older than 5.5.
+    """
+    import transformers
+
+    numbers = [int(n) for n in re.findall(r"[0-9]{1,6}", transformers.__version__)[:2]]
+    if numbers < [5, 5]:
+        raise AntidoteError(
+            f"transformers {transformers.__version__} is installed; 5.5 or later is needed "
+            "(in older ones a checkpoint's config can run code): pip install -U transformers"
+        )
+    return transformers
+
+
+def _check_depth(checkpoint):
+    """Refuse more layers than there are tensors, before transformers makes that many modules."""
+    for name in _NUM_LAYERS:
+        value = checkpoint.config.get(name)
+        if type(value) is int and value > len(checkpoint.tensors):
+            raise DataError(
+                f"{checkpoint.folder}: its config says {name}={str(value)[:20]}, and it holds "
+                f"{len(checkpoint.tensors)} tensors"
+            )
 
 
 def pick_device(device) -> torch.device:

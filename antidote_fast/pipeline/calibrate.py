@@ -23,6 +23,7 @@ from antidote_fast.loading import pick_device
 from antidote_fast.pipeline.config import CalibrateConfig
 from antidote_fast.pipeline.data import load_records, local_file, make_batches
 from antidote_fast.pipeline.stage import write_report
+from antidote_fast.verify import check_input
 
 NORMS_FILE = "norms.safetensors"
 
@@ -48,7 +49,7 @@ def run(config: CalibrateConfig, *, progress=False, world=ALONE) -> dict:
         check_ranks(config, world)
         check_output_folder(config.output_dir, config.overwrite)
         backend = describe_backend(None, pick_device(config.device))
-        base, adapter = open_folders(config)
+        base, adapter = open_folders(config, progress)
     norms, counts = calibrate_folder(config, base, adapter, progress=progress, world=world)
     with world.together():
         if world.rank:
@@ -68,8 +69,8 @@ def check_ranks(config, world):
         )
 
 
-def open_folders(config):
-    """(base, adapter or None), checked by their headers; no weights are loaded."""
+def open_folders(config, progress=False):
+    """(base, adapter or None), checked by their headers and hashes; no weights are loaded."""
     base = open_checkpoint(
         resolve_folder(config.model_name_or_path), trust_remote_code=config.trust_remote_code
     )
@@ -78,6 +79,7 @@ def open_folders(config):
             f"model_name_or_path={config.model_name_or_path!r}: is a PEFT adapter; give its base "
             "model, and this folder as adapter"
         )
+    check_input(base.folder, progress)
     if config.adapter is None:
         check_not_quantized(base)
         return base, None

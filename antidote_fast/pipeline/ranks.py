@@ -36,7 +36,7 @@ def prune(config, *, world, progress=False) -> dict:
                 "one device"
             )
         check_output_folder(config.output_dir, config.overwrite)
-        base, adapter = open_folders(config)
+        base, adapter = open_folders(config, progress)
     if config.score == "wanda" and config.norms is None:
         norms, counts = calibrate_folder(config, base, adapter, progress=progress, world=world)
     with world.together():

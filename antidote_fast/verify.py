@@ -1,0 +1,159 @@
+"""``antidote-fast verify``: is a folder whole, and if not, which file is to blame?
+
+A folder that this tool wrote is compared with the hashes of its ``COMPLETE.json``. Any model or
+adapter folder is also read as far as its headers: every shard there, none cut short, every tensor
+of the index in its place. Nothing in a folder is run.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+from antidote_fast.commit import MANIFEST, TOOL, read_manifest, sha256_file, verify_folder
+from antidote_fast.errors import AntidoteError, DataError, UsageError
+from antidote_fast.progress import command_line_progress, track
+
+_USAGE = "usage: antidote-fast verify FOLDER [FOLDER ...] [--json]"
+_NOT_READ = ("README.md", "report.json")
+_NEVER = "a weight that changed cannot be seen"
+
+
+def verify(folder, progress=False) -> dict:
+    """What is wrong with a folder.
+
+    Args:
+        folder: one that this tool wrote, or a model or adapter folder.
+        progress: as :func:`antidote_fast.progress.track` takes it.
+
+    Returns:
+        ``{"files": count, "bytes": size, "hashes": whether contents were compared, "problems":
+        [one line each, a file's name first]}``.
+    """
+    folder = Path(folder)
+    problems = []
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "no such folder"
+        return {"files": 0, "bytes": 0, "hashes": False, "problems": [what]}
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        problems += verify_folder(folder, progress=progress)
+        sizes = [entry["bytes"] for entry in manifest["files"].values()]
+    else:
+        if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
+            problems.append(f"{MANIFEST}: is damaged, or not one of {TOOL}")
+        files = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
+        sizes = [p.stat().st_size for p in files]
+    understood = _check_contents(folder, problems)
+    if not understood and manifest is None and not problems:
+        problems.append(f"is neither a model, an adapter, nor written by {TOOL}")
+    hashes = manifest is not None
+    return {"files": len(sizes), "bytes": sum(sizes), "hashes": hashes, "problems": problems}
+
+
+def check_input(folder, progress=False):
+    """Refuse a folder with a ``COMPLETE.json`` whose files are no longer what was written.
+
+    Before anything is computed from them. All files are hashed, however large (about a second a
+    gigabyte; once a process while they stay as they are), but for those that nothing is computed
+    from. Without a ``COMPLETE.json`` there is nothing to compare with.
+
+    Raises:
+        DataError: naming the file.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        if (folder / MANIFEST).is_file() and _is_damaged(folder / MANIFEST):
+            raise DataError(f"{folder}: its {MANIFEST} is damaged")
+        return
+    files = [item for item in sorted(manifest["files"].items()) if item[0] not in _NOT_READ]
+    for name, entry in track(files, "verify", progress):
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise DataError(f"{path}: missing; {MANIFEST} lists it")
+        stat = path.stat()
+        if stat.st_size != entry["bytes"]:
+            raise DataError(f"{path}: {stat.st_size} bytes, not {entry['bytes']} as written")
+        if _digest(path, stat.st_ino, stat.st_size, stat.st_mtime_ns) != entry["sha256"]:
+            raise DataError(f"{path}: contents changed since it was written ({MANIFEST})")
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path, *unchanged):
+    return sha256_file(path)
+
+
+def _is_damaged(path):
+    """Whether what should be JSON is not; another tool's file may say what it likes."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return True
+    return isinstance(found, dict) and found.get("tool") == TOOL
+
+
+def _check_contents(folder, problems):
+    """Read what can be understood up to the headers; True where there was something."""
+    from antidote_fast.adapters import check_adapter_config
+    from antidote_fast.calibrate import ActivationNorms
+    from antidote_fast.files import ADAPTER_CONFIG, open_checkpoint
+    from antidote_fast.masks import load_masks
+
+    def model():
+        checkpoint = open_checkpoint(folder, trust_remote_code=True)  # reads, runs nothing
+        if checkpoint.is_adapter:
+            check_adapter_config(checkpoint.config, ADAPTER_CONFIG)
+
+    checks = {
+        "config.json": model,
+        ADAPTER_CONFIG: model,
+        "norms.safetensors": lambda: ActivationNorms.load(folder / "norms.safetensors"),
+        "masks.safetensors": lambda: load_masks(folder / "masks.safetensors"),
+    }
+    found = [name for name in checks if (folder / name).exists()]
+    if {"config.json", ADAPTER_CONFIG} <= set(found):
+        found.remove("config.json")
+    for name in found:
+        try:
+            checks[name]()
+        except AntidoteError as error:
+            line = str(error).removeprefix("norms=").replace(f"{folder}/", "").replace("'", "")
+            line = line.removeprefix(f"{folder}: ")
+            if not any(known.split(":")[0] in line for known in problems):
+                problems.append(line)
+    return bool(found)
+
+
+def verify_command(argv):
+    """``antidote-fast verify FOLDER [FOLDER ...] [--json]``."""
+    if "-h" in argv or "--help" in argv:
+        print(_USAGE)
+        return
+    folders = [word for word in argv if not word.startswith("-")]
+    for word in argv:
+        if word.startswith("-") and word != "--json":
+            raise UsageError(f"{word}: verify takes --json only")
+    if not folders:
+        raise UsageError("verify takes at least one folder")
+    with command_line_progress(quiet="--json" in argv) as progress:
+        found = {folder: verify(folder, progress) for folder in folders}
+    if "--json" in argv:
+        print(json.dumps(found, indent=2))
+    else:
+        for folder, result in found.items():
+            for line in _lines(result):
+                print(f"{folder}: {line}")
+    broken = [folder for folder, result in found.items() if result["problems"]]
+    if broken:
+        raise DataError(f"{len(broken)} of {len(found)} folders not whole, {broken[0]} first")
+
+
+def _lines(result):
+    if result["problems"]:
+        return [
+            ascii(line)[1:-1] if not line.isprintable() else line for line in result["problems"]
+        ]
+    size = f"{result['files']} files, {result['bytes'] / 1e9:.3g} GB"
+    if result["hashes"]:
+        return [f"whole: {size}"]
+    return [f"nothing missing or cut short: {size}; no {MANIFEST}, so {_NEVER}"]
