@@ -11,6 +11,7 @@ TypeError, ValueError or BackendUnavailable; nothing is written then. Values are
 call waits for a device.
 """
 
+import numpy as np
 import torch
 
 from antidote_fast import _check as check
@@ -340,6 +341,9 @@ def _edges(thresholds, largest):
     if not thresholds:
         return []
     far = torch.inf if largest else -torch.inf
+    if thresholds[0].device.type == "cpu":  # hundreds of small ones: a sixth of the time
+        least = np.fmin if largest else np.fmax  # both pass over NaN
+        return [float(least.reduce(rows.numpy(), initial=np.nan)) for rows in thresholds]
     edges = []
     for rows in thresholds:
         present = ~rows.isnan()  # absent: nothing selected, or its edge is NaN in every row

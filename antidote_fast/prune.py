@@ -109,7 +109,7 @@ class PruneReport:
             "num_pruned": self.num_pruned,
             "requested": self.ratio,
             "achieved": self.achieved,
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [dict(vars(layer)) for layer in self.layers],
         }
 
 
@@ -192,6 +192,7 @@ def prune_state_(
     transposed=(),
     routed=(),
     together=False,
+    cut=None,
 ) -> PruneReport:
     """Prune tensors as saved, in place, with no model and no forward.
 
@@ -206,6 +207,8 @@ def prune_state_(
             them; those of the norms are added.
         together: prune all weights in one call on a CPU too, as on a GPU; less time for many small
             ones, and then no time of each.
+        cut: for global scope, the :class:`antidote_fast.global_cut.GlobalCut` of all weights of
+            which these are some.
         selection, score, seed, backend, return_masks, cross_check: as :func:`prune_model_`.
 
     Raises:
@@ -233,7 +236,10 @@ def prune_state_(
             _check_all(layers, selection)
         guard = CrossCheck(selection, backend) if cross_check else None
         for call in calls:
-            _run(call, selection, score, seed, backend, guard)
+            if cut is not None:
+                _apply_cut(call, cut, backend)
+            else:
+                _run(call, selection, score, seed, backend, guard)
     ratio = selection.ratio if selection.n_m is None else selection.n_m[0] / selection.n_m[1]
     return PruneReport(
         score=score,
@@ -297,6 +303,15 @@ def _narrowed(norms, keys, targets, ignore):
     """The norms of ``keys`` alone, where the caller named them; else the norms as they are."""
     if norms is None or (targets is None and not ignore):
         return norms
+    return narrowed(norms, keys)
+
+
+def narrowed(norms, keys):
+    """The norms of these weights alone.
+
+    Raises:
+        DataError: there are none of one of them.
+    """
     from antidote_fast.calibrate import ActivationNorms
 
     absent = [key for key in keys if key not in norms.sq_sum]
@@ -358,7 +373,7 @@ def _prepare(order, weights, norms, selection, score, transposed, routed):
                 raise DataError(
                     f"{key}: has {matrix.shape[1]} input channels, its norms {norm.shape[0]}"
                 )
-            zeros = int((norm == 0).sum())
+            zeros = norm.numel() - int(torch.count_nonzero(norm))
             if zeros == norm.numel() and score == "wanda":
                 if key in routed:
                     skipped[key] = "routed expert that no token reached"
@@ -386,32 +401,37 @@ def _looked_at(layers):
 
     A GPU is waited for once, not once a layer.
     """
-    found = [_bounds_and_nonzero(layer.matrix) for layer in layers]
-    by_device = {}
-    for i, tensor in enumerate(found):
-        by_device.setdefault(tensor.device, []).append(i)
     facts = [None] * len(layers)
+    by_device = {}
+    for i, layer in enumerate(layers):
+        matrix = layer.matrix
+        if matrix.device.type == "cpu" and matrix.is_contiguous() and matrix.numel():
+            # isfinite() makes temporaries: 218 ms for (4096, 4096) fp32, this 23 (2-core Xeon,
+            # busy).
+            low, high = torch.aminmax(matrix)
+            # As integers without their sign bit; twice as fast as torch.count_nonzero on bf16.
+            bits = matrix.view(torch.int16 if matrix.itemsize == 2 else torch.int32).numpy()
+            facts[i] = _fact(low.item(), high.item(), np.count_nonzero(bits << 1), matrix)
+        else:
+            by_device.setdefault(matrix.device, []).append(i)
     for indices in by_device.values():
-        rows = torch.stack([found[i] for i in indices]).tolist()
+        found = [_bounds_and_nonzero(layers[i].matrix) for i in indices]
+        rows = torch.stack(found).tolist()
         for i, (low, high, nonzero) in zip(indices, rows, strict=True):
-            finite = math.isfinite(low) and math.isfinite(high)
-            facts[i] = finite, layers[i].matrix.numel() - int(nonzero)
+            facts[i] = _fact(low, high, nonzero, layers[i].matrix)
     return facts
+
+
+def _fact(low, high, nonzero, matrix):
+    return math.isfinite(low) and math.isfinite(high), matrix.numel() - int(nonzero)
 
 
 def _bounds_and_nonzero(matrix):
     """(3,) float64 on its device: the smallest and largest element, NaN if any is, and a count."""
     if not matrix.numel():
-        return torch.zeros(3, dtype=torch.float64)
-    # isfinite() makes temporaries: 218 ms for (4096, 4096) fp32, this 23 (2-core Xeon, busy).
+        return torch.zeros(3, dtype=torch.float64, device=matrix.device)
     bounds = [bound.double() for bound in torch.aminmax(matrix)]
-    if matrix.device.type != "cpu" or not matrix.is_contiguous():
-        nonzero = torch.count_nonzero(matrix).double()
-    else:
-        # As integers without their sign bit; twice as fast as torch.count_nonzero on bf16.
-        bits = matrix.view(torch.int16 if matrix.itemsize == 2 else torch.int32).numpy()
-        nonzero = torch.tensor(np.count_nonzero(bits << 1), dtype=torch.float64)
-    return torch.stack([*bounds, nonzero])
+    return torch.stack([*bounds, torch.count_nonzero(matrix).double()])
 
 
 def _check_all(layers, selection):
@@ -455,11 +475,23 @@ def _run(layers, selection, score, seed, backend, guard):
     if samples:
         guard.after(samples, matrices, masks, thresholds)
     for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
-        if layer.copied:
-            layer.saved.copy_(layer.matrix.t() if layer.transposed else layer.matrix)
+        _write_back(layer)
         layer.mask, layer.threshold = mask, threshold
     if len(layers) == 1 and selection.scope != "global":
         layers[0].seconds = time.perf_counter() - start
+
+
+def _apply_cut(layers, cut, backend):
+    """Write what a selection over more weights than these has chosen."""
+    for layer in layers:
+        layer.mask, layer.threshold = cut.mask(layer.key, layer.matrix), cut.threshold
+        ops.apply_mask_(layer.matrix, layer.mask, backend=backend)
+        _write_back(layer)
+
+
+def _write_back(layer):
+    if layer.copied:
+        layer.saved.copy_(layer.matrix.t() if layer.transposed else layer.matrix)
 
 
 def _layer_report(layer, selection, ratio):
