@@ -277,6 +277,8 @@ class NormCollector:
         # Short, and sums are added to their slots in finish: what runs here runs between two
         # layers, with cold caches.
         def hook(module, args, kwargs):
+            if self._idle:
+                return
             x = args[0] if args else next(iter(kwargs.values()))
             self._pending.append((index, sums_of(x)))
             # Looked at where all have had theirs: that is the last one, or not as before.
