@@ -60,7 +60,7 @@ def prune_folder(
     check_output_folder(config.output_dir, config.overwrite)
     device = pick_device(config.device)
     backend = describe_backend(config.backend, device)
-    base, adapter = open_folders(config)
+    base, adapter = open_folders(config, progress)
     source = adapter or base
     if norms is None and config.norms is not None:
         norms = load_norms(config.norms)
