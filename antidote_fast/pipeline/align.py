@@ -6,6 +6,7 @@ from antidote_fast import checkpoint
 from antidote_fast.pipeline import sft
 from antidote_fast.pipeline.config import AlignConfig
 from antidote_fast.pipeline.data import encode, load_records, local_file
+from antidote_fast.pipeline.estimate import check_memory, weight_bytes
 from antidote_fast.pipeline.stage import write_report
 
 
@@ -25,7 +26,7 @@ def run(config: AlignConfig, *, progress=False) -> dict:
     Raises:
         DataError: data or a model that cannot be used, an output folder that is taken.
         UsageError: an option out of range.
-        AntidoteError: the loss is not finite; out of memory.
+        AntidoteError: the loss is not finite; not enough memory or room on the disk.
     """
     start = time.perf_counter()
     base = sft.check_config(config, merged=True)
@@ -33,6 +34,8 @@ def run(config: AlignConfig, *, progress=False) -> dict:
     trust = config.trust_remote_code
     tokenizer = checkpoint.load_tokenizer(base.folder, trust_remote_code=trust)
     examples = encode(records, tokenizer, config.template, config.max_seq_length)
+    check_memory(config, [base])
+    checkpoint.check_free_space(config.output_dir, weight_bytes(base, config.dtype))
     with checkpoint.output_folder(config.output_dir, config.overwrite) as folder:
         model, dtype = sft.load_trainable(config, base.folder)
         training = sft.train(

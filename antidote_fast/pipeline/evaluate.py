@@ -19,6 +19,7 @@ from antidote_fast.pipeline.data import (
     prompt_ids,
 )
 from antidote_fast.pipeline.drift import embedding_drift
+from antidote_fast.pipeline.estimate import check_memory
 from antidote_fast.pipeline.generate import check_length, generate
 from antidote_fast.pipeline.judges import check_judge, get_judge
 from antidote_fast.pipeline.metrics import (
@@ -189,6 +190,7 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
     Raises:
         DataError: data, a model or an adapter that cannot be used, an output folder that is taken.
         UsageError: options that do not go together.
+        AntidoteError: not enough memory.
     """
     clock = _Clock()
     checkpoint.check_output_folder(config.output_dir, config.overwrite)
@@ -206,6 +208,7 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
             max_seq_length=config.max_seq_length,
             batch_size=config.batch_size,
         )
+    check_memory(config, [base, adapter])
     clock.lap("check")
 
     with checkpoint.output_folder(config.output_dir, overwrite=config.overwrite) as folder:

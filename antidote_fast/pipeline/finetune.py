@@ -6,6 +6,7 @@ from antidote_fast import checkpoint
 from antidote_fast.pipeline import sft
 from antidote_fast.pipeline.config import FinetuneConfig
 from antidote_fast.pipeline.data import encode, load_records, local_file, mix
+from antidote_fast.pipeline.estimate import check_memory, weight_bytes
 from antidote_fast.pipeline.stage import write_report
 
 
@@ -27,7 +28,7 @@ def run(config: FinetuneConfig, *, progress=False) -> dict:
         DataError: data or a model that cannot be used, fewer records than asked for, an output
             folder that is taken.
         UsageError: an option out of range.
-        AntidoteError: the loss is not finite; out of memory.
+        AntidoteError: the loss is not finite; not enough memory or room on the disk.
     """
     start = time.perf_counter()
     base = sft.check_config(config)
@@ -40,6 +41,9 @@ def run(config: FinetuneConfig, *, progress=False) -> dict:
     trust = config.trust_remote_code
     tokenizer = checkpoint.load_tokenizer(base.folder, trust_remote_code=trust)
     examples = encode(records, tokenizer, config.template, config.max_seq_length)
+    check_memory(config, [base])
+    if config.tuning == "full":
+        checkpoint.check_free_space(config.output_dir, weight_bytes(base, config.dtype))
     entries = {"base_fingerprint": base.fingerprint()} if config.tuning == "lora" else {}
     with checkpoint.output_folder(config.output_dir, config.overwrite, **entries) as folder:
         model, dtype = sft.load_trainable(config, base.folder)
