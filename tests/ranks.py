@@ -1,0 +1,430 @@
+"""What each of two processes does in the tests of several ranks; no test by itself.
+
+``python ranks.py CASE FOLDER`` is one rank (RANK and WORLD_SIZE in the environment say which). It
+leaves what it saw in ``FOLDER/CASE.RANK.json``. The ranks meet in a file in FOLDER, or, started by
+torchrun, where torchrun says.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import tiny
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from antidote_fast import ActivationNorms, DataError, Selection, cli, distributed, prune_model_
+from antidote_fast.fingerprint import fingerprint_model
+from antidote_fast.targets import find_targets
+
+HERE = Path(__file__).parent
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def environment():
+    """The environment of a process that a test starts: this checkout, one thread, no hub."""
+    paths = os.pathsep.join((str(HERE.parent), str(HERE)))
+    extra = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    extra |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | extra
+
+
+def start_pair(case, folder):
+    """Run a case on two ranks; what each of them saw."""
+    words = [sys.executable, str(HERE / "ranks.py"), case, str(folder)]
+    ranks = [
+        subprocess.Popen(
+            words,
+            env=environment() | {"RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+    return [json.loads((folder / f"{case}.{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def torchrun(*words, **options):
+    """A finished torchrun of two ranks on this machine, on a free port."""
+    return subprocess.run(
+        [sys.executable, *TORCHRUN, *map(str, words)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+def refused(call):
+    """[exception's name, its line, exit code] of what a call raises, or None."""
+    try:
+        call()
+    except Exception as error:
+        return [type(error).__name__, str(error), getattr(error, "exit_code", None)]
+    return None
+
+
+def digest(model):
+    """Hash of the weights that would be saved."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+# --- replicas -------------------------------------------------------------------------------------
+
+
+def replicas(world, folder):
+    """Calibration of replicas: sums, masks, and how errors end."""
+    results = {}
+    batches = tiny.batches(count=5)
+    for name, options in {
+        "rms": {},
+        "mean": {"aggregation": "mean"},
+        "response": {"response_only": True},
+    }.items():
+        model = tiny.add_lora(tiny.build()) if name == "mean" else tiny.build()
+        norms = ActivationNorms.collect(model, world.shard(batches), world=world, **options)
+        norms.save(folder / f"{name}.{world.rank}.safetensors")
+    # One batch for two ranks, and norms that were collected apart and added up by hand.
+    model = tiny.build()
+    norms = ActivationNorms.collect(model, world.shard(batches[:1]), world=world)
+    norms.save(folder / f"one.{world.rank}.safetensors")
+    apart = ActivationNorms.collect(model, world.shard(batches))
+    results["apart"] = [apart.num_sequences, apart.num_tokens]
+    norms = distributed.all_reduce_norms(apart, world)
+    norms.save(folder / f"added.{world.rank}.safetensors")
+
+    report = prune_model_(model, norms, Selection(0.3), return_masks=True)
+    distributed.check_same_masks(report, world)
+    results["weights"] = digest(model)
+    other = prune_model_(tiny.build(), norms, Selection(0.3 + world.rank / 10), return_masks=True)
+    results["other masks"] = refused(lambda: distributed.check_same_masks(other, world))
+    bare = prune_model_(tiny.build(), norms, Selection(0.3))
+    results["no masks"] = refused(lambda: distributed.check_same_masks(bare, world))
+
+    # Each of these goes wrong on one rank or differs between them; both must end, and soon.
+    def collect(model, batches=batches, **options):
+        return lambda: ActivationNorms.collect(model, batches, world=world, **options)
+
+    ill = tiny.build()
+    if world.rank == 1:
+        ill.model.layers[1].self_attn.v_proj.weight.data[0, 0] = torch.nan
+        ill.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    results["nan"] = refused(collect(ill))
+    results["base"] = refused(collect(tiny.build(seed=world.rank)))
+    results["targets"] = refused(collect(tiny.build(), targets=["q_proj", "k_proj"][world.rank :]))
+    results["response"] = refused(collect(tiny.build(), response_only=world.rank == 1))
+    results["no tokens"] = refused(collect(tiny.build(), batches=[]))
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    full = tiny.build()
+    if world.rank == 0:
+        full.forward = out_of_memory
+    results["memory"] = refused(collect(full))
+    results["missing"] = refused(collect(tiny.build(), targets=["no_such"]))
+    uneven = ActivationNorms.collect(
+        tiny.build(), batches, targets=["q_proj"][: 1 - world.rank] or None
+    )
+    results["uneven"] = refused(lambda: distributed.all_reduce_norms(uneven, world))
+    return results
+
+
+def agreement(world, folder):
+    """The world alone: texts, sums, and blocks that end alike."""
+    results = {"gather": world.gather("äß" * (world.rank + 1))}
+    thirds = torch.tensor([1 / 3, world.rank, -0.0], dtype=torch.float64)
+    results["sum"] = [part.tolist() for part in world.all_reduce([thirds, thirds[:0], thirds[:1]])]
+    results["max"] = [part.tolist() for part in world.all_reduce([thirds], op="max")]
+    results["shard"] = [world.shard(list(range(n))) for n in (0, 1, 2, 5)]
+    results["same"] = refused(lambda: world.check_same("things", "alike"))
+    results["differ"] = refused(lambda: world.check_same("things", f"rank {world.rank}"))
+
+    def block(failing, kind=ValueError, inner=False):
+        def run():
+            within = world.together() if inner else contextlib.nullcontext()
+            with world.together(), within:
+                if world.rank in failing:
+                    raise kind(f"broken on {world.rank}\nand more")
+
+        return refused(run)
+
+    results["well"] = block([])
+    results["first"] = block([0])
+    results["second"] = block([1], kind=DataError)
+    results["both"] = block([0, 1])
+    results["inner"] = block([1], inner=True)
+    results["long"] = refused(lambda: world.gather("x" * 5000))
+    return results
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def fsdp(world, folder):
+    """FSDP2: norms, rows and reports of sharded models against whole ones."""
+    from torch.distributed.fsdp import fully_shard
+
+    def shard(model, layers, root=True, **options):
+        for layer in layers if layers is not None else ():
+            fully_shard(layer, **options)
+        if root:
+            fully_shard(model, **options)
+        return model
+
+    def gathered(model):
+        return {
+            name: value.full_tensor() if hasattr(value, "full_tensor") else value
+            for name, value in model.state_dict().items()
+        }
+
+    def compare(name, build, layers_of, collect_options=None, targets=None, **selection):
+        """Norms of one process and its prune of a whole model, beside those of the shards."""
+        whole, sharded = build(), build()
+        shard(sharded, layers_of(sharded))
+        mine = world.shard(batches)
+        norms = ActivationNorms.collect(
+            sharded, mine, world=world, targets=targets, **collect_options or {}
+        )
+        alone = ActivationNorms.collect(whole, batches, targets=targets, **collect_options or {})
+        worst = max(
+            float(((norms.sq_sum[k] - v).abs() / v.clamp_min(1e-30)).max())
+            for k, v in alone.sq_sum.items()
+        )
+        choice = Selection(**({"ratio": 0.3} | selection))
+        report = prune_model_(sharded, norms, choice, targets=targets, return_masks=True)
+        expected = prune_model_(whole, norms, choice, targets=targets, return_masks=True)
+        state, wanted = gathered(sharded), whole.state_dict()
+        rows = {}
+        for target in find_targets(sharded, targets):
+            held = target.weight.to_local().shape[0]
+            rows[target.key] = held
+            mask, full = (r.masks[target.key].to_bool() for r in (report, expected))
+            start = min(-(-len(full) // world.size) * world.rank, len(full))
+            assert torch.equal(mask, full[start : start + held]), (name, target.key)
+        drop = ("seconds", "masks", "layers")
+        plain = [{k: v for k, v in vars(r).items() if k not in drop} for r in (report, expected)]
+        layers = [
+            [{k: v for k, v in vars(layer).items() if k != "seconds"} for layer in r.layers]
+            for r in (report, expected)
+        ]
+        results[name] = {
+            "worst": worst,
+            "counts": [norms.num_sequences, norms.num_tokens],
+            "alone": [alone.num_sequences, alone.num_tokens],
+            "fingerprints": [norms.fingerprint, alone.fingerprint],
+            "after": [fingerprint_model(sharded), fingerprint_model(whole)],
+            "same weights": set(state) == set(wanted)
+            and all(torch.equal(state[k], wanted[k]) for k in wanted),
+            "removed": report.num_pruned,
+            "same report": plain[0] == plain[1] and layers[0] == layers[1],
+            "report": json.loads(json.dumps(report.to_dict())),
+            "rows": sorted(set(rows.values())),
+        }
+
+    results = {}
+    batches = tiny.batches(count=5)
+    blocks = lambda model: model.model.layers  # noqa: E731
+    compare("llama", tiny.build, blocks, n_m=None)
+    compare("root alone", tiny.build, lambda model: None)
+    compare("bf16", lambda: tiny.build(dtype=torch.bfloat16), blocks)
+    compare("mean", tiny.build, blocks, {"aggregation": "mean", "response_only": True})
+    compare("smallest", tiny.build, blocks, largest=False, targets=["all-linear"])
+
+    def odd():
+        """Three rows for two ranks, and one row, which one rank does not hold at all."""
+        model = tiny.build()
+        model.model.layers[0].mlp.extra = nn.Linear(32, 3, bias=False)
+        model.model.layers[1].mlp.extra = nn.Linear(32, 1, bias=False)
+        for i in (0, 1):
+            mlp = model.model.layers[i].mlp
+            with torch.no_grad():
+                mlp.extra.weight.copy_(torch.arange(mlp.extra.weight.numel()).view(-1, 32) % 7 - 3)
+            mlp.register_forward_pre_hook(see)
+        return model
+
+    def see(module, args):
+        module.extra(args[0])
+
+    compare("odd", odd, blocks, targets=["extra", "q_proj"])
+    compare(
+        "lora",
+        lambda: tiny.add_lora(tiny.build(), r=3),
+        lambda model: model.base_model.model.model.layers,
+    )
+    compare(
+        "dora",
+        lambda: tiny.add_lora(tiny.build(), use_dora=True),
+        lambda model: model.base_model.model.model.layers,
+    )
+
+    # More batches on one rank than on the other, one that counts nothing, and none at all.
+    model = tiny.build()
+    shard(model, blocks(model))
+    norms = ActivationNorms.collect(model, batches if world.rank else [], world=world)
+    norms.save(folder / f"fsdp-one.{world.rank}.safetensors")
+    norms = ActivationNorms.collect(model, batches[: 1 + 2 * world.rank], world=world)
+    norms.save(folder / f"fsdp-uneven.{world.rank}.safetensors")
+
+    def prune(change=None, norms=norms, model=None, **options):
+        live = model or shard(tiny.build(), None)
+        before = gathered(live)
+        found = refused(
+            lambda: prune_model_(live, norms, Selection(**selection(options)), **options)
+        )
+        after = gathered(live)
+        return [found, all(torch.equal(before[k], after[k]) for k in before)]
+
+    def selection(options):
+        return {k: options.pop(k) for k in ("scope", "ratio") if k in options} | (
+            {} if "ratio" in options else {"ratio": 0.3}
+        )
+
+    results["tensor"] = prune(scope="tensor")
+    results["global"] = prune(scope="global")
+    results["random"] = prune(score="random")
+    results["magnitude"] = prune(score="magnitude", norms=None)[0]
+    apart = ActivationNorms.collect(tiny.build(), batches[world.rank : world.rank + 1])
+    results["not added up"] = prune(norms=apart)
+    results["no world"] = refused(lambda: ActivationNorms.collect(model, batches))
+    ill = tiny.build()
+    ill.model.layers[1].self_attn.q_proj.weight.data[-2, 0] = torch.nan  # of the last rank
+    shard(ill, None)
+    found = refused(lambda: prune_model_(ill, norms, Selection(0.3)))
+    local = ill.model.layers[0].self_attn.q_proj.weight.to_local()
+    results["nan weight"] = [found, int((local == 0).sum())]
+    ill = tiny.build()
+    if world.rank == 0:
+        batches[0]["input_ids"][0, 0] = 9
+    ill.model.embed_tokens.weight.data[9] = torch.nan
+    shard(ill, blocks(ill))
+    results["nan input"] = refused(
+        lambda: ActivationNorms.collect(ill, world.shard(batches[:2]), world=world)
+    )
+    from torch.distributed.tensor import Shard
+
+    model = shard(tiny.build(), None, shard_placement_fn=lambda p: Shard(min(1, p.dim() - 1)))
+    results["columns"] = [
+        refused(lambda: prune_model_(model, None, Selection(0.3), score="magnitude")),
+        refused(lambda: ActivationNorms.collect(model, batches, world=world)),
+        fingerprint_model(model),
+    ]
+    gpt2 = shard(tiny.build("gpt2"), None)
+    norms = ActivationNorms.collect(gpt2, world.shard(batches), world=world)
+    results["conv1d"] = refused(lambda: prune_model_(gpt2, norms, Selection(0.3)))
+    return results
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def commands(world, folder):
+    """Commands on both ranks, one after the other: [exit code, lines on stderr] of each."""
+    from antidote_fast.pipeline import calibrate
+
+    common = ["--model_name_or_path", "base", "--dataset", "harmful.jsonl", "--batch_size", "2"]
+    os.chdir(folder)
+    results = {}
+
+    def command(name, *words, also=()):
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            code = cli.main([name, *also, *(() if also else common), *words])
+        lines = said.getvalue().splitlines()
+        return [code, [line for line in lines if not line.startswith('{"step"')], len(lines)]
+
+    adapter = ("--adapter", "adapter")
+    results["prune"] = command("prune", *adapter, "--output_dir", "pruned", "--save_norms", "true")
+    results["calibrate"] = command("calibrate", "--output_dir", "norms")
+    results["one sample"] = command(
+        "calibrate", *adapter, "--num_calibration_samples", "1", "--output_dir", "one"
+    )
+    norms = ("--norms", "norms", "--output_dir", "from-norms")
+    results["norms"] = command("prune", *norms)
+    results["taken"] = command("prune", *adapter, "--output_dir", "pruned")
+    results["align"] = command("align", "--output_dir", "x")
+    results["map"] = command("prune", "--device_map", "auto", "--output_dir", "x")
+    results["nonsense"] = command("prune", "--nonsense", "1")
+    results["help"] = command("--help", also=("--quiet",))
+    results["version"] = command("--version", also=("--quiet",))
+
+    load, load_adapter = calibrate.load_data, calibrate.load_adapter
+
+    def fail(*args):
+        raise DataError("the disk of this machine is broken")
+
+    if world.rank == 1:
+        calibrate.load_data = fail
+    results["rank 1"] = command("prune", *adapter, "--output_dir", "x")
+    calibrate.load_data = load
+    if world.rank == 1:
+
+        def ill(*args):
+            model = load_adapter(*args)
+            next(p for n, p in model.named_parameters() if "1.self_attn.v_proj.lora_A" in n)[:] = (
+                nan
+            )
+            return model
+
+        nan = torch.nan
+        calibrate.load_adapter = ill
+    results["nan"] = command("calibrate", *adapter, "--output_dir", "x")
+    calibrate.load_adapter = load_adapter
+    if world.rank == 0:
+        calibrate.write_report = lambda *args, **kwargs: 1 / 0
+    results["writing"] = command("calibrate", "--output_dir", "x")
+    return results
+
+
+def stalled(config, *, progress, world):
+    """A stage in which rank 1 does not come to the meeting."""
+    with world.together():
+        if world.rank == 1:
+            Path(config.dataset).touch()
+            if config.template == "chat":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(100)
+    return {}
+
+
+def stall():
+    """A command whose second rank sleeps, or is killed."""
+    cli.STAGES["calibrate"] = dataclasses.replace(cli.STAGES["calibrate"], ranks="ranks:stalled")
+    sys.argv[1:] = sys.argv[2:]
+    cli.entry_point()
+
+
+def main():
+    """One rank of one case."""
+    case, folder = sys.argv[1], Path(sys.argv[2])
+    if case == "stall":
+        stall()
+    rank, size = distributed.ranks_launched()
+    if "MASTER_PORT" not in os.environ:
+        meeting = f"file://{folder / 'meeting'}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    with distributed.session() as world:
+        seen = globals()[case](world, folder)
+        (folder / f"{case}.{rank}.json").write_text(json.dumps(seen))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
