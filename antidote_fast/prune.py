@@ -154,6 +154,7 @@ def prune_model_(
             weights cannot be pruned by.
         PeerFailed: another rank refused.
     """
+    _check_arguments(selection, score, seed, norms)
     reshard(model)
     found = find_targets(model, targets, ignore)
     if norms is not None:

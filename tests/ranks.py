@@ -241,11 +241,13 @@ def fsdp(world, folder):
     results = {}
     batches = tiny.batches(count=5)
     blocks = lambda model: model.model.layers  # noqa: E731
-    compare("llama", tiny.build, blocks, n_m=None)
+    compare("llama", tiny.build, blocks)
     compare("root alone", tiny.build, lambda model: None)
     compare("bf16", lambda: tiny.build(dtype=torch.bfloat16), blocks)
     compare("mean", tiny.build, blocks, {"aggregation": "mean", "response_only": True})
     compare("smallest", tiny.build, blocks, largest=False, targets=["all-linear"])
+
+    compare("n:m", tiny.build, blocks, ratio=None, n_m=(2, 4))
 
     def odd():
         """Three rows for two ranks, and one row, which one rank does not hold at all."""
@@ -282,22 +284,18 @@ def fsdp(world, folder):
     norms = ActivationNorms.collect(model, batches[: 1 + 2 * world.rank], world=world)
     norms.save(folder / f"fsdp-uneven.{world.rank}.safetensors")
 
-    def prune(change=None, norms=norms, model=None, **options):
-        live = model or shard(tiny.build(), None)
+    def prune(selection=None, norms=norms, **options):
+        """[what is raised, whether the weights are as before] of a prune of a sharded model."""
+        live = shard(tiny.build(), None)
         before = gathered(live)
-        found = refused(
-            lambda: prune_model_(live, norms, Selection(**selection(options)), **options)
-        )
+        choice = Selection(0.3) if selection is None else selection
+        found = refused(lambda: prune_model_(live, norms, choice, **options))
         after = gathered(live)
         return [found, all(torch.equal(before[k], after[k]) for k in before)]
 
-    def selection(options):
-        return {k: options.pop(k) for k in ("scope", "ratio") if k in options} | (
-            {} if "ratio" in options else {"ratio": 0.3}
-        )
-
-    results["tensor"] = prune(scope="tensor")
-    results["global"] = prune(scope="global")
+    results["tensor"] = prune(Selection(0.3, scope="tensor"))
+    results["global"] = prune(Selection(0.3, scope="global"))
+    results["no selection"] = prune(0.3)
     results["random"] = prune(score="random")
     results["magnitude"] = prune(score="magnitude", norms=None)[0]
     apart = ActivationNorms.collect(tiny.build(), batches[world.rank : world.rank + 1])
@@ -328,6 +326,21 @@ def fsdp(world, folder):
     gpt2 = shard(tiny.build("gpt2"), None)
     norms = ActivationNorms.collect(gpt2, world.shard(batches), world=world)
     results["conv1d"] = refused(lambda: prune_model_(gpt2, norms, Selection(0.3)))
+
+    class DistributedDataParallel(nn.Module):
+        """By its name: torch's own would want a backward."""
+
+    class FullyShardedDataParallel(nn.Module):
+        """As above: torch's is gone in some releases."""
+
+    for kind in (DistributedDataParallel, FullyShardedDataParallel):
+        wrapper = kind()
+        wrapper.module = tiny.build()
+        results[kind.__name__] = refused(
+            lambda wrapper=wrapper: ActivationNorms.collect(wrapper, batches, world=world)
+        )
+        if world.rank:  # which rank tells is another test
+            results[kind.__name__][:2] = ["DataError", results[kind.__name__][1][len("rank 0: ") :]]
     return results
 
 
