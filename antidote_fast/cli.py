@@ -102,6 +102,8 @@ also:
 PLAIN = {
     "env": "versions, kernels in use, and why a backend is not available",
     "inspect": "what is in a folder, an adapter, a norms or a masks file, and whether it is whole",
+    "verify": "whether folders are whole, by their hashes; exit code 3 and the file where not",
+    "convert": "masks that torch.save wrote, as a masks file of safetensors",
 }
 
 
@@ -162,9 +164,8 @@ def _dispatch(argv, quiet):
     elif command in STAGES:
         _run_stage(command, rest, quiet or rank > 0, size)
     elif command in PLAIN:
-        from antidote_fast import describe
-
-        getattr(describe, f"{command}_command")(rest)
+        module = "describe" if command in ("env", "inspect") else command
+        _function(f"antidote_fast.{module}:{command}_command")(rest)
     else:
         raise UsageError(
             f"{command!r}: no such command{flags.close_to(command, [*STAGES, *PLAIN])}"
