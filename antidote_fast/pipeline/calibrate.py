@@ -22,6 +22,7 @@ from antidote_fast.errors import DataError, UsageError
 from antidote_fast.loading import pick_device
 from antidote_fast.pipeline.config import CalibrateConfig
 from antidote_fast.pipeline.data import load_records, local_file, make_batches
+from antidote_fast.pipeline.estimate import check_memory
 from antidote_fast.pipeline.stage import write_report
 from antidote_fast.verify import check_input
 
@@ -102,6 +103,7 @@ def calibrate_folder(
         trust = config.trust_remote_code
         tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
         batches = batches_of(config, records, tokenizer, base.config)
+        check_memory(config, [base, adapter])
         model = load_model(
             base.folder,
             dtype=config.dtype,

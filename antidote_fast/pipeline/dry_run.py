@@ -129,8 +129,7 @@ def _forward(made, config, base, adapter, adapt=None):
     }
     largest = max(shapes, key=math.prod)
     made.shape = largest
-    flops = cost.forward_flops(tokens, squares, sequences)
-    made.compute("calibrate", flops)
+    made.compute("calibrate", cost.forward_flops(tokens, squares, sequences))
     made.hold("weights", cost.weight_bytes)
     made.hold("activations", cost.activation_bytes(*largest))
     made.read(base, adapter, config.dataset)

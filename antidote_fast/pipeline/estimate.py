@@ -40,17 +40,17 @@ class ModelCost:
         self.weight_bytes = sum(p.nbytes for p in parameters.values())
         head = inner.get_output_embeddings()
         self.head = head.weight.numel() if head is not None else 0
-        #: weights that multiply each token, without the output layer; those that are adapters
-        self.linear = self.lora = 0
+        self._order = []  # (name of a weight, its elements), as the model runs them
         self.largest = (1, 1)
         for name, module in model.named_modules():
             weight = getattr(module, "weight", None)
             if module is head or weight is None or not _multiplies(module):
                 continue
-            self.linear += weight.numel()
-            self.lora += weight.numel() if any(part in f"{name}." for part in _LORA) else 0
+            self._order.append((f"{name}.weight", weight.numel()))
             self.largest = max(self.largest, tuple(weight.shape), key=math.prod)
-        self.linear += _expert_weights(model, config)
+        self.lora = sum(n for name, n in self._order if any(part in name for part in _LORA))
+        #: weights that multiply each token, without the output layer
+        self.linear = sum(n for _, n in self._order) + _expert_weights(model, config)
         layers = getattr(config, "num_hidden_layers", 0)
         self.heads = getattr(config, "num_attention_heads", 0)
         size = getattr(config, "head_dim", None) or config.hidden_size // max(self.heads, 1)
@@ -72,6 +72,17 @@ class ModelCost:
             head_tokens: tokens of which logits are made.
         """
         return 2 * self.linear * tokens + 4 * self.attention * squares + 2 * self.head * head_tokens
+
+    def flops_until(self, weights, tokens, squares) -> int:
+        """FLOPs of forward passes that end when the last of ``weights`` has its input."""
+        wanted = {id(weight) for weight in weights}
+        names = {name for name, p in self.model.named_parameters() if id(p) in wanted}
+        places = [i for i, (name, _) in enumerate(self._order) if name in names]
+        place = places[-1] if len(places) == len(names) else len(self._order)
+        share = sum(n for _, n in self._order[:place]) / max(1, sum(n for _, n in self._order))
+        layers = max(1, getattr(self.config, "num_hidden_layers", 1))
+        attention = self.attention * math.floor(share * layers) // layers
+        return int(2 * self.linear * share * tokens + 4 * attention * squares)
 
     def training_flops(self, tokens, squares, head_tokens, *, frozen) -> int:
         """FLOPs of forward and backward passes; a frozen weight needs no gradient of its own."""

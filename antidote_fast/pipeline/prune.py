@@ -8,7 +8,12 @@ import time
 
 import torch
 
-from antidote_fast.checkpoint import check_output_folder, output_folder, write_pruned
+from antidote_fast.checkpoint import (
+    check_free_space,
+    check_output_folder,
+    output_folder,
+    write_pruned,
+)
 from antidote_fast.errors import DataError
 from antidote_fast.loading import first_line, pick_device
 from antidote_fast.masks import save_masks
@@ -62,6 +67,7 @@ def prune_folder(
     backend = describe_backend(config.backend, device)
     base, adapter = open_folders(config, progress)
     source = adapter or base
+    check_free_space(config.output_dir, sum(f.stat().st_size for f in source.weight_files))
     if norms is None and config.norms is not None:
         norms = load_norms(config.norms)
     if norms is not None:
