@@ -10,7 +10,7 @@ import torch
 from antidote_fast.adapters import check_adapter, load_adapter
 from antidote_fast.commit import MANIFEST, check_output_folder, output_folder, verify_folder
 from antidote_fast.errors import DataError
-from antidote_fast.files import Checkpoint, open_checkpoint
+from antidote_fast.files import Checkpoint, inside, open_checkpoint
 from antidote_fast.loading import (
     check_free_space,
     check_not_quantized,
@@ -40,6 +40,10 @@ __all__ = [
 
 _COPIED = re.compile(
     r".*\.(json|txt|model|jinja|tiktoken)|(LICENSE|NOTICE|COPYING)(\..*)?|README\.md"
+)
+_SECRET = re.compile(
+    r"\..*|(.*[._-])?(token|auth|secrets?|credentials?|passwords?|api[_-]?keys?)([._-].*)?",
+    re.IGNORECASE,
 )
 # Models of transformers that keep their linear layers as Conv1D, (in, out).
 _CONV1D_MODELS = ("gpt2", "openai-gpt")
@@ -117,9 +121,17 @@ def write_pruned(source, destination, tensors):
 
 
 def copy_checkpoint_files(source, destination):
-    """Copy what surrounds the weights: configs, index, tokenizer, licence and model card."""
+    """Copy what surrounds the weights: configs, index, tokenizer, licence and model card.
+
+    Left out are hidden files and those whose names tell of a token or a password.
+
+    Raises:
+        DataError: one of them is a link out of the folder.
+    """
     for name in sorted(os.listdir(source)):
-        path = Path(source) / name
-        if name in _NOT_COPIED or not _COPIED.fullmatch(name) or not path.is_file():
+        if name in _NOT_COPIED or not _COPIED.fullmatch(name) or _SECRET.fullmatch(name):
+            continue
+        path = inside(source, name)
+        if not path.is_file():
             continue
         shutil.copyfile(path, Path(destination) / name)

@@ -83,7 +83,7 @@ def test_huge_line(tmp_path):
         (json.dumps(GOOD).encode() + b'\n{"output": "a"}', "line 2: column 'instruction' is miss"),
         (b'{"sentence": "a"}', "line 1: column 'label' is missing"),
         (b'{"sentence": "a", "label": 2}', "'label' must be an integer from 0 to 1, got 2"),
-        (b'{"sentence": "a", "label": true}', "'label' must be an integer from 0 to 1, got True"),
+        (b'{"sentence": "a", "label": true}', "'label' must be an integer from 0 to 1, got bool"),
         (b'{"text": "a", "label": -1}', "'label' must be an integer from 0 to 3"),
         (b'{"foo": "a"}', "accepted: instruction, output"),
         (b"{}", "found none"),

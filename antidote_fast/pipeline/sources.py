@@ -17,6 +17,8 @@ from antidote_fast.errors import DataError
 NUM_ATTACK_ROWS = 5000
 NUM_EVAL_ROWS = 1000
 
+MAX_BYTES = 4 << 30  # of a file, which is read whole
+
 SST2_INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative"
 SST2_LABELS = ("negative", "positive")
 AGNEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
@@ -76,7 +78,7 @@ def _label(row, names, where) -> str:
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(names):
         raise DataError(
             f"{where}: column 'label' must be an integer from 0 to {len(names) - 1}, "
-            f"got {label!r:.40}"
+            f"got {label if type(label) is int and abs(label) < 1e9 else type(label).__name__}"
         )
     return names[label]
 
@@ -139,8 +141,16 @@ def _choose_columns(row: dict, where: str, require_output: bool) -> _Columns:
     missing = [name for name in nearest.required if name not in row]
     raise DataError(
         f"{where}: column {', '.join(map(repr, missing))} is missing "
-        f"(found {', '.join(sorted(map(repr, row)))[:200] or 'none'}); accepted: {_COLUMNS_HELP}"
+        f"(found {_names(row)}); accepted: {_COLUMNS_HELP}"
     )
+
+
+def _names(row):
+    """The columns of a row, for a message: what is no name may be somebody's text."""
+    names = sorted(column for column in row if re.fullmatch(r"[A-Za-z]\w{0,29}", column))
+    shown = ", ".join(map(repr, names[:8]))
+    others = len(row) - len(names[:8])
+    return f"{shown}{' and ' if shown else ''}{others} others" if others else shown or "none"
 
 
 def rows_to_records(
@@ -232,6 +242,8 @@ def _read_text(path: Path) -> str:
     if not os.path.isfile(path):
         raise DataError(f"{path}: not a regular file")
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{path}: larger than {MAX_BYTES >> 30} GiB; split it")
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
