@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from antidote_fast.backends.reference import unpack_bits
 from antidote_fast.errors import DataError
+from antidote_fast.writing import TensorFile
 
 FORMAT = "antidote_fast.masks"
 VERSION = "1"
@@ -104,10 +105,28 @@ def save_masks(path, masks, metadata=None):
         masks: {parameter name: PackedMask}.
         metadata: more {str: str} pairs to keep beside them.
     """
-    tensors = {_key(name): mask.bits.cpu().contiguous() for name, mask in masks.items()}
-    shapes = json.dumps({_key(name): mask.shape for name, mask in masks.items()})
+    tensors = {mask_key(name): mask.bits.cpu().contiguous() for name, mask in masks.items()}
+    shapes = json.dumps({mask_key(name): mask.shape for name, mask in masks.items()})
     extra = {"format": FORMAT, "version": VERSION, "shapes": shapes}
     save_file(tensors, str(path), metadata={**(metadata or {}), **extra})
+
+
+def masks_file(path, shapes, metadata=None, keep=False):
+    """As :func:`save_masks`, for masks that come one by one and do not fit in memory together.
+
+    Args:
+        path: the file.
+        shapes: {parameter name: (out, in)}; a mask that is never written removes nothing.
+        metadata: as :func:`save_masks`.
+        keep: as :meth:`antidote_fast.writing.TensorFile.create`.
+
+    Returns:
+        A :class:`antidote_fast.writing.TensorFile`; write ``mask.bits`` under :func:`mask_key`.
+    """
+    specs = {mask_key(name): (torch.uint8, (n, -(-k // 8))) for name, (n, k) in shapes.items()}
+    listed = json.dumps({mask_key(name): shape for name, shape in shapes.items()})
+    extra = {"format": FORMAT, "version": VERSION, "shapes": listed}
+    return TensorFile.create(path, specs, {**(metadata or {}), **extra}, keep)
 
 
 def load_masks(path):
@@ -143,7 +162,8 @@ def load_masks(path):
     return masks, metadata
 
 
-def _key(name):
+def mask_key(name) -> str:
+    """The name of a weight's mask in a file of masks."""
     return f"{name}.mask" if name else "mask"
 
 

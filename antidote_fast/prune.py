@@ -7,7 +7,7 @@ Source of the scores: Antidote, arXiv 2408.09600 (``wanda`` is its |W| * norm; `
 import hashlib
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import torch
@@ -98,6 +98,13 @@ class PruneReport:
     def achieved(self) -> float:
         """Fraction removed of all pruned layers."""
         return self.num_pruned / self.num_weights if self.num_weights else 0.0
+
+    @classmethod
+    def from_dict(cls, values) -> "PruneReport":
+        """The report that :meth:`to_dict` described; other entries of ``values`` are left out."""
+        names = [f.name for f in fields(cls) if f.name not in ("layers", "masks")]
+        layers = [LayerReport(**{**x, "shape": tuple(x["shape"])}) for x in values["layers"]]
+        return cls(layers=layers, **{name: values[name] for name in names})
 
     def to_dict(self) -> dict:
         """JSON values: totals first, then the layers."""

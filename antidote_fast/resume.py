@@ -57,7 +57,6 @@ class Run:
         self.path, self.folder, self.state = path, folder, state
         self.output = folder / "output"
         self._inputs = inputs
-        self._committed = False
 
     def save(self, state):
         """Replace the state; it is on the disk when this returns."""
@@ -70,14 +69,15 @@ class Run:
         os.replace(partial, self.folder / STATE)
         self.state = state
 
-    def commit(self, digests=None):
+    def commit(self, digests=None, **manifest_entries):
         """Give :attr:`output` the target's name, with ``COMPLETE.json``.
 
         Args:
             digests: {file name: SHA-256} of files that are hashed and on the disk already.
+            manifest_entries: further JSON values for ``COMPLETE.json``.
         """
-        commit(self.output, self.path, {MANIFEST_ENTRY: digest_of(self._inputs)}, digests)
-        self._committed = True
+        manifest_entries[MANIFEST_ENTRY] = digest_of(self._inputs)
+        commit(self.output, self.path, manifest_entries, digests)
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ class TensorStore:
             self.path.unlink(missing_ok=True)
 
     def keep(self) -> list:
-        """Have all of it on disk, what is in memory too.
+        """Have all of it in the file, what is in memory too; :meth:`sync` then waits for the disk.
 
         Returns:
             What :meth:`reopen` needs, for JSON.
@@ -90,12 +90,15 @@ class TensorStore:
         for number, tensors in self._held.items():
             if number not in self._places:
                 self._write(number, tensors)
-        if self._fd is not None:
-            os.fsync(self._fd)
         return [
             [number, [p and [p[0], list(p[1]), str(p[2]).removeprefix("torch.")] for p in places]]
             for number, places in sorted(self._places.items())
         ]
+
+    def sync(self):
+        """Wait until what is in the file is on the disk."""
+        if self._fd is not None:
+            os.fsync(self._fd)
 
     @classmethod
     def reopen(cls, path, room, index) -> "TensorStore":

@@ -52,8 +52,11 @@ class TensorFile:
         self._entries = entries
 
     @classmethod
-    def create(cls, path, specs, metadata=None):
-        """A new file for tensors ``{name: (dtype, shape)}``, all bytes zero."""
+    def create(cls, path, specs, metadata=None, keep=False):
+        """A new file for tensors ``{name: (dtype, shape)}``, all bytes zero.
+
+        With ``keep`` an existing file, made by the same call before, is left as it is.
+        """
         header, places, position = {}, {}, 0
         if metadata:
             header["__metadata__"] = metadata
@@ -71,9 +74,10 @@ class TensorFile:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
-        with open(path, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(start + position)
+        if not (keep and os.path.exists(path)):
+            with open(path, "wb") as file:
+                file.write(struct.pack("<Q", len(text)) + text)
+                file.truncate(start + position)
         return cls(path, {name: (start + a, start + b) for name, (a, b) in places.items()})
 
     @classmethod

@@ -23,7 +23,9 @@ from antidote_fast.loading import pick_device
 from antidote_fast.pipeline.config import CalibrateConfig
 from antidote_fast.pipeline.data import load_records, local_file, make_batches
 from antidote_fast.pipeline.estimate import check_memory
-from antidote_fast.pipeline.stage import write_report
+from antidote_fast.pipeline.inputs import run_inputs
+from antidote_fast.pipeline.stage import read_report, write_report
+from antidote_fast.resume import MANIFEST_ENTRY, digest_of, is_finished, run_folder
 from antidote_fast.verify import check_input
 
 NORMS_FILE = "norms.safetensors"
@@ -48,21 +50,53 @@ def run(config: CalibrateConfig, *, progress=False, world=ALONE) -> dict:
     start = time.perf_counter()
     with world.together():
         check_ranks(config, world)
-        check_output_folder(config.output_dir, config.overwrite)
+        if not config.resume:
+            check_output_folder(config.output_dir, config.overwrite)
         backend = describe_backend(None, pick_device(config.device))
         base, adapter = open_folders(config, progress)
-    norms, counts = calibrate_folder(config, base, adapter, progress=progress, world=world)
+        records = load_data(config, None)
+        inputs = run_inputs(config, base, adapter, records=records)
+        if config.resume and is_finished(config.output_dir, inputs):
+            return read_report(config.output_dir)
+        check_output_folder(config.output_dir, config.overwrite)
+    if config.stream:
+        return _run_streamed(config, base, adapter, records, inputs, backend, start, progress)
+    norms, counts = calibrate_folder(
+        config, base, adapter, records=records, progress=progress, world=world
+    )
     with world.together():
         if world.rank:
             return {}
-        with output_folder(config.output_dir, config.overwrite) as folder:
-            norms.save(folder / NORMS_FILE)
-            results = {"seconds": round(time.perf_counter() - start, 3), **counts, **backend}
-            return write_report(folder, "calibrate", config, results, inputs=inputs_of(config))
+        entries = {MANIFEST_ENTRY: digest_of(inputs)}
+        with output_folder(config.output_dir, config.overwrite, **entries) as folder:
+            return _write(config, folder, norms, {**counts, **backend}, start)
+
+
+def _run_streamed(config, base, adapter, records, inputs, backend, start, progress):
+    from antidote_fast.pipeline import stream
+
+    with run_folder(
+        config.output_dir, inputs, resume=config.resume, overwrite=config.overwrite
+    ) as run:
+        norms, counts = stream.collect_norms(config, base, adapter, records, run, progress=progress)
+        report = _write(config, run.output, norms, {**counts, **backend}, start)
+        run.commit()
+    return report
+
+
+def _write(config, folder, norms, about, start):
+    norms.save(folder / NORMS_FILE)
+    results = {"seconds": round(time.perf_counter() - start, 3), **about}
+    return write_report(folder, "calibrate", config, results, inputs=inputs_of(config))
 
 
 def check_ranks(config, world):
     """Refuse what several processes cannot share."""
+    if world.size > 1 and config.stream:
+        raise UsageError(
+            "stream=True: must be left out with torchrun; one process streams a model through one "
+            "device"
+        )
     if world.size > 1 and config.device_map is not None:
         raise UsageError(
             f"device_map={config.device_map!r}: must be left out with torchrun, which gives each "

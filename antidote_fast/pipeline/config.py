@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from antidote_fast.errors import UsageError
+from antidote_fast.memory import parse_bytes
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Template = Literal["alpaca", "chat"]
@@ -180,6 +181,12 @@ class CalibrateConfig(StageConfig):
             q/k/v; all-linear takes every linear layer.
         ignore: module names or re: patterns left alone.
         device_map: auto spreads the model over all GPUs, and over the CPU where they are full.
+        stream: one decoder block in memory at a time, for models larger than it; each block is
+            read once.
+        max_memory: with stream, the memory that the process may take, such as 4GB; hidden states
+            that do not fit go to disk. Default most of what is free.
+        resume: go on where an interrupted run of the same command stopped (with stream), or leave
+            it at that where output_dir is whole already.
     """
 
     dataset: str
@@ -190,14 +197,19 @@ class CalibrateConfig(StageConfig):
     targets: list[str] | None = None
     ignore: list[str] = field(default_factory=list)
     device_map: Literal["auto"] | None = None
+    stream: bool = False
+    max_memory: str | None = None
+    resume: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         _check_positive(self, "num_calibration_samples")
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory, "max_memory")
+            _check(self.stream, "max_memory", self.max_memory, "given with stream")
         if self.device_map is not None:
             _check(self.device == "auto", "device", self.device, "left out with device_map")
-            stream = getattr(self, "stream", False)
-            _check(not stream, "stream", stream, "left out with device_map")
+            _check(not self.stream, "stream", self.stream, "left out with device_map")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,15 +23,18 @@ from antidote_fast.pipeline.calibrate import (
     counts_of,
     describe_backend,
     inputs_of,
+    load_data,
     load_norms,
     open_folders,
 )
 from antidote_fast.pipeline.card import write_card
 from antidote_fast.pipeline.config import PruneConfig
-from antidote_fast.pipeline.stage import write_report
-from antidote_fast.prune import check_base, prune_state_
+from antidote_fast.pipeline.inputs import run_inputs
+from antidote_fast.pipeline.stage import read_report, write_report
+from antidote_fast.prune import PruneReport, check_base, prune_state_
+from antidote_fast.resume import MANIFEST_ENTRY, digest_of, is_finished, run_folder
 from antidote_fast.selection import Selection
-from antidote_fast.targets import find_targets, select_keys
+from antidote_fast.targets import ALL_LINEAR, find_targets, select_keys
 
 MASKS_FILE = "masks.safetensors"
 
@@ -62,22 +65,82 @@ def prune_folder(
     ``counts`` is what the report says of ``norms`` that the caller collected since ``start``.
     """
     start = start or time.perf_counter()
-    check_output_folder(config.output_dir, config.overwrite)
     device = pick_device(config.device)
     backend = describe_backend(config.backend, device)
+    if not config.resume:
+        check_output_folder(config.output_dir, config.overwrite)
     base, adapter = open_folders(config, progress)
     source = adapter or base
-    check_free_space(config.output_dir, sum(f.stat().st_size for f in source.weight_files))
     if norms is None and config.norms is not None:
         norms = load_norms(config.norms)
     if norms is not None:
         check_base(norms, base.fingerprint())
         counts = counts or counts_of(norms)
     elif config.score == "wanda":
-        norms, counts = calibrate_folder(
-            config, base, adapter, records=records, tokenizer=tokenizer, progress=progress
+        records = load_data(config, records)
+    inputs = run_inputs(config, base, adapter, records=records, norms=norms)
+    if config.resume and is_finished(config.output_dir, inputs):
+        contents = read_report(config.output_dir)
+        return PruneReport.from_dict(contents), contents
+    check_output_folder(config.output_dir, config.overwrite)
+    check_free_space(config.output_dir, sum(f.stat().st_size for f in source.weight_files))
+    given = {"norms": norms, "counts": counts or {}, "backend": backend, "start": start}
+    options = {"tokenizer": tokenizer, "progress": progress}
+    entries = {"base_fingerprint": base.fingerprint()} if adapter else {}
+    if config.stream:
+        with run_folder(
+            config.output_dir, inputs, resume=config.resume, overwrite=config.overwrite
+        ) as run:
+            report, contents, digests = _prune_streamed(
+                config, base, adapter, records, run, **given, **options
+            )
+            run.commit(digests, **entries)
+        return report, contents
+    if norms is None and config.score == "wanda":
+        given["norms"], given["counts"] = calibrate_folder(
+            config, base, adapter, records=records, **options
         )
-    counts = counts or {}
+    pruned = _prune_read(config, source, given["norms"], device)
+    entries[MANIFEST_ENTRY] = digest_of(inputs)
+    with output_folder(config.output_dir, config.overwrite, **entries) as folder:
+        contents = _write(config, source, folder, *pruned, **given)
+    return pruned[0], contents
+
+
+def _prune_streamed(
+    config, base, adapter, records, run, *, norms, counts, backend, start, tokenizer, progress
+):
+    """(PruneReport, contents of report.json, digests known already) of pruning block by block."""
+    from antidote_fast.pipeline import stream
+
+    options = {"tokenizer": tokenizer, "progress": progress}
+    if adapter is not None:
+        if norms is None and config.score == "wanda":
+            norms, counts = stream.collect_norms(config, base, adapter, records, run, **options)
+        pruned = _prune_read(config, adapter, norms, pick_device(config.device))
+        given = {"norms": norms, "counts": counts, "backend": backend, "start": start}
+        return pruned[0], _write(config, adapter, run.output, *pruned, **given), None
+    keys, roles = [], {}
+    if norms is not None or config.score != "wanda":
+        keys, roles = _weights_to_prune(config, base, norms)
+        if norms is not None and (config.targets is not None or config.ignore):
+            chosen = ALL_LINEAR if config.targets is None else config.targets
+            keys = select_keys(keys, chosen, config.ignore)
+        absent = [key for key in keys if base.find(key) is None]
+        if absent:
+            raise DataError(f"{base.folder}: has no tensor {absent[0]!r}")
+    report, norms, found, digests = stream.prune_model(
+        config, base, records, run, norms=norms, keys=keys, roles=roles, **options
+    )
+    whole = time.perf_counter() - start
+    seconds = {"calibrate": max(0.0, whole - report.seconds), "prune": report.seconds}
+    counts = {**counts, **found}
+    contents = finish(run.output, config, report, norms, counts, backend, seconds)
+    return report, contents, digests
+
+
+def _prune_read(config, source, norms, device):
+    """(PruneReport, {name: pruned tensor}, when it began) of a folder's weights in memory."""
     keys, roles = _weights_to_prune(config, source, norms)
     weights = {key: tensor.to(device) for key, tensor in source.read(keys).items()}
     calibrated = time.perf_counter()
@@ -94,12 +157,14 @@ def prune_folder(
         cross_check=config.cross_check,
         **roles,
     )
-    entries = {"base_fingerprint": base.fingerprint()} if adapter else {}
-    with output_folder(config.output_dir, config.overwrite, **entries) as folder:
-        write_pruned(source, folder, {layer.key: weights[layer.key] for layer in report.layers})
-        seconds = {"calibrate": calibrated - start, "prune": time.perf_counter() - calibrated}
-        contents = finish(folder, config, report, norms, counts, backend, seconds)
-    return report, contents
+    return report, weights, calibrated
+
+
+def _write(config, source, folder, report, weights, calibrated, *, norms, counts, backend, start):
+    """Write the pruned folder; returns the contents of report.json."""
+    write_pruned(source, folder, {layer.key: weights[layer.key] for layer in report.layers})
+    seconds = {"calibrate": calibrated - start, "prune": time.perf_counter() - calibrated}
+    return finish(folder, config, report, norms, counts, backend, seconds)
 
 
 def _weights_to_prune(config, source, norms):
@@ -132,7 +197,7 @@ def finish(folder, config, report, norms, counts, backend, seconds, inputs=None)
     """
     if config.save_norms and norms is not None:
         norms.save(folder / NORMS_FILE)
-    if config.save_masks:
+    if config.save_masks and report.masks is not None:  # else they are there already
         metadata = {"score": report.score, "scope": report.scope, "ratio": str(report.ratio)}
         save_masks(folder / MASKS_FILE, report.masks, metadata)
     write_card(folder, config, report, counts)

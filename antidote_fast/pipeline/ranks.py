@@ -3,7 +3,6 @@
 import time
 
 from antidote_fast.checkpoint import check_output_folder
-from antidote_fast.errors import UsageError
 from antidote_fast.pipeline.calibrate import calibrate_folder, check_ranks, open_folders
 from antidote_fast.pipeline.prune import prune_folder
 
@@ -30,11 +29,6 @@ def prune(config, *, world, progress=False) -> dict:
     norms = counts = None
     with world.together():
         check_ranks(config, world)
-        if getattr(config, "stream", False):
-            raise UsageError(
-                "stream=True: must be left out with torchrun; one process streams a model through "
-                "one device"
-            )
         check_output_folder(config.output_dir, config.overwrite)
         base, adapter = open_folders(config, progress)
     if config.score == "wanda" and config.norms is None:
