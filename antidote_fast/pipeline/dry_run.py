@@ -15,7 +15,7 @@ from antidote_fast.loading import pick_device
 from antidote_fast.pipeline import config as configs
 from antidote_fast.pipeline import estimate
 from antidote_fast.pipeline.plan import Builder, Plan
-from antidote_fast.targets import find_targets
+from antidote_fast.targets import ALL_LINEAR, find_targets, select_keys
 
 
 def plan(config) -> Plan:
@@ -72,8 +72,12 @@ def _plan_prune(config) -> Plan:
         if norms is not None:
             check_base(norms, base.fingerprint())
         keys, _ = _weights_to_prune(config, source, norms)
+        if norms is not None and (config.targets is not None or config.ignore):
+            targets = ALL_LINEAR if config.targets is None else config.targets
+            keys = select_keys(keys, targets, config.ignore)
         matrices = _matrices(source, keys, norms)
-        made.plan.data = calibrate.counts_of(norms) if norms is not None else {}
+        if norms is not None:
+            made.plan.data = {"sequences": norms.num_sequences, "tokens": norms.num_tokens}
         channels = 4 * sum(m.shape[1] for m in matrices)
         written = _weight_file_bytes(source)
         made.plan.bytes_read = sum(m.num_bytes for m in matrices)
@@ -310,16 +314,17 @@ def _plan_run(config) -> Plan:
     adapt = (lambda model: sft.add_lora(model, attack)) if attack.tuning == "lora" else None
     base = None
     for name, stage in stages.items():
-        stand_in = replace(stage, model_name_or_path=base_name, overwrite=True)
+        stand_in = replace(stage, model_name_or_path=base_name)
+        if name in kept:  # its folder is there, and is not written
+            stand_in = replace(stand_in, output_dir=str(out / ".planned"))
         if name != "pruned":
-            base = sft.check_config(
-                replace(stand_in, output_dir=str(out)), merged=name == "aligned"
-            )
-            part = _training(stage, base)
+            base = sft.check_config(stand_in, merged=name == "aligned")
+        if name in kept:
+            continue
+        if name == "pruned":
+            parts[name] = _pruned_later(stand_in, base, adapt)
         else:
-            part = _pruned_later(stand_in, base, adapt)
-        if name not in kept:
-            parts[name] = part
+            parts[name] = _training(stage, base)
     for name, score in scores.items():
         if experiment._is_done(Path(score.output_dir), score):
             kept.append(f"scores/{name}")
@@ -332,6 +337,7 @@ def _plan_run(config) -> Plan:
 
 
 def _pruned_later(config, base, adapt):
+    files.check_output_folder(config.output_dir, config.overwrite)
     made = Builder("prune", config, [base])
     cost, found = _forward(made, replace(config, adapter=None), base, None, adapt)
     matrices = [_Matrix(t.key, tuple(t.weight.shape), t.weight.nbytes) for t in found]
