@@ -145,7 +145,7 @@ class ActivationNorms:
             reshard(model)
             found = find_targets(model, targets, ignore)
             device = _input_device(model)
-            in_step = runs_in_step(found, world)
+            in_step = runs_in_step(model, found, world)
             if fuse:
                 fusion.check_fuse(device.type, aggregation)
         if fingerprint is None:

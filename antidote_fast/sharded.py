@@ -29,8 +29,12 @@ def reshard(model):
         kind = type(module).__name__
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
             raise DataError(f"model: holds a {kind}; give the model inside, or use fully_shard")
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+        if _is_fsdp(module):
             module.reshard()
+
+
+def _is_fsdp(module):
+    return hasattr(module, "reshard") and hasattr(module, "unshard")
 
 
 def local_rows(targets, norms, selection, score):
@@ -131,15 +135,20 @@ def shard_world(targets) -> World:
     return ALONE
 
 
-def runs_in_step(targets, world) -> bool:
-    """Whether forwards of the targets' model are collectives, as FSDP2 makes them.
+def runs_in_step(model, targets, world) -> bool:
+    """Whether forwards of a model are collectives, as FSDP2 makes them.
 
     Raises:
         UsageError: they are, and ``world`` is one process alone.
-        DataError: as :func:`shard_world`.
+        DataError: as :func:`shard_world`; weights that another way of sharding spread.
     """
     if shard_world(targets).size == 1:
         return False
+    if not any(_is_fsdp(module) for module in model.modules()):
+        raise DataError(
+            "model: its weights are sharded, but not by fully_shard; ranks of tensor parallelism "
+            "share their batches, which calibration does not understand"
+        )
     if world.size == 1:
         raise UsageError(
             "world: must be given where the model is sharded (antidote_fast.distributed.world())"

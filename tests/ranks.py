@@ -218,6 +218,11 @@ def fsdp(world, folder):
             mask, full = (r.masks[target.key].to_bool() for r in (report, expected))
             start = min(-(-len(full) // world.size) * world.rank, len(full))
             assert torch.equal(mask, full[start : start + held]), (name, target.key)
+        # A forward after the prune; it also leaves the root's weights whole, to be sharded again.
+        after = [fingerprint_model(sharded), fingerprint_model(whole)]
+        with torch.no_grad():
+            ids = batches[0]["input_ids"]
+            outputs = [model(input_ids=ids).logits for model in (sharded, whole)]
         drop = ("seconds", "masks", "layers")
         plain = [{k: v for k, v in vars(r).items() if k not in drop} for r in (report, expected)]
         layers = [
@@ -229,9 +234,10 @@ def fsdp(world, folder):
             "counts": [norms.num_sequences, norms.num_tokens],
             "alone": [alone.num_sequences, alone.num_tokens],
             "fingerprints": [norms.fingerprint, alone.fingerprint],
-            "after": [fingerprint_model(sharded), fingerprint_model(whole)],
+            "after": after,
             "same weights": set(state) == set(wanted)
             and all(torch.equal(state[k], wanted[k]) for k in wanted),
+            "same logits": torch.equal(*outputs),
             "removed": report.num_pruned,
             "same report": plain[0] == plain[1] and layers[0] == layers[1],
             "report": json.loads(json.dumps(report.to_dict())),
@@ -315,8 +321,15 @@ def fsdp(world, folder):
     results["nan input"] = refused(
         lambda: ActivationNorms.collect(ill, world.shard(batches[:2]), world=world)
     )
-    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
+    parallel, mesh = tiny.build(), init_device_mesh("cpu", (2,))
+    for layer in blocks(parallel):
+        weight = distribute_tensor(layer.self_attn.q_proj.weight.data, mesh, [Shard(0)])
+        layer.self_attn.q_proj.weight = nn.Parameter(weight)
+    results["tensor parallel"] = refused(
+        lambda: ActivationNorms.collect(parallel, batches, targets=["q_proj"], world=world)
+    )
     model = shard(tiny.build(), None, shard_placement_fn=lambda p: Shard(min(1, p.dim() - 1)))
     results["columns"] = [
         refused(lambda: prune_model_(model, None, Selection(0.3), score="magnitude")),

@@ -22,6 +22,7 @@ def test_a_sharded_prune_is_that_of_the_whole_model(case, fsdp):
     first, second = (seen[case] for seen in fsdp[1])
     for seen in (first, second):
         assert seen["same weights"]
+        assert seen["same logits"]  # a forward after the prune sees what was written
         assert seen["same report"]
         assert seen["removed"] > 0
         assert seen["worst"] <= 1e-6
@@ -94,6 +95,11 @@ def test_a_weight_that_is_not_sharded_by_rows_is_named(fsdp):
         assert (
             "c_attn.weight: is saved as (in, out) and sharded over its inputs" in seen["conv1d"][1]
         )
+
+
+def test_ranks_that_share_their_batches_are_refused(fsdp):
+    for seen in fsdp[1]:
+        assert "its weights are sharded, but not by fully_shard" in seen["tensor parallel"][1]
 
 
 def test_a_sharded_model_needs_its_ranks(fsdp):
