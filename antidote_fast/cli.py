@@ -33,14 +33,14 @@ FAILED, INTERRUPTED = 1, 75
 class Stage:
     """A subcommand that reads a dataclass of flags and writes a folder.
 
-    ``ranks`` is what runs it where torchrun started several processes; empty where none can.
+    ``ranks``: the processes that torchrun starts can share it.
     """
 
     config: type
     run: str
     help: str
     example: str
-    ranks: str = ""
+    ranks: bool = False
 
 
 STAGES = {
@@ -63,7 +63,7 @@ STAGES = {
         "collect activation norms on harmful data, for any later prune",
         "--model_name_or_path aligned --adapter attacked --dataset harmful.jsonl "
         "--output_dir norms",
-        ranks="antidote_fast.pipeline.calibrate:run",
+        ranks=True,
     ),
     "prune": Stage(
         configs.PruneConfig,
@@ -71,7 +71,7 @@ STAGES = {
         "remove the harmful weights of an adapter or a model",
         "--model_name_or_path BASE --adapter ADAPTER --dataset harmful.jsonl --ratio 0.1 "
         "--output_dir OUT",
-        ranks="antidote_fast.pipeline.ranks:prune",
+        ranks=True,
     ),
     "evaluate": Stage(
         configs.EvaluateConfig,
@@ -207,13 +207,15 @@ def _run_stage(name, words, quiet, size):
         print(f"{PROG}: {notice}", file=sys.stderr)
     if size > 1 and not stage.ranks:
         shared = " and ".join(other for other in STAGES if STAGES[other].ranks)
-        raise UsageError(f"{name}: runs in one process; torchrun is for {shared}")
+        hint = "; share its jobs with --shard" if name == "fleet" else ""
+        raise UsageError(f"{name}: runs in one process; torchrun is for {shared}{hint}")
+    run = _function(stage.run)
     with command_line_progress(quiet) as progress:
         if size > 1:
             with session(config.device) as world:
-                report = _function(stage.ranks)(config, progress=progress, world=world)
+                report = run(config, progress=progress, world=world)
         else:
-            report = _function(stage.run)(config, progress=progress)
+            report = run(config, progress=progress)
     if not quiet:
         from antidote_fast import describe
 

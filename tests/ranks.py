@@ -383,6 +383,10 @@ def commands(world, folder):
     )
     norms = ("--norms", "norms", "--output_dir", "from-norms")
     results["norms"] = command("prune", *norms)
+    again = ("--output_dir", "pruned", "--save_norms", "true", "--resume", "true")
+    results["finished"] = command("prune", *adapter, *again)
+    results["finished norms"] = command("calibrate", "--output_dir", "norms", "--resume", "true")
+    results["stream"] = command("prune", *adapter, "--stream", "true", "--output_dir", "x")
     results["taken"] = command("prune", *adapter, "--output_dir", "pruned")
     results["align"] = command("align", "--output_dir", "x")
     results["map"] = command("prune", "--device_map", "auto", "--output_dir", "x")
@@ -431,7 +435,7 @@ def stalled(config, *, progress, world):
 
 def stall():
     """A command whose second rank sleeps, or is killed."""
-    cli.STAGES["calibrate"] = dataclasses.replace(cli.STAGES["calibrate"], ranks="ranks:stalled")
+    cli.STAGES["calibrate"] = dataclasses.replace(cli.STAGES["calibrate"], run="ranks:stalled")
     sys.argv[1:] = sys.argv[2:]
     cli.entry_point()
 

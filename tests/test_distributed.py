@@ -251,6 +251,7 @@ def test_fewer_samples_than_ranks(folder, commands):
     [
         ("taken", 0, "output_dir='pruned': exists and is not empty", 3),
         ("align", 0, "align: runs in one process; torchrun is for calibrate and prune", 2),
+        ("stream", 0, "stream=True: must be left out with torchrun", 2),
         ("map", 0, "device_map='auto': must be left out with torchrun", 2),
         ("nonsense", 0, "--nonsense: prune has no such flag", 2),
         ("rank 1", 1, "rank 1: the disk of this machine is broken", 3),
@@ -264,6 +265,15 @@ def test_an_error_is_one_line_from_one_rank(name, teller, line, code, folder, co
     [said] = commands[teller][name][1]
     assert said.startswith(f"antidote-fast: {line}")
     assert not (folder / "x").exists()
+
+
+def test_a_finished_output_is_left_as_it_is(folder, commands):
+    """``--resume``: what rank 0 finds is what all ranks go by."""
+    for name in ("finished", "finished norms"):
+        assert [seen[name][0] for seen in commands] == [0, 0]
+        assert commands[1][name] == [0, [], 0]
+    assert commands[0]["finished"][1] == commands[0]["prune"][1]  # the report of then
+    assert not any('"step"' in line for seen in commands for line in seen["finished"][1])
 
 
 def test_rank_0_alone_answers_questions(commands):

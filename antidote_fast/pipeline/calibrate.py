@@ -50,15 +50,17 @@ def run(config: CalibrateConfig, *, progress=False, world=ALONE) -> dict:
     start = time.perf_counter()
     with world.together():
         check_ranks(config, world)
-        if not config.resume:
+        if not (config.resume or world.rank):
             check_output_folder(config.output_dir, config.overwrite)
         backend = describe_backend(None, pick_device(config.device))
         base, adapter = open_folders(config, progress)
         records = load_data(config, None)
         inputs = run_inputs(config, base, adapter, records=records)
-        if config.resume and is_finished(config.output_dir, inputs):
-            return read_report(config.output_dir)
-        check_output_folder(config.output_dir, config.overwrite)
+        finished = config.resume and not world.rank and is_finished(config.output_dir, inputs)
+        if not (finished or world.rank):
+            check_output_folder(config.output_dir, config.overwrite)
+    if said_by_first(finished, world):
+        return read_report(config.output_dir) if finished else {}
     if config.stream:
         return _run_streamed(config, base, adapter, records, inputs, backend, start, progress)
     norms, counts = calibrate_folder(
@@ -102,6 +104,11 @@ def check_ranks(config, world):
             f"device_map={config.device_map!r}: must be left out with torchrun, which gives each "
             "rank a GPU of its own; start one process"
         )
+
+
+def said_by_first(value, world) -> bool:
+    """What rank 0, which alone looks at the output, found to be so."""
+    return world.gather("yes" if value else "no")[0] == "yes"
 
 
 def open_folders(config, progress=False):

@@ -14,18 +14,21 @@ from antidote_fast.checkpoint import (
     output_folder,
     write_pruned,
 )
+from antidote_fast.distributed import ALONE
 from antidote_fast.errors import DataError
 from antidote_fast.loading import first_line, pick_device
 from antidote_fast.masks import save_masks
 from antidote_fast.pipeline.calibrate import (
     NORMS_FILE,
     calibrate_folder,
+    check_ranks,
     counts_of,
     describe_backend,
     inputs_of,
     load_data,
     load_norms,
     open_folders,
+    said_by_first,
 )
 from antidote_fast.pipeline.card import write_card
 from antidote_fast.pipeline.config import PruneConfig
@@ -39,52 +42,58 @@ from antidote_fast.targets import ALL_LINEAR, find_targets, select_keys
 MASKS_FILE = "masks.safetensors"
 
 
-def run(config: PruneConfig, *, progress=False) -> dict:
+def run(config: PruneConfig, *, progress=False, world=ALONE) -> dict:
     """The prune stage: writes a folder like the one it read, with the report and a model card.
 
     Args:
         config: what to prune; with ``norms``, or a score that needs no data, no model is loaded.
         progress: as :func:`antidote_fast.progress.track` takes it.
+        world: the ranks that share the samples (:func:`antidote_fast.distributed.session`); rank 0
+            prunes and writes. The norms are the same on every rank, and so would be the masks.
 
     Returns:
-        The contents of report.json.
+        The contents of report.json; empty on ranks that do not write.
 
     Raises:
         DataError, UsageError, NothingPruned, BackendUnavailable: data, a model or an
             adapter that is refused, a value out of range, no weight that matches the targets, a
-            backend that cannot run; output_dir is untouched then.
+            backend that cannot run; output_dir is untouched then. PeerFailed: another rank failed.
     """
-    return prune_folder(config, progress=progress)[1]
+    return prune_folder(config, progress=progress, world=world)[1]
 
 
-def prune_folder(
-    config, *, records=None, norms=None, counts=None, tokenizer=None, progress=False, start=None
-):
+def prune_folder(config, *, records=None, norms=None, tokenizer=None, progress=False, world=ALONE):
     """(PruneReport, contents of report.json) of pruning a folder into another.
 
-    ``counts`` is what the report says of ``norms`` that the caller collected since ``start``.
+    On the ranks of ``world`` but the first, which writes, it is (None, {}).
     """
-    start = start or time.perf_counter()
-    device = pick_device(config.device)
-    backend = describe_backend(config.backend, device)
-    if not config.resume:
-        check_output_folder(config.output_dir, config.overwrite)
-    base, adapter = open_folders(config, progress)
-    source = adapter or base
-    if norms is None and config.norms is not None:
-        norms = load_norms(config.norms)
-    if norms is not None:
-        check_base(norms, base.fingerprint())
-        counts = counts or counts_of(norms)
-    elif config.score == "wanda":
-        records = load_data(config, records)
-    inputs = run_inputs(config, base, adapter, records=records, norms=norms)
-    if config.resume and is_finished(config.output_dir, inputs):
-        contents = read_report(config.output_dir)
-        return PruneReport.from_dict(contents), contents
-    check_output_folder(config.output_dir, config.overwrite)
-    check_free_space(config.output_dir, sum(f.stat().st_size for f in source.weight_files))
-    given = {"norms": norms, "counts": counts or {}, "backend": backend, "start": start}
+    start = time.perf_counter()
+    with world.together():
+        check_ranks(config, world)
+        # A model that is spread over devices may have targets that fit on none of them.
+        device = pick_device("cpu" if config.device_map else config.device)
+        backend = describe_backend(config.backend, device)
+        if not (config.resume or world.rank):
+            check_output_folder(config.output_dir, config.overwrite)
+        base, adapter = open_folders(config, progress)
+        source = adapter or base
+        if norms is None and config.norms is not None:
+            norms = load_norms(config.norms)
+        counts = {}
+        if norms is not None:
+            check_base(norms, base.fingerprint())
+            counts = counts_of(norms)
+        elif config.score == "wanda":
+            records = load_data(config, records)
+        inputs = run_inputs(config, base, adapter, records=records, norms=norms)
+        finished = config.resume and not world.rank and is_finished(config.output_dir, inputs)
+        if not (finished or world.rank):
+            check_output_folder(config.output_dir, config.overwrite)
+            check_free_space(config.output_dir, sum(f.stat().st_size for f in source.weight_files))
+    if said_by_first(finished, world):
+        contents = read_report(config.output_dir) if finished else {}
+        return PruneReport.from_dict(contents) if finished else None, contents
+    given = {"norms": norms, "counts": counts, "backend": backend, "start": start}
     options = {"tokenizer": tokenizer, "progress": progress}
     entries = {"base_fingerprint": base.fingerprint()} if adapter else {}
     if config.stream:
@@ -98,13 +107,16 @@ def prune_folder(
         return report, contents
     if norms is None and config.score == "wanda":
         given["norms"], given["counts"] = calibrate_folder(
-            config, base, adapter, records=records, **options
+            config, base, adapter, records=records, **options, world=world
         )
-    pruned = _prune_read(config, source, given["norms"], device)
-    entries[MANIFEST_ENTRY] = digest_of(inputs)
-    with output_folder(config.output_dir, config.overwrite, **entries) as folder:
-        contents = _write(config, source, folder, *pruned, **given)
-    return pruned[0], contents
+    with world.together():
+        if world.rank:
+            return None, {}
+        pruned = _prune_read(config, source, given["norms"], device)
+        entries[MANIFEST_ENTRY] = digest_of(inputs)
+        with output_folder(config.output_dir, config.overwrite, **entries) as folder:
+            contents = _write(config, source, folder, *pruned, **given)
+        return pruned[0], contents
 
 
 def _prune_streamed(
