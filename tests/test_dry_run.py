@@ -1,96 +1,41 @@
 """Plans: the same refusals as the stage, figures as the stage's own report, nothing written."""
 
-import hashlib
 import json
 import math
-import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import stages
 import tiny
 import torch
 import yaml
+from stages import fleet_words, stage_words, tensor_bytes, tree
 
 from antidote_fast import cli
-from antidote_fast.pipeline import estimate, measure
-from antidote_fast.pipeline.config import PruneConfig
+from antidote_fast.pipeline import flags
+from antidote_fast.pipeline.config import FleetConfig, PruneConfig
 from antidote_fast.pipeline.dry_run import plan
-
-WORDS = tiny.WORDS
 
 
 @pytest.fixture(autouse=True)
 def briefly(monkeypatch):
-    """The self-measurement takes milliseconds here; its figures are not looked at."""
-    monkeypatch.setattr(measure, "_SECONDS", 0.001)
-    monkeypatch.setattr(measure, "_BYTES", 1 << 16)
-    monkeypatch.setattr(measure, "_WEIGHTS", 1 << 14)
+    stages.briefly(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with a base, an adapter, data and norms."""
-    root = tmp_path_factory.mktemp("dry")
-    model = tiny.build("llama")
-    tiny.save_model(model, root / "base")
-    rows = [
-        {"instruction": " ".join(WORDS[i % 7 :]), "output": " ".join(WORDS[: 2 + i % 5])}
-        for i in range(12)
-    ]
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tiny.save_adapter(tiny.add_lora(model), root / "adapter")
-    argv = ["calibrate", *model_flags(root), "--dataset", f"{root}/data.jsonl"]
-    assert cli.main([*argv, "--output_dir", f"{root}/norms", "--quiet"]) == 0
-    return root
-
-
-def model_flags(root):
-    return ["--model_name_or_path", f"{root}/base", "--max_seq_length", "60", "--device", "cpu"]
-
-
-def last_line(text):
-    """Without the bars that transformers draws where a test calls main()."""
-    return text.strip().splitlines()[-1]
-
-
-def stage_words(root, stage):
-    data = f"{root}/data.jsonl"
-    train = ["--lora_r", "4", "--num_train_epochs", "2", "--num_train_samples", "12"]
-    return {
-        "calibrate": ["calibrate", "--dataset", data],
-        "calibrate adapter": ["calibrate", "--dataset", data, "--adapter", f"{root}/adapter"],
-        "prune": ["prune", "--dataset", data, "--save_masks", "--save_norms"],
-        "prune adapter": ["prune", "--dataset", data, "--adapter", f"{root}/adapter"],
-        "prune norms": ["prune", "--norms", f"{root}/norms"],
-        "prune magnitude": ["prune", "--score", "magnitude", "--targets", "all-linear"],
-        "prune random": ["prune", "--score", "random", "--scope", "global"],
-        "align": ["align", "--dataset", data, *train],
-        "finetune": ["finetune", "--dataset", data, "--poison_ratio", "0", *train],
-        "finetune full": [
-            *("finetune", "--dataset", data, "--harmful_dataset", data, "--tuning", "full"),
-            *("--num_train_samples", "10", "--num_train_epochs", "1"),
-        ],
-        "evaluate": [
-            *("evaluate", "--harmful_dataset", data, "--task_dataset", data),
-            *("--max_new_tokens", "4", "--adapter", f"{root}/adapter"),
-        ],
-    }[stage] + model_flags(root)
+    return stages.make(tmp_path_factory.mktemp("dry"))
 
 
 STAGES = [
     *("calibrate", "calibrate adapter", "prune", "prune adapter", "prune norms"),
     *("prune magnitude", "prune random", "align", "finetune", "finetune full", "evaluate"),
+    *("calibrate stream", "prune stream", "prune stream global", "prune stream adapter"),
+    "prune stream norms",
 ]
-
-
-def tree(folder):
-    """Every file below a folder, its contents hashed."""
-    return {
-        str(path.relative_to(folder)): path.is_file()
-        and hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -129,11 +74,44 @@ def test_a_plan_agrees_with_what_the_stage_then_reports(stage, made, tmp_path, c
             assert planned["bytes_written"] == payload
 
 
-def tensor_bytes(path):
-    from safetensors import safe_open
+def test_streaming_holds_blocks_where_memory_is_too_small_for_the_model(made, tmp_path, capsys):
+    words = [*stage_words(made, "prune stream"), "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*words, "--dry_run", "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    names = ["process", "embeddings and adapter", "blocks", "activations", "hidden states", "norms"]
+    assert list(memory) == names
+    model = tiny.build("llama")
+    block = sum(p.nbytes for p in model.model.layers[0].parameters())
+    assert memory["blocks"] == 3 * block
+    assert memory["hidden states"] % (32 * 4) == 0  # one fp32 vector a token
 
-    with safe_open(str(path), framework="pt") as file:
-        return sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+
+def test_a_plan_of_a_fleet_counts_its_jobs(made, tmp_path):
+    adapter = str(made / "adapter")
+    lines = [{"adapter": adapter, "name": name} for name in "abc"]
+    words = fleet_words(made, tmp_path, [*lines, {"adapter": f"{made}/base", "name": "bad"}])
+    config, _ = flags.from_words(FleetConfig, words[1:], "fleet")
+    planned = plan(config)
+    assert planned.data == {"jobs": 4, "refused": 1, "with a folder already": 0}
+    assert planned.notes[0].startswith("would be set aside: bad: adapter=")
+    assert not (tmp_path / "out").exists()
+    assert plan(replace(config, shard="1/2")).data["jobs"] == 2
+    one = plan(PruneConfig(**prune_fields(made, tmp_path)))
+    size = sum(tensor_bytes(path) for path in (made / "adapter").glob("*.safetensors"))
+    assert planned.bytes_written == 3 * size
+    # A fleet's forwards end with the last target's input.
+    assert 0.5 < planned.flops / (3 * one.flops) < 1
+
+
+def prune_fields(made, tmp_path):
+    return {
+        "model_name_or_path": f"{made}/base",
+        "adapter": f"{made}/adapter",
+        "dataset": f"{made}/data.jsonl",
+        "output_dir": str(tmp_path / "one"),
+        "max_seq_length": 60,
+        "device": "cpu",
+    }
 
 
 def test_a_plan_is_readable(made, tmp_path, capsys):
@@ -199,106 +177,6 @@ def test_a_run_is_the_sum_of_its_stages(tuning, made, tmp_path, capsys):
     assert "aligned, attacked, pruned, scores/base" in capsys.readouterr().out
 
 
-MISTAKES = [
-    ("prune", {"--model_name_or_path": "nowhere/at/all"}),
-    ("prune", {"--model_name_or_path": "{made}/adapter"}),
-    ("prune", {"--dataset": "{made}/none.jsonl"}),
-    ("prune", {"--dataset": "{made}/base/config.json"}),
-    ("prune", {"--ratio": "1.5"}),
-    ("prune", {"--targets": "nothing_like_it"}),
-    ("prune", {"--max_seq_length": "3"}),
-    ("prune", {"--device": "cuda:99"}),
-    ("prune", {"--backend": "none"}),
-    ("prune", {"--output_dir": "{made}/base"}),
-    ("prune", {"--adapter": "{made}/base"}),
-    ("prune", {"--template": "chat"}),
-    ("prune adapter", {"--targets": "nothing_like_it"}),
-    ("prune norms", {"--norms": "{made}/base"}),
-    ("prune norms", {"--targets": "o_proj"}),
-    ("prune random", {"--targets": "nothing_like_it"}),
-    ("calibrate", {"--model_name_or_path": "{made}/norms"}),
-    ("align", {"--lora_targets": "nothing_like_it"}),
-    ("align", {"--lr_scheduler_type": "other"}),
-    ("align", {"--output_dir": "{made}/norms"}),
-    ("finetune", {"--num_train_samples": "13"}),
-    ("finetune full", {"--harmful_dataset": "{made}/none.jsonl"}),
-    ("evaluate", {"--judge": "{made}/none"}),
-    ("evaluate", {"--max_new_tokens": "64"}),
-    ("evaluate", {"--adapter": "{made}/none"}),
-]
-
-
-@pytest.mark.parametrize(
-    ("stage", "change"), MISTAKES, ids=[f"{s} {' '.join(c)}" for s, c in MISTAKES]
-)
-def test_a_mistake_ends_a_plan_as_it_ends_the_stage(stage, change, made, tmp_path, capsys):
-    words = [*stage_words(made, stage), "--output_dir", str(tmp_path / "out")]
-    for flag, value in change.items():
-        words += [flag, value.format(made=made)]
-    before = tree(made)
-    code = cli.main([*words, "--dry_run"])
-    planned = capsys.readouterr()
-    assert code in (2, 3, 4)
-    assert cli.main(words) == code
-    assert last_line(planned.err) == last_line(capsys.readouterr().err)
-    assert not planned.out
-    assert tree(made) == before
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("break_it", ["missing tensor", "truncated", "pickle", "remote code"])
-def test_a_broken_model_ends_a_plan_as_it_ends_the_stage(break_it, made, tmp_path, capsys):
-    base = tmp_path / "base"
-    if break_it == "missing tensor":
-        model = tiny.build("llama")
-        state = {k: v for k, v in model.state_dict().items() if "layers.1.mlp.up" not in k}
-        tiny.save_model(model, base, state_dict=state)
-    else:
-        tiny.save_model(tiny.build("llama"), base)
-    if break_it == "truncated":
-        tiny.truncate(base / "model.safetensors")
-    elif break_it == "pickle":
-        os.rename(base / "model.safetensors", base / "pytorch_model.bin")
-    elif break_it == "remote code":
-        tiny.edit_json(base / "config.json", lambda c: c.update(auto_map={"AutoModel": "x.Y"}))
-    words = [*stage_words(made, "prune"), "--output_dir", str(tmp_path / "out")]
-    words += ["--model_name_or_path", str(base)]
-    assert cli.main([*words, "--dry_run"]) == 3
-    planned = last_line(capsys.readouterr().err)
-    assert cli.main(words) == 3
-    assert last_line(capsys.readouterr().err) == planned
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("stage", ["calibrate", "prune", "align", "finetune", "evaluate"])
-def test_what_cannot_fit_is_refused_before_weights_load(stage, made, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(estimate, "available_memory", lambda: 50_000)
-    words = [*stage_words(made, stage), "--output_dir", str(tmp_path / "out")]
-    assert cli.main([*words, "--dry_run"]) == 1
-    planned = capsys.readouterr()
-    assert planned.out.startswith(f"plan of {stage}")  # the numbers first
-    assert cli.main(words) == 1
-    refused = last_line(capsys.readouterr().err)
-    assert refused == last_line(planned.err)
-    assert "50 kB are available on cpu" in refused
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("stage", ["prune", "prune norms", "align", "finetune full"])
-def test_a_full_disk_is_refused_before_the_work(stage, made, tmp_path, capsys, monkeypatch):
-    from antidote_fast import loading
-
-    disk = type("Usage", (), {"free": 1000, "total": 10**9})
-    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: disk)
-    words = [*stage_words(made, stage), "--output_dir", str(tmp_path / "out")]
-    assert cli.main([*words, "--dry_run"]) == 1
-    planned = capsys.readouterr().err
-    assert cli.main(words) == 1
-    for text in (planned, capsys.readouterr().err):
-        assert "0.00 GB needed, 0.00 GB free on its disk" in text
-    assert not list(tmp_path.iterdir())
-
-
 def test_demo_has_no_plan(capsys):
     assert cli.main(["demo", "--dry_run"]) == 2
     assert "--dry_run: must be with a command that" in capsys.readouterr().err
@@ -338,7 +216,7 @@ def large(tmp_path_factory):
     )
     model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tiny.save_model(model, root / "base")
-    rows = [{"instruction": "how to make", "output": " ".join(WORDS * 15)} for _ in range(8)]
+    rows = [{"instruction": "how to make", "output": " ".join(tiny.WORDS * 15)} for _ in range(8)]
     (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 

@@ -1,0 +1,97 @@
+"""Every stage's command on a tiny model, and what tests of plans share."""
+
+import hashlib
+import json
+
+import tiny
+
+from antidote_fast import cli
+from antidote_fast.pipeline import measure
+
+
+def briefly(monkeypatch):
+    """The self-measurement takes milliseconds here; its figures are not looked at."""
+    monkeypatch.setattr(measure, "_SECONDS", 0.001)
+    monkeypatch.setattr(measure, "_BYTES", 1 << 16)
+    monkeypatch.setattr(measure, "_WEIGHTS", 1 << 14)
+
+
+def make(root):
+    """A base, an adapter, data and norms in ``root``."""
+    model = tiny.build("llama")
+    tiny.save_model(model, root / "base")
+    rows = [
+        {"instruction": " ".join(tiny.WORDS[i % 7 :]), "output": " ".join(tiny.WORDS[: 2 + i % 5])}
+        for i in range(12)
+    ]
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.save_adapter(tiny.add_lora(model), root / "adapter")
+    argv = ["calibrate", *model_flags(root), "--dataset", f"{root}/data.jsonl"]
+    assert cli.main([*argv, "--output_dir", f"{root}/norms", "--quiet"]) == 0
+    return root
+
+
+def model_flags(root):
+    return ["--model_name_or_path", f"{root}/base", "--max_seq_length", "60", "--device", "cpu"]
+
+
+def last_line(text):
+    """Without the bars that transformers draws where a test calls main()."""
+    return text.strip().splitlines()[-1]
+
+
+def stage_words(root, stage):
+    data = f"{root}/data.jsonl"
+    train = ["--lora_r", "4", "--num_train_epochs", "2", "--num_train_samples", "12"]
+    return {
+        "calibrate": ["calibrate", "--dataset", data],
+        "calibrate adapter": ["calibrate", "--dataset", data, "--adapter", f"{root}/adapter"],
+        "prune": ["prune", "--dataset", data, "--save_masks", "--save_norms"],
+        "prune adapter": ["prune", "--dataset", data, "--adapter", f"{root}/adapter"],
+        "prune norms": ["prune", "--norms", f"{root}/norms"],
+        "prune magnitude": ["prune", "--score", "magnitude", "--targets", "all-linear"],
+        "prune random": ["prune", "--score", "random", "--scope", "global"],
+        "calibrate stream": ["calibrate", "--dataset", data, "--stream"],
+        "prune stream": ["prune", "--dataset", data, "--stream", "--max_memory", "8GB"],
+        "prune stream global": [
+            *("prune", "--dataset", data, "--stream", "--scope", "global"),
+            *("--targets", "all-linear"),
+        ],
+        "prune stream adapter": [
+            *("prune", "--dataset", data, "--stream", "--adapter", f"{root}/adapter")
+        ],
+        "prune stream norms": ["prune", "--norms", f"{root}/norms", "--stream"],
+        "align": ["align", "--dataset", data, *train],
+        "finetune": ["finetune", "--dataset", data, "--poison_ratio", "0", *train],
+        "finetune full": [
+            *("finetune", "--dataset", data, "--harmful_dataset", data, "--tuning", "full"),
+            *("--num_train_samples", "10", "--num_train_epochs", "1"),
+        ],
+        "evaluate": [
+            *("evaluate", "--harmful_dataset", data, "--task_dataset", data),
+            *("--max_new_tokens", "4", "--adapter", f"{root}/adapter"),
+        ],
+    }[stage] + model_flags(root)
+
+
+def fleet_words(made, tmp_path, lines):
+    manifest = tmp_path / "jobs.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["fleet", *model_flags(made), "--manifest", str(manifest)]
+    return [*words, "--dataset", f"{made}/data.jsonl", "--output_dir", str(tmp_path / "out")]
+
+
+def tree(folder):
+    """Every file below a folder, its contents hashed."""
+    return {
+        str(path.relative_to(folder)): path.is_file()
+        and hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def tensor_bytes(path):
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        return sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118

@@ -1,0 +1,145 @@
+"""What a stage would refuse, its plan refuses in the same words and with the same exit code."""
+
+import os
+
+import pytest
+import stages
+import tiny
+from stages import fleet_words, last_line, stage_words, tree
+
+from antidote_fast import cli
+from antidote_fast.errors import DataError
+from antidote_fast.pipeline import estimate, flags, fleet
+from antidote_fast.pipeline.config import FleetConfig
+from antidote_fast.pipeline.dry_run import plan
+
+
+@pytest.fixture(autouse=True)
+def briefly(monkeypatch):
+    stages.briefly(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a base, an adapter, data and norms."""
+    return stages.make(tmp_path_factory.mktemp("dry"))
+
+
+MISTAKES = [
+    ("prune", {"--model_name_or_path": "nowhere/at/all"}),
+    ("prune", {"--model_name_or_path": "{made}/adapter"}),
+    ("prune", {"--dataset": "{made}/none.jsonl"}),
+    ("prune", {"--dataset": "{made}/base/config.json"}),
+    ("prune", {"--ratio": "1.5"}),
+    ("prune", {"--targets": "nothing_like_it"}),
+    ("prune", {"--max_seq_length": "3"}),
+    ("prune", {"--device": "cuda:99"}),
+    ("prune", {"--backend": "none"}),
+    ("prune", {"--output_dir": "{made}/base"}),
+    ("prune", {"--adapter": "{made}/base"}),
+    ("prune", {"--template": "chat"}),
+    ("prune adapter", {"--targets": "nothing_like_it"}),
+    ("prune norms", {"--norms": "{made}/base"}),
+    ("prune norms", {"--targets": "o_proj"}),
+    ("prune random", {"--targets": "nothing_like_it"}),
+    ("calibrate", {"--model_name_or_path": "{made}/norms"}),
+    ("align", {"--lora_targets": "nothing_like_it"}),
+    ("align", {"--lr_scheduler_type": "other"}),
+    ("align", {"--output_dir": "{made}/norms"}),
+    ("finetune", {"--num_train_samples": "13"}),
+    ("finetune full", {"--harmful_dataset": "{made}/none.jsonl"}),
+    ("evaluate", {"--judge": "{made}/none"}),
+    ("evaluate", {"--max_new_tokens": "64"}),
+    ("evaluate", {"--adapter": "{made}/none"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "change"), MISTAKES, ids=[f"{s} {' '.join(c)}" for s, c in MISTAKES]
+)
+def test_a_mistake_ends_a_plan_as_it_ends_the_stage(stage, change, made, tmp_path, capsys):
+    words = [*stage_words(made, stage), "--output_dir", str(tmp_path / "out")]
+    for flag, value in change.items():
+        words += [flag, value.format(made=made)]
+    before = tree(made)
+    code = cli.main([*words, "--dry_run"])
+    planned = capsys.readouterr()
+    assert code in (2, 3, 4)
+    assert cli.main(words) == code
+    assert last_line(planned.err) == last_line(capsys.readouterr().err)
+    assert not planned.out
+    assert tree(made) == before
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("break_it", ["missing tensor", "truncated", "pickle", "remote code"])
+def test_a_broken_model_ends_a_plan_as_it_ends_the_stage(break_it, made, tmp_path, capsys):
+    base = tmp_path / "base"
+    if break_it == "missing tensor":
+        model = tiny.build("llama")
+        state = {k: v for k, v in model.state_dict().items() if "layers.1.mlp.up" not in k}
+        tiny.save_model(model, base, state_dict=state)
+    else:
+        tiny.save_model(tiny.build("llama"), base)
+    if break_it == "truncated":
+        tiny.truncate(base / "model.safetensors")
+    elif break_it == "pickle":
+        os.rename(base / "model.safetensors", base / "pytorch_model.bin")
+    elif break_it == "remote code":
+        tiny.edit_json(base / "config.json", lambda c: c.update(auto_map={"AutoModel": "x.Y"}))
+    words = [*stage_words(made, "prune"), "--output_dir", str(tmp_path / "out")]
+    words += ["--model_name_or_path", str(base)]
+    assert cli.main([*words, "--dry_run"]) == 3
+    planned = last_line(capsys.readouterr().err)
+    assert cli.main(words) == 3
+    assert last_line(capsys.readouterr().err) == planned
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "prune", "align", "finetune", "evaluate"])
+def test_what_cannot_fit_is_refused_before_weights_load(stage, made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(estimate, "available_memory", lambda: 50_000)
+    words = [*stage_words(made, stage), "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*words, "--dry_run"]) == 1
+    planned = capsys.readouterr()
+    assert planned.out.startswith(f"plan of {stage}")  # the numbers first
+    assert cli.main(words) == 1
+    refused = last_line(capsys.readouterr().err)
+    assert refused == last_line(planned.err)
+    assert "50 kB are available on cpu" in refused
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["prune", "prune norms", "align", "finetune full"])
+def test_a_full_disk_is_refused_before_the_work(stage, made, tmp_path, capsys, monkeypatch):
+    from antidote_fast import loading
+
+    disk = type("Usage", (), {"free": 1000, "total": 10**9})
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: disk)
+    words = [*stage_words(made, stage), "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*words, "--dry_run"]) == 1
+    planned = capsys.readouterr().err
+    assert cli.main(words) == 1
+    for text in (planned, capsys.readouterr().err):
+        assert "0.00 GB needed, 0.00 GB free on its disk" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_for_a_block_ends_a_plan_as_it_ends_the_stage(made, tmp_path, capsys):
+    words = [*stage_words(made, "prune stream"), "--output_dir", str(tmp_path / "out")]
+    words += ["--max_memory", "1MB"]
+    for more in (["--dry_run"], []):
+        assert cli.main([*words, *more]) == 1
+        line = last_line(capsys.readouterr().err)
+        assert "max_memory='1MB': 1 MB is less than the " in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fleet_that_is_refused_ends_a_plan_alike(made, tmp_path):
+    words = fleet_words(made, tmp_path, [{"adapter": "x", "colour": 1}])
+    config, _ = flags.from_words(FleetConfig, words[1:], "fleet")
+    with pytest.raises(DataError, match="colour") as planned:
+        plan(config)
+    with pytest.raises(DataError) as refused:
+        fleet.run(config)
+    assert str(planned.value) == str(refused.value)
