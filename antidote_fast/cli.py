@@ -2,7 +2,8 @@
 
 Nothing heavy is imported before a command is known to be well formed, so help and mistakes are
 answered at once. Exit codes: 0 done, 1 unexpected failure, 2 malformed flag or value out of range,
-3 files or data rejected, 4 nothing was pruned, 75 interrupted (nothing is left half-written).
+3 files or data rejected, 4 nothing was pruned, 5 a fleet set jobs aside, 75 interrupted
+(nothing is left half-written).
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 
 from antidote_fast import __version__
 from antidote_fast.distributed import ranks_launched, session
-from antidote_fast.errors import AntidoteError, PeerFailed, UsageError
+from antidote_fast.errors import AntidoteError, Interrupted, JobsSetAside, PeerFailed, UsageError
 from antidote_fast.pipeline import config as configs
 from antidote_fast.pipeline import flags
 from antidote_fast.progress import command_line_progress
@@ -72,6 +73,12 @@ STAGES = {
         "--model_name_or_path BASE --adapter ADAPTER --dataset harmful.jsonl --ratio 0.1 "
         "--output_dir OUT",
         ranks=True,
+    ),
+    "fleet": Stage(
+        configs.FleetConfig,
+        "antidote_fast.pipeline.fleet:run",
+        "prune many adapters of one base model, which stays in memory",
+        "--manifest jobs.jsonl --base BASE --dataset harmful.jsonl --output_dir OUT",
     ),
     "evaluate": Stage(
         configs.EvaluateConfig,
@@ -215,11 +222,24 @@ def _run_stage(name, words, quiet, size):
             with session(config.device) as world:
                 report = run(config, progress=progress, world=world)
         else:
-            report = run(config, progress=progress)
+            report = _reported(run, config, progress)
+    error = report.pop("raise", None)
     if not quiet:
         from antidote_fast import describe
 
         print(describe.summary(report, config.output_dir))
+    if error is not None:
+        raise error
+
+
+def _reported(run, config, progress):
+    """The report of a stage; one that did a part of its work hands it over with its exception."""
+    try:
+        return run(config, progress=progress)
+    except (Interrupted, JobsSetAside) as error:
+        if getattr(error, "report", None) is None:
+            raise
+        return {**error.report, "raise": error}
 
 
 def _show_plan(name, words):
@@ -266,7 +286,7 @@ def _explain(error):
 
 
 def _missing_extra(error):
-    extra = "plot" if error.name == "matplotlib" else "hf"
+    extra = {"matplotlib": "plot", "ray": "ray"}.get(error.name, "hf")
     return AntidoteError(
         f"{error.name or error} is not installed; pip install 'antidote-fast[{extra}]'"
     )

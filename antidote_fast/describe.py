@@ -207,6 +207,8 @@ def summary(report, output_dir) -> str:
     took = f" in {seconds:.1f} s" if seconds is not None else ""
     if report.get("stage") == "run":
         return f"{_table(report['models'])}\n{len(report['models'])} models{took}: {output_dir}"
+    if report.get("stage") == "fleet":
+        return _fleet_line(report, took, output_dir)
     if report.get("stage") == "prune" and "num_pruned" in report:
         what = (
             f"removed {report['num_pruned']:,} of {report['num_weights']:,} weights "
@@ -226,6 +228,23 @@ def summary(report, output_dir) -> str:
         pairs = ((name.replace("_", " "), value) for name, value in numbers.items())
         what = ", ".join(f"{k} {v:.1f}" for k, v in pairs if isinstance(v, (int, float)))
     return f"{what or report.get('stage', 'done')}{took}: {output_dir}"
+
+
+def _fleet_line(report, took, output_dir):
+    counts = report["counts"]
+    parts = [f"{counts['done']} of {counts['jobs']} adapters pruned{took}"]
+    if report["adapters_per_hour"]:
+        parts.append(f"{report['adapters_per_hour']:,.0f} an hour")
+    parts += [
+        f"{counts[key]} {words}"
+        for key, words in (
+            ("skipped", "were done before"),
+            ("failed", "set aside"),
+            ("left", "left"),
+        )
+        if counts[key]
+    ]
+    return f"{', '.join(parts)}: {output_dir}"
 
 
 def _table(models):

@@ -12,6 +12,7 @@ from antidote_fast.errors import AntidoteError, DataError, UsageError
 from antidote_fast.pipeline.config import SECTIONS, ExperimentConfig
 
 ALIASES = {
+    "--base": ("--model_name_or_path", None),  # no notice: a name of our own
     "--nsamples": ("--num_calibration_samples", ""),
     "--dense_ratio": ("--ratio", " (the fraction removed, as in the official code)"),
 }
@@ -75,7 +76,8 @@ def spelled_out(words, config_class):
         flag = "--" + flag[2:].replace("-", "_")
         if flag in ALIASES and flag[2:] not in kinds:
             alias, (flag, note) = flag, ALIASES[flag]
-            notices.append(f"{alias} is taken as {flag}{note}")
+            if note is not None:
+                notices.append(f"{alias} is taken as {flag}{note}")
         kind = kinds.get(flag[2:])
         if kind is bool and not equals and not (rest and rest[0].lower() in ("true", "false")):
             equals, value = "=", "true"

@@ -7,6 +7,7 @@ prunes and writes those before it. What a job leaves is what ``prune`` leaves fo
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import time
@@ -38,6 +39,7 @@ from antidote_fast.selection import Selection
 from antidote_fast.targets import find_targets, select_keys
 
 _AHEAD = 2  # adapters read before their turn, and results not yet on the disk, in memory
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _DATA_SETS = 8  # tokenised data sets kept
 
 
@@ -53,6 +55,7 @@ class Worker:
 
     def __init__(self, config):
         self.config = config
+        _keep_freed_memory()
         folder = resolve_folder(config.model_name_or_path)
         base = open_checkpoint(folder, trust_remote_code=config.trust_remote_code)
         if base.is_adapter:
@@ -276,6 +279,19 @@ class Worker:
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a worker lives as long as its process
     def _hashes_of(self, dataset):
         return hash_inputs([dataset])
+
+
+def _keep_freed_memory():
+    """Ask glibc to keep what a forward frees for the next one, here and for as long as we run.
+
+    With tensors of other jobs coming and going it gives the top of its heap back after each
+    forward and then takes it again page by page: a tenth of a forward of SmolLM2-135M over
+    16 x 96 tokens (one Xeon core).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 @dataclasses.dataclass
