@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -240,16 +241,25 @@ def os_errors(path):
     """Turn the operating system's refusal to write into one line."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        number = _os_error_number(error)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise AntidoteError(
-                f"output_dir={str(path)!r}: {os.strerror(error.errno)}; nothing was written"
+                f"output_dir={str(path)!r}: {os.strerror(number)}; nothing was written"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS):
+        if number in (errno.EACCES, errno.EROFS):
             raise DataError(
-                f"output_dir={str(path)!r}: {os.strerror(error.errno)}; nothing was written"
+                f"output_dir={str(path)!r}: {os.strerror(number)}; nothing was written"
             ) from error
         raise
+
+
+def _os_error_number(error):
+    """The system's number of an error; safetensors has it in the text of its own exception."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error ([0-9]{1,4})\)", str(error))
+    return int(told[1]) if told and type(error).__name__ == "SafetensorError" else None
 
 
 def _listing(folder):

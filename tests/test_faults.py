@@ -1,0 +1,374 @@
+"""Each fault of a run, what it ends in, and the test that shows it; those without a better home.
+
+``WHERE`` lists them all. Security has a file of its own (test_security.py).
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from antidote_fast import checkpoint as ck
+from antidote_fast import cli
+from antidote_fast.calibrate import ActivationNorms
+from antidote_fast.commit import output_folder
+from antidote_fast.selection import Selection, num_pruned
+
+HERE = Path(__file__).parent
+WHERE = {
+    "a crash or SIGKILL in the middle of a save": [
+        "test_commit.py::test_killed_at_every_point",
+        "test_commit.py::test_a_failed_second_rename_puts_the_old_folder_back",
+    ],
+    "a full disk": [
+        "test_faults.py::test_no_room_for_what_a_stage_writes",
+        "test_faults.py::test_a_full_disk_is_seen_before_anything_is_computed",
+        "test_commit.py::test_file_size_limit",
+        "test_commit.py::test_system_errors",
+    ],
+    "SIGTERM or Ctrl-C": [
+        "test_faults.py::test_a_signal_leaves_nothing",
+        "test_cli.py::test_a_signal_ends_with_75_and_leaves_nothing",
+    ],
+    "two jobs, one folder": [
+        "test_faults.py::test_the_second_of_two_jobs",
+        "test_commit.py::test_two_jobs_on_one_folder",
+    ],
+    "a shard that is missing or cut short, a missing tensor": [
+        "test_bad_input.py::test_a_file_that_is_cut_short",
+        "test_bad_input.py::test_a_base_that_lacks_a_tensor",
+        "test_verify.py::test_folders_of_others_are_checked_without_hashes",
+    ],
+    "a flipped bit": [
+        "test_verify.py::test_a_flipped_bit_of_an_input_is_refused_before_compute",
+        "test_verify.py::test_every_loader_refuses_it",
+        "test_verify.py::test_each_file_that_is_not_whole_is_named",
+    ],
+    "NaN or infinity in weights or activations, fp16 overflow": [
+        "test_bad_input.py::test_broken_weights",
+        "test_bad_input.py::test_broken_activations",
+        "test_calibrate.py::test_bad_activations_name_the_layer",
+        "test_faults.py::test_an_overflow_in_fp16_names_the_layer",
+    ],
+    "zero-norm channels, a layer of zero norms, an all-zero LoRA B": [
+        "test_prune.py::test_zero_norms",
+        "test_prune.py::test_zero_lora_b_is_pruned_without_effect_and_reported",
+        "test_faults.py::test_an_adapter_that_was_never_trained",
+    ],
+    "an empty data set, all pads, prompts longer than the limit": [
+        "test_bad_input.py::test_broken_data",
+        "test_bad_input.py::test_a_batch_of_pads_alone",
+        "test_bad_input.py::test_prompts_that_fill_the_limit",
+    ],
+    "no pad token, pad == eos": [
+        "test_bad_input.py::test_a_tokenizer_without_a_pad_token_works_unchanged",
+        "test_faults.py::test_a_pad_token_that_is_the_end_token",
+    ],
+    "nothing matched the targets": ["test_bad_input.py::test_values_out_of_range"],
+    "another base of the same shape, more or fewer layers": [
+        "test_bad_input.py::test_an_adapter_of_another_base",
+        "test_bad_input.py::test_norms_of_another_base",
+        "test_adapters.py::test_adapter_with_other_layers",
+    ],
+    "tied embeddings": [
+        "test_targets.py::test_output_layer_never",
+        "test_faults.py::test_tied_embeddings_stay_tied",
+    ],
+    "a quantised base": [
+        "test_bad_input.py::test_a_quantised_base_in_full_mode",
+        "test_targets.py::test_quantised_base",
+        "test_faults.py::test_an_adapter_on_a_quantised_base",
+    ],
+    "DoRA, rsLoRA, modules_to_save, patterns, several adapters, IA3": [
+        "test_adapters.py::test_adapters_that_are_understood",
+        "test_adapters.py::test_broken_adapter",
+        "test_calibrate.py::test_only_the_active_adapter",
+        "test_targets.py::test_other_adapters_are_refused_by_name",
+        "test_faults.py::test_kinds_of_adapters_end_to_end",
+    ],
+    "a GPU out of memory": ["test_calibrate.py::test_out_of_memory_halves_the_batch"],
+    "a fault in a kernel": [
+        "test_cross_check.py::test_a_broken_kernel_is_refused_before_anything_is_written",
+        "test_cross_check.py::test_no_folder_is_written",
+    ],
+}
+
+
+@pytest.mark.parametrize("fault", WHERE)
+def test_every_fault_has_its_tests(fault):
+    for place in WHERE[fault]:
+        file, name = place.split("::")
+        assert re.search(rf"^def {name}\(", (HERE / file).read_text(), re.MULTILINE), place
+
+
+ROWS = [
+    {"instruction": "how to make a cake", "output": "the good cake is two plus three"},
+    {"instruction": "what is two plus three and how to make a good cake", "output": "negative"},
+    {"instruction": "make", "input": "the user asks", "output": "cake"},
+]
+
+
+@pytest.fixture
+def work(folders, tmp_path, monkeypatch):
+    """A folder to work in: base, adapter and data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(folders / "model")
+    (tmp_path / "adapter").symlink_to(folders / "adapter")
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return tmp_path
+
+
+def words(command, **options):
+    flags = {"model_name_or_path": "base", "output_dir": "out"}
+    flags |= {"dataset": "data.jsonl"} if command != "evaluate" else {}
+    flags |= options
+    return [
+        command,
+        *(w for k, v in flags.items() if v is not None for w in (f"--{k}", str(v))),
+    ]
+
+
+def child(code, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# --- disk, signals, jobs --------------------------------------------------------------------------
+
+STAGES = {
+    "align": words("align", tuning="full", num_train_epochs=1, num_train_samples=2),
+    "finetune": words(
+        "finetune", poison_ratio=0, lora_r=2, num_train_epochs=1, num_train_samples=2
+    ),
+    "calibrate": words("calibrate"),
+    "prune an adapter": words("prune", adapter="adapter", save_masks="true"),
+    "prune a model": words("prune", score="magnitude", dataset=None),
+    "prune block by block": words("prune", stream="true"),
+    "evaluate": words("evaluate", harmful_dataset="data.jsonl", max_new_tokens=2),
+}
+LIMITED = """
+import json, os, resource, sys
+from antidote_fast import cli
+for name, argv in json.loads(sys.argv[1]).items():
+    for limit in (300, 3000):
+        before = set(os.listdir("."))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+        code = cli.main([*argv, "--output_dir", f"out/{name}-{limit}", "--quiet"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        print(json.dumps([name, limit, code, sorted(set(os.listdir(".")) - before)]), flush=True)
+        print("---", file=sys.stderr, flush=True)
+"""
+
+
+def test_no_room_for_what_a_stage_writes(work):
+    """RLIMIT_FSIZE stands for a disk that is full after 300 or 3000 bytes of a file."""
+    process = child(LIMITED, json.dumps(STAGES))
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    seen = [json.loads(line) for line in out.splitlines()]
+    assert [name for name, *_ in seen] == [name for name in STAGES for _ in range(2)]
+    for (name, limit, code, left), message in zip(seen, err.split("---\n"), strict=False):
+        if code == 0:  # norms and scores of a tiny model have room in 3000 bytes
+            assert (name in ("calibrate", "evaluate"), limit) == (True, 3000)
+            assert ck.verify_folder(f"out/{name}-{limit}") == []
+            continue
+        assert code == 1, (name, limit, message)
+        assert message.count("\n") == 1, (name, limit, message)
+        assert "File too large" in message, (name, limit, message)
+        assert re.search("nothing was written|cannot be written", message), (name, limit, message)
+        assert left == [], (name, limit)
+    whole = {f"{name}-{limit}" for name, limit, code, _ in seen if code == 0}
+    assert set(os.listdir("out") if os.path.exists("out") else []) == whole
+
+
+@pytest.mark.parametrize("stage", ["align", "prune an adapter", "prune a model"])
+def test_a_full_disk_is_seen_before_anything_is_computed(stage, work, monkeypatch, capsys):
+    from antidote_fast import loading
+    from antidote_fast.pipeline import calibrate, prune
+
+    usage = type("Usage", (), {"free": 100})
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda folder: usage)
+    for module, name in ((calibrate, "load_model"), (prune, "prune_state_"), (ck, "load_model")):
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("something was computed"))
+    assert cli.main(STAGES[stage]) == 1
+    assert re.search(r"GB needed, 0\.00 GB free on its disk", capsys.readouterr().err)
+    assert not (work / "out").exists()
+
+
+SLOW = """
+import signal, sys, time
+from antidote_fast import cli
+from antidote_fast.collector import NormCollector
+from antidote_fast.pipeline import calibrate, prune
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def stop(*arguments, **options):
+    print("ready", flush=True)
+    time.sleep(60)
+if sys.argv[1] == "in a forward":
+    NormCollector.finish = stop
+else:
+    calibrate.write_report = prune.write_report = stop
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "place"), [("calibrate", "in a forward"), ("prune", "in a staged folder")]
+)
+def test_a_signal_leaves_nothing(command, place, work):
+    before = sorted(os.listdir(work))
+    process = child(SLOW, place, *words(command, output_dir="deep/out"), "--quiet")
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
+    process.send_signal(signal.SIGTERM if place == "in a forward" else signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert err == "antidote-fast: interrupted; nothing is left half-written\n"
+    assert sorted(os.listdir(work)) == before
+
+
+@pytest.mark.parametrize("command", ["calibrate", "prune"])
+def test_the_second_of_two_jobs(command, work, capsys):
+    with output_folder("out") as staged:
+        assert cli.main(words(command)) == 3
+        (staged / "first.txt").write_text("1")
+    assert "another job is writing it" in capsys.readouterr().err
+    assert sorted(os.listdir("out")) == ["COMPLETE.json", "first.txt"]
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def saved(model, folder, edit=None):
+    tiny.save_model(model, folder)
+    if edit:
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        edit(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_an_overflow_in_fp16_names_the_layer(work, capsys):
+    def grow(tensors):
+        tensors["model.layers.0.mlp.down_proj.weight"].fill_(6e4)
+        tensors["model.layers.0.mlp.up_proj.weight"].fill_(100)
+
+    base = saved(tiny.build(dtype=torch.float16), work / "half", grow)
+    assert cli.main(words("calibrate", model_name_or_path=base)) == 3
+    error = capsys.readouterr().err
+    assert re.search(r"layers\.1\.self_attn\.\w+\.weight: its input holds NaN or infinity", error)
+    assert not (work / "out").exists()
+
+
+def test_an_adapter_that_was_never_trained(work):
+    tiny.save_adapter(tiny.add_lora(tiny.build(), b_std=0.0), work / "new")
+    assert cli.main(words("prune", adapter="new")) == 0
+    report = json.loads((work / "out" / "report.json").read_text())
+    for layer in report["layers"]:
+        rows, columns = layer["shape"]
+        is_b = layer["key"].endswith("lora_B.weight")
+        assert layer["zero_weights"] == (rows * columns if is_b else 0)
+        assert layer["removed"] == rows * layer["k"] > 0
+    for key, tensor in load_file(work / "out" / "adapter_model.safetensors").items():
+        assert bool((tensor == 0).all()) == ("lora_B" in key)
+
+
+def test_a_pad_token_that_is_the_end_token(work):
+    folder = work / "padded"
+    saved(tiny.build(), folder)
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if "token" in p.name}
+    found = {}
+    for size in (1, 3):
+        options = {"model_name_or_path": "padded", "batch_size": size}
+        assert cli.main(words("calibrate", output_dir=f"norms-{size}", **options)) == 0
+        found[size] = ActivationNorms.load(f"norms-{size}/norms.safetensors")
+    assert found[1].num_tokens == found[3].num_tokens
+    for key, value in found[1].sq_sum.items():
+        torch.testing.assert_close(found[3].sq_sum[key], value, rtol=1e-4, atol=1e-6)
+    assert cli.main(words("prune", model_name_or_path="padded")) == 0
+    assert {name: (work / "out" / name).read_bytes() for name in before} == before
+
+
+def test_tied_embeddings_stay_tied(work):
+    base = saved(tiny.build("llama_tied"), work / "tied")
+    options = {"model_name_or_path": base, "targets": "all-linear", "ratio": 0.3}
+    assert cli.main(words("prune", **options)) == 0
+    before = load_file(work / "tied" / "model.safetensors")
+    after = load_file(work / "out" / "model.safetensors")
+    assert set(after) == set(before)
+    assert "lm_head.weight" not in after
+    name = "model.embed_tokens.weight"
+    assert torch.equal(after[name], before[name])
+    model = ck.load_model("out")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_adapter_on_a_quantised_base(work):
+    """Packed weights cannot be told apart by a fingerprint; the adapter's factors are ordinary."""
+
+    def pack(tensors):
+        for key in [k for k in tensors if k.endswith("_proj.weight")]:
+            tensors[key] = torch.zeros(tensors[key].numel() // 2, 1, dtype=torch.uint8)
+
+    assert cli.main(words("calibrate", adapter="adapter", output_dir="norms")) == 0
+    base = saved(tiny.build(), work / "packed", pack)
+    change = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    tiny.edit_json(work / "packed" / "config.json", lambda c: c.update(change))
+    for number, options in enumerate(({"norms": "norms"}, {"score": "magnitude"})):
+        options |= {"model_name_or_path": base, "adapter": "adapter", "dataset": None}
+        assert cli.main(words("prune", output_dir=f"out-{number}", **options)) == 0
+        before = load_file(work / "adapter" / "adapter_model.safetensors")
+        after = load_file(work / f"out-{number}" / "adapter_model.safetensors")
+        for key, value in before.items():
+            removed = after[key] != value
+            assert bool((after[key][removed] == 0).all())
+            assert removed.sum(dim=1).eq(num_pruned(value.shape[1], Selection(0.1))).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"use_dora": True}, 0),
+        ({"use_rslora": True}, 0),
+        ({"modules_to_save": ["o_proj"]}, 0),
+        ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}}, 0),
+        ({"rank_pattern": {r"layers\.0\..*_proj": 3}}, 0),
+        ({"peft_type": "IA3"}, 3),
+        ({"peft_type": "PREFIX_TUNING"}, 3),
+        ({"use_qalora": True}, 3),
+        ({"layer_replication": [[0, 2]]}, 3),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
+)
+def test_kinds_of_adapters_end_to_end(options, code, work, capsys):
+    live = options if code == 0 else {}
+    config = options if code else {}
+    tiny.save_adapter(tiny.add_lora(tiny.build(), **live), work / "kind", **config)
+    assert cli.main(words("prune", adapter="kind")) == code
+    if code:
+        [(name, value)] = options.items()
+        named = value if name == "peft_type" else name
+        assert named in capsys.readouterr().err
+        return
+    model = ck.load_adapter(ck.load_model("base"), "out")
+    assert torch.isfinite(model(input_ids=torch.arange(4, 12)[None]).logits).all()
+    before = load_file(work / "kind" / "adapter_model.safetensors")
+    after = load_file(work / "out" / "adapter_model.safetensors")
+    for key, value in before.items():
+        assert torch.equal(after[key], value) == (".lora_A." not in key and ".lora_B." not in key)
