@@ -20,7 +20,7 @@ from antidote_fast.errors import AntidoteError, DataError, PeerFailed, UsageErro
 # noticed at once: its connections close, and torchrun ends the others.
 TIMEOUT = datetime.timedelta(hours=2)
 _MESSAGE_BYTES = 2048
-_POLL_SECONDS = 0.01
+_POLL_SECONDS = 0.0001, 0.05
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,10 @@ class World:
         """Run a collective and look at it now and then, so that signals are obeyed meanwhile."""
         try:
             work = start()
+            pause, longest = _POLL_SECONDS
             while not work.is_completed():
-                time.sleep(_POLL_SECONDS)
+                time.sleep(pause)
+                pause = min(1.5 * pause, longest)
             work.wait()
         except RuntimeError as error:
             gone = PeerFailed if self.rank else AntidoteError  # told once, if rank 0 still lives

@@ -38,22 +38,22 @@ def environment():
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | extra
 
 
-def start_pair(case, folder):
-    """Run a case on two ranks; what each of them saw."""
+def start_ranks(case, folder, size=2):
+    """Run a case on two ranks, or more; what each of them saw."""
     words = [sys.executable, str(HERE / "ranks.py"), case, str(folder)]
     ranks = [
         subprocess.Popen(
             words,
-            env=environment() | {"RANK": str(rank), "WORLD_SIZE": "2"},
+            env=environment() | {"RANK": str(rank), "WORLD_SIZE": str(size)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in (0, 1)
+        for rank in range(size)
     ]
     said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
-    return [json.loads((folder / f"{case}.{rank}.json").read_text()) for rank in (0, 1)]
+    assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(said)
+    return [json.loads((folder / f"{case}.{rank}.json").read_text()) for rank in range(size)]
 
 
 def torchrun(*words, **options):
@@ -153,6 +153,10 @@ def agreement(world, folder):
     results["sum"] = [part.tolist() for part in world.all_reduce([thirds, thirds[:0], thirds[:1]])]
     results["max"] = [part.tolist() for part in world.all_reduce([thirds], op="max")]
     results["shard"] = [world.shard(list(range(n))) for n in (0, 1, 2, 5)]
+    generator = torch.Generator().manual_seed(world.rank)
+    many = torch.rand(100_003, dtype=torch.float64, generator=generator)
+    [many] = world.all_reduce([many])
+    results["many"] = hashlib.sha256(many.numpy().tobytes()).hexdigest()
     results["same"] = refused(lambda: world.check_same("things", "alike"))
     results["differ"] = refused(lambda: world.check_same("things", f"rank {world.rank}"))
 
@@ -179,14 +183,14 @@ def agreement(world, folder):
 
 def fsdp(world, folder):
     """FSDP2: norms, rows and reports of sharded models against whole ones."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
 
-    def shard(model, layers, root=True, **options):
+    def shard(model, layers, **options):
         for layer in layers if layers is not None else ():
             fully_shard(layer, **options)
-        if root:
-            fully_shard(model, **options)
-        return model
+        return fully_shard(model, **options)
 
     def gathered(model):
         return {
@@ -194,10 +198,10 @@ def fsdp(world, folder):
             for name, value in model.state_dict().items()
         }
 
-    def compare(name, build, layers_of, collect_options=None, targets=None, **selection):
+    def compare(name, build, layers_of, collect_options=None, targets=None, mesh=None, **selection):
         """Norms of one process and its prune of a whole model, beside those of the shards."""
         whole, sharded = build(), build()
-        shard(sharded, layers_of(sharded))
+        shard(sharded, layers_of(sharded), mesh=mesh)
         mine = world.shard(batches)
         norms = ActivationNorms.collect(
             sharded, mine, world=world, targets=targets, **collect_options or {}
@@ -217,6 +221,7 @@ def fsdp(world, folder):
             rows[target.key] = held
             mask, full = (r.masks[target.key].to_bool() for r in (report, expected))
             start = min(-(-len(full) // world.size) * world.rank, len(full))
+            start = 0 if held == len(full) else start
             assert torch.equal(mask, full[start : start + held]), (name, target.key)
         # A forward after the prune; it also leaves the root's weights whole, to be sharded again.
         after = [fingerprint_model(sharded), fingerprint_model(whole)]
@@ -254,6 +259,10 @@ def fsdp(world, folder):
     compare("smallest", tiny.build, blocks, largest=False, targets=["all-linear"])
 
     compare("n:m", tiny.build, blocks, ratio=None, n_m=(2, 4))
+
+    for name, shape in {"replicas of shards": (1, 2), "replicas": (2, 1)}.items():
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        compare(name, tiny.build, blocks, mesh=mesh)
 
     def odd():
         """Three rows for two ranks, and one row, which one rank does not hold at all."""
@@ -321,8 +330,6 @@ def fsdp(world, folder):
     results["nan input"] = refused(
         lambda: ActivationNorms.collect(ill, world.shard(batches[:2]), world=world)
     )
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-
     parallel, mesh = tiny.build(), init_device_mesh("cpu", (2,))
     for layer in blocks(parallel):
         weight = distribute_tensor(layer.self_attn.q_proj.weight.data, mesh, [Shard(0)])

@@ -23,13 +23,13 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def agreement(tmp_path_factory):
-    return ranks.start_pair("agreement", tmp_path_factory.mktemp("agreement"))
+    return ranks.start_ranks("agreement", tmp_path_factory.mktemp("agreement"))
 
 
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replicas")
-    return folder, ranks.start_pair("replicas", folder)
+    return folder, ranks.start_ranks("replicas", folder)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,11 @@ def test_texts_and_sums_of_all_ranks(agreement):
         assert seen["shard"] == [list(range(n))[rank::2] for n in (0, 1, 2, 5)]
         assert seen["same"] is None
         assert seen["long"][0] == "ValueError"
+
+
+def test_sums_of_three_ranks_are_the_same_bits_on_each(tmp_path):
+    seen = ranks.start_ranks("agreement", tmp_path, size=3)
+    assert len({rank["many"] for rank in seen}) == 1
 
 
 def test_all_ranks_leave_a_block_alike(agreement):
