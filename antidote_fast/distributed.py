@@ -249,8 +249,6 @@ def all_reduce_norms(norms, world):
     """
     import torch
 
-    from antidote_fast.calibrate import ActivationNorms
-
     parts = [norms.sq_sum, norms.norm_sum or {}]
     same = ("aggregation", "response_only", "fingerprint")
     layout = [[key, value.numel()] for key, value in norms.sq_sum.items()]
@@ -263,7 +261,7 @@ def all_reduce_norms(norms, world):
     counts, *values = world.all_reduce([counts, *values])
     values = iter(value.float() for value in values)
     sums = [{key: next(values) for key in part} for part in parts]
-    return ActivationNorms(
+    return type(norms)(
         sums[0],
         norm_sum=sums[1] or None,
         num_sequences=int(counts[0]),
