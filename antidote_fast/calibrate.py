@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from antidote_fast import fusion
 from antidote_fast.collector import AGGREGATIONS, NormCollector, Seen
@@ -26,6 +25,7 @@ from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.progress import track
 from antidote_fast.sharded import reshard, run_in_step, runs_in_step
 from antidote_fast.targets import find_targets
+from antidote_fast.writing import save_tensors
 
 FORMAT = "antidote_fast.norms"
 VERSION = "1"
@@ -234,7 +234,7 @@ class ActivationNorms:
         }
         partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:12]}")
         try:
-            save_file(tensors, str(partial), metadata=metadata)
+            save_tensors(partial, tensors, metadata)
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
             raise AntidoteError(f"{path}: cannot be written: {error}") from error

@@ -108,7 +108,6 @@ def write_pruned(source, destination, tensors):
             )
         by_file.setdefault(entry.file, []).append((entry, tensor))
     check_free_space(destination, sum(f.stat().st_size for f in checkpoint.weight_files))
-    copy_checkpoint_files(checkpoint.folder, destination)
     for file in checkpoint.weight_files:
         target = destination / file.name
         shutil.copyfile(file, target)
@@ -118,6 +117,8 @@ def write_pruned(source, destination, tensors):
                 handle.seek(entry.start)
                 if flat.numel():
                     handle.write(memoryview(flat.view(torch.uint8).numpy()))
+    # Last, as a loader looks for config.json: no folder that is half-written loads.
+    copy_checkpoint_files(checkpoint.folder, destination)
 
 
 def copy_checkpoint_files(source, destination):

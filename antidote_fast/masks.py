@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from antidote_fast.backends.reference import unpack_bits
 from antidote_fast.errors import DataError
-from antidote_fast.writing import TensorFile
+from antidote_fast.writing import TensorFile, save_tensors
 
 FORMAT = "antidote_fast.masks"
 VERSION = "1"
@@ -108,7 +107,7 @@ def save_masks(path, masks, metadata=None):
     tensors = {mask_key(name): mask.bits.cpu().contiguous() for name, mask in masks.items()}
     shapes = json.dumps({mask_key(name): mask.shape for name, mask in masks.items()})
     extra = {"format": FORMAT, "version": VERSION, "shapes": shapes}
-    save_file(tensors, str(path), metadata={**(metadata or {}), **extra})
+    save_tensors(path, tensors, {**(metadata or {}), **extra})
 
 
 def masks_file(path, shapes, metadata=None, keep=False):

@@ -38,6 +38,10 @@ class ModelSink:
         keep = bool(done)
         if not keep:
             check_free_space(self.folder, sum(f.stat().st_size for f in checkpoint.weight_files))
+        for file in self._left if keep else ():
+            named = self.folder / file.name
+            if named.exists():  # killed while files got their names
+                os.replace(named, self._partial(file))
         self._files = {
             file: TensorFile.like(self._partial(file), file, entries, keep)
             for file, entries in ((f, dict(left)) for f, left in self._left.items())
@@ -75,9 +79,7 @@ class ModelSink:
         """Name the weight files, all full by now, and copy what surrounds them."""
         self.sync()
         for file in self._files:
-            partial = self._partial(file)
-            if partial.exists():  # an interrupted run may have come so far
-                os.replace(partial, self.folder / file.name)
+            os.replace(self._partial(file), self.folder / file.name)
         copy_checkpoint_files(self.checkpoint.folder, self.folder)
 
     def _partial(self, file):

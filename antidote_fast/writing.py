@@ -36,6 +36,22 @@ def read_tensor(entry) -> torch.Tensor:
     return tensor
 
 
+def save_tensors(path, tensors, metadata=None):
+    """Write a safetensors file whose bytes depend on its contents alone.
+
+    ``safetensors.torch.save_file`` puts the metadata in another order each time.
+
+    Args:
+        path: the file.
+        tensors: {name: tensor} on any device, float32, float16, bfloat16 or uint8.
+        metadata: {str: str}.
+    """
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    file = TensorFile.create(path, specs, metadata)
+    for name, tensor in tensors.items():
+        file.write(name, tensor)
+
+
 class TensorFile:
     """A safetensors file of known names and shapes, filled in any order.
 

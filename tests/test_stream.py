@@ -1,4 +1,4 @@
-"""Block by block gives what the whole model in memory gives: norms, masks and files, bit for bit."""
+"""Block by block gives what a model in memory gives: norms, masks and files, bit for bit."""
 
 import dataclasses
 import json

@@ -1,0 +1,28 @@
+"""Jobs that are killed at every point at which they change the disk (``kill_sweep.py``)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import kill_sweep
+import pytest
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("job", kill_sweep.JOBS)
+def test_killed_anywhere(job, tmp_path):
+    """Never a folder that loads half-pruned; given again, the command gives the very same files."""
+    script = Path(kill_sweep.__file__)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, job, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=850,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["problems"] == []
+    assert found["kills"] == found["points"] >= {"stream": 150, "adapter": 20}.get(job, 60)
+    if job.startswith("stream"):
+        assert found["resumed"] > found["points"] // 2  # most kills leave something to go on from
