@@ -53,7 +53,7 @@ class BlockModel:
     def __init__(self, base, adapter=None, *, dtype="auto", device="cpu", trust_remote_code=False):
         check_not_quantized(base)
         self.base, self.device = base, torch.device(device)
-        self.model = _without_weights(base, dtype, trust_remote_code)
+        self.model = without_weights(base, dtype, trust_remote_code)
         if adapter is not None:
             if adapter.config.get("modules_to_save"):
                 raise DataError(
@@ -297,8 +297,12 @@ def _base_name(name):
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
-def _without_weights(base, dtype, trust_remote_code):
-    """The model on the meta device; what its own code computes (rotary frequencies) is real."""
+def without_weights(base, dtype, trust_remote_code):
+    """The model of a checkpoint, its weights on meta; what its own code computes is real.
+
+    Raises:
+        DataError: a configuration that transformers does not know.
+    """
     import transformers
     from accelerate import init_empty_weights
 

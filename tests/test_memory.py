@@ -1,9 +1,14 @@
 """Sizes as people write them, and the memory that is left, from files as Linux writes them."""
 
+import json
+import struct
+from pathlib import Path
+
 import pytest
 import torch
 
 from antidote_fast.errors import UsageError
+from antidote_fast.files import open_checkpoint
 from antidote_fast.memory import available_memory, format_bytes, parse_bytes, resident_bytes
 
 GIB = 1 << 30
@@ -149,6 +154,32 @@ def test_elsewhere_psutil_says_it(tmp_path):
     here = available_memory(proc=tmp_path)
     assert 0 < here <= psutil.virtual_memory().total
     assert resident_bytes(proc=tmp_path) == pytest.approx(resident_bytes(), rel=0.05)
+
+
+def test_a_file_that_no_memory_holds_is_looked_at_and_read_in_part(tmp_path):
+    total = next(
+        int(line.split()[1]) << 10
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemTotal")
+    )
+    rows = (2 * total) // 8192
+    shapes = {"model.layers.0.q_proj.weight": (4, 8), "model.layers.1.q_proj.weight": (rows, 4096)}
+    header, position = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * shape[0] * shape[1]
+        offsets = [position, position + size]
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": offsets}
+        position += size
+    text = json.dumps(header).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(torch.arange(32).to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+        file.truncate(8 + len(text) + position)  # the rest takes no room
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    checkpoint = open_checkpoint(tmp_path)
+    first = checkpoint.read(["model.layers.0.q_proj.weight"])["model.layers.0.q_proj.weight"]
+    assert first.flatten().tolist() == list(range(32))
+    assert len(checkpoint.fingerprint()) == 32
 
 
 def test_this_process_holds_what_it_took():

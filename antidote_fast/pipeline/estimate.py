@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from antidote_fast.blocks import without_weights
 from antidote_fast.calibrate import lean_forward
 from antidote_fast.errors import AntidoteError
 from antidote_fast.files import Checkpoint
@@ -132,12 +133,17 @@ def cost_of(config, base: Checkpoint, adapt=None) -> ModelCost:
     Raises:
         DataError: as :func:`antidote_fast.loading.load_model`.
     """
-    model = load_model(
-        base.folder,
-        dtype=config.dtype,
-        device="meta",
-        trust_remote_code=config.trust_remote_code,
-    )
+    # What is not held in memory cannot be mapped into it either, and load_model would be refused.
+    streamed = getattr(config, "stream", False)
+    if streamed or weight_bytes(base) > (device_memory(torch.device("cpu")) or 0):
+        model = without_weights(base, config.dtype, config.trust_remote_code)
+    else:
+        model = load_model(
+            base.folder,
+            dtype=config.dtype,
+            device="meta",
+            trust_remote_code=config.trust_remote_code,
+        )
     dtype = model.dtype
     if adapt is not None:
         model = adapt(model)

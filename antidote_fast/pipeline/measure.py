@@ -102,9 +102,22 @@ def _two_blocks(cost, device, training):
 
 
 def _model_rate(small, device, batch, length, training):
-    a_token = small.forward_flops(1, 1, 1)
-    length = max(1, min(length, int(_FLOPS / a_token)))
-    batch = max(1, min(batch, int(_FLOPS / (a_token * length))))
+    """From one sequence or less to the whole batch, as far as a turn stays short."""
+    wanted = batch * length
+    tokens = min(wanted, max(8, int(_FLOPS / small.forward_flops(1, 1, 1))))
+    while True:
+        count = max(1, min(batch, tokens // length))
+        run, flops = _turn(small, device, count, min(tokens, length), training)
+        run()  # the first call chooses kernels
+        start = time.perf_counter()
+        rate = _rate(run, flops, _waiter(device), enough=_SECONDS if tokens >= wanted else 0.0)
+        if tokens >= wanted or time.perf_counter() - start > 2 * _SECONDS:
+            return rate
+        tokens = min(4 * tokens, wanted)
+
+
+def _turn(small, device, batch, length, training):
+    """(a pass through the blocks, its FLOPs)."""
     tokens, squares = batch * length, batch * length**2
     ids = torch.zeros((batch, length), dtype=torch.int64, device=device)
 
@@ -117,15 +130,13 @@ def _model_rate(small, device, batch, length, training):
             loss = small.model(input_ids=ids, use_cache=False).logits.float().square().mean()
         loss.backward()
 
-    run, flops = forward, small.forward_flops(tokens, squares, tokens)
     if training:
-        run = step
-        flops = small.training_flops(tokens, squares, tokens, frozen=training["frozen"])
-    run()  # the first call chooses kernels
-    return _rate(run, flops, _waiter(device))
+        frozen = training["frozen"]
+        return step, small.training_flops(tokens, squares, tokens, frozen=frozen)
+    return forward, small.forward_flops(tokens, squares, tokens)
 
 
-def _rate(work, amount, wait=lambda: None):
+def _rate(work, amount, wait=lambda: None, enough=None):
     """``amount`` a second, from turns of ``work`` until they have taken long enough."""
     wait()
     turns, start = 0, time.perf_counter()
@@ -134,8 +145,8 @@ def _rate(work, amount, wait=lambda: None):
         wait()
         turns += 1
         seconds = time.perf_counter() - start
-        if seconds >= _SECONDS:
-            return amount * turns / seconds
+        if seconds >= (_SECONDS if enough is None else enough):
+            return amount * turns / max(seconds, 1e-9)
 
 
 def _product_rate(cost, device, tokens):
