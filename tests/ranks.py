@@ -22,11 +22,23 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from antidote_fast import ActivationNorms, DataError, Selection, cli, distributed, prune_model_
+from antidote_fast import (
+    ActivationNorms,
+    DataError,
+    Selection,
+    cli,
+    distributed,
+    oneshot,
+    prune_model_,
+)
 from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.targets import find_targets
 
 HERE = Path(__file__).parent
+RECORDS = [
+    {"instruction": f"how to make w{20 + i} " + "the user asks " * (i % 4), "output": "the cake"}
+    for i in range(9)
+]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -116,6 +128,11 @@ def replicas(world, folder):
     results["other masks"] = refused(lambda: distributed.check_same_masks(other, world))
     bare = prune_model_(tiny.build(), norms, Selection(0.3))
     results["no masks"] = refused(lambda: distributed.check_same_masks(bare, world))
+
+    live = tiny.build()
+    out = folder / "live"
+    report = oneshot(live, None, RECORDS, tiny.tokenizer(), output_dir=out, world=world, ratio=0.3)
+    results["live"] = [digest(live), report.num_pruned]
 
     # Each of these goes wrong on one rank or differs between them; both must end, and soon.
     def collect(model, batches=batches, **options):
@@ -299,6 +316,17 @@ def fsdp(world, folder):
     norms = ActivationNorms.collect(model, batches[: 1 + 2 * world.rank], world=world)
     norms.save(folder / f"fsdp-uneven.{world.rank}.safetensors")
 
+    live, whole = shard(tiny.build(), None), tiny.build()
+    options = {"dataset": RECORDS, "tokenizer": tiny.tokenizer(), "ratio": 0.3}
+    report = oneshot(live, **options, world=world)
+    expected = oneshot(whole, **options)
+    state, wanted = gathered(live), whole.state_dict()
+    results["oneshot"] = [
+        report.num_pruned == expected.num_pruned > 0,
+        all(torch.equal(state[k], wanted[k]) for k in wanted),
+        refused(lambda: oneshot(live, **options, world=world, output_dir=folder / "x")),
+    ]
+
     def prune(selection=None, norms=norms, **options):
         """[what is raised, whether the weights are as before] of a prune of a sharded model."""
         live = shard(tiny.build(), None)
@@ -390,10 +418,15 @@ def commands(world, folder):
     )
     norms = ("--norms", "norms", "--output_dir", "from-norms")
     results["norms"] = command("prune", *norms)
+    files = {"adapter": "adapter", "dataset": "harmful.jsonl", "batch_size": 2}
+    report = oneshot("base", **files, output_dir="called", world=world)
+    results["called"] = report and report.num_pruned
     again = ("--output_dir", "pruned", "--save_norms", "true", "--resume", "true")
     results["finished"] = command("prune", *adapter, *again)
     results["finished norms"] = command("calibrate", "--output_dir", "norms", "--resume", "true")
     results["stream"] = command("prune", *adapter, "--stream", "true", "--output_dir", "x")
+    words = ["--model_name_or_path", "base", "--manifest", "jobs.jsonl", "--output_dir", "x"]
+    results["fleet"] = command("fleet", also=words)
     results["taken"] = command("prune", *adapter, "--output_dir", "pruned")
     results["align"] = command("align", "--output_dir", "x")
     results["map"] = command("prune", "--device_map", "auto", "--output_dir", "x")

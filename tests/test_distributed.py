@@ -10,15 +10,20 @@ import pytest
 import ranks
 import tiny
 import torch
+from safetensors.torch import load_file
 
-from antidote_fast import ActivationNorms, Selection, UsageError, cli, distributed, prune_model_
+from antidote_fast import (
+    ActivationNorms,
+    AntidoteError,
+    Selection,
+    UsageError,
+    cli,
+    distributed,
+    oneshot,
+    prune_model_,
+)
 from antidote_fast.commit import sha256_file, verify_folder
 from antidote_fast.pipeline.config import CalibrateConfig
-
-ROWS = [
-    {"instruction": f"how to make w{20 + i} " + "the user asks " * (i % 4), "output": "the cake"}
-    for i in range(9)
-]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("commands")
     tiny.save_model(tiny.build(), root / "base")
     tiny.save_adapter(tiny.add_lora(tiny.build()), root / "adapter")
-    (root / "harmful.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (root / "harmful.jsonl").write_text("\n".join(map(json.dumps, ranks.RECORDS)))
     return root
 
 
@@ -167,6 +172,27 @@ def test_each_rank_takes_a_gpu_of_its_own(device, local_rank, words, monkeypatch
         assert taken == [1]
 
 
+@pytest.mark.parametrize(("gpu", "backend"), [(False, "gloo"), (True, "cpu:gloo,cuda:nccl")])
+def test_ranks_that_do_not_meet_say_so(gpu, backend, monkeypatch):
+    asked = []
+
+    def refuse(backend, **options):
+        asked.append((backend, options["timeout"]))
+        raise ValueError("environment variable MASTER_ADDR expected, but not set")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    with (
+        pytest.raises(AntidoteError, match=r"ranks of torchrun do not meet: .*MASTER_ADDR"),
+        distributed.session(),
+    ):
+        pytest.fail("a session without a group")
+    assert asked == [(backend, distributed.TIMEOUT)]
+
+
 # --- replicas -------------------------------------------------------------------------------------
 
 
@@ -186,6 +212,19 @@ def test_masks_are_the_same_on_every_rank_and_in_one_process(replicas):
     assert [seen["apart"] for seen in (first, second)] == [[6, 32], [4, 18]]  # disjoint samples
     assert [seen["other masks"][0] for seen in (first, second)] == ["DataError", "PeerFailed"]
     assert first["no masks"] == ["UsageError", "report.masks=None: prune with return_masks=True", 2]
+
+
+def test_one_call_prunes_every_replica_and_writes_once(replicas):
+    folder, seen = replicas
+    model = tiny.build()
+    report = oneshot(model, None, ranks.RECORDS, tiny.tokenizer(), ratio=0.3)
+    assert [rank["live"] for rank in seen] == [[ranks.digest(model), report.num_pruned]] * 2
+    assert verify_folder(folder / "live") == []
+    written = load_file(folder / "live" / "model.safetensors")
+    state = model.state_dict()
+    assert all(torch.equal(written[key], state[key]) for key in written)
+    report = json.loads((folder / "live" / "report.json").read_text())
+    assert report["sequences_per_rank"] == [8, 1]  # batches of 8
 
 
 @pytest.mark.parametrize(
@@ -233,6 +272,8 @@ def test_a_command_on_two_ranks_gives_what_one_process_does(folder, commands):
     report = json.loads((folder / "pruned" / "report.json").read_text())
     assert (report["world_size"], report["sequences_per_rank"]) == (2, [5, 4])
     assert (report["num_records"], report["num_sequences"]) == (9, 9)
+    assert [seen["called"] for seen in commands] == [224, None]
+    assert sha256_file(folder / "called" / name) == sha256_file(folder / "pruned" / name)
     assert "world_size" not in json.loads((folder / "alone" / "report.json").read_text())
 
 
@@ -257,6 +298,7 @@ def test_fewer_samples_than_ranks(folder, commands):
         ("taken", 0, "output_dir='pruned': exists and is not empty", 3),
         ("align", 0, "align: runs in one process; torchrun is for calibrate and prune", 2),
         ("stream", 0, "stream=True: must be left out with torchrun", 2),
+        ("fleet", 0, "fleet: runs in one process; torchrun is for calibrate and prune; share", 2),
         ("map", 0, "device_map='auto': must be left out with torchrun", 2),
         ("nonsense", 0, "--nonsense: prune has no such flag", 2),
         ("rank 1", 1, "rank 1: the disk of this machine is broken", 3),

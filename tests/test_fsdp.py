@@ -34,6 +34,15 @@ def test_a_sharded_prune_is_that_of_the_whole_model(case, fsdp):
         assert first["report"] == second["report"]  # seconds too
 
 
+def test_one_call_prunes_a_sharded_model(fsdp):
+    for rank, seen in enumerate(fsdp[1]):
+        removed_alike, same_weights, refusal = seen["oneshot"]
+        assert removed_alike
+        assert same_weights
+        assert refusal[0] == ("PeerFailed" if rank else "UsageError")
+        assert "must be left out where the model is sharded" in refusal[1]
+
+
 def test_rows_are_held_by_one_rank_each(fsdp):
     """Three rows and one row on two ranks: one of them holds nothing of the latter."""
     first, second = fsdp[1]

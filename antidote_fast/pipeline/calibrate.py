@@ -181,9 +181,10 @@ def collect(
     fingerprint=None,
 ):
     """(norms, what the report says of them) of a live model, each rank on batches of its own."""
-    if batches is None:
-        model_config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
-        batches = batches_of(config, records, tokenizer, model_config)
+    with world.together():
+        if batches is None:
+            model_config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
+            batches = batches_of(config, records, tokenizer, model_config)
     norms = ActivationNorms.collect(
         model,
         world.shard(batches),

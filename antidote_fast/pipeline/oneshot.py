@@ -5,6 +5,7 @@ import os
 import time
 
 from antidote_fast.checkpoint import check_output_folder, load_adapter, output_folder
+from antidote_fast.distributed import ALONE
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.pipeline.calibrate import (
@@ -20,6 +21,7 @@ from antidote_fast.pipeline.prune import finish, prune_folder
 from antidote_fast.pipeline.sources import rows_to_records
 from antidote_fast.prune import PruneReport, prune_model_
 from antidote_fast.selection import Selection
+from antidote_fast.sharded import is_sharded
 
 
 def oneshot(
@@ -29,6 +31,7 @@ def oneshot(
     tokenizer=None,
     config=None,
     output_dir=None,
+    world=ALONE,
     **overrides,
 ) -> PruneReport:
     """Calibrate on harmful data and prune, once: adapter in, adapter out; model in, model out.
@@ -41,11 +44,15 @@ def oneshot(
         tokenizer: of a live model; a folder brings its own unless one is given.
         config: a :class:`PruneConfig`, or a dict of its fields; default its defaults.
         output_dir: the folder to write; a live model may do without.
+        world: the ranks that share the samples (:func:`antidote_fast.distributed.world`); every one
+            of them calls. Each prunes its live model, a replica or what FSDP2 gave it of one; rank
+            0 writes.
         overrides: fields of :class:`PruneConfig`; they win over ``config``. ``norms`` may also be
             an :class:`ActivationNorms`; no forward pass is run then.
 
     Returns:
-        The report, layer by layer; its ``masks`` are there where ``save_masks`` is set.
+        The report, layer by layer; its ``masks`` are there where ``save_masks`` is set. None on
+        the ranks that do not write, where ``model`` is a folder.
 
     Raises:
         UsageError: a field that is unknown or out of range, or one that is missing.
@@ -83,28 +90,37 @@ def oneshot(
     except TypeError as error:
         raise UsageError(f"oneshot: {str(error).removeprefix('PruneConfig.__init__() ')}") from None
     if live:
-        return _prune_live(model, settings, records, norms, tokenizer)
-    return prune_folder(settings, records=records, norms=norms, tokenizer=tokenizer)[0]
+        return _prune_live(model, settings, records, norms, tokenizer, world)
+    given = {"records": records, "norms": norms, "tokenizer": tokenizer}
+    return prune_folder(settings, **given, world=world)[0]
 
 
-def _prune_live(model, config, records, norms, tokenizer):
+def _prune_live(model, config, records, norms, tokenizer, world):
     """Prune a live model in place; write it where there is an output_dir."""
     start = time.perf_counter()
-    if config.output_dir:
-        check_output_folder(config.output_dir, config.overwrite)
-    device = next(model.parameters()).device
-    backend = describe_backend(config.backend, device)
-    if config.adapter is not None:
-        model = load_adapter(model, config.adapter)
-    counts = {}
-    if norms is None and config.norms is not None:
-        norms = load_norms(config.norms)
-    if norms is not None:
-        counts = counts_of(norms)
-    elif config.score == "wanda":
-        if tokenizer is None:
-            raise UsageError("tokenizer=None: must be the tokenizer of the live model")
-        norms, counts = collect(config, model, load_data(config, records), tokenizer)
+    with world.together():
+        if config.output_dir and any(is_sharded(p) for p in model.parameters()):
+            raise UsageError(
+                f"output_dir={config.output_dir!r}: must be left out where the model is sharded; "
+                "save it as you save its checkpoints"
+            )
+        if config.output_dir and not world.rank:
+            check_output_folder(config.output_dir, config.overwrite)
+        device = next(model.parameters()).device
+        backend = describe_backend(config.backend, device)
+        if config.adapter is not None:
+            model = load_adapter(model, config.adapter)
+        counts = {}
+        if norms is None and config.norms is not None:
+            norms = load_norms(config.norms)
+        if norms is not None:
+            counts = counts_of(norms)
+        elif config.score == "wanda":
+            if tokenizer is None:
+                raise UsageError("tokenizer=None: must be the tokenizer of the live model")
+            records = load_data(config, records)
+    if norms is None and config.score == "wanda":
+        norms, counts = collect(config, model, records, tokenizer, world=world)
     calibrated = time.perf_counter()
     report = prune_model_(
         model,
@@ -119,6 +135,14 @@ def _prune_live(model, config, records, norms, tokenizer):
     )
     if not config.output_dir:
         return report
+    with world.together():
+        if not world.rank:
+            about = {"norms": norms, "counts": counts, "backend": backend}
+            _write_live(model, config, tokenizer, report, about, start, calibrated)
+    return report
+
+
+def _write_live(model, config, tokenizer, report, about, start, calibrated):
     is_adapter = bool(getattr(model, "peft_config", None))
     entries = {"base_fingerprint": fingerprint_model(model)} if is_adapter else {}
     with output_folder(config.output_dir, config.overwrite, **entries) as folder:
@@ -126,8 +150,7 @@ def _prune_live(model, config, records, norms, tokenizer):
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         seconds = {"calibrate": calibrated - start, "prune": time.perf_counter() - calibrated}
-        finish(folder, config, report, norms, counts, backend, seconds)
-    return report
+        finish(folder, config, report, **about, seconds=seconds)
 
 
 def _save_live(model, folder):
