@@ -153,7 +153,8 @@ def _default(match):
 
 def _parsed(config_class, method, given, command):
     parser = _parser(config_class)
-    fields = [field.name for field in dataclasses.fields(config_class)]
+    kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
+    fields = list(kinds)
     try:
         values = getattr(parser, method)(given)
     except AntidoteError:
@@ -161,6 +162,9 @@ def _parsed(config_class, method, given, command):
     except Exception as error:  # the parser's own, YAML's, and what odd values make either raise
         prefix = "--" if method == "parse_args" else f"{command}."
         raise _mistake(str(error), command, fields, prefix) from error
+    for field, kind in kinds.items():  # the parser lets null through for any type
+        if values[field] is None and type(None) not in typing.get_args(kind):
+            raise UsageError(f"{field}=null: must be given, or left out for its default")
     return config_class(**{field: _plain(values[field]) for field in fields})
 
 
