@@ -181,10 +181,16 @@ def _pruning(made, config, cost, matrices, written, channels):
         "masks": weights // 8,
         "working copy": largest.num_bytes,
     }
+    copied = written  # the files, before they are written into
     if getattr(config, "stream", False):
         held["weights to prune"] = _largest_block(matrices)
-        if config.scope == "global":  # found in two passes over them, in a third they are pruned
-            made.plan.bytes_read += 2 * sum(m.num_bytes for m in matrices)
+        targets = sum(m.num_bytes for m in matrices)
+        if config.scope == "global":  # found in two passes over the targets, pruned in a third
+            made.plan.bytes_read += 2 * targets
+        elif cost is not None:  # each block is pruned when it is there for its forward passes
+            copied = 0
+        if cost is None:
+            copied -= targets  # counted already
     if config.score == "random":
         streamed = getattr(config, "stream", False)
         together = matrices if config.scope == "global" and not streamed else [largest]
@@ -192,7 +198,7 @@ def _pruning(made, config, cost, matrices, written, channels):
     made.phase(held)
     made.prunes = weights
     made.plan.pruned = {"layers": len(matrices), "weights": weights}
-    made.plan.bytes_read += written  # the files are copied, then written into
+    made.plan.bytes_read += copied
     made.plan.bytes_written = written
     made.plan.bytes_written += weights // 8 if config.save_masks else 0
     made.plan.bytes_written += channels if config.save_norms else 0
