@@ -184,7 +184,7 @@ def test_a_missing_flag_is_named(capsys):
         ("ratoi: 0.1\n", 2, "ratoi: prune has no such flag; did you mean ratio?"),
         ("ratio: high\n", 2, "--ratio=high: must be a number"),
         ("ratio: [\n", 2, "onfig"),
-        ("seed:\n", 2, "seed=null: must be given, or left out for its default"),
+        ("seed:\nratio: 0.1\n", 2, "seed=null: must be given, or left out for its default"),
         ("{a: &a [x], b: [" + "*a, " * 11 + "]}", 2, "more than 10 aliases"),
         ("[" * 40, 2, "nested deeper than 32"),
         ("x: \x00\n", 2, "not valid YAML"),
