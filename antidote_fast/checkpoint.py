@@ -18,6 +18,7 @@ from antidote_fast.loading import (
     load_tokenizer,
     resolve_folder,
 )
+from antidote_fast.progress import track
 from antidote_fast.targets import ALL_LINEAR, select_keys
 
 __all__ = [
@@ -81,13 +82,14 @@ def read_prunable(checkpoint, norms=None, targets=None, ignore=()):
     return checkpoint.read(keys), transposed
 
 
-def write_pruned(source, destination, tensors):
+def write_pruned(source, destination, tensors, progress=False):
     """Copy a checkpoint with some of its tensors replaced; every other byte stays as it was.
 
     Args:
         source: folder of a model or an adapter, or its :class:`Checkpoint`.
         destination: an existing empty folder, as :func:`output_folder` yields it.
         tensors: {parameter name: tensor} of the shapes and dtypes that are saved.
+        progress: as :func:`antidote_fast.progress.track` takes it.
 
     Raises:
         DataError: a name that the checkpoint lacks, or another shape or dtype; nothing is written.
@@ -108,7 +110,7 @@ def write_pruned(source, destination, tensors):
             )
         by_file.setdefault(entry.file, []).append((entry, tensor))
     check_free_space(destination, sum(f.stat().st_size for f in checkpoint.weight_files))
-    for file in checkpoint.weight_files:
+    for file in track(checkpoint.weight_files, "write", progress):
         target = destination / file.name
         shutil.copyfile(file, target)
         with open(target, "r+b") as handle:

@@ -141,7 +141,7 @@ def check_output_folder(path, overwrite=False):
 
 
 @contextlib.contextmanager
-def output_folder(path, overwrite=False, **manifest_entries):
+def output_folder(path, overwrite=False, *, progress=False, **manifest_entries):
     """Stage a folder beside ``path`` and give it that name only when the block ends well.
 
     Inside the block the staged folder (yielded as a ``Path``) is an ordinary empty folder. At its
@@ -152,6 +152,7 @@ def output_folder(path, overwrite=False, **manifest_entries):
     Args:
         path: the folder to make.
         overwrite: replace ``path``, if this tool wrote it.
+        progress: as :func:`antidote_fast.progress.track` takes it, while files are hashed.
         manifest_entries: further JSON values for ``COMPLETE.json``.
 
     Raises:
@@ -168,13 +169,13 @@ def output_folder(path, overwrite=False, **manifest_entries):
             with os_errors(path):
                 staged.mkdir()
                 yield staged
-            commit(staged, path, manifest_entries)
+            commit(staged, path, manifest_entries, progress=progress)
         finally:
             # After an exchange the staged name holds the old folder.
             shutil.rmtree(staged, ignore_errors=True)
 
 
-def commit(staged, path, manifest_entries, digests=None):
+def commit(staged, path, manifest_entries, digests=None, progress=False):
     """Give a staged folder its name: ``COMPLETE.json`` last, everything flushed, then one rename.
 
     The caller holds the lock of ``path``; what ``staged`` names afterwards (an old folder, where
@@ -185,9 +186,10 @@ def commit(staged, path, manifest_entries, digests=None):
         path: the name to take.
         manifest_entries: further JSON values for ``COMPLETE.json``.
         digests: {file name: SHA-256} of files that were hashed before and are on the disk already.
+        progress: as :func:`antidote_fast.progress.track` takes it.
     """
     with os_errors(path):
-        _write_manifest(staged, manifest_entries, digests or {})
+        _write_manifest(staged, manifest_entries, digests or {}, progress)
         _usual_modes(staged)
         _sync_tree(staged)
         _put_in_place(staged, path)
@@ -271,10 +273,10 @@ def _listing(folder):
     }
 
 
-def _write_manifest(folder, entries, digests):
+def _write_manifest(folder, entries, digests, progress):
     files = {
         name: {"sha256": digests.get(name) or sha256_file(p), "bytes": p.stat().st_size}
-        for name, p in _listing(folder).items()
+        for name, p in track(_listing(folder).items(), "hash", progress)
     }
     manifest = {
         **entries,

@@ -9,6 +9,7 @@ import torch
 
 from antidote_fast.errors import DataError
 from antidote_fast.fingerprint import fingerprint
+from antidote_fast.progress import track
 from antidote_fast.writing import read_tensor
 
 MODEL_FILE = "model.safetensors"
@@ -81,18 +82,24 @@ class Checkpoint:
         longer = [name for name in self.tensors if name.split(".", 1)[-1] == key]
         return longer[0] if len(longer) == 1 else None
 
-    def read(self, keys) -> dict[str, torch.Tensor]:
+    def read(self, keys, progress=False) -> dict[str, torch.Tensor]:
         """Tensors by live parameter name, in memory of their own.
+
+        Args:
+            keys: the names.
+            progress: as :func:`antidote_fast.progress.track` takes it.
 
         Raises:
             DataError: a key is not in the checkpoint, or a file cannot be read.
         """
         tensors = {}
-        for key in keys:
+        for key in track(keys, "read", progress):
             name = self.find(key)
             if name is None:
                 raise DataError(f"{self.folder}: has no tensor {key!r}")
             entry = self.tensors[name]
+            if entry.dtype is None:  # its size is unknown then, and its shape unchecked
+                raise DataError(f"{entry.file}: {name!r} is of a dtype that this torch lacks")
             try:
                 tensors[key] = read_tensor(entry)
             except (OSError, RuntimeError, TypeError, ValueError) as error:

@@ -17,6 +17,7 @@ from antidote_fast.cross_check import CrossCheck
 from antidote_fast.errors import DataError, NothingPruned, UsageError
 from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.masks import PackedMask
+from antidote_fast.progress import track
 from antidote_fast.selection import Selection, num_pruned
 from antidote_fast.sharded import add_up, local_rows, reshard
 from antidote_fast.targets import ALL_LINEAR, coverage, find_targets, natural_key, select_keys
@@ -201,6 +202,7 @@ def prune_state_(
     routed=(),
     together=False,
     cut=None,
+    progress=False,
 ) -> PruneReport:
     """Prune tensors as saved, in place, with no model and no forward.
 
@@ -217,6 +219,7 @@ def prune_state_(
             ones, and then no time of each.
         cut: for global scope, the :class:`antidote_fast.global_cut.GlobalCut` of all weights of
             which these are some.
+        progress: as :func:`antidote_fast.progress.track` takes it.
         selection, score, seed, backend, return_masks, cross_check: as :func:`prune_model_`.
 
     Raises:
@@ -243,7 +246,7 @@ def prune_state_(
         if selection.scope != "global" and (len(calls) > 1 or score == "random"):
             _check_all(layers, selection)
         guard = CrossCheck(selection, backend) if cross_check else None
-        for call in calls:
+        for call in track(calls, "prune", progress):
             if cut is not None:
                 _apply_cut(call, cut, backend)
             else:

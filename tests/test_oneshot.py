@@ -418,7 +418,8 @@ def test_commands_end_to_end(folders, tmp_path, capsys):
     assert cli.main(["prune", *common, *norms, *out, "--ratio", "0.3"]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("removed 496 of 1,280 weights (38.75%) in 12 layers in ")
-    assert captured.err == ""  # no model was loaded
+    steps = [json.loads(line)["step"] for line in captured.err.splitlines()]
+    assert steps == ["read", "prune", "write", "hash"]  # no model was loaded
     assert cli.main(["inspect", str(tmp_path / "norms"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["norms.safetensors"]
     assert found["num_sequences"] == "3"

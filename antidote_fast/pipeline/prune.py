@@ -112,10 +112,12 @@ def prune_folder(config, *, records=None, norms=None, tokenizer=None, progress=F
     with world.together():
         if world.rank:
             return None, {}
-        pruned = _prune_read(config, source, given["norms"], device)
+        pruned = _prune_read(config, source, given["norms"], device, progress)
         entries[MANIFEST_ENTRY] = digest_of(inputs)
-        with output_folder(config.output_dir, config.overwrite, **entries) as folder:
-            contents = _write(config, source, folder, *pruned, **given)
+        with output_folder(
+            config.output_dir, config.overwrite, progress=progress, **entries
+        ) as folder:
+            contents = _write(config, source, folder, *pruned, **given, progress=progress)
         return pruned[0], contents
 
 
@@ -129,7 +131,7 @@ def _prune_streamed(
     if adapter is not None:
         if norms is None and config.score == "wanda":
             norms, counts = stream.collect_norms(config, base, adapter, records, run, **options)
-        pruned = _prune_read(config, adapter, norms, pick_device(config.device))
+        pruned = _prune_read(config, adapter, norms, pick_device(config.device), progress)
         given = {"norms": norms, "counts": counts, "backend": backend, "start": start}
         return pruned[0], _write(config, adapter, run.output, *pruned, **given), None
     keys, roles = [], {}
@@ -151,10 +153,10 @@ def _prune_streamed(
     return report, contents, digests
 
 
-def _prune_read(config, source, norms, device):
+def _prune_read(config, source, norms, device, progress=False):
     """(PruneReport, {name: pruned tensor}, when it began) of a folder's weights in memory."""
     keys, roles = _weights_to_prune(config, source, norms)
-    weights = {key: tensor.to(device) for key, tensor in source.read(keys).items()}
+    weights = {key: tensor.to(device) for key, tensor in source.read(keys, progress).items()}
     calibrated = time.perf_counter()
     report = prune_state_(
         weights,
@@ -167,14 +169,29 @@ def _prune_read(config, source, norms, device):
         backend=config.backend,
         return_masks=config.save_masks,
         cross_check=config.cross_check,
+        progress=progress,
         **roles,
     )
     return report, weights, calibrated
 
 
-def _write(config, source, folder, report, weights, calibrated, *, norms, counts, backend, start):
+def _write(
+    config,
+    source,
+    folder,
+    report,
+    weights,
+    calibrated,
+    *,
+    norms,
+    counts,
+    backend,
+    start,
+    progress=False,
+):
     """Write the pruned folder; returns the contents of report.json."""
-    write_pruned(source, folder, {layer.key: weights[layer.key] for layer in report.layers})
+    pruned = {layer.key: weights[layer.key] for layer in report.layers}
+    write_pruned(source, folder, pruned, progress)
     seconds = {"calibrate": calibrated - start, "prune": time.perf_counter() - calibrated}
     return finish(folder, config, report, norms, counts, backend, seconds)
 
