@@ -146,7 +146,7 @@ def hashes(folder):
 
 def wrong_now(good):
     """What is wrong with the folders that are there: one that loads must hold a whole model."""
-    inputs = {Path(name).absolute() for name in ("base", "adapter")}
+    inputs = {Path(name).absolute() for name in ("base", "adapter", "before")}
     problems = []
     for marker in ("config.json", "adapter_config.json"):
         for found in Path().absolute().rglob(marker):

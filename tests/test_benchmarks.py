@@ -312,3 +312,30 @@ def test_a_gpu_is_timed_by_its_events(benchmarks, monkeypatch):
     assert (about["device"], about["processors"], about["l2_mb"]) == ("A GPU", 132, 50.0)
     properties.L2_cache_size = 0
     assert common.rotation(32 << 20, device) == 8
+
+
+def test_a_streamed_model_is_timed_once_its_masks_are_right(tmp_path, benchmarks, capsys):
+    bench = benchmarks("bench_stream")
+    model = tmp_path / "model"
+    bench.main(["--shape", "tiny", "--model", str(model), "--targets", "qkv", "--sequences", "4"])
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert "shape=tiny" in row
+    assert "matrices=3 of a block, times 2" in row
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_a_made_model_loads_and_its_records_have_the_length_asked_for(tmp_path, benchmarks):
+    from antidote_fast.loading import load_model, load_tokenizer
+    from antidote_fast.pipeline.data import load_records, make_batches
+
+    maker = benchmarks("make_model")
+    folder = tmp_path / "model"
+    maker.main([str(folder), "--shape", "tiny", "--shard_gb", "0.00002", "--sequences", "5"])
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    model = load_model(folder)
+    assert model.dtype == torch.bfloat16
+    assert 0.01 < model.model.layers[0].mlp.up_proj.weight.float().std() < 0.03
+    records = load_records(str(folder / "calibration.jsonl"))
+    batches = make_batches(records, load_tokenizer(folder), batch_size=5)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(5, 128)]
+    assert int(batches[0]["attention_mask"].sum()) == 5 * 128

@@ -249,6 +249,11 @@ def test_max_memory_wants_stream(tmp_path, harmful):
         oneshot("base", dataset=harmful, output_dir=tmp_path / "out", max_memory="4GB")
 
 
+def test_a_live_model_is_not_streamed(harmful):
+    with pytest.raises(UsageError, match="stream=True: must be left out with a live model"):
+        oneshot(tiny.build(), dataset=harmful, tokenizer=tiny.tokenizer(), stream=True)
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_fused_experts_are_refused(kind, tmp_path, harmful):
     base = save(tmp_path, kind)

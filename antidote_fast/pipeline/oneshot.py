@@ -97,6 +97,9 @@ def oneshot(
 
 def _prune_live(model, config, records, norms, tokenizer, world):
     """Prune a live model in place; write it where there is an output_dir."""
+    for name in ("stream", "resume"):
+        if getattr(config, name):
+            raise UsageError(f"{name}=True: must be left out with a live model; give its folder")
     start = time.perf_counter()
     with world.together():
         if config.output_dir and any(is_sharded(p) for p in model.parameters()):
