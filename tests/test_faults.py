@@ -27,6 +27,7 @@ WHERE = {
     "a crash or SIGKILL in the middle of a save": [
         "test_commit.py::test_killed_at_every_point",
         "test_commit.py::test_a_failed_second_rename_puts_the_old_folder_back",
+        "test_kill.py::test_killed_anywhere",
     ],
     "a full disk": [
         "test_faults.py::test_no_room_for_what_a_stage_writes",
@@ -37,6 +38,20 @@ WHERE = {
     "SIGTERM or Ctrl-C": [
         "test_faults.py::test_a_signal_leaves_nothing",
         "test_cli.py::test_a_signal_ends_with_75_and_leaves_nothing",
+        "test_resume.py::test_sigterm_finishes_the_block_and_resume_goes_on",
+        "test_resume.py::test_signal_to_a_process",
+    ],
+    "resume with other data, model or config": [
+        "test_resume.py::test_other_inputs_are_refused",
+        "test_resume.py::test_a_damaged_state",
+    ],
+    "one job of many fails": [
+        "test_fleet.py::test_poisoned_jobs_are_set_aside_and_the_rest_is_done",
+        "test_fleet_signals.py::test_killed_in_the_middle_it_goes_on_and_ends_the_same",
+    ],
+    "one rank of several fails": [
+        "test_distributed.py::test_an_error_is_one_line_from_one_rank",
+        "test_distributed.py::test_no_rank_waits_for_one_that_is_gone",
     ],
     "two jobs, one folder": [
         "test_faults.py::test_the_second_of_two_jobs",

@@ -7,6 +7,7 @@ inputs from new seeds; here the seed stays, and the inputs are few.
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import fuzzing
 import pytest
@@ -24,8 +25,9 @@ from antidote_fast.files import open_checkpoint
 from antidote_fast.loading import check_not_quantized
 from antidote_fast.masks import PackedMask, load_masks, save_masks
 from antidote_fast.pipeline import flags
-from antidote_fast.pipeline.config import ExperimentConfig, PruneConfig
+from antidote_fast.pipeline.config import ExperimentConfig, FleetConfig, PruneConfig
 from antidote_fast.pipeline.data import load_records
+from antidote_fast.pipeline.fleet_manifest import read_manifest_file
 from antidote_fast.pipeline.stage import hash_inputs
 
 CPU_SECONDS = 20
@@ -93,6 +95,26 @@ def test_data_sets(place, kind, name, role, require_output, data):
         for text in (record.instruction, record.input, record.output):
             assert isinstance(text, str)
             text.encode("utf-8")
+
+
+JOBS = [
+    {"adapter": "a"},
+    {"adapter": "b/c", "name": "d", "dataset": "data.jsonl", "ratio": 0.2, "seed": 3},
+    {"adapter": "e", "targets": ["q_proj"], "ignore": [], "scope": "row", "template": "alpaca"},
+]
+
+
+@inputs(0.1)
+@given(data=st.data())
+def test_manifests_of_fleets(place, data):
+    path = place / "manifest.jsonl"
+    path.write_bytes(data.draw(fuzzing.json_lines(fuzzing.Sound(*JOBS))))
+    config = FleetConfig(
+        model_name_or_path="m", manifest=str(path), output_dir="o", dataset="harmful.jsonl"
+    )
+    for job in read(read_manifest_file, config) or ():
+        assert Path(job.config.output_dir).parent == Path("o")
+        assert 0 < job.config.ratio <= 1
 
 
 YAML = [
@@ -215,7 +237,7 @@ def written(tmp_path_factory):
     return folder
 
 
-@inputs(0.28)
+@inputs(0.18)
 @given(data=st.data())
 def test_what_this_tool_wrote(place, written, data):
     """COMPLETE.json, report.json, norms and masks; ``inspect`` and ``verify`` read them all."""
