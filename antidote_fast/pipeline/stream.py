@@ -19,7 +19,8 @@ from antidote_fast.masks import mask_key, masks_file
 from antidote_fast.memory import available_memory, format_bytes, parse_bytes, resident_bytes
 from antidote_fast.pipeline.calibrate import batches_of, counts_of
 from antidote_fast.progress import track
-from antidote_fast.prune import LayerReport, PruneReport, narrowed, prune_state_
+from antidote_fast.prune import narrowed, prune_state_
+from antidote_fast.prune_report import LayerReport, PruneReport
 from antidote_fast.selection import Selection
 from antidote_fast.sink import Background, ModelSink
 from antidote_fast.spill import Room

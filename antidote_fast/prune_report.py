@@ -1,0 +1,102 @@
+"""What a prune did, layer by layer: the values of report.json."""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+
+from antidote_fast.masks import PackedMask
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one weight.
+
+    Args:
+        key: its name as saved.
+        shape: (out_features, in_features).
+        k: weights removed of each row (row scope), or of the whole weight (tensor, global).
+        removed: weights removed of the whole weight.
+        requested: the fraction asked for.
+        achieved: the fraction removed.
+        threshold: the smallest score removed (``largest=False``: the largest), in global scope that
+            of all layers; None where nothing was removed or it is not one number (n_m).
+        zero_norm_channels: input channels that no activation reached; None without norms.
+        zero_weights: weights that were zero before, as all of a LoRA B that was never trained.
+        num_bytes: size of the weight, as large after as before.
+        seconds: for this weight; None where several are pruned in one call (global scope, a GPU).
+    """
+
+    key: str
+    shape: tuple[int, int]
+    k: int
+    removed: int
+    requested: float
+    achieved: float
+    threshold: float | None
+    zero_norm_channels: int | None
+    zero_weights: int
+    num_bytes: int
+    seconds: float | None
+
+
+@dataclass
+class PruneReport:
+    """What was pruned, layer by layer.
+
+    Args:
+        score, scope, ratio, largest, n_m, seed: what was asked for.
+        backend: the backend that ran (with a + between them where devices differ).
+        layers: one :class:`LayerReport` a weight, in natural order.
+        skipped: {key: reason} of weights left alone.
+        seconds: in all, checks included.
+        coverage: share of the model's block weights that were targets (live models only), with the
+            names of fused parameters out of reach.
+        masks: {key: PackedMask} where asked for, (out, in); not part of :meth:`to_dict`.
+    """
+
+    score: str
+    scope: str
+    ratio: float
+    largest: bool
+    n_m: tuple[int, int] | None
+    seed: int
+    backend: str
+    layers: list[LayerReport]
+    skipped: dict[str, str]
+    seconds: float
+    coverage: dict | None = None
+    masks: dict[str, PackedMask] | None = field(default=None, repr=False)
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of all pruned layers."""
+        return sum(math.prod(layer.shape) for layer in self.layers)
+
+    @property
+    def num_pruned(self) -> int:
+        """Elements removed."""
+        return sum(layer.removed for layer in self.layers)
+
+    @property
+    def achieved(self) -> float:
+        """Fraction removed of all pruned layers."""
+        return self.num_pruned / self.num_weights if self.num_weights else 0.0
+
+    @classmethod
+    def from_dict(cls, values) -> "PruneReport":
+        """The report that :meth:`to_dict` described; other entries of ``values`` are left out."""
+        names = [f.name for f in fields(cls) if f.name not in ("layers", "masks")]
+        layers = [LayerReport(**{**x, "shape": tuple(x["shape"])}) for x in values["layers"]]
+        return cls(layers=layers, **{name: values[name] for name in names})
+
+    def to_dict(self) -> dict:
+        """JSON values: totals first, then the layers."""
+        values = {k: v for k, v in vars(self).items() if k not in ("layers", "masks")}
+        return {
+            **values,
+            "num_layers": len(self.layers),
+            "num_weights": self.num_weights,
+            "num_pruned": self.num_pruned,
+            "requested": self.ratio,
+            "achieved": self.achieved,
+            "layers": [dict(vars(layer)) for layer in self.layers],
+        }
