@@ -16,6 +16,8 @@ from antidote_fast.pipeline.config import SECTIONS, ExperimentConfig, PruneConfi
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PRODUCTION = (ROOT / "docs" / "production.md").read_text(encoding="utf-8")
+EVERYWHERE = {"--dry_run", "--json", "--quiet", "--debug"}
 
 
 def blocks(language):
@@ -47,6 +49,42 @@ def test_the_command_line_example_is_well_formed():
     [line] = re.findall(r"^    antidote-fast prune (.*)$", README, re.MULTILINE)
     config, _ = flags.from_words(PruneConfig, shlex.split(line), "prune")
     assert (config.adapter, config.ratio) == ("ADAPTER", 0.1)
+
+
+def commands(text):
+    """(command, its words) of every line of a document that a reader could type."""
+    for line in text.splitlines():
+        match = re.search(
+            r"(?:^|\[\"|\b)(?:antidote-fast|-m antidote_fast) ([a-z]+) ([^#`\"]*)", line
+        )
+        typed = line.startswith((" ", "antidote-fast", "srun", "args:"))
+        if match and typed and "..." not in match[2]:
+            yield match[1], shlex.split(re.sub(r"\$\{\w+\}", "3", match[2]))
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [*commands(README), *commands(PRODUCTION)],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value)[-40:],
+)
+def test_every_line_that_can_be_typed_is_well_formed(command, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [experiment] = blocks("yaml")
+    Path("experiment.yaml").write_text(experiment)
+    if command in PLAIN:
+        assert {word for word in words if word.startswith("--")} <= {"--json"}
+        return
+    words = [word for word in words if word not in EVERYWHERE]
+    config, notices = flags.from_words(STAGES[command].config, words, command)
+    assert isinstance(config, STAGES[command].config)
+    assert not notices
+
+
+def test_the_lines_that_can_be_typed_are_found():
+    found = [command for command, _ in commands(PRODUCTION)]
+    assert {"prune", "calibrate", "evaluate", "run", "verify", "inspect"} <= set(found)
+    assert found.count("fleet") == 4  # of which one is Slurm's and one Kubernetes's
+    assert len(found) >= 16
 
 
 def test_every_command_is_in_the_table():
