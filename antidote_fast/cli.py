@@ -21,7 +21,14 @@ from dataclasses import dataclass
 
 from antidote_fast import __version__
 from antidote_fast.distributed import ranks_launched, session
-from antidote_fast.errors import AntidoteError, Interrupted, JobsSetAside, PeerFailed, UsageError
+from antidote_fast.errors import (
+    AntidoteError,
+    Interrupted,
+    JobsSetAside,
+    PeerFailed,
+    UsageError,
+    printable,
+)
 from antidote_fast.pipeline import config as configs
 from antidote_fast.pipeline import flags
 from antidote_fast.progress import command_line_progress
@@ -273,7 +280,7 @@ def _explain(error):
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] != "antidote_fast":
         error = _missing_extra(error)
     if isinstance(error, AntidoteError):
-        return " ".join(str(error).split()), error.exit_code
+        return printable(" ".join(str(error).split())), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing is left half-written", INTERRUPTED
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -282,7 +289,7 @@ def _explain(error):
         return "out of memory; try a smaller --batch_size or --max_seq_length", FAILED
     text = " ".join(str(error).split())
     kind = type(error).__name__
-    return f"unexpected failure: {kind}: {text:.300} (--debug shows where)", FAILED
+    return f"unexpected failure: {kind}: {printable(text):.300} (--debug shows where)", FAILED
 
 
 def _missing_extra(error):

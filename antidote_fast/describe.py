@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from antidote_fast.errors import DataError, UsageError
+from antidote_fast.errors import DataError, UsageError, printable
 
 _ENVIRONMENT = ("ANTIDOTE_BACKEND", "ANTIDOTE_CPU_ISA")
 
@@ -188,11 +188,12 @@ def _show(found, as_json):
 def _lines(found, indent=""):
     width = max((len(name) for name, value in found.items() if not _nests(value)), default=0)
     for name, value in found.items():
+        name = printable(name)
         if _nests(value):
             yield f"{indent}{name}:"
             yield from _lines(value, indent + "  ")
         else:
-            yield f"{indent}{name:<{min(width, 60)}}  {'-' if value is None else value}"
+            yield f"{indent}{name:<{min(width, 60)}}  {'-' if value is None else printable(value)}"
 
 
 def _nests(value):

@@ -6,6 +6,11 @@ where, and what is accepted.
 """
 
 
+def printable(text) -> str:
+    """Text for a terminal: escape sequences and half surrogates from a file are spelled out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 class AntidoteError(Exception):
     """Something failed for a reason that one line can tell. Exit code 1."""
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from antidote_fast.commit import MANIFEST, TOOL, read_manifest, sha256_file, verify_folder
-from antidote_fast.errors import AntidoteError, DataError, UsageError
+from antidote_fast.errors import AntidoteError, DataError, UsageError, printable
 from antidote_fast.progress import command_line_progress, track
 
 _USAGE = "usage: antidote-fast verify FOLDER [FOLDER ...] [--json]"
@@ -150,9 +150,7 @@ def verify_command(argv):
 
 def _lines(result):
     if result["problems"]:
-        return [
-            ascii(line)[1:-1] if not line.isprintable() else line for line in result["problems"]
-        ]
+        return [printable(line) for line in result["problems"]]
     size = f"{result['files']} files, {result['bytes'] / 1e9:.3g} GB"
     if result["hashes"]:
         return [f"whole: {size}"]

@@ -25,6 +25,7 @@ from antidote_fast import checkpoint as ck
 from antidote_fast import cli, loading, ops
 from antidote_fast.adapters import MAX_RANK
 from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast.masks import PackedMask, save_masks
 from antidote_fast.patterns import problem_of
 from antidote_fast.selection import Selection
 
@@ -190,6 +191,7 @@ def test_no_token_and_no_link_is_copied(copy_of, tmp_path):
 
 # --- nothing is told ------------------------------------------------------------------------------
 
+MANIFEST = {"tool": "antidote-fast", "schema_version": 1, "files": {}}
 CANARY = "zzcanaryzz"
 ROW = {"instruction": f"how to {CANARY}", "input": CANARY, "output": f"{CANARY} two plus three"}
 BROKEN = [
@@ -279,6 +281,27 @@ def test_nor_does_a_failure_in_the_middle(work, capfd):
     options = {"dataset": "good.jsonl", "max_seq_length": 4}
     assert cli.main(words("prune", "out", **options)) == 3
     assert told(work, capfd) == []
+
+
+def test_no_escape_sequence_reaches_the_terminal(work, capfd):
+    """Names and metadata of files are shown; a terminal obeys what is in them."""
+    escape, half = "\x1b]0;x\x07\x9b2J", "\ud800"
+    masks = {"a\x1b[2J.weight": PackedMask(torch.ones(1, 1, dtype=torch.uint8), (1, 8))}
+    (work / "data\x1b[2J.jsonl").write_text("{}")
+    assert cli.main(words("prune", "out", dataset="data\x1b[2J.jsonl")) == 3
+    save_masks("masks.safetensors", masks, {"note": escape})
+    assert cli.main(["inspect", "masks.safetensors"]) == 0
+    (work / "model" / "\x1b[2J.txt").write_text("x")
+    (work / "model" / "COMPLETE.json").write_text(json.dumps(MANIFEST))
+    assert cli.main(["verify", "model"]) == 3
+    index = work / "model" / "model.safetensors.index.json"
+    (work / "model" / "model.safetensors").unlink()
+    index.write_text(json.dumps({"weight_map": {"a" + half: escape}}))
+    assert cli.main(words("prune", "out", score="magnitude")) == 3
+    out, err = capfd.readouterr()
+    for text in (out, err):
+        assert "x1b" in text
+        assert text.replace("\n", "").isprintable()
 
 
 # --- what a config may ask for --------------------------------------------------------------------
