@@ -256,6 +256,8 @@ def _show_plan(name, words):
     config, _ = flags.from_words(STAGES[name].config, words, name)
     from antidote_fast.pipeline.dry_run import plan
 
+    if os.environ.get("RANK", "0") != "0":
+        return  # of torchrun's processes the first tells for all
     found = plan(config)
     print(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
     if found.refusal:
