@@ -75,6 +75,14 @@ def cut(folder):
     tiny.truncate(folder / "model.safetensors")
 
 
+def swapped(folder):
+    """Another file of the same size, malformed."""
+    path = folder / "model.safetensors"
+    text = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}'
+    size = path.stat().st_size
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size - 8 - len(text)))
+
+
 def linked(folder):
     (folder / "model.safetensors").rename(folder / "x")
     (folder / "model.safetensors").symlink_to("x")
@@ -86,6 +94,10 @@ def linked(folder):
         (lambda f: flip(f / "model.safetensors"), ["model.safetensors: contents changed"]),
         (lambda f: flip(f / "masks.safetensors"), ["masks.safetensors: contents changed"]),
         (cut, ["model.safetensors: ", " bytes, not "]),
+        (
+            swapped,
+            ["model.safetensors: contents changed; tensor 'a' does not follow the one before it"],
+        ),
         (lambda f: (f / "config.json").unlink(), ["config.json: missing"]),
         (lambda f: (f / "extra.txt").write_text(""), ["extra.txt: not in COMPLETE.json"]),
         (lambda f: (f / "COMPLETE.json").write_text("{"), ["COMPLETE.json: is damaged"]),
@@ -187,6 +199,14 @@ def test_a_flipped_bit_of_an_input_is_refused_before_compute(
     assert damaged in error
     assert size in error
     assert not os.path.exists("out")
+
+
+@pytest.mark.parametrize("name", ["norms", "norms/norms.safetensors"])
+def test_changed_norms_are_refused(name, copies, folders, no_compute, capsys):
+    flip(copies / "norms" / "norms.safetensors")
+    argv = ["prune", "--model_name_or_path", str(folders / "model"), "--norms", name]
+    assert cli.main([*argv, "--output_dir", "out"]) == 3
+    assert "norms.safetensors: contents changed since it was written" in capsys.readouterr().err
 
 
 def test_every_loader_refuses_it(copies, folders):

@@ -239,6 +239,7 @@ def load_data(config, records):
 def load_norms(path):
     """Norms from a file, or from the folder that calibrate wrote."""
     path = Path(path)
+    check_input(path if path.is_dir() else path.parent)
     return ActivationNorms.load(path / NORMS_FILE if path.is_dir() else path)
 
 
