@@ -1,12 +1,13 @@
 """A kernel that selects or writes wrongly is found out, by name, and its folder is not written."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 
-from antidote_fast import backends, ops
+from antidote_fast import backends, oneshot, ops
 from antidote_fast.backends import reference
 from antidote_fast.cross_check import CrossCheck
 from antidote_fast.errors import AntidoteError
@@ -141,6 +142,19 @@ def test_no_folder_is_written(broken, folders, tmp_path):
     with pytest.raises(AntidoteError, match=f"lora_A.weight: {WRONG}"):
         prune.run(config)
     assert os.listdir(tmp_path) == []
+    prune.run(replace(config, cross_check=False))
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("cross_check", [True, False])
+def test_live_models_are_checked_as_asked(broken, cross_check):
+    broken(swap)
+    model, options = tiny.build(), {"score": "magnitude", "cross_check": cross_check}
+    if cross_check:
+        with pytest.raises(AntidoteError, match=WRONG):
+            oneshot(model, **options)
+    else:
+        assert oneshot(model, **options).num_pruned > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

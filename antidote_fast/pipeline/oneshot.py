@@ -135,6 +135,7 @@ def _prune_live(model, config, records, norms, tokenizer, world):
         seed=config.seed,
         backend=config.backend,
         return_masks=config.save_masks,
+        cross_check=config.cross_check,
     )
     if not config.output_dir:
         return report
