@@ -89,3 +89,28 @@ def beavertails_rows(count, *, prompts=None, safe_every=2):
         }
         for i in range(count)
     ]
+
+
+def one_line(caught):
+    """The message of an exception that pytest caught, which must be one line."""
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def greedy_ref(model, tokenizer, prompt, max_new_tokens, end_ids=(1,)):
+    """One whole forward a token: no cache, no padding, no library."""
+    import torch
+
+    from antidote_fast.pipeline.data import prompt_ids
+
+    ids = prompt_ids(prompt, tokenizer)
+    new = []
+    while len(new) < max_new_tokens:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + new])).logits[0, -1]
+        token = int(logits.argmax())
+        if token in end_ids:
+            break
+        new.append(token)
+    return tokenizer.decode(new, skip_special_tokens=True).strip()
