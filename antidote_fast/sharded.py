@@ -57,6 +57,8 @@ def local_rows(targets, norms, selection, score):
     if not any(is_sharded(weight) for weight in weights.values()):
         return weights, ALONE
     world = shard_world(targets)
+    if world.size == 1:
+        return {k: w.to_local() if is_sharded(w) else w for k, w in weights.items()}, ALONE
     if selection.n_m is None and selection.scope != "row":
         raise UsageError(
             f"scope={selection.scope!r}: must be row where weights are sharded; or prune the saved "

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from antidote_fast import (
     ActivationNorms,
     AntidoteError,
+    DataError,
     Selection,
     UsageError,
     cli,
@@ -23,6 +24,7 @@ from antidote_fast import (
     prune_model_,
 )
 from antidote_fast.commit import sha256_file, verify_folder
+from antidote_fast.errors import PeerFailed
 from antidote_fast.pipeline.config import CalibrateConfig
 
 
@@ -52,6 +54,16 @@ def commands(folder):
     done = ranks.torchrun(ranks.HERE / "ranks.py", "commands", folder)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"commands.{rank}.json").read_text()) for rank in (0, 1)]
+
+
+class Twins(distributed.World):
+    """Two ranks in one process, of which the second does as the first."""
+
+    def gather(self, text):
+        return [text, text]
+
+    def all_reduce(self, sums, op="sum"):
+        return [part.double() * (2 if op == "sum" else 1) for part in sums]
 
 
 def norms_of(folder, name):
@@ -191,6 +203,27 @@ def test_ranks_that_do_not_meet_say_so(gpu, backend, monkeypatch):
     ):
         pytest.fail("a session without a group")
     assert asked == [(backend, distributed.TIMEOUT)]
+
+
+def test_twins_give_the_norms_of_all_samples_twice():
+    world, model, batches = Twins(size=2), tiny.build(), tiny.batches()
+    alone = ActivationNorms.collect(model, batches)
+    twice = alone.merge(alone)
+    assert_close(ActivationNorms.collect(model, batches, world=world), twice)
+    assert_close(distributed.all_reduce_norms(alone, world), twice)
+    mean = ActivationNorms.collect(model, batches, aggregation="mean")
+    assert_close(distributed.all_reduce_norms(mean, world), mean.merge(mean))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_twins_that_fail_hear_of_the_first(rank):
+    world = Twins(rank=rank, size=2)
+    with pytest.raises(PeerFailed if rank else DataError, match="hold 0 tokens") as failure:
+        ActivationNorms.collect(tiny.build(), [], world=world)
+    assert failure.value.exit_code == 3
+    report = prune_model_(tiny.build(), None, Selection(0.3), score="magnitude", return_masks=True)
+    distributed.check_same_masks(report, world)
+    world.check_same("things", "alike")
 
 
 # --- replicas -------------------------------------------------------------------------------------

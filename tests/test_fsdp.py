@@ -4,11 +4,47 @@ import pytest
 import ranks
 import tiny
 import torch
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from antidote_fast import ActivationNorms
+from antidote_fast import ActivationNorms, Selection, distributed, prune_model_
 
 CASES = ["llama", "root alone", "bf16", "mean", "smallest", "n:m", "odd", "lora", "dora"]
 CASES += ["replicas of shards", "replicas"]
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone."""
+    meeting = f"file://{tmp_path / 'meeting'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    try:
+        yield distributed.world()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("scope", ["row", "tensor"])
+def test_a_group_of_one_shards_nothing(scope, one_rank):
+    """DTensors that are whole: norms, scopes and figures are those of plain tensors."""
+    plain, live = tiny.build(), tiny.build()
+    for layer in live.model.layers:
+        fully_shard(layer)
+    fully_shard(live)
+    assert isinstance(live.model.layers[0].mlp.up_proj.weight, DTensor)
+    choice = Selection(0.3, scope=scope)
+    norms = ActivationNorms.collect(live, tiny.batches(), world=one_rank)
+    expected = ActivationNorms.collect(plain, tiny.batches())
+    assert norms.fingerprint == expected.fingerprint != ""
+    assert all(torch.equal(norms.sq_sum[key], value) for key, value in expected.sq_sum.items())
+    report = prune_model_(live, norms, choice, return_masks=True)
+    wanted = prune_model_(plain, norms, choice, return_masks=True)
+    assert (report.num_pruned, report.masks) == (wanted.num_pruned, wanted.masks)
+    state = live.state_dict()
+    assert all(torch.equal(state[k].full_tensor(), v) for k, v in plain.state_dict().items())
+    with distributed.session() as world:
+        assert world == one_rank
 
 
 @pytest.fixture(scope="module")
