@@ -8,7 +8,7 @@ import tiny
 from stages import fleet_words, last_line, stage_words, tree
 
 from antidote_fast import cli
-from antidote_fast.errors import DataError
+from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.pipeline import estimate, flags, fleet
 from antidote_fast.pipeline.config import FleetConfig
 from antidote_fast.pipeline.dry_run import plan
@@ -143,3 +143,14 @@ def test_a_fleet_that_is_refused_ends_a_plan_alike(made, tmp_path):
     with pytest.raises(DataError) as refused:
         fleet.run(config)
     assert str(planned.value) == str(refused.value)
+
+
+def test_a_fleet_whose_base_cannot_fit_ends_a_plan_alike(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "available_memory", lambda: 50_000)
+    words = fleet_words(made, tmp_path, [{"adapter": str(made / "adapter")}])
+    config, _ = flags.from_words(FleetConfig, words[1:], "fleet")
+    planned = plan(config).refusal
+    assert "its weights need 94.8 kB of memory, and 50 kB are available on cpu" in planned
+    with pytest.raises(AntidoteError) as refused:
+        fleet.run(config)
+    assert str(refused.value) == planned

@@ -33,6 +33,7 @@ from antidote_fast.hotswap import AdapterSlot
 from antidote_fast.loading import pick_device, resolve_folder
 from antidote_fast.pipeline import calibrate, fleet_folder, prune
 from antidote_fast.pipeline.data import local_file
+from antidote_fast.pipeline.estimate import check_memory
 from antidote_fast.pipeline.stage import hash_inputs
 from antidote_fast.prune import prune_state_
 from antidote_fast.selection import Selection
@@ -239,6 +240,7 @@ class Worker:
         return "done", contents, calibrated + time.perf_counter() - start
 
     def _load(self):
+        check_memory(self.config, [self.base])
         return load_model(
             self.base.folder,
             dtype=self.config.dtype,
