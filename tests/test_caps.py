@@ -1,4 +1,4 @@
-"""What the files of others may ask for: ranks, counts, patterns, nesting; refused before it costs."""
+"""What a config of others may ask for: ranks, counts, patterns, nesting; refused before it costs."""
 
 import os
 import subprocess

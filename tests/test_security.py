@@ -1,8 +1,7 @@
 """SECURITY.md, promise by promise: nothing is run, nothing leaves, nothing is told.
 
 Pickles and remote code: test_bad_input.py, test_convert.py. What a file may hold: test_caps.py,
-test_fuzz.py.
-Inputs that were changed: test_verify.py. What reaches a native kernel: test_ops.py and below.
+test_fuzz.py. Inputs that were changed: test_verify.py. What reaches a native kernel: test_ops.py.
 """
 
 import json
