@@ -74,7 +74,8 @@ def _named(made, config, base, source):
     return matrices
 
 
-def pruned_later(config, base, adapt):
+def pruned_later(config, base, adapt) -> Plan:
+    """The prune of a run: of what is not there yet, and is as large as the base or its adapter."""
     files.check_output_folder(config.output_dir, config.overwrite)
     made = Builder("prune", config, [base])
     cost, found = _forward(made, replace(config, adapter=None), base, None, adapt)

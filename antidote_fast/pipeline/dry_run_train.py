@@ -10,13 +10,15 @@ from antidote_fast.pipeline.plan import Builder, Plan
 
 
 def plan_train(config) -> Plan:
+    """As :func:`antidote_fast.pipeline.align.run` or ``finetune.run`` would go."""
     from antidote_fast.pipeline import sft
 
     is_align = isinstance(config, configs.AlignConfig)
     return training(config, sft.check_config(config, merged=is_align))
 
 
-def training(config, base, data=None) -> Plan:
+def training(config, base) -> Plan:
+    """A training of the model of a checked checkpoint, whichever the config names."""
     from antidote_fast.pipeline import sft
     from antidote_fast.pipeline.data import encode, load_records, mix
 
@@ -74,6 +76,7 @@ def training(config, base, data=None) -> Plan:
 
 
 def plan_evaluate(config) -> Plan:
+    """As :func:`antidote_fast.pipeline.evaluate.run` would go."""
     from antidote_fast.pipeline import evaluate
 
     files.check_output_folder(config.output_dir, config.overwrite)
@@ -84,6 +87,7 @@ def plan_evaluate(config) -> Plan:
 
 
 def evaluation(config, sets, base, adapter, adapt=None) -> Plan:
+    """An evaluation of checked checkpoints; ``adapt`` puts on an adapter that is not there yet."""
     from antidote_fast.pipeline import evaluate
     from antidote_fast.pipeline.data import build_prompt, load_records, make_batches, prompt_ids
 
@@ -123,7 +127,8 @@ def evaluation(config, sets, base, adapter, adapt=None) -> Plan:
         batches = make_batches(records, tokenizer, batch_size=size, **options)
         shapes = [batch["input_ids"].shape for batch in batches]
         counts = [math.prod(shape) for shape in shapes]
-        made.compute("drift", 2 * cost.forward_flops(sum(counts), 0, sum(counts)))
+        squares = sum(count * length**2 for count, length in shapes)
+        made.compute("drift", 2 * cost.forward_flops(sum(counts), squares, sum(counts)))
         made.hold("reference model", estimate.weight_bytes(base, config.dtype))
         made.shape = max(shapes, key=math.prod)
     if config.harmful_dataset and config.judge != "refusal":

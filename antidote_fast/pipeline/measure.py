@@ -1,4 +1,4 @@
-"""How fast this machine is, from a second of work like that of a stage; nothing is left behind."""
+"""How fast this machine is, from a little work like that of a stage; nothing is left behind."""
 
 import copy
 import hashlib
@@ -41,7 +41,7 @@ class Rates:
 
 
 def measure(cost, *, shape, training, device, dtype, columns, file, folder, selection, backend):
-    """The :class:`Rates` of this machine, in about a second.
+    """The :class:`Rates` of this machine, in a second or a few.
 
     Args:
         cost: the :class:`~antidote_fast.pipeline.estimate.ModelCost` of the stage's model, or None
