@@ -1,4 +1,4 @@
-"""What a config of others may ask for: ranks, counts, patterns, nesting; refused before it costs."""
+"""What a config of others may ask for: ranks, counts, patterns, nesting; refused at once."""
 
 import os
 import subprocess
