@@ -282,9 +282,9 @@ class NormCollector:
             x = args[0] if args else next(iter(kwargs.values()))
             self._pending.append((index, sums_of(x)))
             # Looked at where all have had theirs: that is the last one, or not as before.
-            if self._order is not None and index == self._order[-1] and self.stop_early:
-                if [place for place, _ in self._pending] == self._order:
-                    raise Seen
+            last = self._order is not None and index == self._order[-1] and self.stop_early
+            if last and [place for place, _ in self._pending] == self._order:
+                raise Seen
 
         def sums_of(x):
             if first is not None:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C in work that can stop at a good place: remembered there, not obeyed at once."""
+"""SIGTERM and Ctrl-C in work that can stop at a good place: remembered till there, not obeyed."""
 
 import contextlib
 import signal
