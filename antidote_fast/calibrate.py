@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from antidote_fast import fusion
 from antidote_fast.collector import AGGREGATIONS, NormCollector, Seen
 from antidote_fast.distributed import ALONE
-from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast.errors import AntidoteError, DataError, printable
 from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.progress import track
 from antidote_fast.sharded import reshard, run_in_step, runs_in_step
@@ -281,7 +281,9 @@ class ActivationNorms:
         except DataError:
             raise
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise DataError(f"norms={str(path)!r}: cannot be read: {error!s:.300}") from None
+            raise DataError(
+                f"norms={str(path)!r}: cannot be read: {printable(error):.300}"
+            ) from None
 
     def _check(self):
         if not self.sq_sum:

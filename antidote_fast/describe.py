@@ -161,7 +161,7 @@ def _metadata(path):
         with safe_open(str(path), framework="np") as file:
             return file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read as safetensors: {error!s:.300}") from None
+        raise DataError(f"{path}: cannot be read as safetensors: {printable(error):.300}") from None
 
 
 def _count(shape):

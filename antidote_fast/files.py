@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from antidote_fast.errors import DataError
+from antidote_fast.errors import DataError, printable
 from antidote_fast.fingerprint import fingerprint
 from antidote_fast.progress import track
 from antidote_fast.writing import read_tensor
@@ -103,7 +103,7 @@ class Checkpoint:
             try:
                 tensors[key] = read_tensor(entry)
             except (OSError, RuntimeError, TypeError, ValueError) as error:
-                raise DataError(f"{entry.file}: cannot be read: {error!s:.300}") from None
+                raise DataError(f"{entry.file}: cannot be read: {printable(error):.300}") from None
         return tensors
 
     def fingerprint(self) -> str:
@@ -118,7 +118,7 @@ class Checkpoint:
             )
             return fingerprint(weights, self.config.get("model_type"))
         except (OSError, ValueError) as error:
-            raise DataError(f"{self.folder}: cannot be read: {error!s:.300}") from None
+            raise DataError(f"{self.folder}: cannot be read: {printable(error):.300}") from None
         finally:
             for handle in handles.values():
                 handle.close()
@@ -195,7 +195,7 @@ def read_json(folder, name) -> dict:
         raise
     except (ValueError, RecursionError) as error:
         what = "nested too deep" if isinstance(error, RecursionError) else error
-        raise DataError(f"{path}: is not valid JSON: {what!s:.300}") from None
+        raise DataError(f"{path}: is not valid JSON: {printable(what):.300}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: must hold a JSON object")
     return value

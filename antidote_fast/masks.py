@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from antidote_fast.backends.reference import unpack_bits
-from antidote_fast.errors import DataError
+from antidote_fast.errors import DataError, printable
 from antidote_fast.writing import TensorFile, save_tensors
 
 FORMAT = "antidote_fast.masks"
@@ -157,7 +157,7 @@ def load_masks(path):
     except DataError:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as a mask file: {error!s:.300}") from None
+        raise DataError(f"{path}: cannot be read as a mask file: {printable(error):.300}") from None
     return masks, metadata
 
 
