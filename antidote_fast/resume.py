@@ -80,6 +80,28 @@ class Run:
         commit(self.output, self.path, manifest_entries, digests)
 
 
+def interrupted_state(path, inputs, *, resume=False, overwrite=False) -> dict:
+    """What :func:`run_folder` would go on from: {} where it would begin.
+
+    Raises:
+        DataError: as run_folder, of a run that was interrupted there.
+    """
+    path = Path(os.path.abspath(path))
+    folder = _run_folder(path)
+    if folder.exists() and resume:
+        return _state_of(folder, inputs, path)
+    if folder.exists() and not overwrite:
+        raise DataError(
+            f"output_dir={str(path)!r}: a run was interrupted there; pass resume to go on with "
+            "it, or overwrite to begin again"
+        )
+    return {}
+
+
+def _run_folder(path):
+    return path.parent / f".{path.name}.run"
+
+
 @contextlib.contextmanager
 def run_folder(path, inputs, *, resume=False, overwrite=False):
     """A :class:`Run` for the output ``path``; the block ends with :meth:`Run.commit`.
@@ -99,18 +121,11 @@ def run_folder(path, inputs, *, resume=False, overwrite=False):
             there and neither ``resume`` nor ``overwrite`` is given, or its inputs were others.
     """
     path = Path(os.path.abspath(path))
-    folder = path.parent / f".{path.name}.run"
+    folder = _run_folder(path)
     check_output_folder(path, overwrite)
     with locked(path):
         check_output_folder(path, overwrite)
-        state = {}
-        if folder.exists() and resume:
-            state = _state_of(folder, inputs, path)
-        elif folder.exists() and not overwrite:
-            raise DataError(
-                f"output_dir={str(path)!r}: a run was interrupted there; pass resume to go on with "
-                "it, or overwrite to begin again"
-            )
+        state = interrupted_state(path, inputs, resume=resume, overwrite=overwrite)
         if not state:
             shutil.rmtree(folder, ignore_errors=True)
         run = Run(path, folder, inputs, state)

@@ -10,7 +10,7 @@ from stages import fleet_words, last_line, stage_words, tree
 from antidote_fast import cli
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.pipeline import estimate, flags, fleet
-from antidote_fast.pipeline.config import FleetConfig
+from antidote_fast.pipeline.config import FleetConfig, PruneConfig
 from antidote_fast.pipeline.dry_run import plan
 
 
@@ -154,3 +154,49 @@ def test_a_fleet_whose_base_cannot_fit_ends_a_plan_alike(made, tmp_path, monkeyp
     with pytest.raises(AntidoteError) as refused:
         fleet.run(config)
     assert str(refused.value) == planned
+
+
+def stopped(config):
+    """Leave what a streamed run leaves that was interrupted before its first block ended."""
+    from antidote_fast.errors import Interrupted
+    from antidote_fast.pipeline import calibrate
+    from antidote_fast.pipeline.inputs import run_inputs
+    from antidote_fast.resume import run_folder
+
+    base, adapter = calibrate.open_folders(config)
+    inputs = run_inputs(config, base, adapter, records=calibrate.load_data(config, None))
+
+    def begin():
+        with run_folder(config.output_dir, inputs) as run:
+            run.save({"next": 1})
+            raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        begin()
+
+
+def test_a_run_that_was_interrupted_there_is_planned_with_resume_alone(made, tmp_path, capsys):
+    words = [*stage_words(made, "prune stream"), "--output_dir", str(tmp_path / "out")]
+    config, _ = flags.from_words(PruneConfig, words[1:], "prune")
+    stopped(config)
+    before = tree(tmp_path)
+    for more in (["--dry_run"], []):
+        assert cli.main([*words, *more]) == 3
+        assert "a run was interrupted there; pass resume" in capsys.readouterr().err
+    assert cli.main([*words, "--resume", "--dry_run"]) == 0
+    assert "goes on where a run was interrupted" in capsys.readouterr().out
+    for more in (["--dry_run"], []):
+        assert cli.main([*words, "--resume", "--ratio", "0.2", *more]) == 3
+        assert "other" in last_line(capsys.readouterr().err)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("stage", ["prune stream", "prune adapter", "prune norms", "calibrate"])
+def test_what_is_whole_is_left_with_resume(stage, made, tmp_path, capsys):
+    words = [*stage_words(made, stage), "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*words, "--quiet"]) == 0
+    capsys.readouterr()
+    assert cli.main([*words, "--resume", "--dry_run"]) == 0
+    assert "nothing would be done" in capsys.readouterr().out
+    assert cli.main([*words, "--dry_run"]) == 3
+    assert "exists and is not empty" in capsys.readouterr().err

@@ -12,7 +12,9 @@ from antidote_fast.loading import pick_device
 from antidote_fast.memory import format_bytes
 from antidote_fast.pipeline import config as configs
 from antidote_fast.pipeline import estimate
+from antidote_fast.pipeline.inputs import run_inputs
 from antidote_fast.pipeline.plan import Builder, Plan
+from antidote_fast.resume import interrupted_state, is_finished
 from antidote_fast.targets import ALL_LINEAR, find_targets, select_keys
 
 
@@ -20,6 +22,8 @@ def plan_calibrate(config) -> Plan:
     """As :func:`antidote_fast.pipeline.calibrate.run` would go."""
     base, adapter = _opened(config, None)
     made = Builder("calibrate", config, [base, adapter])
+    if _is_whole(made, config, base, adapter, None):
+        return made.plan
     cost, found = _forward(made, config, base, adapter)
     made.plan.bytes_written = _norm_bytes(found, config)
     made.hold("norms", _norm_bytes(found, config) * 4)  # float64, of a batch and in all
@@ -28,18 +32,28 @@ def plan_calibrate(config) -> Plan:
 
 def plan_prune(config) -> Plan:
     """As :func:`antidote_fast.pipeline.prune.run` would go."""
+    from antidote_fast.pipeline import calibrate
+    from antidote_fast.prune import check_base
+
     base, adapter = _opened(config, config.backend)
     source = adapter or base
     written = _weight_file_bytes(source)
-    if config.norms is None and config.score == "wanda":
-        made = Builder("prune", config, [base, adapter])
+    norms = None
+    if config.norms is not None:
+        norms = calibrate.load_norms(config.norms)
+        check_base(norms, base.fingerprint())
+    runs = norms is None and config.score == "wanda"
+    made = Builder("prune", config, [base, adapter] if runs else [source])
+    if _is_whole(made, config, base, adapter, norms):
+        return made.plan
+    if runs:
         cost, found = _forward(made, config, base, adapter)
         matrices = [_Matrix(t.key, tuple(t.weight.shape), t.weight.nbytes) for t in found]
         channels = _norm_bytes(found, config)
         made.hold("norms", channels * 4)
     else:
-        made, cost = Builder("prune", config, [source]), None
-        matrices = _named(made, config, base, source)
+        cost = None
+        matrices = _named(made, config, source, norms)
         channels = 4 * sum(m.shape[1] for m in matrices)
     return _pruning(made, config, cost, matrices, written, channels)
 
@@ -49,21 +63,34 @@ def _opened(config, backend):
     from antidote_fast.pipeline import calibrate
 
     calibrate.describe_backend(backend, pick_device(config.device))
-    if not (config.resume and read_manifest(config.output_dir)):
+    if not config.resume:
         files.check_output_folder(config.output_dir, config.overwrite)
     return calibrate.open_folders(config)
 
 
-def _named(made, config, base, source):
-    """The weights of a prune that needs no forward pass."""
+def _is_whole(made, config, base, adapter, norms):
+    """Whether ``resume`` leaves it at what is there; else the output folder is checked."""
     from antidote_fast.pipeline import calibrate
-    from antidote_fast.pipeline.prune import _weights_to_prune
-    from antidote_fast.prune import check_base
 
-    norms = None
-    if config.norms is not None:
-        norms = calibrate.load_norms(config.norms)
-        check_base(norms, base.fingerprint())
+    runs = norms is None and getattr(config, "score", "wanda") == "wanda"
+    records = calibrate.load_data(config, None) if runs else None
+    inputs = run_inputs(config, base, adapter, records=records, norms=norms)
+    if config.resume and is_finished(config.output_dir, inputs):
+        made.plan.notes.append("output_dir is whole, from these inputs: nothing would be done")
+        return True
+    files.check_output_folder(config.output_dir, config.overwrite)
+    if config.stream:
+        options = {"resume": config.resume, "overwrite": config.overwrite}
+        if interrupted_state(config.output_dir, inputs, **options):
+            made.plan.notes.append("goes on where a run was interrupted: figures are of all of it")
+    return False
+
+
+def _named(made, config, source, norms):
+    """The weights of a prune that needs no forward pass."""
+    from antidote_fast.pipeline.prune import _weights_to_prune
+
+    if norms is not None:
         made.plan.data = {"sequences": norms.num_sequences, "tokens": norms.num_tokens}
     keys, _ = _weights_to_prune(config, source, norms)
     if norms is not None and (config.targets is not None or config.ignore):
