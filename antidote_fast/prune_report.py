@@ -1,7 +1,7 @@
 """What a prune did, layer by layer: the values of report.json."""
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 from antidote_fast.masks import PackedMask
 

@@ -48,16 +48,32 @@ class TensorStore:
         self._end = 0
         self._fd = None
 
-    def put(self, number, tensors):
-        """Put away a list of tensors (None among them stays None)."""
+    def put(self, number, tensors, memory=None):
+        """Put away a list of tensors (None among them stays None).
+
+        Args:
+            number: under which :meth:`get` gives it back.
+            tensors: the list; copied where ``memory`` is given or they do not stay in memory.
+            memory: what :meth:`take` of another store of the same room gave for a list of these
+                shapes and dtypes; it is filled, so that nothing is allocated anew.
+        """
         tensors = [t if t is None else t.detach().to("cpu").contiguous() for t in tensors]
-        size = sum(t.nbytes for t in tensors if t is not None)
+        size = _num_bytes(tensors)
         self.num_bytes += size
-        if self.room.take(size):
+        if memory is not None:
+            for there, tensor in zip(memory, tensors, strict=True):
+                if there is not None:
+                    there.copy_(tensor)
+            self._held[number] = memory
+        elif self.room.take(size):
             self._held[number] = tensors
-            return
-        self.num_spilled += size
-        self._write(number, tensors)
+        else:
+            self.num_spilled += size
+            self._write(number, tensors)
+
+    def take(self, number):
+        """The memory of one list, forgotten here, its room still taken; None if it is on disk."""
+        return self._held.pop(number, None)
 
     def get(self, number) -> list:
         """The list that was put under ``number``, on the CPU."""
@@ -69,7 +85,7 @@ class TensorStore:
         """Forget what is in memory of one list."""
         held = self._held.pop(number, None)
         if held is not None:
-            self.room.give(sum(t.nbytes for t in held if t is not None))
+            self.room.give(_num_bytes(held))
 
     def close(self, delete=True):
         """Give back the memory, and the file as well unless ``delete`` is False."""
@@ -115,7 +131,7 @@ class TensorStore:
                     p and (p[0], tuple(p[1]), getattr(torch, p[2])) for p in places
                 ]
                 tensors = [p and store._read(*p) for p in store._places[number]]
-                size = sum(t.nbytes for t in tensors if t is not None)
+                size = _num_bytes(tensors)
                 store.num_bytes += size
                 if room.take(size):
                     store._held[number] = tensors
@@ -146,3 +162,7 @@ class TensorStore:
         tensor = torch.empty(shape, dtype=dtype)
         read_into(self._fd, bytes_of(tensor), position, self.path)
         return tensor
+
+
+def _num_bytes(tensors):
+    return sum(t.nbytes for t in tensors if t is not None)

@@ -26,6 +26,9 @@ class BlockCalibration:
         targets, ignore, response_only, aggregation, backend: as :meth:`ActivationNorms.collect`.
         fingerprint: of the base model.
 
+    Attributes:
+        spilled_bytes: the most of hidden states and arguments that lay on disk for want of room.
+
     Raises:
         NothingPruned, UsageError: as :func:`antidote_fast.targets.find_targets`.
         DataError: no token to count; a target outside of the blocks.
@@ -60,6 +63,7 @@ class BlockCalibration:
         if not self._batches:
             counter.norms()  # raises, with the counts
         self._hidden = self._calls = None
+        self.spilled_bytes = 0
         self._specs, self._kept = {}, None
 
     @property
@@ -85,6 +89,7 @@ class BlockCalibration:
             if hidden is None:
                 self._hidden.put(number, [first])
             self._note(number, calls)
+        self.spilled_bytes = self._spilled(self._hidden)
 
     def steps(self, indices, prefetch=True):
         """Run block after block.
@@ -116,9 +121,13 @@ class BlockCalibration:
                 call = self._call(number, index)
                 mine = collector if collect and targets else None
                 hidden = self._forward(index, batch, hidden, call, mine)
-                self._hidden.drop(number)
-                if after is not None:
-                    after.put(number, [hidden])
+                if after is None:
+                    self._hidden.drop(number)
+                else:
+                    # In the same memory: what is freed in pieces does not go back to the system.
+                    after.put(number, [hidden], self._hidden.take(number))
+            if after is not None:
+                self.spilled_bytes = max(self.spilled_bytes, self._spilled(after))
             norms = collector.norms(fingerprint=self._fingerprint) if collect and targets else None
         if self._hidden is not self._kept:
             self._hidden.close()
@@ -173,11 +182,8 @@ class BlockCalibration:
         """Size of the hidden states between two blocks."""
         return 0 if self._hidden is None else self._hidden.num_bytes
 
-    @property
-    def spilled_bytes(self) -> int:
-        """What of hidden states and arguments lies on disk for want of room."""
-        stores = (self._hidden, self._calls)
-        return sum(store.num_spilled for store in stores if store is not None)
+    def _spilled(self, hidden):
+        return hidden.num_spilled + self._calls.num_spilled
 
     def _store(self, index):
         return TensorStore(self.folder / f"hidden-{index:05d}.bin", self.room)

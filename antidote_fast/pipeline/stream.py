@@ -29,6 +29,7 @@ from antidote_fast.targets import natural_key
 from antidote_fast.writing import read_tensor
 
 _BLOCK = re.compile(r"(.*?\.\d+)\.")
+_FIRST_FORWARD = 64 << 20  # of libraries and their buffers; 36 to 50 MB were seen
 _SHARE = 0.8  # of the free memory, where max_memory says nothing
 
 
@@ -403,7 +404,7 @@ def _limit(config, model, batches):
         limit = parse_bytes(config.max_memory, "max_memory")
     block = max(model.num_bytes(i) for i in range(len(model)))
     tokens = max(batch["input_ids"].numel() for batch in batches)
-    values = tokens * _widths(model)
+    values = tokens * _widths(model) + _FIRST_FORWARD
     # A block in use, one on its way to the disk, one read ahead.
     for prefetch in (True, False):
         fixed = max(now + model.outside_bytes, now + (2 + prefetch) * block + values)
