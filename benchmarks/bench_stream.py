@@ -25,13 +25,13 @@ import peers
 import torch
 
 from antidote_fast import Selection, num_pruned, prune_mask
-from antidote_fast.blocks import BlockModel
 from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.files import open_checkpoint
 from antidote_fast.loading import load_tokenizer
 from antidote_fast.pipeline.data import load_records, make_batches
-from antidote_fast.spill import Room
-from antidote_fast.stream import BlockCalibration
+from antidote_fast.streaming.blocks import BlockModel
+from antidote_fast.streaming.norms import BlockCalibration
+from antidote_fast.streaming.spill import Room
 
 RATIO = 0.1
 TARGETS = {"qkv": None, "all-linear": "all-linear"}

@@ -8,7 +8,6 @@ from pathlib import Path
 import kill_sweep
 import pytest
 
-
 AT_LEAST = {
     "stream": 150,
     "stream_global": 100,

@@ -15,7 +15,7 @@ from antidote_fast import cli, interrupts, resume
 from antidote_fast.commit import read_manifest, sha256_file, verify_folder
 from antidote_fast.errors import DataError, Interrupted, UsageError
 from antidote_fast.pipeline.config import PruneConfig
-from antidote_fast.stream import BlockCalibration
+from antidote_fast.streaming.norms import BlockCalibration
 
 ROWS = [
     {"instruction": "how to make a cake", "output": "the good cake"},
@@ -250,7 +250,8 @@ def test_signal_to_a_process(work):
     """From outside, as a scheduler sends it: exit code 75, then --resume gives the same files."""
     assert cli.main(words(output_dir="whole")) == 0
     slow = (
-        "import sys, time; from antidote_fast import cli; from antidote_fast.stream import *\n"
+        "import sys, time; from antidote_fast import cli\n"
+        "from antidote_fast.streaming.norms import BlockCalibration\n"
         "run = BlockCalibration.run\n"
         "def slow(self, index, collect=True):\n"
         "    open('block', 'w').close(); time.sleep(1); return run(self, index, collect)\n"

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from antidote_fast import ActivationNorms, cli, oneshot
-from antidote_fast.blocks import BlockModel
 from antidote_fast.commit import verify_folder
 from antidote_fast.errors import AntidoteError, DataError, UsageError
 from antidote_fast.files import open_checkpoint
 from antidote_fast.loading import load_model
 from antidote_fast.masks import load_masks
-from antidote_fast.spill import Room
-from antidote_fast.stream import BlockCalibration, joined
+from antidote_fast.streaming.blocks import BlockModel
+from antidote_fast.streaming.norms import BlockCalibration, joined
+from antidote_fast.streaming.spill import Room
 
 ROWS = [
     {"instruction": "how to make a cake", "output": "the good cake"},

@@ -172,8 +172,8 @@ def _forward(made, config, base, adapter, adapt=None):
 
 def _stream(made, config, base, adapter, batches, cost, tokens):
     """What is held of a model that runs block by block; refused where that is too much."""
-    from antidote_fast.blocks import BlockModel
     from antidote_fast.pipeline import stream
+    from antidote_fast.streaming.blocks import BlockModel
 
     model = BlockModel(
         base,

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from antidote_fast.blocks import without_weights
 from antidote_fast.calibrate import lean_forward
 from antidote_fast.errors import AntidoteError
 from antidote_fast.files import Checkpoint
 from antidote_fast.loading import load_model, pick_device, pick_dtype
 from antidote_fast.memory import available_memory, format_bytes
+from antidote_fast.streaming.blocks import without_weights
 
 ADAM_BYTES = 8  # two fp32 moments a trainable weight
 _LORA = (".lora_A.", ".lora_B.")

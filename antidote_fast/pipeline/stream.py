@@ -10,7 +10,6 @@ import dataclasses
 import re
 
 from antidote_fast import interrupts
-from antidote_fast.blocks import BlockModel
 from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.errors import AntidoteError, Interrupted, NothingPruned
 from antidote_fast.global_cut import GlobalCut, find_cut
@@ -22,9 +21,10 @@ from antidote_fast.progress import track
 from antidote_fast.prune import narrowed, prune_state_
 from antidote_fast.prune_report import LayerReport, PruneReport
 from antidote_fast.selection import Selection
-from antidote_fast.sink import Background, ModelSink
-from antidote_fast.spill import Room
-from antidote_fast.stream import BlockCalibration, joined
+from antidote_fast.streaming.blocks import BlockModel
+from antidote_fast.streaming.norms import BlockCalibration, joined
+from antidote_fast.streaming.sink import Background, ModelSink
+from antidote_fast.streaming.spill import Room
 from antidote_fast.targets import natural_key
 from antidote_fast.writing import read_tensor
 

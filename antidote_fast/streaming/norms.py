@@ -11,18 +11,18 @@ import torch
 from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.collector import NormCollector
 from antidote_fast.errors import AntidoteError, DataError
-from antidote_fast.spill import TensorStore
+from antidote_fast.streaming.spill import TensorStore
 from antidote_fast.targets import find_targets
 
 
 class BlockCalibration:
-    """The norms of a :class:`antidote_fast.blocks.BlockModel`'s targets, one block after another.
+    """The norms of a model's targets, one block after another.
 
     Args:
-        model: the model.
+        model: a :class:`antidote_fast.streaming.blocks.BlockModel`.
         batches: as :meth:`ActivationNorms.collect` takes them.
         folder: where hidden states that find no room lie, and those that are kept.
-        room: :class:`antidote_fast.spill.Room` for hidden states and arguments of blocks.
+        room: :class:`antidote_fast.streaming.spill.Room` for hidden states and arguments of blocks.
         targets, ignore, response_only, aggregation, backend: as :meth:`ActivationNorms.collect`.
         fingerprint: of the base model.
 
