@@ -339,3 +339,22 @@ def test_a_made_model_loads_and_its_records_have_the_length_asked_for(tmp_path, 
     batches = make_batches(records, load_tokenizer(folder), batch_size=5)
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(5, 128)]
     assert int(batches[0]["attention_mask"].sum()) == 5 * 128
+
+
+def test_a_fleet_is_timed_once_its_outputs_are_those_of_prune(benchmarks, capsys):
+    bench = benchmarks("bench_fleet")
+    words = ["--tiny", "--sizes", "4x40", "--adapters", "3", "--processes", "1"]
+    bench.main([*words, "--part", "2", "--rounds", "1"])
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert "sequences=4  tokens=40" in row
+    assert "adapters=3" in row
+
+
+def test_a_fleet_that_differs_from_prune_is_not_timed(tmp_path, benchmarks):
+    for name in ("fleet", "prune"):
+        (tmp_path / name / "job").mkdir(parents=True)
+        (tmp_path / name / "job" / "adapter_model.safetensors").write_text(name)
+    with pytest.raises(SystemExit, match="job: fleet and prune differ"):
+        benchmarks("bench_fleet").check_same(
+            [types.SimpleNamespace(name="job")], tmp_path / "fleet", tmp_path / "prune"
+        )
