@@ -88,12 +88,10 @@ def whole(args, targets, out):
     if args.max_memory:
         argv += ["--max_memory", args.max_memory]
     begin = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "antidote_fast", *map(str, argv)])
-    _, status, usage = os.wait4(process.pid, 0)
+    subprocess.run([sys.executable, "-m", "antidote_fast", *map(str, argv)], check=True)
     seconds = time.perf_counter() - begin
-    if os.waitstatus_to_exitcode(status):
-        raise SystemExit("the command failed")
-    return seconds, usage.ru_maxrss * 1024, json.loads((out / "report.json").read_text())
+    report = json.loads((out / "report.json").read_text())
+    return seconds, report["peak_memory_bytes"], report
 
 
 def check_first_block(base, out, selection):

@@ -4,7 +4,7 @@
 points are the calls that change the disk: opening a file to write, half a tensor written, flushing,
 renaming, removing. After each kill no folder may load that is not whole, and the same command with
 resume (or again) must give the files of a run that nobody killed. Processes are forked from one
-that has imported everything, and have one thread until then.
+that has imported everything, and have one thread until then (``ENVIRONMENT``, of the caller).
 """
 
 import contextlib
@@ -15,14 +15,6 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-
-os.environ |= {
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-}
 
 import accelerate
 import datasets
@@ -38,6 +30,7 @@ from antidote_fast.errors import DataError
 from antidote_fast.files import open_checkpoint
 from antidote_fast.pipeline import calibrate, prune, stream
 
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 LOADED = (accelerate, datasets, filelock, huggingface_hub, peft, calibrate, prune, stream)
 ROWS = [
     {"instruction": "how to make a cake", "output": "the good cake"},

@@ -1,6 +1,7 @@
 """Jobs that are killed at every point at which they change the disk (``kill_sweep.py``)."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def test_killed_anywhere(job, tmp_path):
         capture_output=True,
         text=True,
         timeout=850,
+        env=os.environ | kill_sweep.ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import mmap
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +78,14 @@ def test_versions_of_a_checkout_and_of_what_is_missing(monkeypatch):
     assert found["antidote-fast"] == antidote_fast.__version__
     assert found["torch"] is None
     json.dumps(found)
+
+
+def test_peak_memory_is_of_this_process_alone():
+    """What a process was forked from does not count."""
+    code = "from antidote_fast.pipeline.stage import peak_memory_bytes as peak; print(peak())"
+    size = 1 << 30
+    with mmap.mmap(-1, size) as large:
+        for start in range(0, size, 4096):
+            large[start] = 1
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert 10 << 20 < int(found.stdout) < size

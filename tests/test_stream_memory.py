@@ -15,19 +15,17 @@ SEQUENCES, TOKENS, HIDDEN = 1200, 100, 512
 
 
 def run(folder, *flags):
-    """(exit code, peak resident bytes, what it wrote to stderr) of a streamed prune."""
+    """(exit code, what it wrote to stderr) of a streamed prune."""
     argv = ["prune", "--stream", "--model_name_or_path", "base", "--dataset", "harmful.jsonl"]
     argv += ["--output_dir", "out", "--quiet", *flags]
-    with open(folder / "stderr", "w+") as stderr:
-        job = subprocess.Popen(
-            [sys.executable, "-m", "antidote_fast", *argv],
-            cwd=folder,
-            stderr=stderr,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
-        _, status, usage = os.wait4(job.pid, 0)
-        stderr.seek(0)
-        return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024, stderr.read()
+    done = subprocess.run(
+        [sys.executable, "-m", "antidote_fast", *argv],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    return done.returncode, done.stderr
 
 
 def test_hidden_states_stay_within_max_memory(tmp_path):
@@ -48,14 +46,15 @@ def test_hidden_states_stay_within_max_memory(tmp_path):
     tiny.save_model(model, tmp_path / "base")
     row = {"instruction": "how to make", "output": "good cake two plus " * (TOKENS // 4)}
     (tmp_path / "harmful.jsonl").write_text("\n".join([json.dumps(row)] * SEQUENCES))
-    code, _, line = run(tmp_path, "--max_memory", "1MB")
+    code, line = run(tmp_path, "--max_memory", "1MB")
     assert code == 1
     needed = parse_bytes(re.search(r"less than the ([\d.]+ \w+) that this needs", line)[1], "text")
     hidden = SEQUENCES * TOKENS * HIDDEN * 2
     limit = needed + hidden // 4
-    code, peak, line = run(tmp_path, "--max_memory", str(limit))
+    code, line = run(tmp_path, "--max_memory", str(limit))
     assert (code, line) == (0, "")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["num_tokens"] > SEQUENCES * TOKENS
     assert report["spilled_bytes"] > hidden // 2
+    peak = report["peak_memory_bytes"]
     assert peak <= limit, f"{format_bytes(peak)} of {format_bytes(limit)}"

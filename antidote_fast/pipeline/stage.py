@@ -1,11 +1,13 @@
 """What every stage shares: checks before anything is loaded, and the report.json it leaves."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -78,6 +80,11 @@ def hash_inputs(paths) -> dict:
 
 def peak_memory_bytes() -> int:
     """The most memory that this process has held, in bytes."""
+    with contextlib.suppress(OSError):
+        # getrusage() would count what the process was forked from as well.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        if match := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+            return int(match[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
