@@ -98,8 +98,8 @@ class Worker:
         """
         pending = iter(jobs)
         ahead, behind = collections.deque(), collections.deque()
-        reader = concurrent.futures.ThreadPoolExecutor(1, "fleet-reader")
-        writer = concurrent.futures.ThreadPoolExecutor(1, "fleet-writer")
+        reader = concurrent.futures.ThreadPoolExecutor(1, "fleet-reader", _on_one_core)
+        writer = concurrent.futures.ThreadPoolExecutor(1, "fleet-writer", _on_one_core)
         try:
             while True:
                 while len(ahead) <= _AHEAD and not stop():
@@ -294,6 +294,16 @@ def _keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def _on_one_core():
+    """Kernels that this thread calls run in it alone: no second team of threads on the same cores.
+
+    ``torch.set_num_threads`` would also change what the forwards take. With two threads each on two
+    idle Xeon cores a fleet at 16 x 32 tokens took 1.94 times the bare forwards.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another OpenMP than torch's usual one
+        ctypes.CDLL(None).omp_set_num_threads(1)
 
 
 @dataclasses.dataclass
