@@ -10,8 +10,6 @@ import contextlib
 import functools
 import inspect
 import json
-import os
-import uuid
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from antidote_fast import fusion
 from antidote_fast.collector import AGGREGATIONS, NormCollector, Seen
+from antidote_fast.commit import new_file
 from antidote_fast.distributed import ALONE
 from antidote_fast.errors import AntidoteError, DataError, printable
 from antidote_fast.fingerprint import fingerprint_model
@@ -202,16 +201,48 @@ class ActivationNorms:
             if value.shape != other.sq_sum[key].shape:
                 raise DataError(f"norms cannot be merged: {key} differs in length")
         sums = [_added(getattr(self, name), getattr(other, name)) for name in _SUMS]
-        return ActivationNorms(
-            sums[0],
-            norm_sum=sums[1],
+        return self._with(
+            *sums,
             num_sequences=self.num_sequences + other.num_sequences,
             num_tokens=self.num_tokens + other.num_tokens,
-            response_only=self.response_only,
-            fingerprint=self.fingerprint,
-            transposed=self.transposed,
-            routed=self.routed,
         )
+
+    def subset(self, keys) -> "ActivationNorms":
+        """The norms of these weights alone.
+
+        Raises:
+            DataError: there are none of one of them.
+        """
+        keys = list(keys)
+        absent = [key for key in keys if key not in self.sq_sum]
+        if absent:
+            raise DataError(f"norms: hold no weight {absent[0]!r}; collect them for these targets")
+        sums = [s and {key: s[key] for key in keys} for s in (self.sq_sum, self.norm_sum)]
+        return self._with(
+            *sums, transposed=self.transposed & set(keys), routed=self.routed & set(keys)
+        )
+
+    @classmethod
+    def joined(cls, parts) -> "ActivationNorms":
+        """The norms of several blocks, collected on the same data, as those of one model."""
+        parts = list(parts)
+        sums = [
+            None
+            if getattr(parts[0], name) is None
+            else {key: value for part in parts for key, value in getattr(part, name).items()}
+            for name in _SUMS
+        ]
+        return parts[0]._with(
+            *sums,
+            transposed=frozenset().union(*(part.transposed for part in parts)),
+            routed=frozenset().union(*(part.routed for part in parts)),
+        )
+
+    def _with(self, sq_sum, norm_sum, **changes):
+        """Other sums, or counts, collected as these were."""
+        names = ("num_sequences", "num_tokens", "response_only", "fingerprint")
+        kept = {name: getattr(self, name) for name in (*names, "transposed", "routed")}
+        return ActivationNorms(sq_sum, norm_sum=norm_sum, **{**kept, **changes})
 
     def save(self, path):
         """Write one safetensors file (4 bytes a channel); it appears whole or not at all."""
@@ -232,14 +263,11 @@ class ActivationNorms:
             "transposed": json.dumps(sorted(self.transposed)),
             "routed": json.dumps(sorted(self.routed)),
         }
-        partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:12]}")
         try:
-            save_tensors(partial, tensors, metadata)
-            os.replace(partial, path)
+            with new_file(path) as partial:
+                save_tensors(partial, tensors, metadata)
         except (OSError, SafetensorError) as error:
             raise AntidoteError(f"{path}: cannot be written: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path) -> "ActivationNorms":

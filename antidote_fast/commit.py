@@ -193,7 +193,7 @@ def commit(staged, path, manifest_entries, digests=None, progress=False):
         _usual_modes(staged)
         _sync_tree(staged)
         _put_in_place(staged, path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -297,7 +297,24 @@ def _usual_modes(folder):
             path.chmod(mode)
 
 
-def _sync(path):
+@contextlib.contextmanager
+def new_file(path):
+    """A name beside ``path`` to write to; at the end it is flushed and takes the name ``path``.
+
+    Where the block raises, ``path`` is as it was and nothing else is left.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:12]}")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Wait until a file or a folder's list of names is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -308,8 +325,8 @@ def _sync(path):
 def _sync_tree(folder):
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
-            _sync(os.path.join(root, name))
-        _sync(root)
+            sync(os.path.join(root, name))
+        sync(root)
 
 
 def _put_in_place(staged, path):

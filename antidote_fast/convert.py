@@ -10,12 +10,11 @@ nothing in the file is called). What the file may hold, W being a 0/1 tensor (ou
 """
 
 import argparse
-import os
 import re
-import uuid
 import zipfile
 from pathlib import Path
 
+from antidote_fast.commit import new_file
 from antidote_fast.errors import AntidoteError, DataError, UsageError
 
 MAX_MASKS = 100_000
@@ -60,16 +59,11 @@ def convert_masks(source, destination, *, ones=None, prefix=PREFIX, overwrite=Fa
             f"{source}: {removed} of {total} values are 1; say with ones (--ones kept or --ones "
             "removed) what a 1 means"
         )
-    partial = destination.with_name(f".{destination.name}.partial-{uuid.uuid4().hex[:12]}")
     try:
-        save_masks(partial, masks, {"converted_from": source.name})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, destination)
+        with new_file(destination) as partial:
+            save_masks(partial, masks, {"converted_from": source.name})
     except Exception as error:  # safetensors has a type of its own for a full disk
         raise AntidoteError(f"{destination}: cannot be written: {error!s:.200}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return {"masks": len(masks), "removed": removed, "weights": total}
 
 

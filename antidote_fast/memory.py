@@ -1,7 +1,9 @@
 """How many bytes there are: sizes as people write them, and the memory this process may take."""
 
+import contextlib
 import os
 import re
+import sys
 from pathlib import Path
 
 from antidote_fast.errors import UsageError
@@ -73,6 +75,19 @@ def resident_bytes(*, proc="/proc") -> int:
         import psutil
 
         return psutil.Process().memory_info().rss
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held, in bytes."""
+    with contextlib.suppress(OSError):
+        # getrusage() would count what the process was forked from as well.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        if match := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+            return int(match[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _cgroup_folders(proc, cgroups):

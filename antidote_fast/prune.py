@@ -219,31 +219,7 @@ def _narrowed(norms, keys, targets, ignore):
     """The norms of ``keys`` alone, where the caller named them; else the norms as they are."""
     if norms is None or (targets is None and not ignore):
         return norms
-    return narrowed(norms, keys)
-
-
-def narrowed(norms, keys):
-    """The norms of these weights alone.
-
-    Raises:
-        DataError: there are none of one of them.
-    """
-    from antidote_fast.calibrate import ActivationNorms
-
-    absent = [key for key in keys if key not in norms.sq_sum]
-    if absent:
-        raise DataError(f"norms: hold no weight {absent[0]!r}; collect them for these targets")
-    pick = [{k: sums[k] for k in keys} if sums else None for sums in (norms.sq_sum, norms.norm_sum)]
-    return ActivationNorms(
-        pick[0],
-        norm_sum=pick[1],
-        num_sequences=norms.num_sequences,
-        num_tokens=norms.num_tokens,
-        response_only=norms.response_only,
-        fingerprint=norms.fingerprint,
-        transposed=norms.transposed & set(keys),
-        routed=norms.routed & set(keys),
-    )
+    return norms.subset(keys)
 
 
 def check_base(norms, actual):

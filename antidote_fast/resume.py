@@ -12,7 +12,15 @@ import os
 import shutil
 from pathlib import Path
 
-from antidote_fast.commit import check_output_folder, commit, locked, os_errors, read_manifest
+from antidote_fast.commit import (
+    check_output_folder,
+    commit,
+    locked,
+    new_file,
+    os_errors,
+    read_manifest,
+    sync,
+)
 from antidote_fast.errors import AntidoteError, DataError, Interrupted
 
 STATE = "run.json"
@@ -61,12 +69,9 @@ class Run:
     def save(self, state):
         """Replace the state; it is on the disk when this returns."""
         contents = {"schema_version": STATE_VERSION, "inputs": self._inputs, "state": state}
-        partial = self.folder / (STATE + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.folder / STATE)
+        with new_file(self.folder / STATE) as partial:
+            partial.write_text(json.dumps(contents), encoding="utf-8")
+        sync(self.folder)
         self.state = state
 
     def commit(self, digests=None, **manifest_entries):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from antidote_fast.commit import sync
+
 _CODES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -143,11 +145,7 @@ class TensorFile:
 
     def sync(self):
         """Wait until what was written is on the disk."""
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync(self.path)
 
 
 def bytes_of(tensor) -> memoryview:

@@ -127,7 +127,7 @@ def test_hidden_states_that_were_on_disk(spill, work, monkeypatch):
     from antidote_fast.pipeline import stream
 
     if spill:
-        monkeypatch.setattr(stream, "_limit", lambda *_: (0, False))
+        monkeypatch.setattr(stream, "room_for_hidden", lambda *_: (0, False))
     assert cli.main(words(output_dir="whole")) == 0
     with monkeypatch.context() as patch:
         interrupt_after(patch, 1)

@@ -15,7 +15,7 @@ from antidote_fast.files import open_checkpoint
 from antidote_fast.loading import load_model
 from antidote_fast.masks import load_masks
 from antidote_fast.streaming.blocks import BlockModel
-from antidote_fast.streaming.norms import BlockCalibration, joined
+from antidote_fast.streaming.norms import BlockCalibration
 from antidote_fast.streaming.spill import Room
 
 ROWS = [
@@ -50,7 +50,7 @@ def streamed_norms(model, batches, folder, room=1 << 30, **options):
     calibration = BlockCalibration(model, batches, folder, Room(room), **options)
     calibration.begin()
     parts = [norms for _, _, norms in calibration.steps(range(len(model))) if norms is not None]
-    return joined(parts), calibration
+    return ActivationNorms.joined(parts), calibration
 
 
 def same_norms(first, second):

@@ -182,7 +182,7 @@ def _stream(made, config, base, adapter, batches, cost, tokens):
         device=made.device,
         trust_remote_code=config.trust_remote_code,
     )
-    room, ahead = stream._limit(config, model, batches)
+    room, ahead = stream.room_for_hidden(config, model, batches)
     block = max(model.num_bytes(i) for i in range(len(model)))
     hidden = tokens * cost.config.hidden_size * cost.dtype.itemsize
     made.hold("embeddings and adapter", model.outside_bytes + 4 * cost.lora)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from antidote_fast import interrupts
 from antidote_fast.errors import Interrupted, JobsSetAside
+from antidote_fast.memory import peak_memory_bytes
 from antidote_fast.pipeline import fleet_folder
 from antidote_fast.pipeline.config import FleetConfig, parse_shard
 from antidote_fast.pipeline.fleet_manifest import read_manifest_file
-from antidote_fast.pipeline.stage import peak_memory_bytes, versions
+from antidote_fast.pipeline.stage import versions
 from antidote_fast.progress import count
 
 

@@ -8,7 +8,7 @@ import re
 import time
 from pathlib import Path
 
-from antidote_fast.commit import check_output_folder, read_manifest
+from antidote_fast.commit import check_output_folder, new_file, read_manifest
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.pipeline.data import local_file
 from antidote_fast.pipeline.fleet_manifest import SHARED
@@ -119,18 +119,12 @@ def write_json(path, value):
     Raises:
         AntidoteError: the disk is full.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with new_file(path) as partial:
+            text = json.dumps(value, indent=2, allow_nan=False)
+            partial.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise AntidoteError(f"{path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def summary_path(out, shard):

@@ -1,18 +1,16 @@
 """What every stage shares: checks before anything is loaded, and the report.json it leaves."""
 
-import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import json
 import os
 import platform
-import re
-import sys
 import time
 from pathlib import Path
 
 from antidote_fast.commit import read_manifest, sha256_file
+from antidote_fast.memory import peak_memory_bytes
 
 REPORT = "report.json"
 SCHEMA_VERSION = 1
@@ -76,19 +74,6 @@ def hash_inputs(paths) -> dict:
                 small = size <= _MAX_HASHED_BYTES
                 hashes[str(file)] = sha256_file(file) if small else f"{size} bytes, not hashed"
     return hashes
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held, in bytes."""
-    with contextlib.suppress(OSError):
-        # getrusage() would count what the process was forked from as well.
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        if match := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
-            return int(match[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def write_report(folder, stage, config, results, inputs=()) -> dict:

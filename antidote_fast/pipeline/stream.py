@@ -18,11 +18,11 @@ from antidote_fast.masks import mask_key, masks_file
 from antidote_fast.memory import available_memory, format_bytes, parse_bytes, resident_bytes
 from antidote_fast.pipeline.calibrate import batches_of, counts_of
 from antidote_fast.progress import track
-from antidote_fast.prune import narrowed, prune_state_
+from antidote_fast.prune import prune_state_
 from antidote_fast.prune_report import LayerReport, PruneReport
 from antidote_fast.selection import Selection
 from antidote_fast.streaming.blocks import BlockModel
-from antidote_fast.streaming.norms import BlockCalibration, joined
+from antidote_fast.streaming.norms import BlockCalibration
 from antidote_fast.streaming.sink import Background, ModelSink
 from antidote_fast.streaming.spill import Room
 from antidote_fast.targets import natural_key
@@ -118,7 +118,7 @@ class _Blocks:
         self._model = BlockModel(
             base, adapter, dtype=config.dtype, device=device, trust_remote_code=trust
         )
-        limit, self._prefetch = _limit(config, self._model, batches)
+        limit, self._prefetch = room_for_hidden(config, self._model, batches)
         self.calibration = BlockCalibration(
             self._model,
             batches,
@@ -151,7 +151,7 @@ class _Blocks:
 
     def norms(self):
         """The norms of all targets."""
-        return joined(self._parts)
+        return ActivationNorms.joined(self._parts)
 
     def run(self, request, background, progress, *, writer=None, stop_early=False):
         """Run what is left; yields (tensors as saved, norms or None) of each block.
@@ -251,7 +251,7 @@ class _Writer:
         if not weights:
             return
         if norms is not None and set(norms.sq_sum) != set(weights):
-            norms = narrowed(norms, list(weights))
+            norms = norms.subset(weights)
         there = {key: tensor.to(self._device) for key, tensor in weights.items()}
         report = prune_state_(
             there,
@@ -392,7 +392,7 @@ class _Writer:
         return (columns, rows) if key in roles.get("transposed", ()) else (rows, columns)
 
 
-def _limit(config, model, batches):
+def room_for_hidden(config, model, batches):
     """(bytes for hidden states and arguments of blocks, whether the next block is read ahead).
 
     Raises:

@@ -8,7 +8,6 @@ import dataclasses
 
 import torch
 
-from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.collector import NormCollector
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.streaming.spill import TensorStore
@@ -225,24 +224,3 @@ class BlockCalibration:
                     "or prune without stream"
                 )
         return by_block
-
-
-def joined(parts) -> ActivationNorms:
-    """The norms of several blocks, collected on the same data, as those of one model."""
-    parts = list(parts)
-    first = parts[0]
-    sums = [{}, None if first.norm_sum is None else {}]
-    for part in parts:
-        sums[0].update(part.sq_sum)
-        if sums[1] is not None:
-            sums[1].update(part.norm_sum)
-    return ActivationNorms(
-        sums[0],
-        norm_sum=sums[1],
-        num_sequences=first.num_sequences,
-        num_tokens=first.num_tokens,
-        response_only=first.response_only,
-        fingerprint=first.fingerprint,
-        transposed=frozenset().union(*(part.transposed for part in parts)),
-        routed=frozenset().union(*(part.routed for part in parts)),
-    )
