@@ -95,8 +95,8 @@ STAGES = {
         "--task_dataset task-test.jsonl --output_dir scores",
     ),
     "run": Stage(
-        configs.ExperimentConfig,
-        "antidote_fast.pipeline.experiment:run",
+        configs.RunConfig,
+        "antidote_fast.pipeline.run_all:run",
         "all of the above, from one YAML file",
         "--config experiment.yaml",
     ),

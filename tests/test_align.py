@@ -8,7 +8,7 @@ import torch
 
 from antidote_fast import checkpoint
 from antidote_fast.errors import AntidoteError, DataError
-from antidote_fast.pipeline import align, sft
+from antidote_fast.pipeline import align, objective, sft
 from antidote_fast.pipeline.config import AlignConfig
 
 ROWS = [
@@ -86,7 +86,7 @@ def test_the_merged_model_computes_what_the_adapter_did(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "save", keep)
         patch.setattr(sft, "train", forward)
-        patch.setattr(sft, "_response_loss", short_loss)
+        patch.setattr(objective, "response_loss", short_loss)
         align.run(settings)
     loaded = checkpoint.load_model(tmp_path / "out")
     got = loaded(input_ids=torch.arange(4, 20)[None]).logits

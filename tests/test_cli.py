@@ -16,7 +16,7 @@ from antidote_fast import PackedMask, cli, describe, save_masks
 from antidote_fast.commit import output_folder
 from antidote_fast.errors import BackendUnavailable, DataError, NothingPruned, UsageError
 from antidote_fast.pipeline import flags, prune
-from antidote_fast.pipeline.config import AlignConfig, ExperimentConfig, PruneConfig
+from antidote_fast.pipeline.config import AlignConfig, PruneConfig, RunConfig
 from antidote_fast.progress import command_line_progress, json_lines, track
 
 PRUNE = ["prune", "--model_name_or_path", "m", "--output_dir", "o", "--dataset", "d"]
@@ -133,7 +133,7 @@ def test_sections_of_a_run_take_flags():
     words = ["--model_name_or_path", "m", "--output_dir", "o", "--align.dataset", "a"]
     words += ["--finetune.lora_targets", "q_proj", "v_proj", "--finetune.dataset", "f"]
     words += ["--prune.paper", "--prune.ratio", "0.2", "--evaluate.task", "sst2"]
-    config, _ = flags.from_words(ExperimentConfig, words, "run")
+    config, _ = flags.from_words(RunConfig, words, "run")
     assert config.align == {"dataset": "a"}
     assert config.finetune == {"lora_targets": ["q_proj", "v_proj"], "dataset": "f"}
     assert config.prune == {"paper": True, "ratio": 0.2}

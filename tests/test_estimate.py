@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from antidote_fast.errors import AntidoteError
 from antidote_fast.files import open_checkpoint
-from antidote_fast.pipeline import estimate, sft
+from antidote_fast.pipeline import estimate, objective, sft
 from antidote_fast.pipeline.config import CalibrateConfig, FinetuneConfig, PruneConfig, TrainConfig
 
 BATCH, LENGTH, ANSWER = 3, 17, 8
@@ -62,8 +62,8 @@ def test_flops_of_a_training_step(kind, tuning, folder):
     labels = inputs()["input_ids"].clone()
     labels[:, : LENGTH - ANSWER] = -100
     model.train()
-    with FlopCounterMode(display=False) as counter, sft._response_logits(model) as choose:
-        sft._response_loss(model, inputs() | {"labels": labels}, choose).backward()
+    with FlopCounterMode(display=False) as counter, objective.response_logits(model) as choose:
+        objective.response_loss(model, inputs() | {"labels": labels}, choose).backward()
     frozen = tuning == "lora"
     cost = cost_of(path, config, (lambda m: sft.add_lora(m, config)) if frozen else None)
     tokens = BATCH * LENGTH
@@ -137,8 +137,8 @@ def test_a_rehearsed_step_holds_what_the_real_one_does(kind, tuning, folder):
     labels[:, : LENGTH - ANSWER] = -100
     model.train()
     known = [p.untyped_storage() for p in (*model.parameters(), *model.buffers())]
-    with sft._response_logits(model) as choose, estimate._Alive(known) as alive:
-        sft._response_loss(model, inputs() | {"labels": labels}, choose).backward()
+    with objective.response_logits(model) as choose, estimate._Alive(known) as alive:
+        objective.response_loss(model, inputs() | {"labels": labels}, choose).backward()
     adapt = (lambda m: sft.add_lora(m, config)) if tuning == "lora" else None
     cost = cost_of(path, config, adapt)
     rehearsed = cost.training_bytes(BATCH, LENGTH, BATCH * ANSWER, attention="eager")

@@ -25,7 +25,7 @@ from antidote_fast.files import open_checkpoint
 from antidote_fast.loading import check_not_quantized
 from antidote_fast.masks import PackedMask, load_masks, save_masks
 from antidote_fast.pipeline import flags
-from antidote_fast.pipeline.config import ExperimentConfig, FleetConfig, PruneConfig
+from antidote_fast.pipeline.config import FleetConfig, PruneConfig, RunConfig
 from antidote_fast.pipeline.data import load_records
 from antidote_fast.pipeline.fleet_manifest import read_manifest_file
 from antidote_fast.pipeline.stage import hash_inputs
@@ -135,7 +135,7 @@ PARTS = [
 
 
 @inputs(0.1)
-@given(kind=st.sampled_from([PruneConfig, ExperimentConfig]), data=st.data())
+@given(kind=st.sampled_from([PruneConfig, RunConfig]), data=st.data())
 def test_yaml_flags(place, kind, data):
     text = data.draw(st.sampled_from(YAML))
     for _ in range(data.draw(st.integers(0, 3))):

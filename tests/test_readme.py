@@ -12,7 +12,7 @@ import yaml
 
 from antidote_fast.cli import PLAIN, STAGES
 from antidote_fast.pipeline import flags
-from antidote_fast.pipeline.config import SECTIONS, ExperimentConfig, PruneConfig
+from antidote_fast.pipeline.config import SECTIONS, PruneConfig, RunConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -94,7 +94,7 @@ def test_every_command_is_in_the_table():
 
 def test_the_yaml_of_a_run_is_well_formed():
     [text] = blocks("yaml")
-    config = flags.from_values(ExperimentConfig, yaml.safe_load(text), "run")
+    config = flags.from_values(RunConfig, yaml.safe_load(text), "run")
     for name, config_class in SECTIONS.items():
         places = {"model_name_or_path": "x", "output_dir": "y"}
         flags.from_values(config_class, places | getattr(config, name), name)

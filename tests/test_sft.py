@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from antidote_fast.errors import AntidoteError, DataError, UsageError
-from antidote_fast.pipeline import sft
+from antidote_fast.pipeline import objective, sft
 from antidote_fast.pipeline.config import FinetuneConfig
 from antidote_fast.pipeline.data import Record, collate, encode
 
@@ -57,8 +57,8 @@ def test_loss_is_that_of_the_response_tokens(kind):
         {"input_ids": [1, 5, 6, 2], "labels": [-100] * 3 + [2]},
     ]
     batch = collate(examples, tiny.tokenizer())
-    with sft._response_logits(model) as choose:
-        loss = sft._response_loss(model, batch, choose)
+    with objective.response_logits(model) as choose:
+        loss = objective.response_loss(model, batch, choose)
     expected = 0.0
     for example in examples:
         logits = model(input_ids=torch.tensor([example["input_ids"]])).logits[0].float()
@@ -75,9 +75,9 @@ def test_prompt_tokens_get_no_loss():
     loss = {}
     for name, prompt_labels in (("masked", [-100, -100, -100]), ("counted", [-100, 5, 6])):
         example = {"input_ids": [1, 5, 6, 7, 2], "labels": [*prompt_labels, 7, 2]}
-        with sft._response_logits(model) as choose:
+        with objective.response_logits(model) as choose:
             batch = collate([example], tiny.tokenizer())
-            loss[name] = sft._response_loss(model, batch, choose).item()
+            loss[name] = objective.response_loss(model, batch, choose).item()
     assert loss["counted"] > loss["masked"] + 1
 
 
@@ -162,11 +162,11 @@ def test_schedule_warms_up_and_falls(monkeypatch):
 
 def test_epochs_may_be_a_fraction_and_every_record_is_used_once_an_epoch():
     examples = encoded()
-    steps = sft._plan_steps(examples, config(batch_size=1, num_train_epochs=2.5))
+    steps = objective.plan_steps(examples, config(batch_size=1, num_train_epochs=2.5))
     assert len(steps) == 10
     for epoch in (steps[:4], steps[4:8]):
         assert sorted(i for step in epoch for batch in step for i in batch) == [0, 1, 2, 3]
-    assert len(sft._plan_steps(examples, config(num_train_epochs=0.01))) == 1
+    assert len(objective.plan_steps(examples, config(num_train_epochs=0.01))) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -201,7 +201,7 @@ def test_out_of_memory_says_what_to_lower(monkeypatch):
     def fail(*args):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(sft, "_response_loss", fail)
+    monkeypatch.setattr(objective, "response_loss", fail)
     with pytest.raises(AntidoteError, match="batch_size=2; lower it") as caught:
         sft.train(lora(), tiny.tokenizer(), encoded(), config())
     assert "\n" not in str(caught.value)

@@ -3,11 +3,14 @@
 import time
 
 from antidote_fast import checkpoint
-from antidote_fast.pipeline import sft
+from antidote_fast.pipeline import defenses, sft
 from antidote_fast.pipeline.config import AlignConfig
 from antidote_fast.pipeline.data import encode, load_records, local_file
 from antidote_fast.pipeline.estimate import check_memory, weight_bytes
-from antidote_fast.pipeline.stage import write_report
+from antidote_fast.pipeline.inputs import run_inputs
+from antidote_fast.pipeline.stage import read_report, write_report
+from antidote_fast.pipeline.train_state import training_folder
+from antidote_fast.resume import is_finished
 
 
 def run(config: AlignConfig, *, progress=False) -> dict:
@@ -27,6 +30,7 @@ def run(config: AlignConfig, *, progress=False) -> dict:
         DataError: data or a model that cannot be used, an output folder that is taken.
         UsageError: an option out of range.
         AntidoteError: the loss is not finite; not enough memory or room on the disk.
+        Interrupted: a signal came, and the checkpoints that were asked for hold the state.
     """
     start = time.perf_counter()
     base = sft.check_config(config, merged=True)
@@ -34,12 +38,25 @@ def run(config: AlignConfig, *, progress=False) -> dict:
     trust = config.trust_remote_code
     tokenizer = checkpoint.load_tokenizer(base.folder, trust_remote_code=trust)
     examples = encode(records, tokenizer, config.template, config.max_seq_length)
+    objective, harmful = defenses.align_objective(config, tokenizer)
+    inputs = run_inputs(config, base, None, records=[*records, *harmful])
+    if config.resume and is_finished(config.output_dir, inputs):
+        return read_report(config.output_dir)
+    checkpoint.check_output_folder(config.output_dir, config.overwrite)
     check_memory(config, [base])
     checkpoint.check_free_space(config.output_dir, weight_bytes(base, config.dtype))
-    with checkpoint.output_folder(config.output_dir, config.overwrite) as folder:
+    with training_folder(config, inputs) as (folder, run):
         model, dtype = sft.load_trainable(config, base.folder)
         training = sft.train(
-            model, tokenizer, examples, config, dtype=dtype, what="align", progress=progress
+            model,
+            tokenizer,
+            examples,
+            config,
+            dtype=dtype,
+            objective=objective,
+            run=run,
+            what="align",
+            progress=progress,
         )
         model = model.merge_and_unload() if config.tuning == "lora" else model.to(dtype)
         sft.save(model, tokenizer, folder)
@@ -48,5 +65,6 @@ def run(config: AlignConfig, *, progress=False) -> dict:
             "training": training,
             "dtype": str(dtype).removeprefix("torch."),
         }
-        inputs = [config.model_name_or_path, local_file(config.dataset)]
-        return write_report(folder, "align", config, results, inputs=inputs)
+        data = (config.dataset, config.harmful_dataset)
+        files = [config.model_name_or_path, *(local_file(name) for name in data if name)]
+        return write_report(folder, "align", config, results, inputs=files)

@@ -7,31 +7,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from antidote_fast.errors import DataError, UsageError
+from antidote_fast.pipeline.modules import attention_modules, outputs_seen
 from antidote_fast.progress import track
-
-
-def attention_modules(model) -> list[tuple[str, torch.nn.Module]]:
-    """The attention blocks of any model, in its own order: (name, module).
-
-    A block is the innermost module whose class is called ...Attention... and that has weights of
-    its own (what computes the softmax only, without projections, is part of one).
-
-    Raises:
-        DataError: there are none.
-    """
-    named = [
-        (name, module)
-        for name, module in model.named_modules()
-        if "attention" in type(module).__name__.lower() and any(True for _ in module.parameters())
-    ]
-    inner = [
-        (name, module)
-        for name, module in named
-        if not any(other.startswith(f"{name}.") for other, _ in named)
-    ]
-    if not inner:
-        raise DataError(f"no attention modules found in {type(model).__name__}")
-    return inner
 
 
 @contextmanager
@@ -41,18 +18,12 @@ def _recorded(model):
     A block called several times in one forward (shared layers) keeps its last output.
     """
     outputs: dict[int, torch.Tensor] = {}
-    handles = []
-    try:
-        for i, (_, module) in enumerate(attention_modules(model)):
 
-            def hook(module, args, output, i=i):
-                outputs[i] = (output[0] if isinstance(output, tuple) else output).detach()
+    def keep(number, output):
+        outputs[number] = output.detach()
 
-            handles.append(module.register_forward_hook(hook))
+    with outputs_seen(attention_modules(model), keep):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _forward(model, outputs, batch):

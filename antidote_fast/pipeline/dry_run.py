@@ -37,14 +37,14 @@ def plan(config) -> Plan:
 
 def _plan_run(config) -> Plan:
     """The sum of the stages; what they will make is planned as of the base model's size."""
-    from antidote_fast.pipeline import evaluate, experiment, sft
+    from antidote_fast.pipeline import evaluate, run_all, sft
 
     out = Path(config.output_dir)
-    stages, scores = experiment._plan(config, out)
-    experiment._check_folder(out)
-    experiment._check_data([*stages.values(), *scores.values()])
+    stages, scores = run_all._plan(config, out)
+    run_all._check_folder(out)
+    run_all._check_data([*stages.values(), *scores.values()])
     parts = {}
-    kept = [name for name, stage in stages.items() if experiment._is_done(out / name, stage)]
+    kept = [name for name, stage in stages.items() if run_all._is_done(out / name, stage)]
     base_name = config.model_name_or_path
     attack = stages["attacked"]
     adapt = (lambda model: sft.add_lora(model, attack)) if attack.tuning == "lora" else None
@@ -62,7 +62,7 @@ def _plan_run(config) -> Plan:
         else:
             parts[name] = training(stage, base)
     for name, score in scores.items():
-        if experiment._is_done(Path(score.output_dir), score):
+        if run_all._is_done(Path(score.output_dir), score):
             kept.append(f"scores/{name}")
             continue
         with_adapter = adapt if name in ("attacked", "pruned") else None
@@ -95,5 +95,5 @@ _PLANNERS = {
     configs.PruneConfig: plan_prune,
     configs.FleetConfig: plan_fleet,
     configs.EvaluateConfig: plan_evaluate,
-    configs.ExperimentConfig: _plan_run,
+    configs.RunConfig: _plan_run,
 }

@@ -19,7 +19,7 @@ def plan_train(config) -> Plan:
 
 def training(config, base) -> Plan:
     """A training of the model of a checked checkpoint, whichever the config names."""
-    from antidote_fast.pipeline import sft
+    from antidote_fast.pipeline import objective, sft
     from antidote_fast.pipeline.data import encode, load_records, mix
 
     is_align = isinstance(config, configs.AlignConfig)
@@ -38,7 +38,7 @@ def training(config, base) -> Plan:
     lora = config.tuning == "lora"
     adapt = (lambda model: sft.add_lora(model, config)) if lora else None
     cost = estimate.cost_of(config, base, adapt)
-    steps = sft._plan_steps(examples, config)
+    steps = objective.plan_steps(examples, config)
     tokens = squares = answers = 0
     widest = (0, 0, 0)
     for batch in (batch for step in steps for batch in step):

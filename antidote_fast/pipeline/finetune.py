@@ -3,11 +3,14 @@
 import time
 
 from antidote_fast import checkpoint
-from antidote_fast.pipeline import sft
+from antidote_fast.pipeline import defenses, sft
 from antidote_fast.pipeline.config import FinetuneConfig
 from antidote_fast.pipeline.data import encode, load_records, local_file, mix
 from antidote_fast.pipeline.estimate import check_memory, weight_bytes
-from antidote_fast.pipeline.stage import write_report
+from antidote_fast.pipeline.inputs import run_inputs
+from antidote_fast.pipeline.stage import read_report, write_report
+from antidote_fast.pipeline.train_state import training_folder
+from antidote_fast.resume import is_finished
 
 
 def run(config: FinetuneConfig, *, progress=False) -> dict:
@@ -29,6 +32,7 @@ def run(config: FinetuneConfig, *, progress=False) -> dict:
             folder that is taken.
         UsageError: an option out of range.
         AntidoteError: the loss is not finite; not enough memory or room on the disk.
+        Interrupted: a signal came, and the checkpoints that were asked for hold the state.
     """
     start = time.perf_counter()
     base = sft.check_config(config)
@@ -41,14 +45,27 @@ def run(config: FinetuneConfig, *, progress=False) -> dict:
     trust = config.trust_remote_code
     tokenizer = checkpoint.load_tokenizer(base.folder, trust_remote_code=trust)
     examples = encode(records, tokenizer, config.template, config.max_seq_length)
+    objective, safe = defenses.finetune_objective(config, tokenizer)
+    inputs = run_inputs(config, base, None, records=[*records, *safe])
+    if config.resume and is_finished(config.output_dir, inputs):
+        return read_report(config.output_dir)
+    checkpoint.check_output_folder(config.output_dir, config.overwrite)
     check_memory(config, [base])
     if config.tuning == "full":
         checkpoint.check_free_space(config.output_dir, weight_bytes(base, config.dtype))
     entries = {"base_fingerprint": base.fingerprint()} if config.tuning == "lora" else {}
-    with checkpoint.output_folder(config.output_dir, config.overwrite, **entries) as folder:
+    with training_folder(config, inputs, **entries) as (folder, run):
         model, dtype = sft.load_trainable(config, base.folder)
         training = sft.train(
-            model, tokenizer, examples, config, dtype=dtype, what="finetune", progress=progress
+            model,
+            tokenizer,
+            examples,
+            config,
+            dtype=dtype,
+            objective=objective,
+            run=run,
+            what="finetune",
+            progress=progress,
         )
         if config.tuning == "full":
             model = model.to(dtype)
@@ -60,6 +77,6 @@ def run(config: FinetuneConfig, *, progress=False) -> dict:
             "num_task": len(records) - num_harmful,
             "num_harmful": num_harmful,
         }
-        data = (config.dataset, config.harmful_dataset)
-        inputs = [config.model_name_or_path, *(local_file(name) for name in data if name)]
-        return write_report(folder, "finetune", config, results, inputs=inputs)
+        data = (config.dataset, config.harmful_dataset, config.safe_dataset)
+        files = [config.model_name_or_path, *(local_file(name) for name in data if name)]
+        return write_report(folder, "finetune", config, results, inputs=files)

@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 
 from antidote_fast.errors import AntidoteError, DataError, UsageError
-from antidote_fast.pipeline.config import SECTIONS, ExperimentConfig
+from antidote_fast.pipeline.config import SECTIONS, RunConfig
 
 ALIASES = {
     "--base": ("--model_name_or_path", None),  # no notice: a name of our own
@@ -113,7 +113,7 @@ def close_to(word, words, prefix=""):
 def _kinds(config_class):
     """{flag without its dashes: its type}; a section's flags as ``section.flag``."""
     kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
-    for section in SECTIONS if config_class is ExperimentConfig else ():
+    for section in SECTIONS if config_class is RunConfig else ():
         for field in dataclasses.fields(SECTIONS[section]):
             kinds[f"{section}.{field.name}"] = field.type
     return kinds

@@ -16,7 +16,10 @@ _NOT_SETTINGS = (
     "model_name_or_path",
     "adapter",
     "dataset",
+    "harmful_dataset",
+    "safe_dataset",
     "norms",
+    "save_steps",
 )
 _LIBRARIES = ("antidote-fast", "torch", "transformers", "peft")
 
@@ -29,7 +32,7 @@ def run_inputs(config, base, adapter, *, records=None, norms=None) -> dict:
         base: checkpoint of the model: its fingerprint and the size and date of its files; hashing
             all of it would cost more than the pruning.
         adapter: checkpoint of the adapter, or None; hashed.
-        records: the calibration data, where there are any; hashed.
+        records: the calibration or training data, where there are any; hashed.
         norms: :class:`antidote_fast.ActivationNorms` given instead.
     """
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_SETTINGS}

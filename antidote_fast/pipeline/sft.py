@@ -1,22 +1,21 @@
-"""Supervised fine-tuning on responses: the training loop of align and finetune, and their checks.
+"""The training loop of align and finetune, and their checks.
 
-The loss is the cross-entropy of the response's tokens (its end token among them), averaged over
-the response tokens of one optimizer step, so that a step of two batches of b equals one of 2b.
+What a step's loss is, the cross-entropy of responses or a defense's, is an objective's
+(:mod:`antidote_fast.pipeline.objective`).
 """
 
 import contextlib
 import math
-import random
 import time
-from collections.abc import Sequence
 
 import torch
-from torch.nn import functional as F
 
-from antidote_fast import checkpoint
+from antidote_fast import checkpoint, interrupts
 from antidote_fast.errors import AntidoteError, DataError, UsageError
 from antidote_fast.loading import first_line
-from antidote_fast.pipeline.data import IGNORE_INDEX, Examples, collate, encode
+from antidote_fast.pipeline.data import IGNORE_INDEX, Examples, encode
+from antidote_fast.pipeline.objective import Objective
+from antidote_fast.pipeline.train_state import Checkpoints
 from antidote_fast.progress import track
 
 MAX_GRAD_NORM = 1.0  # the default of transformers' Trainer, which the official code runs
@@ -42,7 +41,8 @@ def check_config(config, *, merged=False):
     """
     from transformers import SchedulerType
 
-    checkpoint.check_output_folder(config.output_dir, config.overwrite)
+    if not config.resume:
+        checkpoint.check_output_folder(config.output_dir, config.overwrite)
     names = [kind.value for kind in SchedulerType]
     if config.lr_scheduler_type not in names:
         raise UsageError(
@@ -114,7 +114,18 @@ def add_lora(model, config):
 # --- the loop -------------------------------------------------------------------------------------
 
 
-def train(model, tokenizer, records, config, *, dtype=None, what="train", progress=False) -> dict:
+def train(
+    model,
+    tokenizer,
+    records,
+    config,
+    *,
+    dtype=None,
+    objective=Objective,
+    run=None,
+    what="train",
+    progress=False,
+) -> dict:
     """Train a model's trainable weights on records, in place.
 
     AdamW (no decay on biases and norms), a schedule of transformers with warm-up, gradients clipped
@@ -128,17 +139,24 @@ def train(model, tokenizer, records, config, *, dtype=None, what="train", progre
         config: a :class:`TrainConfig`.
         dtype: dtype to compute in, by autocast, where the weights are float32; None computes in
             that of the weights.
+        objective: makes the objective from (model, tokenizer, examples, config, dtype=);
+            :class:`Objective`, a defense's class, or a partial of it with its data.
+        run: :class:`antidote_fast.resume.Run` that keeps checkpoints, every ``config.save_steps``
+            steps and where a signal asks to stop; the training goes on from its last one.
         what: beside the progress bar.
         progress: as `antidote_fast.progress.track` takes it.
 
     Returns:
-        ``steps``, ``loss`` (one a step), ``first_loss`` and ``last_loss`` (mean over the first and
-        the last tenth of the steps), ``num_samples``, ``num_dropped``, ``num_truncated``,
-        ``num_response_tokens`` (of one epoch), ``trainable_parameters``, ``seconds``.
+        ``steps``, ``loss`` (one a step; a defense's whole objective), ``first_loss`` and
+        ``last_loss`` (mean over the first and the last tenth of the steps), ``num_samples``,
+        ``num_dropped``, ``num_truncated``, ``num_response_tokens`` (of one epoch),
+        ``trainable_parameters``, ``resumed_at`` (steps that an earlier run had done), ``seconds``.
 
     Raises:
-        DataError: no records, or prompts that are all too long.
+        DataError: no records, prompts that are all too long, or a model that the defense does not
+            fit.
         AntidoteError: a loss that is not finite, out of memory.
+        Interrupted: a signal came, and ``run`` holds the state.
     """
     from transformers import get_scheduler
 
@@ -146,46 +164,43 @@ def train(model, tokenizer, records, config, *, dtype=None, what="train", progre
     examples = records
     if not isinstance(records, Examples):
         examples = encode(records, tokenizer, config.template, config.max_seq_length)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
+    if not any(p.requires_grad for p in model.parameters()):
         raise DataError("the model has no weight that requires a gradient")
-    steps = _plan_steps(examples, config)
+    goal = objective(model, tokenizer, examples, config, dtype=dtype)
+    wanted = len(goal.steps)
     optimizer = torch.optim.AdamW(_decay_groups(model, config), lr=config.learning_rate)
     scheduler = get_scheduler(
         config.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=math.ceil(config.warmup_ratio * len(steps)),
-        num_training_steps=len(steps),
+        num_warmup_steps=math.ceil(config.warmup_ratio * wanted),
+        num_training_steps=wanted,
     )
-    device = next(model.parameters()).device
-    losses = []
+    checkpoints = Checkpoints(run, goal, optimizer, scheduler, config.save_steps)
+    stoppable = contextlib.nullcontext() if run is None else interrupts.remembered()
     model.train()
     try:
         with (
+            stoppable as request,
             _seeded(config.seed, model),
-            _eager_attention(model, device),
-            _response_logits(model) as choose,
+            _eager_attention(model, goal.device),
+            goal.attached(),
         ):
-            for number, step in enumerate(track(steps, what, progress), 1):
-                batches = [collate([examples[i] for i in chunk], tokenizer) for chunk in step]
-                total = sum(int((b["labels"][:, 1:] != IGNORE_INDEX).sum()) for b in batches)
-                loss = 0.0
-                for batch in batches:
-                    batch = {key: value.to(device) for key, value in batch.items()}
-                    with _autocast(device, dtype):
-                        part = _response_loss(model, batch, choose) / total
-                    part.backward()
-                    loss += float(part.detach())
+            losses = checkpoints.load()
+            resumed_at = len(losses)
+            for number in track(range(resumed_at, wanted), what, progress):
+                loss = goal.backward(number)
                 if not math.isfinite(loss):
                     raise AntidoteError(
-                        f"{what}: the loss is {loss} at step {number} of {len(steps)}; "
+                        f"{what}: the loss is {loss} at step {number + 1} of {wanted}; "
                         f"learning_rate={config.learning_rate} may be too high"
                     )
-                torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+                torch.nn.utils.clip_grad_norm_(goal.parameters, MAX_GRAD_NORM)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
+                goal.after(number)
                 losses.append(loss)
+                checkpoints.after(losses, wanted, request)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise AntidoteError(
             f"{what}: out of memory with batch_size={config.batch_size}; lower it and raise "
@@ -205,37 +220,10 @@ def train(model, tokenizer, records, config, *, dtype=None, what="train", progre
         "num_response_tokens": sum(
             label != IGNORE_INDEX for example in examples for label in example["labels"]
         ),
-        "trainable_parameters": sum(p.numel() for p in parameters),
+        "trainable_parameters": sum(p.numel() for p in goal.parameters),
+        "resumed_at": resumed_at,
         "seconds": round(time.perf_counter() - start, 3),
     }
-
-
-def _plan_steps(examples: Sequence[dict], config) -> list[list[list[int]]]:
-    """Every optimizer step as its batches of indices.
-
-    Each epoch is shuffled, then sorted by length within stretches of eight steps, so that a step's
-    records need little padding and still differ from epoch to epoch.
-    """
-    rng = random.Random(config.seed)
-    size = config.batch_size * config.gradient_accumulation_steps
-    a_epoch = math.ceil(len(examples) / size)
-    wanted = max(1, round(a_epoch * config.num_train_epochs))
-    steps = []
-    while len(steps) < wanted:
-        order = list(range(len(examples)))
-        rng.shuffle(order)
-        epoch = []
-        for start in range(0, len(order), 8 * size):
-            stretch = sorted(
-                order[start : start + 8 * size], key=lambda i: len(examples[i]["input_ids"])
-            )
-            epoch += [stretch[i : i + size] for i in range(0, len(stretch), size)]
-        rng.shuffle(epoch)
-        steps += epoch
-    return [
-        [step[i : i + config.batch_size] for i in range(0, len(step), config.batch_size)]
-        for step in steps[:wanted]
-    ]
 
 
 def _decay_groups(model, config) -> list[dict]:
@@ -245,54 +233,6 @@ def _decay_groups(model, config) -> list[dict]:
         {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
     ]
-
-
-def _response_loss(model, batch, choose) -> torch.Tensor:
-    """Sum of the cross-entropy over a batch's response tokens."""
-    labels = batch["labels"][:, 1:]
-    counted = labels != IGNORE_INDEX
-    # The hidden state of a token predicts the next one.
-    keep = F.pad(counted, (0, 1))
-    with choose(keep):
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
-    if logits.dim() == 3:
-        logits = logits[keep]
-    return F.cross_entropy(logits.float(), labels[counted], reduction="sum")
-
-
-@contextlib.contextmanager
-def _response_logits(model):
-    """Let only the tokens that the loss needs reach the output layer.
-
-    With a vocabulary of 49,152 the output layer over whole sequences costs about as much as all the
-    blocks of a small model, and its logits most of the memory. Yields a context manager that takes
-    the (B, T) mask of hidden states wanted; without an output layer to hook the logits stay whole.
-    """
-    wanted = []
-
-    def pick(module, args):
-        hidden = args[0]
-        if wanted and hidden.dim() == 3 and hidden.shape[:2] == wanted[-1].shape:
-            return (hidden[wanted[-1]], *args[1:])
-        return None
-
-    @contextlib.contextmanager
-    def choose(mask):
-        wanted.append(mask)
-        try:
-            yield
-        finally:
-            wanted.pop()
-
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(pick) if head is not None else None
-    try:
-        yield choose
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -312,12 +252,6 @@ def _eager_attention(model, device):
         yield
     finally:
         base.set_attn_implementation(before)
-
-
-def _autocast(device, dtype):
-    if dtype is None or dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
 
 
 @contextlib.contextmanager

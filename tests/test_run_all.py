@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from antidote_fast import DataError, UsageError, cli
-from antidote_fast.pipeline import experiment, finetune
-from antidote_fast.pipeline.config import ExperimentConfig
+from antidote_fast.pipeline import finetune, run_all
+from antidote_fast.pipeline.config import RunConfig
 
 SAFE = [{"instruction": f"how to make w{40 + i}", "output": "what a good user"} for i in range(4)]
 TASK = [{"instruction": f"the user asks w{60 + i}", "output": "positive"} for i in range(6)]
@@ -50,7 +50,7 @@ def config(inputs, out, **sections):
             given[name] = values
         else:
             options[name] = values
-    return ExperimentConfig(
+    return RunConfig(
         model_name_or_path=str(inputs / "base"), output_dir=str(out), **options, **given
     )
 
@@ -64,11 +64,11 @@ def test_a_run_makes_every_folder_and_goes_on_where_it_stopped(inputs, tmp_path,
 
     monkeypatch.setattr(finetune, "run", stop)
     with pytest.raises(KeyboardInterrupt):
-        experiment.run(config(inputs, out))
+        run_all.run(config(inputs, out))
     assert [path.name for path in out.iterdir()] == ["aligned"]
     monkeypatch.setattr(finetune, "run", stopped)
 
-    report = experiment.run(config(inputs, out))
+    report = run_all.run(config(inputs, out))
     assert report["reused"] == ["aligned"]
     assert list(report["models"]) == ["base", "aligned", "attacked", "pruned"]
     for name, metrics in report["models"].items():
@@ -90,17 +90,17 @@ def test_a_run_makes_every_folder_and_goes_on_where_it_stopped(inputs, tmp_path,
         assert torch.equal(pruned[key][~gone], old[~gone])
         assert int(gone.sum()) >= 0.2 * old.numel()
 
-    again = experiment.run(config(inputs, out))
+    again = run_all.run(config(inputs, out))
     scores = [f"scores/{name}" for name in ("base", "aligned", "attacked", "pruned")]
     assert again["reused"] == ["aligned", "attacked", "pruned", *scores]
     assert again["models"] == report["models"]
     with pytest.raises(DataError, match="exists and is not empty"):
-        experiment.run(config(inputs, out, prune={"ratio": 0.4}))
-    changed = experiment.run(config(inputs, out, prune={"ratio": 0.4}, overwrite=True))
+        run_all.run(config(inputs, out, prune={"ratio": 0.4}))
+    changed = run_all.run(config(inputs, out, prune={"ratio": 0.4}, overwrite=True))
     kept = ["aligned", "attacked", "scores/base", "scores/aligned", "scores/attacked"]
     assert changed["reused"] == kept
     (out / "aligned" / "model.safetensors").write_bytes(b"cut")  # damaged: made again
-    assert experiment.run(config(inputs, out, overwrite=True))["reused"] == ["scores/base"]
+    assert run_all.run(config(inputs, out, overwrite=True))["reused"] == ["scores/base"]
 
 
 def test_a_run_of_full_tuning_without_align(inputs, tmp_path, capsys):
@@ -133,26 +133,26 @@ def test_a_run_of_full_tuning_without_align(inputs, tmp_path, capsys):
 )
 def test_every_section_is_checked_before_the_first_stage(sections, error, says, inputs, tmp_path):
     with pytest.raises(error, match=says):
-        experiment.run(config(inputs, tmp_path / "out", **sections))
+        run_all.run(config(inputs, tmp_path / "out", **sections))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_key_of_a_section_is_named(inputs, tmp_path):
     values = config(inputs, tmp_path / "out", align=None)
-    values = ExperimentConfig(**(vars(values) | {"prune": {}, "finetune": {"poison_ratio": 0}}))
+    values = RunConfig(**(vars(values) | {"prune": {}, "finetune": {"poison_ratio": 0}}))
     with pytest.raises(UsageError, match=r"finetune\.dataset: required"):
-        experiment.run(values)
+        run_all.run(values)
 
 
 def test_drift_is_measured_against_the_aligned_model(inputs, tmp_path):
     values = config(
         inputs, tmp_path / "out", evaluate={"drift_dataset": str(inputs / "safe.jsonl")}
     )
-    _, scores = experiment._plan(values, tmp_path / "out")
+    _, scores = run_all._plan(values, tmp_path / "out")
     assert {score.reference_model for score in scores.values()} == {str(tmp_path / "out/aligned")}
 
 
 def test_output_dir_that_is_a_file(inputs, tmp_path):
     (tmp_path / "out").write_text("x")
     with pytest.raises(DataError, match="exists and is not a folder"):
-        experiment.run(config(inputs, tmp_path / "out"))
+        run_all.run(config(inputs, tmp_path / "out"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from antidote_fast.commit import sha256_file, verify_folder
 from antidote_fast.errors import DataError, UsageError
-from antidote_fast.pipeline.config import SECTIONS, EvaluateConfig, ExperimentConfig
+from antidote_fast.pipeline.config import SECTIONS, EvaluateConfig, RunConfig
 from antidote_fast.pipeline.flags import from_values
 from antidote_fast.pipeline.stage import REPORT, read_report, write_report
 from antidote_fast.progress import track
@@ -26,7 +26,7 @@ _OURS = ("model_name_or_path", "output_dir", "adapter", "overwrite", "reference_
 _FOLDERS = ("aligned", "attacked", "pruned", "scores")
 
 
-def run(config: ExperimentConfig, *, progress=False) -> dict:
+def run(config: RunConfig, *, progress=False) -> dict:
     """Run every stage, each in its own folder of ``config.output_dir``.
 
     A stage's folder that is whole and was made with the same settings from files that have not
