@@ -30,7 +30,7 @@ from antidote_fast.errors import (
     printable,
 )
 from antidote_fast.pipeline import config as configs
-from antidote_fast.pipeline import flags
+from antidote_fast.pipeline import config_run, flags
 from antidote_fast.progress import command_line_progress
 
 PROG = "antidote-fast"
@@ -95,10 +95,16 @@ STAGES = {
         "--task_dataset task-test.jsonl --output_dir scores",
     ),
     "run": Stage(
-        configs.RunConfig,
+        config_run.RunConfig,
         "antidote_fast.pipeline.run_all:run",
         "all of the above, from one YAML file",
         "--config experiment.yaml",
+    ),
+    "experiment": Stage(
+        config_run.ExperimentConfig,
+        "antidote_fast.pipeline.experiment:run",
+        "a grid of them, the four other defenses included: rows, tables, plots",
+        "experiments/smollm2/comparison.yaml",
     ),
     "demo": Stage(
         configs.DemoConfig,

@@ -208,6 +208,8 @@ def summary(report, output_dir) -> str:
     took = f" in {seconds:.1f} s" if seconds is not None else ""
     if report.get("stage") == "run":
         return f"{_table(report['models'])}\n{len(report['models'])} models{took}: {output_dir}"
+    if report.get("stage") == "experiment":
+        return _experiment_lines(report, took, output_dir)
     if report.get("stage") == "fleet":
         return _fleet_line(report, took, output_dir)
     if report.get("stage") == "prune" and "num_pruned" in report:
@@ -229,6 +231,17 @@ def summary(report, output_dir) -> str:
         pairs = ((name.replace("_", " "), value) for name, value in numbers.items())
         what = ", ".join(f"{k} {v:.1f}" for k, v in pairs if isinstance(v, (int, float)))
     return f"{what or report.get('stage', 'done')}{took}: {output_dir}"
+
+
+def _experiment_lines(report, took, output_dir):
+    counts = [f"{report['num_computed']} cells computed{took}"]
+    if report["num_left"]:
+        counts.append(f"{report['num_left']} left, the same command goes on")
+    if report["failed"]:
+        counts.append(f"{len(report['failed'])} failed")
+    text = Path(output_dir) / "tables.md"
+    shown = [text.read_text(encoding="utf-8")] if text.is_file() else []
+    return "\n".join([*shown, *report["failed"], f"{', '.join(counts)}: {output_dir}"])
 
 
 def _fleet_line(report, took, output_dir):

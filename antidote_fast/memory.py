@@ -90,6 +90,23 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reset_peak_memory() -> None:
+    """Let :func:`peak_memory_bytes` begin anew where the system can, and CUDA's peak as well."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_device_memory_bytes() -> int | None:
+    """The most that torch has held on this process's GPU, in bytes; None where it uses none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return torch.cuda.max_memory_allocated()
+
+
 def _cgroup_folders(proc, cgroups):
     """The memory cgroups of this process, from its own up to the root of the mount."""
     try:

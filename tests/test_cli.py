@@ -16,7 +16,8 @@ from antidote_fast import PackedMask, cli, describe, save_masks
 from antidote_fast.commit import output_folder
 from antidote_fast.errors import BackendUnavailable, DataError, NothingPruned, UsageError
 from antidote_fast.pipeline import flags, prune
-from antidote_fast.pipeline.config import AlignConfig, PruneConfig, RunConfig
+from antidote_fast.pipeline.config import AlignConfig, PruneConfig
+from antidote_fast.pipeline.config_run import RunConfig
 from antidote_fast.progress import command_line_progress, json_lines, track
 
 PRUNE = ["prune", "--model_name_or_path", "m", "--output_dir", "o", "--dataset", "d"]

@@ -25,7 +25,8 @@ from antidote_fast.files import open_checkpoint
 from antidote_fast.loading import check_not_quantized
 from antidote_fast.masks import PackedMask, load_masks, save_masks
 from antidote_fast.pipeline import flags
-from antidote_fast.pipeline.config import FleetConfig, PruneConfig, RunConfig
+from antidote_fast.pipeline.config import FleetConfig, PruneConfig
+from antidote_fast.pipeline.config_run import RunConfig
 from antidote_fast.pipeline.data import load_records
 from antidote_fast.pipeline.fleet_manifest import read_manifest_file
 from antidote_fast.pipeline.stage import hash_inputs

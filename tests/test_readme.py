@@ -12,7 +12,8 @@ import yaml
 
 from antidote_fast.cli import PLAIN, STAGES
 from antidote_fast.pipeline import flags
-from antidote_fast.pipeline.config import SECTIONS, PruneConfig, RunConfig
+from antidote_fast.pipeline.config import PruneConfig
+from antidote_fast.pipeline.config_run import SECTIONS, RunConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

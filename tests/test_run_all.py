@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from antidote_fast import DataError, UsageError, cli
 from antidote_fast.pipeline import finetune, run_all
-from antidote_fast.pipeline.config import RunConfig
+from antidote_fast.pipeline.config_run import RunConfig
 
 SAFE = [{"instruction": f"how to make w{40 + i}", "output": "what a good user"} for i in range(4)]
 TASK = [{"instruction": f"the user asks w{60 + i}", "output": "positive"} for i in range(6)]

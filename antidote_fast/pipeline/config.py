@@ -7,7 +7,7 @@ Defaults are the paper's settings (arXiv 2408.09600) where it has one.
 import math
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Literal
 
 from antidote_fast.errors import UsageError
 from antidote_fast.memory import parse_bytes
@@ -30,16 +30,18 @@ DEFENSE_FLAGS = {
 }
 
 
-def _check(condition, name, value, accepted):
+def check(condition, name, value, accepted):
+    """Refuse a value in one line that names the argument and what is accepted."""
     if not condition:
         raise UsageError(f"{name}={value!r}: must be {accepted}")
 
 
-def _check_positive(config, *names):
+def check_positive(config, *names):
+    """Refuse fields that are not above 0; None is passed over."""
     for name in names:
         value = getattr(config, name)
         if value is not None:
-            _check(value > 0, name, value, "greater than 0")
+            check(value > 0, name, value, "greater than 0")
 
 
 def _check_defense(config, data=None):
@@ -50,7 +52,7 @@ def _check_defense(config, data=None):
             if name == "harmful_dataset" and isinstance(config, FinetuneConfig):
                 continue  # there it is the attack's
             value = getattr(config, name, None)
-            _check(value == defaults.get(name), name, value, f"left out without defense {defense}")
+            check(value == defaults.get(name), name, value, f"left out without defense {defense}")
     if data is not None and getattr(config, data) is None:
         raise UsageError(f"{data}=None: must be a file or hub name with defense {config.defense}")
 
@@ -97,8 +99,8 @@ class StageConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self):
-        _check_positive(self, "max_seq_length", "batch_size")
-        _check(self.seed >= 0, "seed", self.seed, "an integer >= 0")
+        check_positive(self, "max_seq_length", "batch_size")
+        check(self.seed >= 0, "seed", self.seed, "an integer >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,7 @@ class TrainConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive(
+        check_positive(
             self,
             "learning_rate",
             "num_train_epochs",
@@ -148,9 +150,9 @@ class TrainConfig(StageConfig):
             "lora_alpha",
             "save_steps",
         )
-        _check(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
-        _check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
-        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        check(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
+        check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +184,9 @@ class AlignConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive(self, "num_train_samples")
+        check_positive(self, "num_train_samples")
         for name in ("vaccine_rho", "repnoise_alpha", "repnoise_beta"):
-            _check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
+            check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
         _check_defense(self, "harmful_dataset" if self.defense == "repnoise" else None)
 
 
@@ -221,7 +223,7 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive(
+        check_positive(
             self,
             "num_train_samples",
             "num_safe_samples",
@@ -229,9 +231,9 @@ class FinetuneConfig(TrainConfig):
             "lisa_finetune_steps",
         )
         for name in ("lisa_rho", "ldifs_lambda"):
-            _check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
+            check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
         _check_defense(self, "safe_dataset" if self.defense == "lisa" else None)
-        _check(0 <= self.poison_ratio <= 1, "poison_ratio", self.poison_ratio, "in [0, 1]")
+        check(0 <= self.poison_ratio <= 1, "poison_ratio", self.poison_ratio, "in [0, 1]")
         if self.poison_ratio > 0 and self.harmful_dataset is None:
             raise UsageError(
                 f"harmful_dataset=None: must be a file or hub name where poison_ratio="
@@ -275,13 +277,13 @@ class CalibrateConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive(self, "num_calibration_samples")
+        check_positive(self, "num_calibration_samples")
         if self.max_memory is not None:
             parse_bytes(self.max_memory, "max_memory")
-            _check(self.stream, "max_memory", self.max_memory, "given with stream")
+            check(self.stream, "max_memory", self.max_memory, "given with stream")
         if self.device_map is not None:
-            _check(self.device == "auto", "device", self.device, "left out with device_map")
-            _check(not self.stream, "stream", self.stream, "left out with device_map")
+            check(self.device == "auto", "device", self.device, "left out with device_map")
+            check(not self.stream, "stream", self.stream, "left out with device_map")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,10 +316,10 @@ class PruneConfig(CalibrateConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
+        check(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
         if self.paper:
             for name, value in (("score", "wanda"), ("scope", "row"), ("aggregation", "rms")):
-                _check(
+                check(
                     getattr(self, name) == value, name, getattr(self, name), f"{value} with paper"
                 )
         if self.score == "wanda" and self.dataset is None and self.norms is None:
@@ -372,9 +374,9 @@ class FleetConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive(self, "num_calibration_samples", "num_workers")
-        _check(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
-        _check(
+        check_positive(self, "num_calibration_samples", "num_workers")
+        check(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
+        check(
             self.num_workers is None or self.engine == "ray",
             "num_workers",
             self.num_workers,
@@ -424,15 +426,15 @@ class EvaluateConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_positive(self, "num_samples", "max_new_tokens")
-        _check(
+        check_positive(self, "num_samples", "max_new_tokens")
+        check(
             (self.reference_model is None) == (self.drift_dataset is None),
             "reference_model",
             self.reference_model,
             "given together with drift_dataset",
         )
         if self.task_dataset:
-            _check(
+            check(
                 (self.task == "alpaca") == (self.win_rate_judge is not None),
                 "win_rate_judge",
                 self.win_rate_judge,
@@ -448,31 +450,6 @@ class EvaluateConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(StageConfig):
-    """Align, fine-tune, prune and evaluate in one go, from one file.
-
-    The folders aligned, attacked, pruned and scores are made in output_dir. A folder that is
-    whole and was made with the same settings from the same files is taken as it is, so an
-    interrupted run goes on where it stopped.
-
-    Args:
-        output_dir: the folder in which the stages write theirs.
-        overwrite: replace a stage's folder that was made with other settings.
-        batch_size: sequences a forward pass of prune and evaluate.
-        align: flags of align (dataset is needed); leave out where the model is aligned already.
-        finetune: flags of finetune (dataset is needed).
-        prune: flags of prune (dataset is needed).
-        evaluate: flags of evaluate (one of its data sets is needed); each model on the way is
-            evaluated.
-    """
-
-    align: dict[str, Any] | None = None
-    finetune: dict[str, Any]
-    prune: dict[str, Any]
-    evaluate: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Align, attack, prune and evaluate SmolLM2-135M-Instruct, on a CPU in minutes.
 
@@ -485,12 +462,3 @@ class DemoConfig:
     output_dir: str = "demo-out"
     overwrite: bool = False
     seed: int = 0
-
-
-SECTIONS = {
-    "align": AlignConfig,
-    "finetune": FinetuneConfig,
-    "prune": PruneConfig,
-    "evaluate": EvaluateConfig,
-}
-"""The sections of an experiment, and the dataclass that each one's flags make."""

@@ -4,11 +4,15 @@ Everything is checked that can be without loading weights, in the stage's own or
 functions, so a mistake ends a plan as it would end the stage. Nothing is left on the disk.
 """
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
 from antidote_fast.errors import UsageError
+from antidote_fast.files import open_checkpoint
+from antidote_fast.loading import resolve_folder
 from antidote_fast.pipeline import config as configs
+from antidote_fast.pipeline import config_run
 from antidote_fast.pipeline.dry_run_prune import (
     plan_calibrate,
     plan_fleet,
@@ -42,9 +46,9 @@ def _plan_run(config) -> Plan:
     out = Path(config.output_dir)
     stages, scores = run_all._plan(config, out)
     run_all._check_folder(out)
-    run_all._check_data([*stages.values(), *scores.values()])
+    run_all.check_data([*stages.values(), *scores.values()])
     parts = {}
-    kept = [name for name, stage in stages.items() if run_all._is_done(out / name, stage)]
+    kept = [name for name, stage in stages.items() if run_all.is_done(out / name, stage)]
     base_name = config.model_name_or_path
     attack = stages["attacked"]
     adapt = (lambda model: sft.add_lora(model, attack)) if attack.tuning == "lora" else None
@@ -62,7 +66,7 @@ def _plan_run(config) -> Plan:
         else:
             parts[name] = training(stage, base)
     for name, score in scores.items():
-        if run_all._is_done(Path(score.output_dir), score):
+        if run_all.is_done(Path(score.output_dir), score):
             kept.append(f"scores/{name}")
             continue
         with_adapter = adapt if name in ("attacked", "pruned") else None
@@ -70,6 +74,52 @@ def _plan_run(config) -> Plan:
         evaluate._check_judges(score)
         parts[f"scores/{name}"] = evaluation(score, sets, base, None, with_adapter)
     return _sum(config, base, parts, kept)
+
+
+def _plan_experiment(config) -> Plan:
+    """The sum of the stages that are not there yet; stages of the same size are planned once."""
+    from antidote_fast.pipeline import evaluate, experiment, grid, run_all, sft
+
+    experiment.check(config)
+    cells = grid.cells_of(config, {})
+    tried = [cell for options in grid.trials_of(config).values() for _, cell in options]
+    stages = {
+        stage.output_dir: (kind, stage, cell)
+        for cell in (*tried, *cells)
+        for kind, stage in cell.stages.items()
+    }
+    parts, kept, sizes, base = {}, [], {}, None
+    for folder, (kind, stage, cell) in stages.items():
+        name = Path(folder).name
+        base_name = cell.base
+        if base is None or str(base.folder) != str(resolve_folder(base_name)):
+            base = open_checkpoint(resolve_folder(base_name))
+        if run_all.is_done(folder, stage):
+            kept.append(name)
+            continue
+        attack = cell.stages["finetune"]
+        lora = attack.tuning == "lora"
+        adapt = functools.partial(sft.add_lora, config=attack) if lora else None
+        size = (kind, base_name, *_size_of(stage))
+        if size not in sizes:
+            stand_in = replace(stage, model_name_or_path=base_name)
+            if kind in ("align", "finetune"):
+                sizes[size] = training(stand_in, base)
+            elif kind == "prune":
+                sizes[size] = pruned_later(stand_in, base, adapt)
+            else:
+                evaluate._check_judges(stand_in)
+                sizes[size] = evaluation(stand_in, evaluate._load_sets(stand_in), base, None, adapt)
+        parts[name] = sizes[size]
+    found = _sum(config, base, parts, kept)
+    found.notes.append(f"{len(cells)} cells, {len(tried)} strengths to try, {len(stages)} stages")
+    return found
+
+
+def _size_of(stage):
+    """What decides how much a stage takes."""
+    left_out = ("seed", "learning_rate", "output_dir", "model_name_or_path", "adapter")
+    return tuple(str(v) for k, v in vars(stage).items() if k not in left_out)
 
 
 def _sum(config, base, parts, kept):
@@ -95,5 +145,6 @@ _PLANNERS = {
     configs.PruneConfig: plan_prune,
     configs.FleetConfig: plan_fleet,
     configs.EvaluateConfig: plan_evaluate,
-    configs.RunConfig: _plan_run,
+    config_run.RunConfig: _plan_run,
+    config_run.ExperimentConfig: _plan_experiment,
 }

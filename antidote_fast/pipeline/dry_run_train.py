@@ -57,7 +57,14 @@ def training(config, base) -> Plan:
     }
     made.shape = widest[:2]
     made.training = {"frozen": lora, "adapt": adapt}
-    made.compute("train", cost.training_flops(tokens, squares, answers, frozen=lora))
+    once = cost.training_flops(tokens, squares, answers, frozen=lora)
+    # Vaccine goes through twice, RepNoise through harmful text as well, LDIFS ahead once more.
+    extra = {
+        "vaccine": once,
+        "repnoise": once,
+        "ldifs": cost.forward_flops(tokens, squares, 0),
+    }
+    made.compute("train", once + extra.get(config.defense, 0))
     attention = "eager" if made.device.type == "cpu" else "sdpa"
     held = cost.training_bytes(*widest, attention=attention)
     trained = cost.lora if lora else cost.num_weights
@@ -67,6 +74,10 @@ def training(config, base) -> Plan:
         held += (4 - cost.dtype.itemsize) * trained + cost.weight_bytes
     made.hold("weights", cost.weight_bytes if lora else 4 * trained)
     made.hold("optimizer", estimate.ADAM_BYTES * trained)
+    if config.defense == "lisa":
+        made.hold("anchors", 2 * 4 * trained)
+    if config.defense == "ldifs" and not lora:
+        made.hold("aligned copy", cost.weight_bytes)
     made.hold("activations and gradients", held)
     whole = is_align or not lora
     plain = cost.weight_bytes - (4 * cost.lora if lora else 0)

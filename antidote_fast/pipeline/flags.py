@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 
 from antidote_fast.errors import AntidoteError, DataError, UsageError
-from antidote_fast.pipeline.config import SECTIONS, RunConfig
+from antidote_fast.pipeline.config_run import SECTIONS, ExperimentConfig, RunConfig
 
 ALIASES = {
     "--base": ("--model_name_or_path", None),  # no notice: a name of our own
@@ -22,6 +22,10 @@ _MAX_YAML_BYTES = 256 << 10
 _MAX_YAML_DEPTH = 32
 _MAX_YAML_ALIASES = 10
 _MAX_MESSAGE = 500
+_MAX_EXTENDS = 4
+# Entries of an experiment that the parser, which reads text as YAML wherever anything may stand,
+# would take a title such as "T1: poison" for a mapping in.
+_STRUCTURED = ("grid", "levels", "tune", "tables")
 
 
 def from_words(config_class, words, command):
@@ -39,12 +43,70 @@ def from_words(config_class, words, command):
         UsageError: an unknown flag, a value of the wrong type or out of range.
         DataError: a config file that cannot be read.
     """
+    if config_class is ExperimentConfig and words and not words[0].startswith("-"):
+        words = [f"--config={words[0]}", *words[1:]]
     words, notices = spelled_out(words, config_class)
+    structured = {}
     for i, word in enumerate(words):
-        flag, _, path = word.partition("=")
+        flag, equals, path = word.partition("=")
         if flag == "--config":
-            _check_yaml(path or next(iter(words[i + 1 :]), ""))
-    return _parsed(config_class, "parse_args", words, command), notices
+            path = path or next(iter(words[i + 1 :]), "")
+            _check_yaml(path)
+            if config_class is ExperimentConfig:
+                # The parser takes the contents as well as a name.
+                values = read_yaml(path)
+                words[i : i + (1 if equals else 2)] = [f"--config={json.dumps(values)}"]
+                structured = {k: values[k] for k in _STRUCTURED if values.get(k)}
+    config = _parsed(config_class, "parse_args", words, command)
+    given = {re.split(r"[.=]", word)[0] for word in words}
+    structured = {k: v for k, v in structured.items() if f"--{k}" not in given}
+    return dataclasses.replace(config, **structured), notices
+
+
+def read_yaml(path, _depth=0) -> dict:
+    """The entries of an experiment's file over those of the files that it extends.
+
+    Mappings are joined entry by entry, anything else is replaced. ``extends`` is seen from the file
+    that names it.
+
+    Raises:
+        DataError: a file that is not there or cannot be read.
+        UsageError: not YAML, not a mapping, or files that extend each other without end.
+    """
+    import yaml
+
+    _check_yaml(path)
+    values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_number_loader())
+    if not isinstance(values, dict):
+        raise UsageError(f"--config: {path}: must be a mapping of flags")
+    before = values.pop("extends", None)
+    if before is None:
+        return values
+    if not isinstance(before, str) or _depth == _MAX_EXTENDS:
+        raise UsageError(f"extends={before!r}: must be a file, {_MAX_EXTENDS} deep at most")
+    return _joined(read_yaml(Path(path).parent / before, _depth + 1), values)
+
+
+def _joined(under, over):
+    joined = dict(under)
+    for name, value in over.items():
+        both = isinstance(value, dict) and isinstance(under.get(name), dict)
+        joined[name] = _joined(under[name], value) if both else value
+    return joined
+
+
+def _number_loader():
+    """A safe loader that reads 1e-4 as a number, as the parser's own does and YAML 1.1 does not."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.yaml_implicit_resolvers = dict(Loader.yaml_implicit_resolvers)
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+    )
+    return Loader
 
 
 def from_values(config_class, values, where):
@@ -113,7 +175,7 @@ def close_to(word, words, prefix=""):
 def _kinds(config_class):
     """{flag without its dashes: its type}; a section's flags as ``section.flag``."""
     kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
-    for section in SECTIONS if config_class is RunConfig else ():
+    for section in SECTIONS if config_class in (RunConfig, ExperimentConfig) else ():
         for field in dataclasses.fields(SECTIONS[section]):
             kinds[f"{section}.{field.name}"] = field.type
     return kinds

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from antidote_fast.commit import sha256_file, verify_folder
 from antidote_fast.errors import DataError, UsageError
-from antidote_fast.pipeline.config import SECTIONS, EvaluateConfig, RunConfig
+from antidote_fast.pipeline.config import EvaluateConfig
+from antidote_fast.pipeline.config_run import SECTIONS, RunConfig
 from antidote_fast.pipeline.flags import from_values
 from antidote_fast.pipeline.stage import REPORT, read_report, write_report
 from antidote_fast.progress import track
@@ -44,12 +45,12 @@ def run(config: RunConfig, *, progress=False) -> dict:
     out = Path(config.output_dir)
     stages, scores = _plan(config, out)
     _check_folder(out)
-    _check_data([*stages.values(), *scores.values()])
+    check_data([*stages.values(), *scores.values()])
     seconds, reused = {}, []
     runs = {"aligned": align.run, "attacked": finetune.run, "pruned": prune.run}
     for name, stage in stages.items():
         start = time.monotonic()
-        if _is_done(out / name, stage):
+        if is_done(out / name, stage):
             reused.append(name)
         else:
             runs[name](stage, progress=progress)
@@ -58,7 +59,7 @@ def run(config: RunConfig, *, progress=False) -> dict:
     for name in track(list(scores), "evaluate", progress):
         start = time.monotonic()
         folder = Path(scores[name].output_dir)
-        if _is_done(folder, scores[name]):
+        if is_done(folder, scores[name]):
             reused.append(f"scores/{name}")
             report = read_report(folder)
         else:
@@ -131,7 +132,7 @@ def _check_folder(out):
             )
 
 
-def _check_data(stages):
+def check_data(stages):
     """Read every data set once before hours are spent on the first stage."""
     from antidote_fast.pipeline.data import load_records
 
@@ -151,7 +152,7 @@ def _check_data(stages):
         load_records(name, split=split)
 
 
-def _is_done(folder, stage) -> bool:
+def is_done(folder, stage) -> bool:
     """Whether ``folder`` is whole and came from these settings and these input files."""
     report = read_report(folder)
     if report is None or _settings(dataclasses.asdict(stage)) != _settings(report.get("config")):

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from antidote_fast.commit import read_manifest, sha256_file
-from antidote_fast.memory import peak_memory_bytes
+from antidote_fast.memory import peak_device_memory_bytes, peak_memory_bytes
 
 REPORT = "report.json"
 SCHEMA_VERSION = 1
@@ -96,6 +96,7 @@ def write_report(folder, stage, config, results, inputs=()) -> dict:
         "seed": config.seed,
         "inputs": dict(inputs) if isinstance(inputs, dict) else hash_inputs(inputs),
         "peak_memory_bytes": peak_memory_bytes(),
+        "peak_device_memory_bytes": peak_device_memory_bytes(),
         **results,
     }
     (Path(folder) / REPORT).write_text(_as_text(report), encoding="utf-8")
