@@ -15,6 +15,20 @@ from antidote_fast.memory import parse_bytes
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Template = Literal["alpaca", "chat"]
 Task = Literal["sst2", "agnews", "gsm8k", "alpaca", "label"]
+# The paper's evaluation: held-out harmful prompts, their judge, and the test data of each task.
+PAPER_EVALUATION = {
+    "harmful_dataset": "PKU-Alignment/BeaverTails:eval",
+    "judge": "beaver-dam",
+    "num_samples": 1000,
+}
+PAPER_DRIFT_DATASET = "PKU-Alignment/BeaverTails:safe"
+PAPER_TASKS = {
+    "sst2": "stanfordnlp/sst2",
+    "agnews": "fancyzhang/ag_news",
+    "gsm8k": "openai/gsm8k",
+    "alpaca": "tatsu-lab/alpaca_eval",
+}
+PAPER_WIN_RATE_JUDGE = "Qwen/Qwen2.5-7B-Instruct"
 # The flags of each defense; given with another one they are refused.
 DEFENSE_FLAGS = {
     "vaccine": ("vaccine_rho",),
@@ -396,9 +410,9 @@ class EvaluateConfig(StageConfig):
         task: how an answer is scored: sst2, agnews, gsm8k, alpaca (win rate), or
             label (exact match with the record's output).
         benign_dataset: ordinary prompts, for the benign refusal rate.
-        judge: refusal (phrases, no download), beaver-dam (PKU-Alignment/beaver-dam-7b, or
-            beaver-dam:FOLDER for a local copy), or the path or hub name of a text-classification
-            model.
+        judge: refusal (the default: phrases, no download), beaver-dam (PKU-Alignment/beaver-dam-7b,
+            or beaver-dam:FOLDER for a local copy), or the path or hub name of a
+            text-classification model.
         harmful_labels: labels of that classifier which mean harm; needed where their names do not
             tell.
         win_rate_judge: for task alpaca, the path or hub name of a chat model that says which of two
@@ -408,6 +422,9 @@ class EvaluateConfig(StageConfig):
         num_samples: prompts used of each data set; all if null.
         max_new_tokens: tokens generated an answer.
         save_outputs: also write every prompt and answer, as outputs.jsonl (harmful text!).
+        paper: the paper's protocol in flags not given: 1000 unsafe prompts of BeaverTails, judged
+            by beaver-dam; the hub's test data of task; for alpaca a win_rate_judge; with
+            reference_model the drift on BeaverTails' safe answers.
     """
 
     adapter: str | None = None
@@ -415,7 +432,7 @@ class EvaluateConfig(StageConfig):
     task_dataset: str | None = None
     task: Task = "label"
     benign_dataset: str | None = None
-    judge: str = "refusal"
+    judge: str | None = None
     harmful_labels: list[str] | None = None
     win_rate_judge: str | None = None
     reference_model: str | None = None
@@ -423,9 +440,17 @@ class EvaluateConfig(StageConfig):
     num_samples: int | None = None
     max_new_tokens: int = 512
     save_outputs: bool = False
+    paper: bool = False
 
     def __post_init__(self):
         super().__post_init__()
+        if self.paper:
+            self._fill_in(**PAPER_EVALUATION, task_dataset=PAPER_TASKS.get(self.task))
+            if self.task == "alpaca":
+                self._fill_in(win_rate_judge=PAPER_WIN_RATE_JUDGE)
+            if self.reference_model is not None:
+                self._fill_in(drift_dataset=PAPER_DRIFT_DATASET)
+        self._fill_in(judge="refusal")
         check_positive(self, "num_samples", "max_new_tokens")
         check(
             (self.reference_model is None) == (self.drift_dataset is None),
@@ -447,6 +472,11 @@ class EvaluateConfig(StageConfig):
                 "harmful_dataset=None: must be a data set, unless task_dataset, benign_dataset or "
                 "drift_dataset is given"
             )
+
+    def _fill_in(self, **values):
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # as dataclasses do for frozen ones
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -182,7 +182,9 @@ def _kinds(config_class):
 
 
 def _is_list(kind):
-    return any(typing.get_origin(k) is list for k in (kind, *typing.get_args(kind)))
+    # Of words; a list of mappings is one word of JSON.
+    kinds = (kind, *typing.get_args(kind))
+    return any(typing.get_origin(k) is list and typing.get_args(k) == (str,) for k in kinds)
 
 
 def _parser(config_class, **options):

@@ -53,7 +53,8 @@ def mlp_modules(model) -> list[tuple[str, nn.Module]]:
         children = [
             (f"{place}.{child}", module)
             for child, module in block.named_children()
-            if f"{place}.{child}" != name and any(True for _ in module.parameters())
+            # Weights that are all vectors make a norm, whatever it is called (Qwen3MoeRMSNorm).
+            if f"{place}.{child}" != name and any(p.dim() > 1 for p in module.parameters())
         ]
         called = [pair for pair in children if _MLP.search(type(pair[1]).__name__)]
         called = called or [pair for pair in children if _MLP.search(pair[0].rpartition(".")[2])]
