@@ -18,6 +18,7 @@ from antidote_fast.pipeline.config_run import SECTIONS, RunConfig
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PRODUCTION = (ROOT / "docs" / "production.md").read_text(encoding="utf-8")
+EXPERIMENTS = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
 EVERYWHERE = {"--dry_run", "--json", "--quiet", "--debug"}
 
 
@@ -65,13 +66,14 @@ def commands(text):
 
 @pytest.mark.parametrize(
     ("command", "words"),
-    [*commands(README), *commands(PRODUCTION)],
+    [*commands(README), *commands(PRODUCTION), *commands(EXPERIMENTS)],
     ids=lambda value: value if isinstance(value, str) else " ".join(value)[-40:],
 )
 def test_every_line_that_can_be_typed_is_well_formed(command, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     [experiment] = blocks("yaml")
     Path("experiment.yaml").write_text(experiment)
+    Path("experiments").symlink_to(ROOT / "experiments")
     if command in PLAIN:
         assert {word for word in words if word.startswith("--")} <= {"--json"}
         return

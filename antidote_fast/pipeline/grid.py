@@ -1,6 +1,7 @@
 """The cells of an experiment: every setting of its grid as the stages that it needs."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -35,6 +36,13 @@ _STRENGTHS = {
     "lisa": ("finetune.lisa_rho",),
     "ldifs": ("finetune.ldifs_lambda",),
     "antidote": ("prune.ratio",),
+}
+_PLACES = {"model_name_or_path": "", "output_dir": "", "dataset": ""}
+_REQUIRED = {
+    "align": _PLACES,
+    "finetune": _PLACES | {"poison_ratio": 0},
+    "prune": _PLACES,
+    "evaluate": {"model_name_or_path": "", "output_dir": "", "harmful_dataset": ""},
 }
 KINDS = ("align", "finetune", "prune", "evaluate")
 
@@ -203,10 +211,12 @@ class _Chain:
         values = {name: self._shared[name] for name in _SHARED} | places
         flags = values | self._sections[kind] | {"output_dir": ""}
         plain = from_values(SECTIONS[kind], flags, kind)
+        # Without defaults, so that a flag that is new one day leaves keys as they are.
+        defaults = _defaults(kind)
         settings = {
             name: self._meaning.get(value, value) if isinstance(value, str) else value
             for name, value in dataclasses.asdict(plain).items()
-            if name not in _NO_SETTINGS
+            if name not in _NO_SETTINGS and value != getattr(defaults, name)
         }
         text = json.dumps([kind, settings], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -215,6 +225,11 @@ class _Chain:
         self._keys[kind] = key
         self._stages[kind] = dataclasses.replace(plain, output_dir=folder)
         return folder
+
+
+@functools.cache
+def _defaults(kind):
+    return from_values(SECTIONS[kind], _REQUIRED[kind], kind)
 
 
 def _grids(config):

@@ -37,8 +37,11 @@ def mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """
     n = len(x)
     both = torch.cat([x, y]).float()
-    # The short form of |a - b|^2 loses what this is about when a and b are near.
-    distances = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist").square()
+    # Distances do not change, and lose less in the short form of |a - b|^2: its error is small
+    # beside the width, and a matrix product is many times quicker than a sum a pair.
+    both = both - both.detach().mean(0)
+    squares = both.square().sum(1)
+    distances = (squares[:, None] + squares - 2 * both @ both.T).clamp_min(0)
     width = distances.detach().sum() / (len(both) * (len(both) - 1)) / 4
     width = width.clamp_min(torch.finfo(torch.float32).tiny)
     kernel = sum(torch.exp(-distances / (width * factor)) for factor in _WIDTHS)
