@@ -15,7 +15,8 @@ from antidote_fast import checkpoint, demo_data
 from antidote_fast import report as reports
 from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.demo_model import MODEL_NAME, prepare_model
-from antidote_fast.demo_settings import SCORES, Settings, hardware, pick_dtype, sources
+from antidote_fast.demo_settings import SCORES, Settings, sources
+from antidote_fast.hardware import fast_dtype, hardware
 from antidote_fast.pipeline import sft
 from antidote_fast.pipeline.config import AlignConfig, DemoConfig, FinetuneConfig, TrainConfig
 from antidote_fast.pipeline.data import make_batches, mix
@@ -81,7 +82,7 @@ class _Demo:
         self.data = data
         self.clock = clock
         self.progress = progress
-        self.dtype = settings.dtype or pick_dtype()
+        self.dtype = settings.dtype or fast_dtype()
         self.tokenizer = None
         self.final = Path(config.output_dir)
 

@@ -1,12 +1,7 @@
-"""What the demo does, and on what: sizes, hyperparameters, processor, sources."""
+"""What the demo does: sizes, hyperparameters, sources."""
 
 import importlib.metadata
-import os
-import platform
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import torch
 
 from antidote_fast import demo_data
 
@@ -78,30 +73,3 @@ def sources() -> dict:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
-
-
-def pick_dtype() -> str:
-    """bfloat16 where the processor multiplies in it, else float32 (emulated, bfloat16 is slow)."""
-    flags = _cpu_info().get("flags", _cpu_info().get("Features", "")).split()
-    return "bfloat16" if {"amx_bf16", "avx512_bf16", "bf16"} & set(flags) else "float32"
-
-
-def hardware() -> dict:
-    """The processor that the seconds were taken on."""
-    info = _cpu_info()
-    flags = set(info.get("flags", info.get("Features", "")).split())
-    return {
-        "processor": info.get("model name") or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "bf16": sorted(flags & {"amx_bf16", "avx512_bf16", "bf16"}),
-    }
-
-
-def _cpu_info() -> dict:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from antidote_fast import checkpoint, demo, demo_data, demo_model, demo_settings
+from antidote_fast import checkpoint, demo, demo_data, demo_model, hardware
 from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.errors import DataError
 from antidote_fast.pipeline.config import DemoConfig
@@ -204,16 +204,16 @@ def test_no_pruned_adapter_where_none_is_within_the_budget(tmp_path, base):
     [("fpu avx2", "float32"), ("fpu avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16")],
 )
 def test_bfloat16_only_where_the_processor_has_it(monkeypatch, flags, dtype):
-    monkeypatch.setattr(demo_settings, "_cpu_info", lambda: {"flags": flags, "model name": "A"})
-    assert demo_settings.pick_dtype() == dtype
-    assert demo_settings.hardware()["processor"] == "A"
+    monkeypatch.setattr(hardware, "_cpu_info", lambda: {"flags": flags, "model name": "A"})
+    assert hardware.fast_dtype() == dtype
+    assert hardware.hardware()["processor"] == "A"
 
 
 def test_the_processor_is_told_without_proc_too(monkeypatch):
-    monkeypatch.setattr(demo_settings, "Path", lambda path: tiny_path_that_is_not_there())
-    assert demo_settings._cpu_info() == {}
-    assert demo_settings.pick_dtype() == "float32"
-    assert demo_settings.hardware()["threads"] == torch.get_num_threads()
+    monkeypatch.setattr(hardware, "Path", lambda path: tiny_path_that_is_not_there())
+    assert hardware._cpu_info() == {}
+    assert hardware.fast_dtype() == "float32"
+    assert hardware.hardware()["threads"] == torch.get_num_threads()
 
 
 def tiny_path_that_is_not_there():

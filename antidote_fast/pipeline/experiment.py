@@ -8,6 +8,7 @@ from pathlib import Path
 
 from antidote_fast.commit import new_file
 from antidote_fast.errors import AntidoteError, DataError, Interrupted, UsageError
+from antidote_fast.hardware import hardware
 from antidote_fast.memory import reset_peak_memory
 from antidote_fast.pipeline import grid, run_all, tables
 from antidote_fast.pipeline.config_run import ExperimentConfig
@@ -37,7 +38,7 @@ def run(config: ExperimentConfig, *, progress=False) -> dict:
     Returns:
         The contents of report.json: ``chosen`` (by defense), ``num_cells``, ``num_computed``,
         ``num_left``, ``failed`` (one line for each cell that could not be made, such as one whose
-        loss is not finite; they are tried again by the next call), ``seconds``.
+        loss is not finite; they are tried again by the next call), ``hardware``, ``seconds``.
 
     Raises:
         UsageError: an axis, flag or value that is none, before anything is computed.
@@ -62,6 +63,7 @@ def run(config: ExperimentConfig, *, progress=False) -> dict:
         "num_tried": len(tried),
         "num_computed": work.computed,
         "num_left": sum(not work.is_settled(cell) for cell in (*tried, *cells)),
+        "hardware": hardware(),
         "failed": list(work.failed.values()),
         "seconds": round(time.perf_counter() - start, 3),
     }
