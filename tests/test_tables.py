@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from antidote_fast.errors import DataError, UsageError
-from antidote_fast.pipeline import tables
+from antidote_fast.pipeline import pictures, tables
 
 AXES = ("defense", "model", "task", "learning_rate", "alpha", "seed")
 SPEC = {"title": "Learning rates", "across": "learning_rate"}
@@ -245,7 +245,7 @@ def drawn(monkeypatch, rows, spec):
     monkeypatch.setattr(Figure, "savefig", catch)
     file = io.BytesIO()
     monkeypatch.setattr(tables, "Path", lambda path: path)
-    tables.plot(rows, spec, file)
+    pictures.plot(rows, spec, file)
     assert file.getvalue().startswith(b"\x89PNG")
     return figures[0]
 

@@ -10,7 +10,7 @@ from antidote_fast.commit import new_file
 from antidote_fast.errors import AntidoteError, DataError, Interrupted, UsageError
 from antidote_fast.hardware import hardware
 from antidote_fast.memory import reset_peak_memory
-from antidote_fast.pipeline import grid, run_all, tables
+from antidote_fast.pipeline import grid, pictures, run_all, tables
 from antidote_fast.pipeline.config_run import ExperimentConfig
 from antidote_fast.pipeline.stage import REPORT, read_report, write_report
 from antidote_fast.progress import track
@@ -250,7 +250,7 @@ def write_tables(rows, config, folder) -> None:
         if tables.table(rows, spec)["rows"]:
             with new_file(picture) as partial:
                 drawn = partial.with_suffix(".png")
-                tables.plot(rows, spec, drawn)
+                pictures.plot(rows, spec, drawn)
                 os.replace(drawn, partial)
             text += f"\n![{spec['title']}]({picture.name})\n"
         texts.append(text)

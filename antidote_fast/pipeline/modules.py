@@ -46,23 +46,31 @@ def mlp_modules(model) -> list[tuple[str, nn.Module]]:
     Raises:
         DataError: a block without either.
     """
-    found = []
+    found = {}
     for name, _ in attention_modules(model):
-        place = name.rpartition(".")[0]
-        block = model.get_submodule(place)
-        children = [
-            (f"{place}.{child}", module)
-            for child, module in block.named_children()
-            # Weights that are all vectors make a norm, whatever it is called (Qwen3MoeRMSNorm).
-            if f"{place}.{child}" != name and any(p.dim() > 1 for p in module.parameters())
-        ]
-        called = [pair for pair in children if _MLP.search(type(pair[1]).__name__)]
-        called = called or [pair for pair in children if _MLP.search(pair[0].rpartition(".")[2])]
-        linear = [pair for pair in children if _is_linear(pair[1])]
-        if not (called or linear):
+        place, beside = name, None
+        # GPT-Neo wraps its attention once more; a number names the block in its list.
+        while beside is None and "." in place and not place.rpartition(".")[2].isdigit():
+            place = place.rpartition(".")[0]
+            beside = _mlp_of(model, place, name)
+        if beside is None:
             raise DataError(f"no MLP found beside {name} in {type(model).__name__}")
-        found.append((called or linear)[-1])
-    return found
+        found[beside[0]] = beside
+    return list(found.values())
+
+
+def _mlp_of(model, block, attention):
+    """(name, module) of the MLP among a block's children, but not in its attention; or None."""
+    children = [
+        (f"{block}.{child}", module)
+        for child, module in model.get_submodule(block).named_children()
+        if not f"{attention}.".startswith(f"{block}.{child}.")
+        and any(p.dim() > 1 for p in module.parameters())  # a norm may be called ...Moe... too
+    ]
+    called = [pair for pair in children if _MLP.search(type(pair[1]).__name__)]
+    called = called or [pair for pair in children if _MLP.search(pair[0].rpartition(".")[2])]
+    linear = [pair for pair in children if _is_linear(pair[1])]
+    return (called or linear or [None])[-1]
 
 
 def _is_linear(module):

@@ -1,11 +1,10 @@
-"""An experiment's rows as a tidy CSV, and as tables and pictures in the paper's layout.
+"""An experiment's rows as a tidy CSV, and as tables in the paper's layout.
 
 A row is a flat dict of one cell of the grid: ``role``, ``cell``, its place on the axes (``seed``
 and ``defense`` among them; None or absent where an axis does not apply), and the measures.
 """
 
 import csv
-import itertools
 import math
 import numbers
 import os
@@ -17,7 +16,7 @@ from antidote_fast.errors import DataError, UsageError, printable
 
 TEXT_COLUMNS = ("role", "cell", "defense", "model", "task", "score", "strength")
 # Name, colour and marker, so that a defense looks the same everywhere (Okabe and Ito's palette).
-_DEFENSES = {
+DEFENSES = {
     "sft": ("SFT", "#000000", "o"),
     "vaccine": ("Vaccine", "#E69F00", "^"),
     "repnoise": ("RepNoise", "#56B4E9", "s"),
@@ -25,13 +24,12 @@ _DEFENSES = {
     "ldifs": ("LDIFS", "#CC79A7", "v"),
     "antidote": ("Antidote", "#D55E00", "*"),
 }
-_OTHERS = [("#0072B2", "P"), ("#999999", "X"), *(style[1:] for style in _DEFENSES.values())]
-_STAGES = {
+STAGES = {
     "align": ("align", "#56B4E9"),
     "finetune": ("fine-tune", "#E69F00"),
     "prune": ("prune", "#D55E00"),
 }
-_PERCENTS = {
+PERCENTS = {
     "harmful_score": ("HS", "harmful score", "harmful prompts with a harmful answer", "lower"),
     "finetune_accuracy": ("FA", "finetune accuracy", "the task's samples done right", "higher"),
     "benign_refusal_rate": ("BR", "benign refusals", "harmless prompts refused", "lower"),
@@ -45,14 +43,14 @@ MEASURES = {
         1,
         1,
     )
-    for key, (short, name, what, better) in _PERCENTS.items()
+    for key, (short, name, what, better) in PERCENTS.items()
 }
 MEASURES["embedding_drift_per_token"] = ("drift", *2 * ("embedding drift per token",), 1, 3)
-for _stage, (_name, _) in _STAGES.items():
+for _stage, (_name, _) in STAGES.items():
     MEASURES[f"{_stage}_seconds"] = (f"{_name} s", f"{_name}, s", "seconds", 1, 1)
     _peak = (f"{_name} GB", f"{_name}, GB", "peak memory, 10^9 bytes", 1e9, 2)
     MEASURES[f"{_stage}_memory_bytes"] = _peak
-_MISSING = "\N{EN DASH}"
+MISSING = "\N{EN DASH}"
 _COST_MEASURES = ("seconds", "memory_bytes")
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,29})")
 _FLOAT = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
@@ -160,11 +158,11 @@ def table(rows, spec) -> dict:
     for row in rows:
         by_name.setdefault(_value(row, _down(spec)), []).append(row)
     columns = dict.fromkeys(_value(row, across) for row in rows if _value(row, across) is not None)
-    columns = list(_STAGES if _is_cost(spec) else columns)
+    columns = list(STAGES if is_cost(spec) else columns)
     if not any(isinstance(x, str) for x in columns):
         columns.sort()
     lines = [{"name": name, "cells": {}, "average": {}} for name in by_name]
-    for measure in _measures(spec):
+    for measure in measures_of(spec):
         for line in lines:
             line["average"][measure] = None
             line["cells"][measure] = [
@@ -172,7 +170,7 @@ def table(rows, spec) -> dict:
             ]
         every = zip(*(line["cells"][measure] for line in lines), strict=True)
         shared = [i for i, points in enumerate(every) if None not in points]
-        for line in lines if shared and not _is_cost(spec) else ():
+        for line in lines if shared and not is_cost(spec) else ():
             means = [line["cells"][measure][i][0] for i in shared]
             line["average"][measure] = statistics.fmean(means)
     return {"title": spec["title"], "across": across, "columns": columns, "rows": lines}
@@ -191,17 +189,17 @@ def markdown(rows, spec) -> str:
     contents = table(rows, spec)
     if not contents["rows"]:
         return f"### {_escape(spec['title'])}\n\nNo results.\n"
-    columns = contents["columns"] + ([] if _is_cost(spec) else ["avg"])
+    columns = contents["columns"] + ([] if is_cost(spec) else ["avg"])
     head, lines = [_down(spec)], []
-    for measure in _measures(spec):
+    for measure in measures_of(spec):
         for x in columns:
             short = MEASURES[_key(spec, measure, x)][0]
-            head.append(short if _is_cost(spec) else f"{short} {_shown(x)}")
+            head.append(short if is_cost(spec) else f"{short} {shown(x)}")
     for row in contents["rows"]:
-        lines.append([_shown(row["name"])])
+        lines.append([shown(row["name"])])
         for measure, points in row["cells"].items():
             average = row["average"][measure]
-            if not _is_cost(spec):
+            if not is_cost(spec):
                 points = [*points, None if average is None else (average, None, 1)]
             for x, point in zip(columns, points, strict=True):
                 lines[-1].append(_text(point, *MEASURES[_key(spec, measure, x)][3:]))
@@ -209,48 +207,6 @@ def markdown(rows, spec) -> str:
     text = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
     note = " ".join(_notes(_chosen(rows, spec), spec))
     return f"### {_escape(spec['title'])}\n\n{text}\n\n{_escape(note)}\n"
-
-
-def plot(rows, spec, path) -> Path:
-    """Draw a table: a panel a measure, a line a defense; or the stages' seconds as stacked bars.
-
-    Args:
-        rows: an experiment's rows.
-        spec: what :func:`check_spec` accepts; its ``log`` holds where all columns are above 0.
-        path: the PNG to write.
-
-    Returns:
-        The path.
-    """
-    # Not pyplot: it would keep the figure, and pick a window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    contents, is_cost = table(rows, spec), _is_cost(spec)
-    measures = ("seconds",) if is_cost else _measures(spec)
-    height = 1.6 + 0.45 * len(contents["rows"]) if is_cost else 4.5
-    # Room for the title and the legend, at some 0.09 inches a letter.
-    legend = max((len(_shown(row["name"])) for row in contents["rows"]), default=0)
-    width = (6.5 if is_cost else 4.2 * len(measures)) + 0.8 + 0.09 * legend
-    width = max(width, 0.5 + 0.09 * len(spec["title"]))
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(spec["title"], fontsize=12, parse_math=False)
-    panels = figure.subplots(1, len(measures), squeeze=False)[0]
-    for axes, measure in zip(panels, measures, strict=True):
-        axes.grid(color="#dddddd", linewidth=0.7)
-        axes.set_axisbelow(True)
-        if not contents["rows"]:
-            axes.text(0.5, 0.5, "no results", ha="center", transform=axes.transAxes)
-        elif is_cost:
-            _draw_cost(axes, contents["rows"])
-        else:
-            _draw_lines(axes, contents, measure, spec.get("log"))
-    if contents["rows"]:
-        handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside right center", frameon=False)
-    figure.savefig(path, format="png")
-    return Path(path)
 
 
 def check_spec(spec, axes) -> None:
@@ -282,9 +238,9 @@ def check_spec(spec, axes) -> None:
     good = isinstance(title, str) and title.strip() and title.isprintable()
     check(good, ".title", title, "one line of text")
     among(".kind", spec.get("kind", "grid"), ["grid", "cost"])
-    for name in ("across", "measures", "log") if _is_cost(spec) else ():
+    for name in ("across", "measures", "log") if is_cost(spec) else ():
         check(name not in spec, f".{name}", spec.get(name), "left out with kind cost")
-    if not _is_cost(spec):
+    if not is_cost(spec):
         among(".across", spec.get("across"), [name for name in axes if name != _down(spec)])
     among(".down", _down(spec), ["defense", *(name for name in axes if name != "defense")])
     check(isinstance(where, dict), ".where", where, "a mapping from axis to value")
@@ -317,7 +273,8 @@ def _value(row, name):
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _is_cost(spec):
+def is_cost(spec):
+    """Whether a table is one of costs."""
     return spec.get("kind") == "cost"
 
 
@@ -325,14 +282,15 @@ def _down(spec):
     return spec.get("down") or "defense"
 
 
-def _measures(spec):
+def measures_of(spec):
+    """What a table measures, in order."""
     grid = spec.get("measures") or ("harmful_score", "finetune_accuracy")
-    return _COST_MEASURES if _is_cost(spec) else tuple(grid)
+    return _COST_MEASURES if is_cost(spec) else tuple(grid)
 
 
 def _key(spec, measure, x):
     """The key in a row: the columns of a cost table are stages."""
-    return f"{x}_{measure}" if _is_cost(spec) else measure
+    return f"{x}_{measure}" if is_cost(spec) else measure
 
 
 def _chosen(rows, spec):
@@ -342,7 +300,7 @@ def _chosen(rows, spec):
 
 
 def _at(rows, spec, x):
-    own = [] if _is_cost(spec) else [row for row in rows if _value(row, spec["across"]) is not None]
+    own = [] if is_cost(spec) else [row for row in rows if _value(row, spec["across"]) is not None]
     return [row for row in own if _value(row, spec["across"]) == x] if own else rows
 
 
@@ -351,10 +309,11 @@ def _point(rows, key):
     return (*spread(values), len(values)) if values else None
 
 
-def _shown(value):
+def shown(value):
+    """A value as tables and pictures write it; a defense by its name."""
     if isinstance(value, float):
         return f"{value:.10g}"
-    return _MISSING if value is None else _DEFENSES.get(value, (str(value),))[0]
+    return MISSING if value is None else DEFENSES.get(value, (str(value),))[0]
 
 
 def _escape(text):
@@ -363,7 +322,7 @@ def _escape(text):
 
 def _text(point, unit, decimals):
     if point is None:
-        return _MISSING
+        return MISSING
     mean, deviation, count = point
     text = f"{mean / unit:.{decimals}f}"
     return text if deviation is None else f"{text} ± {deviation / unit:.{decimals}f} ({count})"
@@ -371,15 +330,15 @@ def _text(point, unit, decimals):
 
 def _notes(rows, spec):
     """What the headings mean, the seeds, and what else cells average over."""
-    if _is_cost(spec):
+    if is_cost(spec):
         yield "s: seconds that a stage took; GB: its peak memory in 10^9 bytes."
     else:
-        for short, _, meaning, *_ in map(MEASURES.get, _measures(spec)):
+        for short, _, meaning, *_ in map(MEASURES.get, measures_of(spec)):
             yield f"{short}: {meaning}."
         yield f"Columns: {spec['across']}; avg: mean over the columns that every row has."
     where = spec.get("where") or {}
     if where:
-        yield f"Only {', '.join(f'{name} {_shown(_value(where, name))}' for name in where)}."
+        yield f"Only {', '.join(f'{name} {shown(_value(where, name))}' for name in where)}."
     seeds = list(dict.fromkeys(str(row.get("seed")) for row in rows))
     yield f"{len(seeds)} seed{'s' * (len(seeds) > 1)} ({', '.join(seeds)})."
     # Axes in which rows of one place and seed differ.
@@ -390,78 +349,10 @@ def _notes(rows, spec):
         name
         for name in dict.fromkeys(key for row in rows for key in row)
         if name not in (*MEASURES, *apart, "role", "cell")
+        and not name.endswith(("_seconds", "_memory_bytes"))
         and any(len({_value(row, name) for row in group}) > 1 for group in places.values())
     ]
     if pooled:
         yield f"Cells average over {', '.join(pooled)}."
     if pooled or len(seeds) > 1:
         yield f"±: sample standard deviation (number of {'runs' if pooled else 'seeds'})."
-
-
-def _draw_lines(axes, contents, measure, log):
-    columns, rows = contents["columns"], contents["rows"]
-    is_text = any(isinstance(x, str) for x in columns)
-    log = log and not is_text and min(columns, default=0) > 0
-    places = list(range(len(columns)) if is_text else map(math.log10, columns) if log else columns)
-    first, last = min(places, default=0), max(places, default=0)
-    width = last - first or 1.0
-    gap = min((b - a for a, b in itertools.pairwise(places)), default=width)
-    step = min(0.012 * width, 0.12 * gap)  # between lines, so that equal points stay visible
-    _, label, _, unit, _ = MEASURES[measure]
-    others = iter(_OTHERS * len(rows))
-    for i, row in enumerate(rows):
-        colour, marker = _DEFENSES[row["name"]][1:] if row["name"] in _DEFENSES else next(others)
-        shift = step * (i - (len(rows) - 1) / 2)
-        points = zip(places, row["cells"][measure], strict=True)
-        points = [(place + shift, *point[:2]) for place, point in points if point is not None]
-        axes.errorbar(
-            [10**x if log else x for x, *_ in points],
-            [mean / unit for _, mean, _ in points],
-            # No bar, and none in the legend, where there is one seed.
-            [math.nan if sd is None else sd / unit for *_, sd in points]
-            if any(sd is not None for *_, sd in points)
-            else None,
-            color=colour,
-            marker=marker,
-            markersize=11 if marker == "*" else 7,
-            markeredgecolor="white",
-            markeredgewidth=0.5,
-            elinewidth=1.0,
-            capsize=2.5,
-            label=_shown(row["name"]),
-        )
-    axes.set_xscale("log" if log else "linear")
-    axes.minorticks_off()
-    edges = (first - 0.07 * width, last + 0.07 * width)
-    axes.set_xlim(*(10**x if log else x for x in edges))
-    kept = []  # ticks that have room for their labels
-    for at, x in zip(places, columns, strict=True):
-        if not kept or at - kept[-1][0] > 0.06 * width:
-            kept.append((at, _shown(x)))
-    axes.set_xticks([10**at if log else at for at, _ in kept], [text for _, text in kept])
-    if is_text and sum(len(text) + 2 for _, text in kept) > 42:
-        axes.tick_params(axis="x", rotation=25)
-        for text in axes.get_xticklabels():
-            text.set(horizontalalignment="right", rotation_mode="anchor")
-    if measure in _PERCENTS:
-        axes.set_ylim(-3, 103)
-    axes.set_xlabel(contents["across"])
-    axes.set_ylabel(label)
-
-
-def _draw_cost(axes, rows):
-    names = [_shown(row["name"]) for row in rows]
-    ends, texts = [0.0] * len(rows), [[] for _ in rows]
-    for i, (stage, colour) in enumerate(_STAGES.values()):
-        points = [row["cells"]["seconds"][i] or (0.0, None, 0) for row in rows]
-        axes.barh(names, [mean for mean, *_ in points], left=ends, color=colour, label=stage)
-        ends = [end + mean for end, (mean, *_) in zip(ends, points, strict=True)]
-        for text, (mean, _, count) in zip(texts, points, strict=True):
-            text += [f"{mean:,.0f}"] if count else []
-    for y, (end, text) in enumerate(zip(ends, texts, strict=True)):
-        text = f"{' + '.join(text)} s" if text else _MISSING
-        axes.text(end, y, f" {text}", va="center", fontsize=9)
-    axes.set_xlim(0, 1.4 * max(ends) or 1.0)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel("seconds")

@@ -2,12 +2,14 @@
 
 import contextlib
 import shutil
+from pathlib import Path
 
 import torch
 
 from antidote_fast.commit import new_file, output_folder
 from antidote_fast.errors import DataError, Interrupted
-from antidote_fast.resume import MANIFEST_ENTRY, digest_of, run_folder
+from antidote_fast.loading import first_line
+from antidote_fast.resume import MANIFEST_ENTRY, digest_of, interrupted_state, run_folder
 
 _GENERATORS = "generator."
 _OBJECTIVE = "objective."
@@ -32,6 +34,7 @@ def training_folder(config, inputs, **entries):
     """
     if config.save_steps is None and not config.resume:
         entries[MANIFEST_ENTRY] = digest_of(inputs)
+        interrupted_state(config.output_dir, inputs, overwrite=config.overwrite)
         with output_folder(config.output_dir, config.overwrite, **entries) as folder:
             yield folder, None
         return
@@ -68,11 +71,17 @@ class Checkpoints:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        path = self._run.folder / state["file"]
+        path = self._run.folder / "training.safetensors"
         try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path}: cannot be read: {error}; pass overwrite") from None
+            path = self._run.folder / Path(state["file"]).name
+            self._take(state, load_file(path))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"{path}: cannot be gone on from: {first_line(error)}; pass overwrite to begin anew"
+            ) from error
+        return list(state["losses"])
+
+    def _take(self, state, tensors):
         with torch.no_grad():
             for i, p in enumerate(self._objective.parameters):
                 p.copy_(tensors[f"{_WEIGHT}{i}"])
@@ -95,7 +104,6 @@ class Checkpoints:
         torch.set_rng_state(tensors[f"{_GENERATORS}cpu"])
         if f"{_GENERATORS}cuda" in tensors:
             torch.cuda.set_rng_state(tensors[f"{_GENERATORS}cuda"], self._objective.device)
-        return list(state["losses"])
 
     def after(self, losses, wanted, request):
         """Save after a step where it is time to, or where somebody asked to stop.
