@@ -244,7 +244,7 @@ def drawn(monkeypatch, rows, spec):
 
     monkeypatch.setattr(Figure, "savefig", catch)
     file = io.BytesIO()
-    monkeypatch.setattr(tables, "Path", lambda path: path)
+    monkeypatch.setattr(pictures, "Path", lambda path: path)
     pictures.plot(rows, spec, file)
     assert file.getvalue().startswith(b"\x89PNG")
     return figures[0]
