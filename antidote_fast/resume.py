@@ -59,7 +59,10 @@ class Run:
         output: an output folder that grows in place; it takes the name of the target in
             :meth:`commit`.
         state: JSON values, as last saved; empty in a run that has just begun.
+        keep: whether an error leaves the folder too, where it holds a state.
     """
+
+    keep = False
 
     def __init__(self, path, folder, inputs, state):
         self.path, self.folder, self.state = path, folder, state
@@ -112,7 +115,7 @@ def run_folder(path, inputs, *, resume=False, overwrite=False):
     """A :class:`Run` for the output ``path``; the block ends with :meth:`Run.commit`.
 
     An interruption (a signal, a crash, the power) leaves ``.NAME.run``, from which the same call
-    goes on with ``resume``. An error that would come again removes it.
+    goes on with ``resume``. An error that would come again removes it, unless :attr:`Run.keep`.
 
     Args:
         path: the folder to make.
@@ -145,6 +148,7 @@ def run_folder(path, inputs, *, resume=False, overwrite=False):
             keep = True
             raise
         except AntidoteError:
+            keep = run.keep and bool(run.state)
             raise
         except Exception:
             keep = True

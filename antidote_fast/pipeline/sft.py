@@ -190,6 +190,8 @@ def train(
             for number in track(range(resumed_at, wanted), what, progress):
                 loss = goal.backward(number)
                 if not math.isfinite(loss):
+                    if run is not None:
+                        run.keep = False  # it would come again
                     raise AntidoteError(
                         f"{what}: the loss is {loss} at step {number + 1} of {wanted}; "
                         f"learning_rate={config.learning_rate} may be too high"

@@ -42,6 +42,7 @@ def training_folder(config, inputs, **entries):
     with run_folder(config.output_dir, inputs, **options) as run:
         shutil.rmtree(run.output)  # a killed run may have begun to write its model
         run.output.mkdir()
+        run.keep = True  # memory or a disk that is full today is not tomorrow
         yield run.output, run
         run.commit(**entries)
 
@@ -75,6 +76,8 @@ class Checkpoints:
         try:
             path = self._run.folder / Path(state["file"]).name
             self._take(state, load_file(path))
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(
                 f"{path}: cannot be gone on from: {first_line(error)}; pass overwrite to begin anew"
@@ -99,7 +102,8 @@ class Checkpoints:
                 "param_groups": state["param_groups"],
             }
         )
-        self._scheduler.load_state_dict(state["scheduler"])
+        # Its functions are not saved, and LambdaLR asks for them.
+        self._scheduler.load_state_dict(self._scheduler.state_dict() | state["scheduler"])
         self._objective.load_state(_under(tensors, _OBJECTIVE), len(state["losses"]))
         torch.set_rng_state(tensors[f"{_GENERATORS}cpu"])
         if f"{_GENERATORS}cuda" in tensors:
