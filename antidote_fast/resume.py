@@ -106,6 +106,11 @@ def interrupted_state(path, inputs, *, resume=False, overwrite=False) -> dict:
     return {}
 
 
+def discard(path) -> None:
+    """Remove what an interrupted run left for the output ``path``, which was made otherwise."""
+    shutil.rmtree(_run_folder(Path(os.path.abspath(path))), ignore_errors=True)
+
+
 def _run_folder(path):
     return path.parent / f".{path.name}.run"
 

@@ -9,7 +9,7 @@ import torch
 from antidote_fast.commit import new_file, output_folder
 from antidote_fast.errors import DataError, Interrupted
 from antidote_fast.loading import first_line
-from antidote_fast.resume import MANIFEST_ENTRY, digest_of, interrupted_state, run_folder
+from antidote_fast.resume import MANIFEST_ENTRY, digest_of, discard, interrupted_state, run_folder
 
 _GENERATORS = "generator."
 _OBJECTIVE = "objective."
@@ -37,6 +37,7 @@ def training_folder(config, inputs, **entries):
         interrupted_state(config.output_dir, inputs, overwrite=config.overwrite)
         with output_folder(config.output_dir, config.overwrite, **entries) as folder:
             yield folder, None
+        discard(config.output_dir)
         return
     options = {"resume": config.resume, "overwrite": config.overwrite}
     with run_folder(config.output_dir, inputs, **options) as run:
