@@ -42,7 +42,7 @@ class BackendUnavailable(AntidoteError, RuntimeError):
 
 
 class JobsSetAside(AntidoteError):
-    """A fleet is finished, and some of its jobs were set aside. Exit code 5."""
+    """A fleet or an experiment is finished but for some of its jobs. Exit code 5."""
 
     exit_code = 5
 

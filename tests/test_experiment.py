@@ -213,15 +213,16 @@ def test_a_cell_that_cannot_be_made_does_not_end_the_others(inputs, tmp_path, ca
     settings["grid"] = {"learning_rate": [1e30, 0.01]}
     file = tmp_path / "e.yaml"
     file.write_text(json.dumps(settings))
-    assert cli.main(["experiment", str(file)]) == 0
+    assert cli.main(["experiment", str(file)]) == 5
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert (report["num_computed"], report["num_left"]) == (1, 0)
     [line] = report["failed"]
     assert "learning_rate=1e+30" in line
     assert "the loss is" in line
-    shown = capsys.readouterr().out
-    assert line in shown
-    assert "1 failed" in shown
+    shown = capsys.readouterr()
+    assert line in shown.out
+    assert "1 failed" in shown.out
+    assert "1 of 2 cells could not be made, the first: sft (test), learning_rate=1e+30" in shown.err
 
 
 def test_a_defense_is_followed_by_antidote(inputs, tmp_path):

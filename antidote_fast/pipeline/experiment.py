@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from antidote_fast.commit import new_file
-from antidote_fast.errors import AntidoteError, DataError, Interrupted, UsageError
+from antidote_fast.errors import AntidoteError, DataError, Interrupted, JobsSetAside, UsageError
 from antidote_fast.hardware import hardware
 from antidote_fast.memory import reset_peak_memory
 from antidote_fast.pipeline import grid, pictures, run_all, tables
@@ -43,6 +43,8 @@ def run(config: ExperimentConfig, *, progress=False) -> dict:
     Raises:
         UsageError: an axis, flag or value that is none, before anything is computed.
         DataError: data or a model that cannot be used, a folder that holds something else.
+        JobsSetAside: all other cells are done; ``report`` of the exception is what is returned
+            otherwise.
     """
     start = time.perf_counter()
     out = Path(config.output_dir)
@@ -70,7 +72,14 @@ def run(config: ExperimentConfig, *, progress=False) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     rows = work.save([*tried, *cells])
     write_tables(rows, config, out)
-    return _write_report(out, config, results)
+    report = _write_report(out, config, results)
+    if work.failed:
+        first_line = next(iter(work.failed.values()))
+        count = f"{len(work.failed)} of {len(tried) + len(cells)}"
+        error = JobsSetAside(f"{count} cells could not be made, the first: {first_line}")
+        error.report = report
+        raise error
+    return report
 
 
 def check(config: ExperimentConfig, *, progress=False) -> tuple[dict, list]:
