@@ -2,8 +2,8 @@
 
 Nothing heavy is imported before a command is known to be well formed, so help and mistakes are
 answered at once. Exit codes: 0 done, 1 unexpected failure, 2 malformed flag or value out of range,
-3 files or data rejected, 4 nothing was pruned, 5 a fleet or an experiment set jobs aside, 75 interrupted
-(nothing is left half-written).
+3 files or data rejected, 4 nothing was pruned, 5 a fleet or an experiment set jobs aside, 75
+interrupted (nothing is left half-written).
 """
 
 import contextlib

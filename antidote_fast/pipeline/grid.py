@@ -37,12 +37,13 @@ _STRENGTHS = {
     "ldifs": ("finetune.ldifs_lambda",),
     "antidote": ("prune.ratio",),
 }
-_PLACES = {"model_name_or_path": "", "output_dir": "", "dataset": ""}
+# Flags without a default; no name of a file that anybody has.
+_PLACES = {"model_name_or_path": "-", "output_dir": "-", "dataset": "-"}
 _REQUIRED = {
     "align": _PLACES,
     "finetune": _PLACES | {"poison_ratio": 0},
     "prune": _PLACES,
-    "evaluate": {"model_name_or_path": "", "output_dir": "", "harmful_dataset": ""},
+    "evaluate": {"model_name_or_path": "-", "output_dir": "-", "harmful_dataset": "-"},
 }
 KINDS = ("align", "finetune", "prune", "evaluate")
 
