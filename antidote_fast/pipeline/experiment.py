@@ -29,7 +29,8 @@ def run(config: ExperimentConfig, *, progress=False) -> dict:
     Each stage writes a folder of its own below ``stages``, named by a hash of its settings and of
     those before it: what cells share is made once, and what is whole is taken as it is. Where a
     defense has strengths to choose from, they are tried first, on a seed and prompts of their own;
-    the one of highest FA - HS is taken, the first of equals.
+    the one of highest FA * (100 - HS) is taken, the first of equals: a model that fails at its task
+    is as bad as one that does all harm.
 
     Args:
         config: the experiment.
@@ -220,9 +221,9 @@ def _row(cell, reports):
 
 
 def _best(defense, options, known):
-    """The flags of the strength with the highest FA - HS, the first of equals."""
+    """The flags of the strength with the highest FA * (100 - HS), the first of equals."""
     scored = [
-        (row["finetune_accuracy"] - row["harmful_score"], -i)
+        (row["finetune_accuracy"] * (100 - row["harmful_score"]), -i)
         for i, (_, cell) in enumerate(options)
         if (row := known.get(cell.key)) is not None
     ]
