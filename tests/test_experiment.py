@@ -135,6 +135,15 @@ def test_a_grid_in_pieces_and_on_another_machine(inputs, tmp_path, trained):
     assert rows[:2] == tables.read_csv(out / "rows.csv")
 
 
+def test_experiments_may_share_their_stages(inputs, tmp_path, trained):
+    shared = {"stages": str(tmp_path / "stages"), "defenses": ["sft"]}
+    experiment.run(config(inputs, tmp_path / "one", **shared))
+    other = config(inputs, tmp_path / "two", **shared, grid={"learning_rate": [0.01, 0.001]})
+    assert experiment.run(other)["num_computed"] == 2
+    assert trained == {"align": 1, "finetune": 2, "prune": 0}
+    assert not (tmp_path / "two/stages").exists()
+
+
 def test_an_interruption_keeps_what_is_whole(inputs, tmp_path, trained, monkeypatch):
     run = finetune.run
 

@@ -74,7 +74,8 @@ SMALL = [
 
 
 def run(name, tmp_path, *words):
-    argv = [str(EXPERIMENTS / f"{name}.yaml"), *SMALL, "--output_dir", str(tmp_path / "out")]
+    places = ["--output_dir", str(tmp_path / "out"), "--stages", str(tmp_path / "stages")]
+    argv = [str(EXPERIMENTS / f"{name}.yaml"), *SMALL, *places]
     config, _ = flags.from_words(ExperimentConfig, [*argv, *words], "experiment")
     report = experiment.run(config)
     assert not report["failed"]

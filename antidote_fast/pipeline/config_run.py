@@ -45,10 +45,12 @@ class ExperimentConfig(StageConfig):
     """Run a grid of settings, each from alignment to scores, and compare the defenses.
 
     What cells share is made once: one alignment serves all that start from it. Everything made is
-    kept in output_dir, so the same command goes on where it was stopped.
+    kept, so the same command goes on where it was stopped.
 
     Args:
-        output_dir: the folder for rows.csv, tables.md, its pictures, and all models; may exist.
+        output_dir: the folder for rows.csv, tables.md and its pictures; may exist.
+        stages: the folder for models and scores, which experiments may share; default stages in
+            output_dir.
         overwrite: make stages anew whose settings or files have changed.
         batch_size: sequences a forward pass of prune and evaluate.
         extends: another file, seen from this one, whose entries this one overrides.
@@ -72,6 +74,7 @@ class ExperimentConfig(StageConfig):
     """
 
     extends: str | None = None
+    stages: str | None = None
     prepare: Literal["demo"] | None = None
     defenses: list[str] = field(default_factory=lambda: ["sft", "antidote"])
     grid: dict[str, Any] | list[dict[str, Any]]

@@ -26,7 +26,7 @@ METRICS = (
 def run(config: ExperimentConfig, *, progress=False) -> dict:
     """Run every cell of an experiment that is not there yet, and write rows, tables and pictures.
 
-    Each stage writes a folder of its own below ``stages``, named by a hash of its settings and of
+    Each stage writes a folder of its own in ``config.stages``, named by a hash of its settings and of
     those before it: what cells share is made once, and what is whole is taken as it is. Where a
     defense has strengths to choose from, they are tried first, on a seed and prompts of their own;
     the one of highest FA * (100 - HS) is taken, the first of equals: a model that fails at its task

@@ -221,7 +221,8 @@ class _Chain:
         }
         text = json.dumps([kind, settings], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        folder = str(Path(self._config.output_dir) / "stages" / f"{kind}-{key}")
+        place = self._config.stages or Path(self._config.output_dir) / "stages"
+        folder = str(Path(place) / f"{kind}-{key}")
         self._meaning[folder] = f"{kind}:{key}"
         self._keys[kind] = key
         self._stages[kind] = dataclasses.replace(plain, output_dir=folder)
