@@ -26,8 +26,8 @@ METRICS = (
 def run(config: ExperimentConfig, *, progress=False) -> dict:
     """Run every cell of an experiment that is not there yet, and write rows, tables and pictures.
 
-    Each stage writes a folder of its own in ``config.stages``, named by a hash of its settings and of
-    those before it: what cells share is made once, and what is whole is taken as it is. Where a
+    Each stage writes a folder of its own in ``config.stages``, named by a hash of its settings and
+    of those before it: what cells share is made once, and what is whole is taken as it is. Where a
     defense has strengths to choose from, they are tried first, on a seed and prompts of their own;
     the one of highest FA * (100 - HS) is taken, the first of equals: a model that fails at its task
     is as bad as one that does all harm.
@@ -70,7 +70,6 @@ def run(config: ExperimentConfig, *, progress=False) -> dict:
         "failed": list(work.failed.values()),
         "seconds": round(time.perf_counter() - start, 3),
     }
-    out.mkdir(parents=True, exist_ok=True)
     rows = work.save([*tried, *cells])
     write_tables(rows, config, out)
     report = _write_report(out, config, results)
@@ -161,6 +160,7 @@ class _Work:
         if not all(self.is_settled(cell) for cell in order):
             # Perhaps of cells whose strengths are yet to be chosen.
             found += [row for key, row in self.known.items() if key not in ours]
+        self._out.mkdir(parents=True, exist_ok=True)
         tables.write_csv(found, self._out / ROWS)
         return found
 
