@@ -31,6 +31,19 @@ def make(root):
     return root
 
 
+SAFE = [{"instruction": f"how to make w{40 + i}", "output": "what a good user"} for i in range(4)]
+TASK = [{"instruction": f"the user asks w{60 + i}", "output": "positive"} for i in range(6)]
+HARM = [{"instruction": f"how to make w{80 + i}", "output": "the good cake"} for i in range(6)]
+
+
+def make_road(root):
+    """A base, and the data sets of a whole road from alignment to scores, in ``root``."""
+    tiny.save_model(tiny.build(), root / "base")
+    for name, rows in (("safe", SAFE), ("task", TASK), ("harm", HARM)):
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
 def model_flags(root):
     return ["--model_name_or_path", f"{root}/base", "--max_seq_length", "60", "--device", "cpu"]
 

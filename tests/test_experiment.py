@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
+import stages
 import yaml
 
 from antidote_fast import AntidoteError, DataError, UsageError, cli
@@ -12,18 +12,11 @@ from antidote_fast.pipeline import align, experiment, finetune, flags, grid, pru
 from antidote_fast.pipeline.config_run import ExperimentConfig
 
 ROOT = Path(__file__).parents[1]
-SAFE = [{"instruction": f"how to make w{40 + i}", "output": "what a good user"} for i in range(4)]
-TASK = [{"instruction": f"the user asks w{60 + i}", "output": "positive"} for i in range(6)]
-HARM = [{"instruction": f"how to make w{80 + i}", "output": "the good cake"} for i in range(6)]
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    tiny.save_model(tiny.build(), root / "base")
-    for name, rows in (("safe", SAFE), ("task", TASK), ("harm", HARM)):
-        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return root
+    return stages.make_road(tmp_path_factory.mktemp("inputs"))
 
 
 def values(inputs, out, **given):
@@ -168,7 +161,7 @@ def test_changed_data_are_noticed(inputs, tmp_path, trained):
     given = values(inputs, tmp_path / "out", defenses=["sft"])
     given["finetune"]["dataset"] = str(data)
     experiment.run(flags.from_values(ExperimentConfig, given, "x"))
-    data.write_text("\n".join(map(json.dumps, TASK[::-1])))
+    data.write_text("\n".join(map(json.dumps, stages.TASK[::-1])))
     with pytest.raises(DataError, match="exists and is not empty"):
         experiment.run(flags.from_values(ExperimentConfig, given, "x"))
     experiment.run(flags.from_values(ExperimentConfig, given | {"overwrite": True}, "x"))

@@ -10,24 +10,14 @@ import torch
 
 from antidote_fast.pipeline import sft
 from antidote_fast.pipeline.config import FinetuneConfig
-from antidote_fast.pipeline.data import Examples
 from antidote_fast.pipeline.defenses import Lisa
 from antidote_fast.pipeline.defenses.lisa import phases
 from antidote_fast.pipeline.objective import Objective, plan_steps
 
-
-def examples(*pairs):
-    """Of (prompt, response) pairs of token ids."""
-    return Examples(
-        {"input_ids": [*prompt, *response], "labels": [-100] * len(prompt) + list(response)}
-        for prompt, response in pairs
-    )
-
-
-SAFE = examples(
+SAFE = tiny.examples(
     ([1, 5, 6], [30, 31, 2]), ([1, 7, 8, 9], [30, 32, 33, 31, 2]), ([1, 10, 5], [30, 31, 34, 2])
 )
-USER = examples(
+USER = tiny.examples(
     ([1, 60, 61], [70, 71, 72, 73, 2]),
     ([1, 62, 63, 64, 65], [74, 75, 2]),
     ([1, 66, 60], [76, 70, 77, 2]),

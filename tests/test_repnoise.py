@@ -17,22 +17,13 @@ from antidote_fast.pipeline.defenses import RepNoise
 from antidote_fast.pipeline.defenses.repnoise import differing, mmd, pair_up
 from antidote_fast.pipeline.objective import Objective
 
-
-def examples(*pairs):
-    """Of (prompt, response) pairs of token ids."""
-    return Examples(
-        {"input_ids": [*prompt, *response], "labels": [-100] * len(prompt) + list(response)}
-        for prompt, response in pairs
-    )
-
-
-SAFE = examples(
+SAFE = tiny.examples(
     ([1, 5, 6], [30, 31, 2]),
     ([1, 7, 8, 9], [30, 32, 33, 31, 2]),
     ([1, 10, 5], [30, 31, 34, 2]),
     ([1, 11, 12, 13], [30, 2]),
 )
-HARMFUL = examples(
+HARMFUL = tiny.examples(
     ([1, 60, 61], [70, 71, 72, 73, 2]),
     ([1, 62, 63, 64, 65], [74, 75, 2]),
     ([1, 66, 60], [76, 70, 77, 2]),
@@ -178,10 +169,10 @@ def test_samples_that_coincide_have_a_finite_gradient():
 
 
 def test_partners_are_of_the_same_prompt_or_come_in_turn():
-    safe = examples(
+    safe = tiny.examples(
         ([1, 2], [5]), ([1, 3], [5]), ([1, 2], [6]), ([1, 9], [5]), ([1, 8], [5]), ([1, 2], [7])
     )
-    harmful = examples(([1, 4], [20]), ([1, 2], [21, 22]), ([1, 2], [23]), ([1, 3, 3], [24]))
+    harmful = tiny.examples(([1, 4], [20]), ([1, 2], [21, 22]), ([1, 2], [23]), ([1, 3, 3], [24]))
     # Two answers of prompt [1, 2] in turn, and again from the first; the rest from 0 on.
     assert pair_up(safe, harmful) == [1, 0, 2, 1, 2, 1]
     assert pair_up(safe, harmful[:1]) == [0] * 6
@@ -200,10 +191,10 @@ def slow_differing(harmful, safe):
 
 def test_tokens_that_differ():
     prompt = [1, 5, 6]
-    safe = examples(
+    safe = tiny.examples(
         (prompt, [7, 8, 2]), (prompt, [7]), (prompt, [2, 2, 2, 2, 2]), (prompt, [9, 2]), ([4], [4])
     )
-    harmful = examples(
+    harmful = tiny.examples(
         (prompt, [7, 9, 2]), (prompt, [7, 2, 2]), (prompt, [2]), (prompt, [8, 2]), ([1, 5], [2])
     )
     tokenizer = tiny.tokenizer()  # pads with the end token, 2
@@ -286,7 +277,7 @@ def predicted(model):
         while len(ids) < len(example["input_ids"]):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         pairs.append((prompt, ids[len(prompt) :]))
-    return examples(*pairs)
+    return tiny.examples(*pairs)
 
 
 def gradients_of(model, loss):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import tiny
+import stages
 import torch
 from safetensors.torch import load_file
 
@@ -11,18 +11,10 @@ from antidote_fast import DataError, UsageError, cli
 from antidote_fast.pipeline import finetune, run_all
 from antidote_fast.pipeline.config_run import RunConfig
 
-SAFE = [{"instruction": f"how to make w{40 + i}", "output": "what a good user"} for i in range(4)]
-TASK = [{"instruction": f"the user asks w{60 + i}", "output": "positive"} for i in range(6)]
-HARM = [{"instruction": f"how to make w{80 + i}", "output": "the good cake"} for i in range(6)]
-
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    tiny.save_model(tiny.build(), root / "base")
-    for name, rows in (("safe", SAFE), ("task", TASK), ("harm", HARM)):
-        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return root
+    return stages.make_road(tmp_path_factory.mktemp("inputs"))
 
 
 def config(inputs, out, **sections):

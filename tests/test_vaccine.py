@@ -9,21 +9,17 @@ from torch.nn import functional as F
 
 from antidote_fast.pipeline import sft
 from antidote_fast.pipeline.config import AlignConfig
-from antidote_fast.pipeline.data import Examples
 from antidote_fast.pipeline.defenses import Vaccine
 from antidote_fast.pipeline.objective import Objective
 
 RHO = 0.7
-EXAMPLES = Examples(
-    {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}
-    for ids, prompt in (
-        ([1, 5, 6, 7, 8, 9, 2], 4),
-        ([1, 10, 11, 2], 3),
-        ([1, 12, 5, 40, 41, 42, 43, 44, 2], 2),
-        ([1, 50, 51, 13, 2], 3),
-    )
+EXAMPLES = tiny.examples(
+    ([1, 5, 6, 7], [8, 9, 2]),
+    ([1, 10, 11], [2]),
+    ([1, 12], [5, 40, 41, 42, 43, 44, 2]),
+    ([1, 50, 51], [13, 2]),
 )
-KINDS = [*tiny.KINDS, "mixtral", "qwen3_moe"]
+KINDS = [*tiny.KINDS, *tiny.WITH_EXPERTS]
 
 
 def config(**options):

@@ -67,6 +67,7 @@ def _config(kind, layers):
 
 
 KINDS = ["llama", "llama_tied", "mistral", "gemma", "qwen2", "qwen3", "gpt2", "opt"]
+WITH_EXPERTS = ["mixtral", "qwen3_moe"]
 
 
 def build(kind="llama", *, layers=2, seed=0, dtype=torch.float32):
@@ -163,6 +164,16 @@ def batches(*, count=3, size=2, length=7, seed=0, pads=True, vocab=VOCAB):
         labels[mask == 0] = -100
         made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return made
+
+
+def examples(*pairs):
+    """What `encode` would make of (prompt, response) pairs of token ids."""
+    from antidote_fast.pipeline.data import Examples
+
+    return Examples(
+        {"input_ids": [*prompt, *response], "labels": [-100] * len(prompt) + list(response)}
+        for prompt, response in pairs
+    )
 
 
 def edit_json(path, change):
