@@ -393,11 +393,10 @@ def test_no_rank_waits_for_one_that_is_gone(how, tmp_path):
     said, _ = run.communicate(timeout=60)
     assert run.returncode != 0
     lines = [line for line in said.splitlines() if line.startswith("antidote-fast: ")]
-    expected = {
-        "terminated": ["antidote-fast: interrupted; nothing is left half-written"],
-        "killed": ["antidote-fast: another rank is gone, or did not come in time"],
-    }
-    assert lines == expected[how], said
+    expected = [["antidote-fast: interrupted; nothing is left half-written"]]
+    if how == "killed":  # on busy cores torchrun's own signal may come first
+        expected.append(["antidote-fast: another rank is gone, or did not come in time"])
+    assert lines in expected, said
     assert not out.exists()
 
 

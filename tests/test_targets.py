@@ -253,7 +253,9 @@ def test_adapter_name_is_not_in_the_key():
         find_targets(model)
 
 
-def test_adapter_put_on_by_transformers_itself():
+def test_adapter_put_on_by_transformers_itself(monkeypatch):
+    # transformers 5.24 asks for a PEFT that is not released yet, and works with the one that is.
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
     model = tiny.build()
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
     assert [t.key for t in find_targets(model)] == keys_of(PREFIX, FACTORS[2:4])

@@ -229,10 +229,14 @@ def test_checkpoints_that_nobody_needed_change_nothing(work, inputs, whole):
 
 
 def test_a_signal_without_checkpoints_stops_at_once(work, inputs):
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, 3, signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            run(inputs, "sft")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist ignores it
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(patch, 3, signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                run(inputs, "sft")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list(work.iterdir()) == []
 
 
