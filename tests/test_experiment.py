@@ -381,3 +381,11 @@ def test_dry_run_plans_each_stage_and_writes_nothing(inputs, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     with pytest.raises(AntidoteError):
         flags.from_words(ExperimentConfig, [], "experiment")
+
+
+def test_dry_run_of_a_demo_makes_no_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment", str(ROOT / "experiments/smollm2/t3.yaml"), "--dry_run"]
+    assert cli.main(words) == 3
+    assert "demo-cache: is not there yet" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -78,11 +78,10 @@ def _plan_run(config) -> Plan:
 
 def _plan_experiment(config) -> Plan:
     """The sum of the stages that are not there yet; stages of the same size are planned once."""
-    from antidote_fast.pipeline import evaluate, experiment, grid, run_all, sft
+    from antidote_fast.pipeline import evaluate, experiment, run_all, sft
 
-    experiment.check(config)
-    cells = grid.cells_of(config, {})
-    tried = [cell for options in grid.trials_of(config).values() for _, cell in options]
+    trials, cells = experiment.check(config)
+    tried = [cell for options in trials.values() for _, cell in options]
     stages = {
         stage.output_dir: (kind, stage, cell)
         for cell in (*tried, *cells)

@@ -1,26 +1,21 @@
 """A grid of settings, from alignment to scores, that goes on where it stopped."""
 
-import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from antidote_fast.commit import new_file
+from antidote_fast.demo_model import CACHE
 from antidote_fast.errors import AntidoteError, DataError, Interrupted, JobsSetAside, UsageError
 from antidote_fast.hardware import hardware
 from antidote_fast.memory import reset_peak_memory
 from antidote_fast.pipeline import grid, pictures, run_all, tables
 from antidote_fast.pipeline.config_run import ExperimentConfig
-from antidote_fast.pipeline.stage import REPORT, read_report, write_report
+from antidote_fast.pipeline.stage import REPORT, read_report, replace_report
 from antidote_fast.progress import track
+from antidote_fast.report import METRICS
 
 ROWS, TABLES, STAGES = "rows.csv", "tables.md", "stages"
-METRICS = (
-    "harmful_score",
-    "finetune_accuracy",
-    "benign_refusal_rate",
-)
 
 
 def run(config: ExperimentConfig, *, progress=False) -> dict:
@@ -49,7 +44,12 @@ def run(config: ExperimentConfig, *, progress=False) -> dict:
     """
     start = time.perf_counter()
     out = Path(config.output_dir)
-    trials, first = check(config, progress=progress)
+    if config.prepare == "demo":
+        from antidote_fast.demo_files import prepare
+
+        _check_flags(config)
+        prepare(progress=progress)
+    trials, first = check(config)
     tried = [cell for options in trials.values() for _, cell in options]
     work = _Work(config, out, progress)
     for cell in track(tried, "strengths", progress):
@@ -72,7 +72,7 @@ def run(config: ExperimentConfig, *, progress=False) -> dict:
     }
     rows = work.save([*tried, *cells])
     write_tables(rows, config, out)
-    report = _write_report(out, config, results)
+    report = replace_report(out, "experiment", config, results)
     if work.failed:
         first_line = next(iter(work.failed.values()))
         count = f"{len(work.failed)} of {len(tried) + len(cells)}"
@@ -82,26 +82,33 @@ def run(config: ExperimentConfig, *, progress=False) -> dict:
     return report
 
 
-def check(config: ExperimentConfig, *, progress=False) -> tuple[dict, list]:
-    """Check every flag and data set of an experiment; with ``prepare`` its files are made first.
+def check(config: ExperimentConfig) -> tuple[dict, list]:
+    """Check every flag and data set of an experiment; nothing is made.
 
     Returns:
         What :func:`grid.trials_of` and :func:`grid.cells_of` give, before strengths are chosen.
 
     Raises:
-        UsageError, DataError: as :func:`run`.
+        UsageError, DataError: as :func:`run`; DataError also where ``prepare`` has yet to make
+            the files.
     """
+    trials, cells = _check_flags(config)
+    if config.prepare == "demo" and not Path(CACHE).is_dir():
+        raise DataError(
+            f"{CACHE}: is not there yet, and is made where the experiment runs: start it once "
+            "without dry_run"
+        )
+    tried = [cell for options in trials.values() for _, cell in options]
+    run_all.check_data([stage for cell in (*tried, *cells) for stage in cell.stages.values()])
+    return trials, cells
+
+
+def _check_flags(config):
     _check_folder(Path(config.output_dir))
     trials, cells = grid.trials_of(config), grid.cells_of(config, {})
     axes = grid.axes_of(config)
     for spec in _specs(config):
         tables.check_spec(spec, axes)
-    if config.prepare == "demo":
-        from antidote_fast.demo_files import prepare
-
-        prepare(progress=progress)
-    tried = [cell for options in trials.values() for _, cell in options]
-    run_all.check_data([stage for cell in (*tried, *cells) for stage in cell.stages.values()])
     return trials, cells
 
 
@@ -259,9 +266,7 @@ def write_tables(rows, config, folder) -> None:
         picture = folder / f"table-{number}.png"
         if tables.table(rows, spec)["rows"]:
             with new_file(picture) as partial:
-                drawn = partial.with_suffix(".png")
-                pictures.plot(rows, spec, drawn)
-                os.replace(drawn, partial)
+                pictures.plot(rows, spec, partial)
             text += f"\n![{spec['title']}]({picture.name})\n"
         texts.append(text)
     if texts:
@@ -269,21 +274,12 @@ def write_tables(rows, config, folder) -> None:
             partial.write_text("\n".join(texts), encoding="utf-8")
 
 
-def _write_report(out, config, results):
-    staged = out / ".stages.report"
-    staged.mkdir(parents=True, exist_ok=True)
-    report = write_report(staged, "experiment", config, json.loads(json.dumps(results)))
-    os.replace(staged / REPORT, out / REPORT)
-    staged.rmdir()
-    return report
-
-
 def _check_folder(out):
     if out.exists() and not out.is_dir():
         raise DataError(f"output_dir={str(out)!r}: exists and is not a folder")
     for path in sorted(out.iterdir()) if out.exists() else ():
         ours = path.name in (ROWS, TABLES, STAGES, REPORT) or path.name.startswith(
-            ("table-", ".stages.", ".rows.", ".table-", ".tables.")
+            ("table-", ".experiment.", ".rows.", ".table-", ".tables.")
         )
         if not ours:
             raise DataError(

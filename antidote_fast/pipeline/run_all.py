@@ -11,7 +11,7 @@ from antidote_fast.errors import DataError, UsageError
 from antidote_fast.pipeline.config import EvaluateConfig
 from antidote_fast.pipeline.config_run import SECTIONS, RunConfig
 from antidote_fast.pipeline.flags import from_values
-from antidote_fast.pipeline.stage import REPORT, read_report, write_report
+from antidote_fast.pipeline.stage import REPORT, read_report, replace_report
 from antidote_fast.progress import track
 
 _SHARED = (
@@ -72,7 +72,7 @@ def run(config: RunConfig, *, progress=False) -> dict:
         "stage_seconds": seconds,
         "reused": reused,
     }
-    return _write(out, config, results)
+    return replace_report(out, "run", config, results)
 
 
 def _plan(config, out):
@@ -125,7 +125,7 @@ def _check_folder(out):
     for path in sorted(out.iterdir()) if out.exists() else ():
         # A killed stage leaves a staged folder, .aligned.partial-..., which the next one removes.
         ours = path.name in (*_FOLDERS, REPORT)
-        if not ours and not path.name.startswith(tuple(f".{name}." for name in _FOLDERS)):
+        if not ours and not path.name.startswith((*(f".{name}." for name in _FOLDERS), ".run.")):
             raise DataError(
                 f"output_dir={str(out)!r}: holds {path.name!r}, which no run made; name another "
                 "folder"
@@ -174,12 +174,3 @@ def is_done(folder, stage) -> bool:
 def _settings(config):
     plain = json.loads(json.dumps(config))
     return {k: v for k, v in plain.items() if k != "overwrite"} if plain else None
-
-
-def _write(out, config, results):
-    staged = out / f".{_FOLDERS[-1]}.report"
-    staged.mkdir(exist_ok=True)
-    report = write_report(staged, "run", config, results)
-    os.replace(staged / REPORT, out / REPORT)
-    staged.rmdir()
-    return report

@@ -103,6 +103,20 @@ def write_report(folder, stage, config, results, inputs=()) -> dict:
     return report
 
 
+def replace_report(folder, stage, config, results) -> dict:
+    """Write the ``report.json`` of a folder that grows over several calls, whole or not at all.
+
+    Args:
+        folder: an existing folder; the rest as :func:`write_report`.
+    """
+    staged = Path(folder) / f".{stage}.report"
+    staged.mkdir(exist_ok=True)
+    report = write_report(staged, stage, config, results)
+    os.replace(staged / REPORT, Path(folder) / REPORT)
+    staged.rmdir()
+    return report
+
+
 def _as_text(report):
     """JSON, a list's entry a line: quicker than ``indent`` (0.6 ms, not 5, for 180 layers)."""
     entries = []

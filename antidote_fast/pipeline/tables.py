@@ -7,11 +7,11 @@ and ``defense`` among them; None or absent where an axis does not apply), and th
 import csv
 import math
 import numbers
-import os
 import re
 import statistics
 from pathlib import Path
 
+from antidote_fast.commit import new_file
 from antidote_fast.errors import DataError, UsageError, printable
 
 TEXT_COLUMNS = ("role", "cell", "defense", "model", "task", "score", "strength")
@@ -71,16 +71,11 @@ def write_csv(rows, path) -> Path:
         OSError: it cannot be written; an earlier file is left as it was.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     columns = list(dict.fromkeys(key for row in rows for key in row)) or ["cell"]
-    try:
-        with open(partial, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     return path
 
 
