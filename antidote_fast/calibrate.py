@@ -207,8 +207,8 @@ class ActivationNorms:
             num_tokens=self.num_tokens + other.num_tokens,
         )
 
-    def subset(self, keys) -> "ActivationNorms":
-        """The norms of these weights alone.
+    def subset(self, keys, name="norms") -> "ActivationNorms":
+        """The norms of these weights alone; ``name`` is what a refusal calls them.
 
         Raises:
             DataError: there are none of one of them.
@@ -216,7 +216,7 @@ class ActivationNorms:
         keys = list(keys)
         absent = [key for key in keys if key not in self.sq_sum]
         if absent:
-            raise DataError(f"norms: hold no weight {absent[0]!r}; collect them for these targets")
+            raise DataError(f"{name}: hold no weight {absent[0]!r}; collect them for these targets")
         sums = [s and {key: s[key] for key in keys} for s in (self.sq_sum, self.norm_sum)]
         return self._with(
             *sums, transposed=self.transposed & set(keys), routed=self.routed & set(keys)

@@ -4,7 +4,8 @@ A fault in a kernel, a compiler or a device would prune the wrong weights and sa
 the first weight of each (shape, dtype, device) of a prune some rows are copied. The backend prunes
 the copy first, before anything is written; after the real call the same rows are looked at again.
 Nothing is sorted: a selection is right if and only if its count is right and every (score, index)
-on one side of it is below every one on the other.
+on one side of it is below every one on the other. Only what is selected by one norm and not by
+another has no such form: there the few copied rows are sorted.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,11 @@ _LOWEST, _HIGHEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
 @dataclass
 class _Sample:
-    """Some rows of one weight as they were: ``keys`` are their scores as ordered integers."""
+    """Some rows of one weight as they were: ``keys`` are their scores as ordered integers.
+
+    ``kept_keys`` are those by the preserve norm, ``base_bits`` what removed weights become, and
+    ``base`` goes with ``scored``: None where that is a random score.
+    """
 
     place: int
     name: str
@@ -32,6 +37,10 @@ class _Sample:
     bits: torch.Tensor
     scored: torch.Tensor
     norm: torch.Tensor | None
+    kept_keys: np.ndarray | None = None
+    preserve_norm: torch.Tensor | None = None
+    base_bits: torch.Tensor | int = 0
+    base: torch.Tensor | None = None
     removed: np.ndarray | None = None  # of the copy
 
 
@@ -48,7 +57,7 @@ class CrossCheck:
         self.backend = backend
         self._seen = set()
 
-    def before(self, names, scored, norms, weights) -> list:
+    def before(self, names, scored, norms, weights, preserve_norms=None, bases=None) -> list:
         """Copy rows of the weights of one call, and prune the copies.
 
         Args:
@@ -56,6 +65,7 @@ class CrossCheck:
             scored: the matrices that are selected from: the weights, or their random scores.
             norms: activation norms, or None each.
             weights: the matrices that will be written.
+            preserve_norms, bases: as :func:`antidote_fast.ops.prune_many_`; lists, or None.
 
         Returns:
             What :meth:`after` takes.
@@ -64,6 +74,8 @@ class CrossCheck:
             AntidoteError: the backend selects otherwise than the reference; nothing is written.
         """
         samples = []
+        preserve_norms = preserve_norms or [None] * len(names)
+        bases = bases or [None] * len(names)
         for place, (name, matrix) in enumerate(zip(names, scored, strict=True)):
             kind = tuple(matrix.shape), weights[place].dtype, matrix.device
             module = backends.select(self.backend, matrix.device.type)
@@ -74,15 +86,23 @@ class CrossCheck:
             rows = sorted({i * (count - 1) // max(1, MAX_ROWS - 1) for i in range(MAX_ROWS)})
             rows = torch.tensor(rows, device=matrix.device)
             part = matrix.detach()[rows]
+            kept, base = preserve_norms[place], bases[place]
+            base = None if base is None else base.detach()[rows]
+            scored_base = base if matrix is weights[place] else None
+            delta = scored_base if self.selection.score_delta else None
             samples.append(
                 _Sample(
                     place,
                     name,
                     rows,
-                    _keys(part, norms[place]),
+                    _keys(part, norms[place], delta),
                     _bits(weights[place].detach()[rows]),
                     part,
                     norms[place],
+                    None if kept is None else _keys(part, kept, delta),
+                    kept,
+                    0 if base is None else _bits(base),
+                    scored_base,
                 )
             )
         if samples:
@@ -99,27 +119,47 @@ class CrossCheck:
             mask = masks[sample.place]
             removed = _removed(mask.bits[sample.rows], mask.shape[1])
             written = _bits(weights[sample.place].detach()[sample.rows])
-            expected = torch.where(torch.from_numpy(removed), 0, sample.bits)
+            expected = torch.where(torch.from_numpy(removed), sample.base_bits, sample.bits)
             if self.selection.n_m is None and self.selection.scope != "row":
-                ok = _beyond(sample.keys, removed, thresholds[sample.place], self.selection.largest)
+                edge, largest = thresholds[sample.place], self.selection.largest
+                if sample.kept_keys is None:
+                    ok = _beyond(sample.keys, removed, edge, largest)
+                else:
+                    ok = _beyond_and_below(sample.keys, sample.kept_keys, removed, edge, largest)
                 if self.selection.scope == "tensor":
-                    ok &= _count(mask) == num_pruned(mask.shape[0] * mask.shape[1], self.selection)
+                    ok &= self._counted([mask], sample.kept_keys is not None)
             else:  # a row's selection is its own
                 ok = np.array_equal(removed, sample.removed)
             if not ok or not torch.equal(written, expected):
                 self._refuse(sample, "; the weights in memory are not to be used")
-        if samples and self.selection.scope == "global":
-            total = sum(mask.shape[0] * mask.shape[1] for mask in masks)
-            if sum(map(_count, masks)) != num_pruned(total, self.selection):
-                self._refuse(samples[0], "; the weights in memory are not to be used")
+        compared = samples[:1] if self.selection.scope == "global" else ()
+        for sample in compared:
+            if not self._counted(masks, sample.kept_keys is not None):
+                self._refuse(sample, "; the weights in memory are not to be used")
+
+    def _counted(self, masks, preserving):
+        """Whether as many are removed of weights that are compared as the selection means."""
+        total = sum(mask.shape[0] * mask.shape[1] for mask in masks)
+        count, selected = sum(map(count_bits, masks)), num_pruned(total, self.selection)
+        kept = num_pruned(total, self.selection.preserve) if preserving else 0
+        return selected - kept <= count <= selected
 
     def _prune_copies(self, samples):
         copies = [sample.scored.clone() for sample in samples]
-        norms = [sample.norm for sample in samples]
-        masks, _ = ops.prune_with_report_(copies, norms, self.selection, backend=self.backend)
+        masks, _ = ops.prune_with_report_(
+            copies,
+            [sample.norm for sample in samples],
+            self.selection,
+            preserve_norms=[sample.preserve_norm for sample in samples],
+            base_weights=[sample.base for sample in samples],
+            backend=self.backend,
+        )
         removed = [_removed(mask.bits, mask.shape[1]) for mask in masks]
         scope = self.selection.scope
-        if scope == "global":
+        if any(sample.kept_keys is not None for sample in samples):
+            differences = self._differences(samples)
+            oks = [np.array_equal(r, d) for r, d in zip(removed, differences, strict=True)]
+        elif scope == "global":
             ok = self._right(_line([s.keys for s in samples]), _line(removed))
             oks = [ok] * len(samples)
         elif scope == "tensor":
@@ -130,10 +170,19 @@ class CrossCheck:
         else:
             oks = [self._right(s.keys, r) for s, r in zip(samples, removed, strict=True)]
         for sample, copy, chosen, ok in zip(samples, copies, removed, oks, strict=True):
-            expected = torch.where(torch.from_numpy(chosen), 0, _bits(sample.scored))
+            base = 0 if sample.base is None else sample.base_bits
+            expected = torch.where(torch.from_numpy(chosen), base, _bits(sample.scored))
             if not ok or not torch.equal(_bits(copy), expected):
                 self._refuse(sample, "; nothing was written")
             sample.removed = chosen
+
+    def _differences(self, samples):
+        """What is selected of the copied rows less what is protected, by the stable sort."""
+        keys = [torch.from_numpy(sample.keys) for sample in samples]
+        kept = [torch.from_numpy(sample.kept_keys) for sample in samples]
+        selected = reference._selected(keys, self.selection)
+        kept = reference._selected(kept, self.selection.preserve)
+        return [(one & ~other).numpy() for one, other in zip(selected, kept, strict=True)]
 
     def _right(self, keys, removed):
         """Whether each row of ``removed`` is what the selection means of the row of ``keys``."""
@@ -155,9 +204,12 @@ class CrossCheck:
         )
 
 
-def _keys(part, norm):
+def _keys(part, norm, base=None):
     """Scores of finite rows as integers in their order; what ``reference.score`` gives."""
-    scores = part.to("cpu", torch.float32).abs()
+    scores = part.to("cpu", torch.float32)
+    if base is not None:
+        scores = scores - base.to("cpu", torch.float32)
+    scores = scores.abs()
     if norm is not None:
         scores = (scores * norm.detach().cpu()).abs_()
     return scores.numpy().view(np.int32)
@@ -201,8 +253,20 @@ def _beyond(keys, removed, threshold, largest):
     return bool(inside and outside and not (ties[:-1] & ~ties[1:]).any())
 
 
-def _count(mask):
-    """Bits set; mask.count() takes 20 times as long on a CPU."""
+def _beyond_and_below(keys, kept_keys, removed, threshold, largest):
+    """:func:`_beyond` where some are kept: those rank above all removed ones by ``kept_keys``."""
+    if np.isnan(threshold):
+        return not removed.any()
+    edge = np.array([threshold], dtype=np.float32).view(np.int32)[0]
+    inside, outside = (keys > edge, keys < edge) if largest else (keys < edge, keys > edge)
+    either = inside | removed
+    if removed[outside].any():
+        return False
+    return not either.any() or _apart(kept_keys[either][None], ~removed[either][None])
+
+
+def count_bits(mask) -> int:
+    """Bits set of a :class:`PackedMask`; mask.count() takes 20 times as long on a CPU."""
     if mask.bits.device.type != "cpu" or not hasattr(np, "bitwise_count"):
         return mask.count()
     return int(np.bitwise_count(mask.bits.numpy()).sum(dtype=np.int64))

@@ -4,11 +4,12 @@ Scores are fp32 and not negative, so their bits as integers are in their order. 
 counts the upper 16 bits of every score; the bin in which the edge lies follows. The second counts
 the lower 16 bits within that bin, for each weight, so that it is also known how many of the scores
 that equal the edge lie in which weight. A mask then needs nothing but its own weight. The result is
-that of :func:`antidote_fast.prune_many_` with ``scope="global"``, bit for bit.
+that of :func:`antidote_fast.prune_many_` with ``scope="global"``, bit for bit. What is to be kept
+for its norms on other data has an edge of its own, found in the same two passes.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from antidote_fast.backends.reference import pack_bits
 from antidote_fast.errors import DataError, NothingPruned, UsageError
 from antidote_fast.masks import PackedMask
 from antidote_fast.progress import track
-from antidote_fast.prune import SCORES, random_generator
+from antidote_fast.prune import check_arguments, random_generator
 from antidote_fast.selection import Selection, num_pruned
 from antidote_fast.targets import natural_key
 
@@ -36,9 +37,11 @@ class GlobalCut:
         largest: as in the Selection.
         score, seed: as :func:`find_cut` was given.
         ties: {key: (first, last)}: of the weight's scores that equal the edge, in flat order, those
-            that are removed.
-        counts: {key: weights removed of it}.
+            that are selected.
+        counts: {key: weights selected of it}.
         norms: as :func:`find_cut` was given.
+        delta: the score is of the difference from a base.
+        preserve: the cut that says what is kept of what this one selects, or None.
     """
 
     edge: int | None
@@ -48,25 +51,28 @@ class GlobalCut:
     ties: dict[str, tuple[int, int]] = field(repr=False)
     counts: dict[str, int] = field(repr=False)
     norms: object = field(default=None, repr=False)
+    delta: bool = False
+    preserve: "GlobalCut | None" = None
 
     @property
-    def removed(self) -> int:
-        """Weights removed of all."""
+    def selected(self) -> int:
+        """Weights selected of all; those that are kept for ``preserve`` among them."""
         return sum(self.counts.values())
 
     @property
     def threshold(self) -> float:
-        """The smallest score removed (``largest=False``: the largest); NaN where nothing is."""
+        """The smallest score selected (``largest=False``: the largest); NaN where nothing is."""
         if self.edge is None or self.edge == _NAN:
             return math.nan
         return float(np.array([self.edge], dtype=np.int32).view(np.float32)[0])
 
-    def mask(self, key, weight) -> PackedMask:
+    def mask(self, key, weight, base=None) -> PackedMask:
         """What is removed of one weight.
 
         Args:
             key: its name.
             weight: (out, in), as ``read(key)`` gave it to :func:`find_cut`; left as it is.
+            base: like it, as ``read_base(key)`` gave it.
 
         Raises:
             DataError: its scores are not those that were counted; it has changed since.
@@ -74,7 +80,8 @@ class GlobalCut:
         rows, columns = weight.shape
         packed, removed, seen = [], 0, 0
         first, last = self.ties[key]
-        for keys in _chunks(key, weight, self.norms, self.score, self.seed):
+        base = base if self.delta else None
+        for keys in _chunks(key, weight, self.norms, self.score, self.seed, base):
             if self.edge is None:
                 chosen = torch.zeros_like(keys, dtype=torch.bool)
             else:
@@ -89,21 +96,36 @@ class GlobalCut:
         if removed != self.counts[key]:
             raise DataError(f"{key}: has changed since its scores were counted; start again")
         bits = torch.cat(packed) if packed else _no_bits(weight)
-        return PackedMask(bits, (rows, columns))
+        mask = PackedMask(bits, (rows, columns))
+        return mask if self.preserve is None else mask - self.preserve.mask(key, weight, base)
 
     def to_dict(self) -> dict:
         """JSON values, all but the norms; :meth:`from_dict` takes them back."""
         values = {name: value for name, value in vars(self).items() if name != "norms"}
+        values["preserve"] = self.preserve and self.preserve.to_dict()
         return {**values, "ties": {key: list(pair) for key, pair in self.ties.items()}}
 
     @classmethod
-    def from_dict(cls, values, norms=None) -> "GlobalCut":
+    def from_dict(cls, values, norms=None, preserve_norms=None) -> "GlobalCut":
         """The cut that :meth:`to_dict` described, with the norms that it was found by."""
         ties = {key: tuple(pair) for key, pair in values["ties"].items()}
-        return cls(**{**values, "ties": ties}, norms=norms)
+        kept = values.get("preserve")
+        kept = kept and cls.from_dict(kept, preserve_norms)
+        return cls(**{**values, "ties": ties, "preserve": kept}, norms=norms)
 
 
-def find_cut(keys, read, norms, selection, *, score="wanda", seed=0, progress=False) -> GlobalCut:
+def find_cut(
+    keys,
+    read,
+    norms,
+    selection,
+    *,
+    score="wanda",
+    seed=0,
+    preserve_norms=None,
+    read_base=None,
+    progress=False,
+) -> GlobalCut:
     """Where a global selection over many weights has its edge, one of them in memory at a time.
 
     Every weight is read twice. Beside the weight that is being read this takes a few MB, and for
@@ -114,63 +136,95 @@ def find_cut(keys, read, norms, selection, *, score="wanda", seed=0, progress=Fa
         read: called with a name, gives the (out, in) tensor, bf16, fp16 or fp32.
         norms: :class:`ActivationNorms` that hold these names; None for scores without data.
         selection: a :class:`Selection` of global scope.
-        score, seed: as :func:`antidote_fast.prune.prune_state_`.
+        score, seed, preserve_norms: as :func:`antidote_fast.prune.prune_state_`.
+        read_base: called with a name, gives the base of the weight, a tensor like it; needed, and
+            called, with ``selection.score_delta`` alone.
         progress: as :func:`antidote_fast.progress.track` takes it.
 
     Raises:
-        UsageError: another scope, an unknown score, no norms where the score needs them.
+        UsageError: another scope, an unknown score, no norms where the score needs them, a
+            selection that needs preserve norms or a base that are not given.
         NothingPruned: no keys.
         DataError: a weight that is no longer what it was at the first pass.
     """
-    _check(keys, norms, selection, score)
-    order = sorted(keys, key=natural_key)
-    options = norms, score, seed
-    upper, sizes = torch.zeros(_BINS // 2, dtype=torch.int64), {}
-    for key in track(order, "count scores", progress):
-        weight = read(key)
-        sizes[key] = weight.numel()
-        for scores in _chunks(key, weight, *options):
-            upper += torch.bincount((scores >> 16).view(-1), minlength=len(upper)).cpu()
-        del weight  # before the next one is read
-    wanted = num_pruned(sum(sizes.values()), selection)
-    if wanted == 0:
-        nothing = dict.fromkeys(order, 0)
-        return GlobalCut(
-            None, selection.largest, score, seed, dict.fromkeys(order, (0, 0)), nothing, norms
-        )
-    place, left = _edge(upper.numpy(), wanted, selection.largest)
-    beyond, near = {}, {}
-    for key in track(order, "find the edge", progress):
-        weight = read(key)
-        if weight.numel() != sizes[key]:
-            raise DataError(f"{key}: has changed since its scores were counted; start again")
-        beyond[key], near[key] = _near(key, weight, options, place, selection.largest)
-        del weight
-    lower = np.zeros(_BINS, dtype=np.int64)
-    for values, counts in near.values():
-        lower[values] += counts
-    if lower.sum() != upper[place]:
-        raise DataError("the weights have changed since their scores were counted; start again")
-    low, left = _edge(lower, left, selection.largest)
-    ties, removed = _share_ties(order, near, low, left, selection.largest)
-    counts = {key: beyond[key] + removed[key] for key in order}
-    return GlobalCut(place << 16 | low, selection.largest, score, seed, ties, counts, norms)
-
-
-def _check(keys, norms, selection, score):
     if not isinstance(selection, Selection) or selection.scope != "global":
         raise UsageError(f"selection={selection!r:.80}: must be a Selection of scope='global'")
-    if selection.score_delta or selection.preserve_ratio is not None:
-        raise UsageError(f"selection={selection!r:.80}: takes no score_delta, no preserve_ratio")
-    if score not in SCORES:
-        raise UsageError(f"score={score!r}: must be one of {', '.join(SCORES)}")
-    if score == "wanda" and norms is None:
-        raise UsageError("norms=None: must be given where score='wanda'")
+    check_arguments(selection, score, seed, norms, preserve_norms, read_base)
     if not keys:
         raise NothingPruned("nothing to prune: no weights")
+    order = sorted(keys, key=natural_key)
+    searches = [_Search(order, selection, norms, score, seed)]
+    if preserve_norms is not None:
+        searches.append(_Search(order, selection.preserve, preserve_norms, "wanda", seed))
+    for name, step in (("count scores", _Search.count), ("find the edge", _Search.look)):
+        left = [search for search in searches if not search.is_over]
+        for key in track(order, name, progress) if left else ():
+            weight = read(key)
+            base = read_base(key) if selection.score_delta else None
+            for search in left:
+                step(search, key, weight, base)
+            del weight, base  # before the next ones are read
+        for search in left:
+            search.narrow()
+    cut, *kept = [search.cut() for search in searches]
+    return replace(cut, preserve=kept[0]) if kept else cut
 
 
-def _chunks(key, weight, norms, score, seed):
+class _Search:
+    """One edge, in two passes over the weights: ``count`` each, ``narrow``, ``look`` at each."""
+
+    def __init__(self, order, selection, norms, score, seed):
+        self._order, self._selection = order, selection
+        self._options = norms, score, seed
+        self._upper, self._sizes = torch.zeros(_BINS // 2, dtype=torch.int64), {}
+        self._place = self._left = self._edge = None
+        self._beyond, self._near = {}, {}
+        self.is_over = False
+
+    def count(self, key, weight, base):
+        """The upper 16 bits of every score."""
+        self._sizes[key] = weight.numel()
+        for scores in _chunks(key, weight, *self._options, base):
+            counts = torch.bincount((scores >> 16).view(-1), minlength=len(self._upper))
+            self._upper += counts.cpu()
+
+    def look(self, key, weight, base):
+        """The lower 16 bits of those in the bin of the edge."""
+        if weight.numel() != self._sizes[key]:
+            raise DataError(f"{key}: has changed since its scores were counted; start again")
+        scores = _chunks(key, weight, *self._options, base)
+        self._beyond[key], self._near[key] = _near(scores, self._place, self._selection.largest)
+
+    def narrow(self):
+        """What follows from a pass: the bin of the edge, then the edge."""
+        largest = self._selection.largest
+        if self._place is None:
+            wanted = num_pruned(sum(self._sizes.values()), self._selection)
+            self.is_over = wanted == 0
+            if wanted:
+                self._place, self._left = _edge(self._upper.numpy(), wanted, largest)
+            return
+        lower = np.zeros(_BINS, dtype=np.int64)
+        for values, counts in self._near.values():
+            lower[values] += counts
+        if lower.sum() != self._upper[self._place]:
+            raise DataError("the weights have changed since their scores were counted; start again")
+        self._edge, self._left = _edge(lower, self._left, largest)
+
+    def cut(self):
+        """The cut without what is preserved of it."""
+        order, largest = self._order, self._selection.largest
+        norms, score, seed = self._options
+        edge, ties, counts = None, dict.fromkeys(order, (0, 0)), dict.fromkeys(order, 0)
+        if self._edge is not None:
+            edge = self._place << 16 | self._edge
+            ties, selected = _share_ties(order, self._near, self._edge, self._left, largest)
+            counts = {key: self._beyond[key] + selected[key] for key in order}
+        delta = self._selection.score_delta
+        return GlobalCut(edge, largest, score, seed, ties, counts, norms, delta)
+
+
+def _chunks(key, weight, norms, score, seed, base=None):
     """The scores of some rows after another, as int32 in the order of the scores, NaN one value."""
     rows, columns = weight.shape
     if not weight.numel():
@@ -184,16 +238,18 @@ def _chunks(key, weight, norms, score, seed):
             scores = torch.rand(part.shape, generator=generator).to(weight.device)
         else:
             scores = part.detach().to(torch.float32, copy=True)
+            if base is not None:
+                scores.sub_(base[start : start + step])
             if norm is not None:
                 scores.mul_(norm)
             scores.abs_()
         yield scores.view(torch.int32).clamp_(max=_NAN)
 
 
-def _near(key, weight, options, place, largest):
+def _near(chunks, place, largest):
     """(scores beyond the bin ``place``, (lower 16 bits, counts) of those within it)."""
     beyond, counts = 0, np.zeros(_BINS, dtype=np.uint32)
-    for scores in _chunks(key, weight, *options):
+    for scores in chunks:
         flat = scores.view(-1)
         if flat.device.type == "cpu":  # twice as fast as torch: 1.0 ns a score, not 2.0
             flat = flat.numpy()

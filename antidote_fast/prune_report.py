@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 
 from antidote_fast.masks import PackedMask
+from antidote_fast.selection import Selection, num_pruned
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class LayerReport:
     Args:
         key: its name as saved.
         shape: (out_features, in_features).
-        k: weights removed of each row (row scope), or of the whole weight (tensor, global).
+        k: weights selected of each row (row scope) or of the whole weight (tensor); in global scope
+            those removed of it.
         removed: weights removed of the whole weight.
         requested: the fraction asked for.
         achieved: the fraction removed.
@@ -23,6 +25,9 @@ class LayerReport:
         zero_weights: weights that were zero before, as all of a LoRA B that was never trained.
         num_bytes: size of the weight, as large after as before.
         seconds: for this weight; None where several are pruned in one call (global scope, a GPU).
+        preserved: weights selected but kept, for they matter on the data to preserve; None in
+            global scope, where only their sum is known.
+        zero_preserve_channels: input channels that no activation of those data reached.
     """
 
     key: str
@@ -36,6 +41,8 @@ class LayerReport:
     zero_weights: int
     num_bytes: int
     seconds: float | None
+    preserved: int | None = 0
+    zero_preserve_channels: int | None = None
 
 
 @dataclass
@@ -51,6 +58,9 @@ class PruneReport:
         coverage: share of the model's block weights that were targets (live models only), with the
             names of fused parameters out of reach.
         masks: {key: PackedMask} where asked for, (out, in); not part of :meth:`to_dict`.
+        preserve_ratio: what was protected by the norms on data to preserve; None without them.
+        score_delta: what was scored is the difference from the base weights.
+        reverted: removed weights have the values of the base weights, not zero.
     """
 
     score: str
@@ -65,6 +75,9 @@ class PruneReport:
     seconds: float
     coverage: dict | None = None
     masks: dict[str, PackedMask] | None = field(default=None, repr=False)
+    preserve_ratio: float | None = None
+    score_delta: bool = False
+    reverted: bool = False
 
     @property
     def num_weights(self) -> int:
@@ -77,6 +90,14 @@ class PruneReport:
         return sum(layer.removed for layer in self.layers)
 
     @property
+    def num_preserved(self) -> int:
+        """Elements selected but kept."""
+        if self.scope != "global" or self.preserve_ratio is None:
+            return sum(layer.preserved for layer in self.layers)
+        selection = Selection(self.ratio, scope="global", largest=self.largest)
+        return num_pruned(self.num_weights, selection) - self.num_pruned
+
+    @property
     def achieved(self) -> float:
         """Fraction removed of all pruned layers."""
         return self.num_pruned / self.num_weights if self.num_weights else 0.0
@@ -86,7 +107,7 @@ class PruneReport:
         """The report that :meth:`to_dict` described; other entries of ``values`` are left out."""
         names = [f.name for f in fields(cls) if f.name not in ("layers", "masks")]
         layers = [LayerReport(**{**x, "shape": tuple(x["shape"])}) for x in values["layers"]]
-        return cls(layers=layers, **{name: values[name] for name in names})
+        return cls(layers=layers, **{name: values[name] for name in names if name in values})
 
     def to_dict(self) -> dict:
         """JSON values: totals first, then the layers."""
@@ -96,6 +117,7 @@ class PruneReport:
             "num_layers": len(self.layers),
             "num_weights": self.num_weights,
             "num_pruned": self.num_pruned,
+            "num_preserved": self.num_preserved,
             "requested": self.ratio,
             "achieved": self.achieved,
             "layers": [dict(vars(layer)) for layer in self.layers],

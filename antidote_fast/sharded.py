@@ -37,12 +37,13 @@ def _is_fsdp(module):
     return hasattr(module, "reshard") and hasattr(module, "unshard")
 
 
-def local_rows(targets, norms, selection, score):
+def local_rows(targets, norms, selection, score, base_weights=None):
     """What of the targets this rank prunes, every check made that needs more than one rank.
 
     Args:
         targets: of :func:`antidote_fast.targets.find_targets`.
-        norms, selection, score: as :func:`antidote_fast.prune.prune_model_`.
+        norms: {argument: norms} of those that are given.
+        selection, score, base_weights: as :func:`antidote_fast.prune.prune_model_`.
 
     Returns:
         ({key: the rows that this rank holds, a view}, the :class:`World` of the ranks that share
@@ -66,14 +67,19 @@ def local_rows(targets, norms, selection, score):
         )
     if score == "random":
         raise UsageError("score='random': must be wanda or magnitude where weights are sharded")
+    if base_weights is not None:
+        raise UsageError(
+            "base_weights: must be left out where weights are sharded; or prune the saved "
+            "checkpoint"
+        )
     for target in targets:
         if target.transposed and is_sharded(target.weight):
             raise DataError(
                 f"{target.key}: is saved as (in, out) and sharded over its inputs; prune the saved "
                 "checkpoint"
             )
-    if norms is not None:
-        world.check_same("norms of the ranks (add them up first)", _digest(norms))
+    for name, given in norms.items():
+        world.check_same(f"{name} of the ranks (add them up first)", _digest(given))
     weights = {key: w.to_local() if is_sharded(w) else w for key, w in weights.items()}
     with world.together():
         for key, weight in weights.items():
@@ -92,26 +98,30 @@ def add_up(report, targets, world):
     by_key = {target.key: target.weight for target in targets}
     # A weight that is not sharded lies on every rank, and counts once.
     mine = [is_sharded(by_key[layer.key]) or world.rank == 0 for layer in report.layers]
-    zeros = [x.zero_weights * own for x, own in zip(report.layers, mine, strict=True)]
+    sums = [
+        [getattr(x, name) * own for x, own in zip(report.layers, mine, strict=True)]
+        for name in ("zero_weights", "removed", "preserved")
+    ]
     sign = -1 if report.largest else 1  # the smallest score removed, or the largest
     edges = [-math.inf if x.threshold is None else sign * x.threshold for x in report.layers]
     seconds = [x.seconds or 0.0 for x in report.layers]
-    [zeros] = world.all_reduce([torch.tensor(zeros, dtype=torch.float64)])
+    sums = world.all_reduce([torch.tensor(values, dtype=torch.float64) for values in sums])
     slowest = [torch.tensor(v, dtype=torch.float64) for v in (edges, [*seconds, report.seconds])]
     edges, seconds = world.all_reduce(slowest, op="max")
     for i, layer in enumerate(report.layers):
         weight = by_key[layer.key]
         rows, columns = weight.shape
-        removed = rows * layer.k
+        zeros, removed, preserved = (int(values[i]) for values in sums)
         report.layers[i] = dataclasses.replace(
             layer,
             shape=(rows, columns),
             removed=removed,
             achieved=removed / (rows * columns) if rows * columns else 0.0,
             threshold=sign * float(edges[i]) if math.isfinite(edges[i]) else None,
-            zero_weights=int(zeros[i]),
+            zero_weights=zeros,
             num_bytes=weight.numel() * weight.element_size(),
             seconds=None if layer.seconds is None else float(seconds[i]),
+            preserved=preserved,
         )
     report.seconds = float(seconds[-1])
     return report

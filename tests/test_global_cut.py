@@ -43,7 +43,7 @@ def cut_of(weights, norms, selection, **options):
     assert read.read in (order * 2, order)  # one pass is enough where nothing is removed
     masks = {key: cut.mask(key, weights[key]) for key in reversed(order)}
     assert {key: mask.count() for key, mask in masks.items()} == cut.counts
-    assert cut.removed == num_pruned(sum(w.numel() for w in weights.values()), selection)
+    assert cut.selected == num_pruned(sum(w.numel() for w in weights.values()), selection)
     return cut, masks
 
 
@@ -255,7 +255,7 @@ def test_a_weight_that_changes_between_the_passes_is_refused():
         ({"selection": None}, "selection=None: must be a Selection"),
         (
             {"selection": Selection(0.1, scope="global", preserve_ratio=0.2)},
-            "selection=.*takes no score_delta, no preserve_ratio",
+            "preserve_norms=None: must be given with preserve_ratio=0.2",
         ),
         ({"score": "other"}, "score='other': must be one of wanda"),
         ({"score": "wanda"}, "norms=None: must be given"),
