@@ -1,13 +1,15 @@
 """A kernel that selects or writes wrongly is found out, by name, and its folder is not written."""
 
+import functools
 import os
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from faulty import DAMAGES, WRONG, also_written, install, not_written, one_too_many, swap
 
-from antidote_fast import backends, oneshot, ops
+from antidote_fast import backends, oneshot
 from antidote_fast.backends import reference
 from antidote_fast.cross_check import CrossCheck
 from antidote_fast.errors import AntidoteError
@@ -17,71 +19,10 @@ from antidote_fast.pipeline.config import PruneConfig
 from antidote_fast.prune import prune_model_, prune_state_
 from antidote_fast.selection import Selection
 
-WRONG = "the broken backend does not select what the reference does"
-
-
-class Broken:
-    """The reference, with what ``damage`` does to its result."""
-
-    NAME = "broken"
-    DEVICE_TYPES = None
-    __name__ = "antidote_fast.backends.broken"
-
-    def __init__(self, damage, smallest=0):
-        self.damage, self.smallest = damage, smallest
-
-    def prune(self, weights, *arguments, write, bits, thresholds):
-        before = [weight.clone() for weight in weights]
-        reference.prune(weights, *arguments, write=write, bits=bits, thresholds=thresholds)
-        for i, weight in enumerate(weights):
-            if weight.numel() > self.smallest:
-                self.damage(weight, before[i], bits[i], thresholds[i])
-
-    def apply_mask_(self, *arguments):
-        reference.apply_mask_(*arguments)
-
 
 @pytest.fixture
 def broken(monkeypatch):
-    def use(damage, **options):
-        module = Broken(damage, **options)
-        for place in (backends, ops):
-            monkeypatch.setattr(place, "select", lambda name, device: module)
-
-    return use
-
-
-def swap(weight, before, bits, thresholds):
-    """One removed weight too many in the last row, another too few: the count stays."""
-    row = reference.unpack_bits(bits[-1:], weight.shape[1])[0]
-    off, on = int(row.nonzero()[0]), int((~row).nonzero()[0])
-    bits[-1, off // 8] ^= 1 << off % 8
-    bits[-1, on // 8] ^= 1 << on % 8
-    weight[-1, off], weight[-1, on] = before[-1, off], 0
-
-
-def one_too_many(weight, before, bits, thresholds):
-    row = reference.unpack_bits(bits[:1], weight.shape[1])[0]
-    on = int((~row).nonzero()[0])
-    bits[0, on // 8] ^= 1 << on % 8
-    weight[0, on] = 0
-
-
-def not_written(weight, before, bits, thresholds):
-    weight.copy_(before)
-
-
-def also_written(weight, before, bits, thresholds):
-    weight[0] = 1.0
-
-
-def nothing(weight, before, bits, thresholds):
-    bits.zero_()
-    weight.copy_(before)
-    thresholds.fill_(float("nan"))
-
-
-DAMAGES = [swap, one_too_many, not_written, also_written, nothing]
+    return functools.partial(install, monkeypatch)
 
 
 def weights(dtype=torch.float32):
