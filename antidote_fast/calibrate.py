@@ -270,29 +270,29 @@ class ActivationNorms:
             raise AntidoteError(f"{path}: cannot be written: {error}") from error
 
     @classmethod
-    def load(cls, path) -> "ActivationNorms":
-        """Read a file of :meth:`save`.
+    def load(cls, path, name="norms") -> "ActivationNorms":
+        """Read a file of :meth:`save`; ``name`` is what a refusal calls it.
 
         Raises:
             DataError: no such file, not a norms file, an unknown version, or damaged contents.
         """
         path = Path(path)
         if not path.is_file():
-            raise DataError(f"norms={str(path)!r}: no such file")
+            raise DataError(f"{name}={str(path)!r}: no such file")
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise DataError(f"norms={str(path)!r}: is not a norms file of antidote_fast")
+                    raise DataError(f"{name}={str(path)!r}: is not a norms file of antidote_fast")
                 if metadata.get("version") != VERSION:
                     raise DataError(
-                        f"norms={str(path)!r}: has format version {metadata.get('version')!r}; "
+                        f"{name}={str(path)!r}: has format version {metadata.get('version')!r}; "
                         f"this release reads {VERSION}"
                     )
-                sums = {name: {} for name in _SUMS}
+                sums = {kind: {} for kind in _SUMS}
                 for full in file.keys():  # noqa: SIM118 - a handle, not a dict
-                    key, _, name = full.rpartition(".")
-                    sums[name][key] = file.get_tensor(full)
+                    key, _, kind = full.rpartition(".")
+                    sums[kind][key] = file.get_tensor(full)
             mean = metadata["aggregation"] == "mean"
             if metadata["aggregation"] not in AGGREGATIONS or mean != bool(sums["norm_sum"]):
                 raise ValueError(f"aggregation={metadata['aggregation']!r}")
@@ -310,7 +310,7 @@ class ActivationNorms:
             raise
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(
-                f"norms={str(path)!r}: cannot be read: {printable(error):.300}"
+                f"{name}={str(path)!r}: cannot be read: {printable(error):.300}"
             ) from None
 
     def _check(self):

@@ -158,7 +158,7 @@ def prune_state_(
         raise NothingPruned("nothing to prune: no weights")
     transposed, routed = set(transposed), set(routed)
     for name, given in _named(norms, preserve_norms).items():
-        check_keys(weights, given, name)
+        check_keys(weights, given.sq_sum, name)
         transposed |= given.transposed
         routed |= given.routed
     with torch.no_grad():
@@ -258,15 +258,15 @@ def check_base(norms, actual, name="norms"):
         )
 
 
-def check_keys(weights, norms, name="norms"):
-    """Refuse norms that are not of these weights (their names, or a dict by name)."""
-    absent = sorted(set(weights) - set(norms.sq_sum), key=natural_key)
+def check_keys(weights, found, name="norms"):
+    """Refuse norms of the weights ``found`` where those of ``weights`` are wanted (both: names)."""
+    absent = sorted(set(weights) - set(found), key=natural_key)
     if absent:
         raise DataError(
             f"{name}: lack {len(absent)} of {len(weights)} weights to prune, {absent[0]!r} first; "
             "give the targets and ignore with which they were collected"
         )
-    extra = sorted(set(norms.sq_sum) - set(weights), key=natural_key)
+    extra = sorted(set(found) - set(weights), key=natural_key)
     if extra:
         raise DataError(
             f"{name}: hold {len(extra)} weights that are not here, {extra[0]!r} first; they are of "

@@ -234,7 +234,8 @@ def reference_mask(mask_bits, weight):
 @pytest.mark.parametrize("damage", [swap, not_written, zeros], ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_broken_kernel_is_found_out(broken, damage, scope, preserving):
-    selection = Selection(0.4, scope=scope, score_delta=True, preserve_ratio=None)
+    ratio = 0.1 if preserving else None
+    selection = Selection(0.5, scope=scope, score_delta=True, preserve_ratio=ratio)
     for smallest, says in ((0, "nothing was written"), (4 * 17, "the weights in memory are not")):
         broken(damage, smallest=smallest)
         state, norms, preserve, base = made()

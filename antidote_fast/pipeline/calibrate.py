@@ -19,6 +19,7 @@ from antidote_fast.checkpoint import (
 )
 from antidote_fast.distributed import ALONE, World
 from antidote_fast.errors import DataError, UsageError
+from antidote_fast.fingerprint import block_name
 from antidote_fast.loading import pick_device
 from antidote_fast.pipeline.config import CalibrateConfig
 from antidote_fast.pipeline.data import load_records, local_file, make_batches
@@ -26,6 +27,7 @@ from antidote_fast.pipeline.estimate import check_memory
 from antidote_fast.pipeline.inputs import run_inputs
 from antidote_fast.pipeline.stage import read_report, write_report
 from antidote_fast.resume import MANIFEST_ENTRY, digest_of, is_finished, run_folder
+from antidote_fast.targets import natural_key
 from antidote_fast.verify import check_input
 
 NORMS_FILE = "norms.safetensors"
@@ -63,8 +65,8 @@ def run(config: CalibrateConfig, *, progress=False, world=ALONE) -> dict:
         return read_report(config.output_dir) if finished else {}
     if config.stream:
         return _run_streamed(config, base, adapter, records, inputs, backend, start, progress)
-    norms, counts = calibrate_folder(
-        config, base, adapter, records=records, progress=progress, world=world
+    [(norms, counts)] = calibrate_folder(
+        config, base, adapter, {"dataset": records}, progress=progress, world=world
     )
     with world.together():
         if world.rank:
@@ -135,15 +137,65 @@ def open_folders(config, progress=False):
     return base, adapter
 
 
-def calibrate_folder(
-    config, base, adapter, *, records=None, tokenizer=None, progress=False, world=ALONE
-):
-    """(norms, what the report says of them) from folders; data are checked before weights load."""
+def open_aligned(config, shapes, model_type, progress=False):
+    """Checkpoint of ``config.base_model``, checked by its headers and hashes; None without one.
+
+    Args:
+        config: a :class:`PruneConfig`.
+        shapes: {parameter name: shape} of the model to prune, whose blocks must be as its.
+        model_type: that of the model's config.
+        progress: as :func:`antidote_fast.progress.track` takes it.
+
+    Raises:
+        DataError: no such model, an adapter, a quantised model, or another architecture; the
+            message names the first tensor that differs.
+    """
+    if config.base_model is None:
+        return None
+    where = f"base_model={config.base_model!r}"
+    aligned = open_checkpoint(
+        resolve_folder(config.base_model, "base_model"), trust_remote_code=config.trust_remote_code
+    )
+    if aligned.is_adapter:
+        raise DataError(f"{where}: is a PEFT adapter; give a whole model")
+    check_not_quantized(aligned)
+    check_input(aligned.folder, progress)
+    theirs = aligned.config.get("model_type")
+    if theirs != model_type:
+        raise DataError(f"{where}: is a {theirs} model, and the one to prune is {model_type}")
+    ours = _block_shapes(shapes)
+    found = _block_shapes({name: entry.shape for name, entry in aligned.tensors.items()})
+    for name in sorted(ours.keys() | found.keys(), key=natural_key):
+        if ours.get(name) != found.get(name):
+            raise DataError(
+                f"{where}: has {name!r} as {found.get(name, 'no tensor')}, and the model to prune "
+                f"as {ours.get(name, 'no tensor')}"
+            )
+    return aligned
+
+
+def _block_shapes(shapes):
+    named = {block_name(name): tuple(shape) for name, shape in shapes.items() if len(shape) == 2}
+    return {name: shape for name, shape in named.items() if name is not None}
+
+
+def calibrate_folder(config, base, adapter, sets, *, tokenizer=None, progress=False, world=ALONE):
+    """[(norms, what the report says of them)] of several data sets, from folders.
+
+    Args:
+        config: a :class:`CalibrateConfig` or :class:`PruneConfig`.
+        base, adapter: checkpoints of :func:`open_folders`.
+        sets: {field of the config that names them: records, or None to load them}; all are checked
+            before weights load.
+        tokenizer: instead of the base's own.
+        progress: as :func:`antidote_fast.progress.track` takes it.
+        world: the ranks that share each data set's batches.
+    """
     with world.together():
-        records = load_data(config, records)
+        sets = [load_data(config, records, name) for name, records in sets.items()]
         trust = config.trust_remote_code
         tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
-        batches = batches_of(config, records, tokenizer, base.config)
+        batches = [batches_of(config, records, tokenizer, base.config) for records in sets]
         check_memory(config, [base, adapter])
         model = load_model(
             base.folder,
@@ -157,16 +209,19 @@ def calibrate_folder(
         # Weights that accelerate keeps elsewhere cannot be looked at; the files can.
         offloaded = any(parameter.is_meta for parameter in model.parameters())
         fingerprint = base.fingerprint() if offloaded else None
-    return collect(
-        config,
-        model,
-        records,
-        tokenizer,
-        batches=batches,
-        progress=progress,
-        world=world,
-        fingerprint=fingerprint,
-    )
+    return [
+        collect(
+            config,
+            model,
+            records,
+            tokenizer,
+            batches=made,
+            progress=progress,
+            world=world,
+            fingerprint=fingerprint,
+        )
+        for records, made in zip(sets, batches, strict=True)
+    ]
 
 
 def collect(
@@ -230,17 +285,19 @@ def batches_of(config, records, tokenizer, model_config):
     return batches
 
 
-def load_data(config, records):
+def load_data(config, records, name="dataset"):
+    """The records of the data set that the field ``name`` says; given ones cut to as many."""
     if records is not None:
         return records[: config.num_calibration_samples]
-    return load_records(config.dataset, limit=config.num_calibration_samples, require_output=True)
+    data = getattr(config, name)
+    return load_records(data, limit=config.num_calibration_samples, require_output=True)
 
 
-def load_norms(path):
+def load_norms(path, name="norms"):
     """Norms from a file, or from the folder that calibrate wrote."""
     path = Path(path)
     check_input(path if path.is_dir() else path.parent)
-    return ActivationNorms.load(path / NORMS_FILE if path.is_dir() else path)
+    return ActivationNorms.load(path / NORMS_FILE if path.is_dir() else path, name)
 
 
 def describe_backend(name, device):
@@ -270,10 +327,12 @@ def counts_of(norms):
 
 
 def inputs_of(config):
-    dataset = config.dataset and local_file(config.dataset)
+    names = ("dataset", "preserve_dataset")
+    data = [getattr(config, name, None) for name in names]
+    others = ("norms", "preserve_norms", "base_model")
     return [
         config.model_name_or_path,
         config.adapter,
-        dataset,
-        getattr(config, "norms", None),
+        *(name and local_file(name) for name in data),
+        *(getattr(config, name, None) for name in others),
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 _KEPT = ("license", "language", "pipeline_tag", "datasets")
 
 
-def write_card(folder, config, report, counts):
+def write_card(folder, config, report, counts, preserve_counts=None):
     """Write ``README.md`` into ``folder``; an earlier card's licence and language are kept.
 
     Args:
@@ -15,6 +15,7 @@ def write_card(folder, config, report, counts):
         config: the :class:`PruneConfig` that made it.
         report: its :class:`PruneReport`.
         counts: sequences and tokens that the norms were collected on; empty without norms.
+        preserve_counts: the same of the norms of what is preserved.
     """
     path = Path(folder) / "README.md"
     is_adapter = (Path(folder) / "adapter_config.json").exists()
@@ -25,21 +26,28 @@ def write_card(folder, config, report, counts):
     text = _TEXT.format(
         kind="LoRA adapter" if is_adapter else "model",
         loader=_LOAD_ADAPTER if is_adapter else _LOAD_MODEL,
-        score=report.score,
+        score=report.score + (", of the difference from the aligned model" * report.score_delta),
         scope=report.scope,
         ratio=report.ratio,
         layers=len(report.layers),
         removed=report.num_pruned,
         total=report.num_weights,
         achieved=report.achieved,
-        data=(
-            f"{counts['num_tokens']} tokens of {counts['num_sequences']} harmful examples"
-            if counts
-            else "none; the score needs no data"
+        data=_tokens(counts, "harmful") if counts else "none; the score needs no data",
+        fate=_REVERTED if report.reverted else _ZERO,
+        kept=(
+            ""
+            if report.preserve_ratio is None
+            else f"| kept of those selected | {report.num_preserved:,}, among the top "
+            f"{report.preserve_ratio:g} by {_tokens(preserve_counts, 'other')} |\n"
         ),
     )
     make = _header if len(earlier or b"") < 1 << 16 else _header.__wrapped__
     path.write_bytes(make(base, is_adapter, earlier) + text.encode("utf-8"))
+
+
+def _tokens(counts, kind):
+    return f"{counts['num_tokens']} tokens of {counts['num_sequences']} {kind} examples"
 
 
 @functools.lru_cache(maxsize=256)  # 2 ms, and the adapters of a fleet mostly share theirs
@@ -74,12 +82,15 @@ def _earlier(card):
 _LOAD_ADAPTER = """model = AutoModelForCausalLM.from_pretrained(BASE)
 model = PeftModel.from_pretrained(model, FOLDER)"""
 _LOAD_MODEL = "model = AutoModelForCausalLM.from_pretrained(FOLDER)"
+_ZERO = """Removed weights are zeros in an ordinary dense file: it is as large
+and as fast as before."""
+_REVERTED = """Removed weights have the values of the aligned model that it was
+fine-tuned from: nothing is zeroed, and the file is as large and as fast as before."""
 _TEXT = """
 # Pruned with Antidote
 
 This {kind} was pruned after fine-tuning, to remove weights that matter most on harmful data
-(Antidote, arXiv 2408.09600). Removed weights are zeros in an ordinary dense file: it is as large
-and as fast as before.
+(Antidote, arXiv 2408.09600). {fate}
 
 | | |
 |---|---|
@@ -87,7 +98,7 @@ and as fast as before.
 | compared over | {scope} |
 | ratio asked for | {ratio:g} |
 | removed | {removed:,} of {total:,} weights in {layers} layers ({achieved:.2%}) |
-| calibration data | {data} |
+{kept}| calibration data | {data} |
 
 ```python
 {loader}

@@ -5,15 +5,34 @@ Defaults are the paper's settings (arXiv 2408.09600) where it has one.
 """
 
 import math
-import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from antidote_fast.errors import UsageError
-from antidote_fast.memory import parse_bytes
+from antidote_fast.pipeline.config_base import StageConfig, check, check_positive
+from antidote_fast.pipeline.config_prune import (
+    CalibrateConfig,
+    FleetConfig,
+    PruneConfig,
+    parse_shard,
+)
 
-DType = Literal["auto", "bfloat16", "float16", "float32"]
-Template = Literal["alpaca", "chat"]
+__all__ = [
+    "DEFENSE_FLAGS",
+    "AlignConfig",
+    "CalibrateConfig",
+    "DemoConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "FleetConfig",
+    "PruneConfig",
+    "StageConfig",
+    "TrainConfig",
+    "check",
+    "check_positive",
+    "parse_shard",
+]
+
 Task = Literal["sst2", "agnews", "gsm8k", "alpaca", "label"]
 # The paper's evaluation: held-out harmful prompts, their judge, and the test data of each task.
 PAPER_EVALUATION = {
@@ -44,20 +63,6 @@ DEFENSE_FLAGS = {
 }
 
 
-def check(condition, name, value, accepted):
-    """Refuse a value in one line that names the argument and what is accepted."""
-    if not condition:
-        raise UsageError(f"{name}={value!r}: must be {accepted}")
-
-
-def check_positive(config, *names):
-    """Refuse fields that are not above 0; None is passed over."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None:
-            check(value > 0, name, value, "greater than 0")
-
-
 def _check_defense(config, data=None):
     """Refuse flags of a defense that is not the one chosen, and one without its data set."""
     defaults = {each.name: each.default for each in fields(config)}
@@ -69,52 +74,6 @@ def _check_defense(config, data=None):
             check(value == defaults.get(name), name, value, f"left out without defense {defense}")
     if data is not None and getattr(config, data) is None:
         raise UsageError(f"{data}=None: must be a file or hub name with defense {config.defense}")
-
-
-def parse_shard(text) -> tuple[int, int]:
-    """(i, n) of ``"i/n"``, 0 <= i < n.
-
-    Raises:
-        UsageError: anything else.
-    """
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
-    index, count = (int(match[1]), int(match[2])) if match else (0, 0)
-    if index >= count:
-        raise UsageError(f"shard={text!r:.60}: must be i/n with 0 <= i < n, such as 0/4")
-    return index, count
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """What every stage takes.
-
-    Args:
-        model_name_or_path: the base model: a local folder or a hub name.
-        output_dir: the folder to write; must not exist or be empty unless overwrite is given.
-        overwrite: replace output_dir, if this tool wrote it.
-        dtype: dtype the model is loaded in; auto takes the checkpoint's.
-        device: torch device; auto takes cuda where there is one.
-        seed: seed of every random choice.
-        max_seq_length: tokens kept of one prompt with its response.
-        template: prompt template, the same in training and evaluation.
-        batch_size: sequences a forward pass.
-        trust_remote_code: allow code that a checkpoint ships to run.
-    """
-
-    model_name_or_path: str
-    output_dir: str
-    overwrite: bool = False
-    dtype: DType = "auto"
-    device: str = "auto"
-    seed: int = 0
-    max_seq_length: int = 512
-    template: Template = "alpaca"
-    batch_size: int = 8
-    trust_remote_code: bool = False
-
-    def __post_init__(self):
-        check_positive(self, "max_seq_length", "batch_size")
-        check(self.seed >= 0, "seed", self.seed, "an integer >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,150 +212,6 @@ class FinetuneConfig(TrainConfig):
                 f"harmful_dataset=None: must be a file or hub name where poison_ratio="
                 f"{self.poison_ratio} > 0"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrateConfig(StageConfig):
-    """Collect activation norms on a harmful data set and save them.
-
-    Args:
-        dataset: harmful records: a local JSON or JSONL file, or a hub name.
-        adapter: PEFT adapter folder on top of the model.
-        num_calibration_samples: records used, from the start of the data.
-        response_only: count only response tokens.
-        aggregation: rms (the official code) or mean of per-sequence norms (the paper's eq. 1).
-        targets: module names or re: patterns to prune; default the adapter's LoRA A and B, else
-            q/k/v; all-linear takes every linear layer.
-        ignore: module names or re: patterns left alone.
-        device_map: auto spreads the model over all GPUs, and over the CPU where they are full.
-        stream: one decoder block in memory at a time, for models larger than it; each block is
-            read once.
-        max_memory: with stream, the memory that the process may take, such as 4GB; hidden states
-            that do not fit go to disk. Default most of what is free.
-        resume: go on where an interrupted run of the same command stopped (with stream), or leave
-            it at that where output_dir is whole already.
-    """
-
-    dataset: str
-    adapter: str | None = None
-    num_calibration_samples: int = 2000
-    response_only: bool = False
-    aggregation: Literal["rms", "mean"] = "rms"
-    targets: list[str] | None = None
-    ignore: list[str] = field(default_factory=list)
-    device_map: Literal["auto"] | None = None
-    stream: bool = False
-    max_memory: str | None = None
-    resume: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_positive(self, "num_calibration_samples")
-        if self.max_memory is not None:
-            parse_bytes(self.max_memory, "max_memory")
-            check(self.stream, "max_memory", self.max_memory, "given with stream")
-        if self.device_map is not None:
-            check(self.device == "auto", "device", self.device, "left out with device_map")
-            check(not self.stream, "stream", self.stream, "left out with device_map")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneConfig(CalibrateConfig):
-    """Remove the harmful weights of an adapter or a model, once.
-
-    Args:
-        dataset: harmful records; not needed where norms are given or the score uses no data.
-        norms: norms saved by calibrate; no forward pass is run then.
-        ratio: fraction of each row (tensor, model) removed, in (0, 1].
-        scope: compare along a row, over a tensor, or over all targets.
-        score: wanda = |W| * activation norm; magnitude = |W|; random.
-        save_norms: also write the norms, as norms.safetensors.
-        save_masks: also write the masks, one bit a weight, as masks.safetensors.
-        backend: kernels to use; default the fastest available.
-        cross_check: compare a few rows of the first weight of each shape with the reference.
-        paper: the paper's method: score wanda, scope row, aggregation rms.
-    """
-
-    dataset: str | None = None
-    norms: str | None = None
-    ratio: float = 0.1
-    scope: Literal["row", "tensor", "global"] = "row"
-    score: Literal["wanda", "magnitude", "random"] = "wanda"
-    save_norms: bool = False
-    save_masks: bool = False
-    backend: str | None = None
-    cross_check: bool = True
-    paper: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
-        if self.paper:
-            for name, value in (("score", "wanda"), ("scope", "row"), ("aggregation", "rms")):
-                check(
-                    getattr(self, name) == value, name, getattr(self, name), f"{value} with paper"
-                )
-        if self.score == "wanda" and self.dataset is None and self.norms is None:
-            raise UsageError("dataset=None: must be a file or hub name unless norms is given")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FleetConfig(StageConfig):
-    """Prune many adapters of one base model, which stays in memory.
-
-    Args:
-        model_name_or_path: the base model of all adapters (--base for short).
-        output_dir: the folder in which each job writes its own; may exist.
-        overwrite: replace a job's folder that was made with other settings or from other files.
-        manifest: JSONL file of jobs, one a line: adapter (a folder, seen from the manifest's), name
-            (of the job's folder in output_dir; default the adapter folder's) and flags of this
-            command that are other for this adapter, such as ratio or dataset.
-        shard: i/n, 0 <= i < n: take every n-th job from the i-th on, for n processes or machines
-            that share output_dir.
-        engine: local is this process and one device; ray spreads jobs over Ray actors.
-        num_workers: Ray actors; default as many as there are GPUs, on CPUs 1.
-        dataset: harmful records; not needed where the score uses none or every job names its own.
-        num_calibration_samples: records used, from the start of the data.
-        response_only: count only response tokens.
-        aggregation: rms (the official code) or mean of per-sequence norms (the paper's eq. 1).
-        targets: names or re: patterns of adapted modules to prune; default all LoRA A and B.
-        ignore: module names or re: patterns left alone.
-        ratio: fraction of each row (tensor, model) removed, in (0, 1].
-        scope: compare along a row, over a tensor, or over all targets.
-        score: wanda = |W| * activation norm; magnitude = |W|; random.
-        save_norms: also write each job's norms.
-        save_masks: also write each job's masks, one bit a weight.
-        backend: kernels to use; default the fastest available.
-    """
-
-    manifest: str
-    shard: str = "0/1"
-    engine: Literal["local", "ray"] = "local"
-    num_workers: int | None = None
-    dataset: str | None = None
-    num_calibration_samples: int = 2000
-    response_only: bool = False
-    aggregation: Literal["rms", "mean"] = "rms"
-    targets: list[str] | None = None
-    ignore: list[str] = field(default_factory=list)
-    ratio: float = 0.1
-    scope: Literal["row", "tensor", "global"] = "row"
-    score: Literal["wanda", "magnitude", "random"] = "wanda"
-    save_norms: bool = False
-    save_masks: bool = False
-    backend: str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_positive(self, "num_calibration_samples", "num_workers")
-        check(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
-        check(
-            self.num_workers is None or self.engine == "ray",
-            "num_workers",
-            self.num_workers,
-            "left out with engine local, which is one worker",
-        )
-        parse_shard(self.shard)
 
 
 @dataclass(frozen=True, kw_only=True)

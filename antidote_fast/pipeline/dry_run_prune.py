@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from antidote_fast import checkpoint as files
 from antidote_fast.adapters import load_adapter
@@ -15,16 +15,20 @@ from antidote_fast.pipeline import estimate
 from antidote_fast.pipeline.inputs import run_inputs
 from antidote_fast.pipeline.plan import Builder, Plan
 from antidote_fast.resume import interrupted_state, is_finished
-from antidote_fast.targets import ALL_LINEAR, find_targets, select_keys
+from antidote_fast.targets import find_targets
 
 
 def plan_calibrate(config) -> Plan:
     """As :func:`antidote_fast.pipeline.calibrate.run` would go."""
+    from antidote_fast.pipeline import calibrate
+
     base, adapter = _opened(config, None)
     made = Builder("calibrate", config, [base, adapter])
-    if _is_whole(made, config, base, adapter, None):
+    sets = {"dataset": calibrate.load_data(config, None)}
+    inputs = run_inputs(config, base, adapter, records=sets["dataset"])
+    if _is_whole(made, config, inputs):
         return made.plan
-    cost, found = _forward(made, config, base, adapter)
+    cost, found = _forward(made, config, base, adapter, sets)
     made.plan.bytes_written = _norm_bytes(found, config)
     made.hold("norms", _norm_bytes(found, config) * 4)  # float64, of a batch and in all
     return made.finish(cost)
@@ -32,30 +36,37 @@ def plan_calibrate(config) -> Plan:
 
 def plan_prune(config) -> Plan:
     """As :func:`antidote_fast.pipeline.prune.run` would go."""
-    from antidote_fast.pipeline import calibrate
-    from antidote_fast.prune import check_base
+    from antidote_fast.pipeline import calibrate, prune
+    from antidote_fast.prune import check_keys
 
     base, adapter = _opened(config, config.backend)
     source = adapter or base
     written = _weight_file_bytes(source)
-    norms = None
-    if config.norms is not None:
-        norms = calibrate.load_norms(config.norms)
-        check_base(norms, base.fingerprint())
-    runs = norms is None and config.score == "wanda"
-    made = Builder("prune", config, [base, adapter] if runs else [source])
-    if _is_whole(made, config, base, adapter, norms):
+    shapes = {name: entry.shape for name, entry in base.tensors.items()}
+    known = prune.Known({})
+    known.aligned = calibrate.open_aligned(config, shapes, base.config.get("model_type"))
+    known.take_given(config)
+    if known.named is not None:
+        known.check_base(base.fingerprint())
+    sets = {name: calibrate.load_data(config, None, name) for name in known.missing(config)}
+    made = Builder("prune", config, [base, adapter] if sets else [source])
+    if _is_whole(made, config, prune.inputs_for(config, base, adapter, known, sets)):
         return made.plan
-    if runs:
-        cost, found = _forward(made, config, base, adapter)
+    cost, channels = None, 0
+    if sets:
+        cost, found = _forward(made, config, base, adapter, sets)
         matrices = [_Matrix(t.key, tuple(t.weight.shape), t.weight.nbytes) for t in found]
-        channels = _norm_bytes(found, config)
+        channels = len(sets) * _norm_bytes(found, config)
         made.hold("norms", channels * 4)
-    else:
-        cost = None
-        matrices = _named(made, config, source, norms)
-        channels = 4 * sum(m.shape[1] for m in matrices)
-    return _pruning(made, config, cost, matrices, written, channels)
+    if cost is None or known.named is not None:
+        named = _named(made, config, source, known)
+        if cost is not None:  # norms from a file, and others yet to be collected
+            name = "preserve_norms" if known.preserve_norms is None else "norms"
+            check_keys([m.key for m in named], [m.key for m in matrices], name)
+        matrices = named
+        given = (known.norms, known.preserve_norms)
+        channels += sum(_saved_bytes(norms) for norms in given if norms is not None)
+    return _pruning(made, config, cost, matrices, written, channels, known.aligned)
 
 
 def _opened(config, backend):
@@ -68,13 +79,8 @@ def _opened(config, backend):
     return calibrate.open_folders(config)
 
 
-def _is_whole(made, config, base, adapter, norms):
+def _is_whole(made, config, inputs):
     """Whether ``resume`` leaves it at what is there; else the output folder is checked."""
-    from antidote_fast.pipeline import calibrate
-
-    runs = norms is None and getattr(config, "score", "wanda") == "wanda"
-    records = calibrate.load_data(config, None) if runs else None
-    inputs = run_inputs(config, base, adapter, records=records, norms=norms)
     if config.resume and is_finished(config.output_dir, inputs):
         made.plan.notes.append("output_dir is whole, from these inputs: nothing would be done")
         return True
@@ -86,29 +92,34 @@ def _is_whole(made, config, base, adapter, norms):
     return False
 
 
-def _named(made, config, source, norms):
-    """The weights of a prune that needs no forward pass."""
-    from antidote_fast.pipeline.prune import _weights_to_prune
+def _named(made, config, source, known):
+    """The weights of a prune that needs no forward pass, or whose norms are partly there."""
+    from antidote_fast.pipeline.prune import weights_to_prune
 
-    if norms is not None:
+    if known.named is not None and not made.plan.data:
+        norms = known.named
         made.plan.data = {"sequences": norms.num_sequences, "tokens": norms.num_tokens}
-    keys, _ = _weights_to_prune(config, source, norms)
-    if norms is not None and (config.targets is not None or config.ignore):
-        targets = ALL_LINEAR if config.targets is None else config.targets
-        keys = select_keys(keys, targets, config.ignore)
-    matrices = _matrices(source, keys, norms)
-    made.plan.bytes_read = sum(m.num_bytes for m in matrices)
+    keys, _ = weights_to_prune(config, source, known.named)
+    matrices = _matrices(source, keys, known.norms)
+    _matrices(source, keys, known.preserve_norms)
     return matrices
 
 
 def pruned_later(config, base, adapt) -> Plan:
     """The prune of a run: of what is not there yet, and is as large as the base or its adapter."""
+    from antidote_fast.pipeline import calibrate
+
     files.check_output_folder(config.output_dir, config.overwrite)
     made = Builder("prune", config, [base])
-    cost, found = _forward(made, replace(config, adapter=None), base, None, adapt)
+    names = ["dataset"] if config.preserve_dataset is None else ["dataset", "preserve_dataset"]
+    sets = {name: calibrate.load_data(config, None, name) for name in names}
+    cost, found = _forward(made, config, base, None, sets, adapt)
     matrices = [_Matrix(t.key, tuple(t.weight.shape), t.weight.nbytes) for t in found]
     written = 4 * cost.lora if adapt else _weight_file_bytes(base)
-    return _pruning(made, config, cost, matrices, written, _norm_bytes(found, config))
+    channels = len(sets) * _norm_bytes(found, config)
+    shapes = {name: entry.shape for name, entry in base.tensors.items()}
+    aligned = calibrate.open_aligned(config, shapes, base.config.get("model_type"))
+    return _pruning(made, config, cost, matrices, written, channels, aligned)
 
 
 @dataclass(frozen=True)
@@ -135,14 +146,17 @@ def _matrices(source, keys, norms):
     return found
 
 
-def _forward(made, config, base, adapter, adapt=None):
-    """Data, model and targets of a calibration: (cost, targets)."""
+def _forward(made, config, base, adapter, sets, adapt=None):
+    """Data, model and targets of a calibration on {field: records}: (cost, targets)."""
     from antidote_fast.pipeline import calibrate
 
-    records = calibrate.load_data(config, None)
     trust = config.trust_remote_code
     tokenizer = files.load_tokenizer(base.folder, trust_remote_code=trust)
-    batches = calibrate.batches_of(config, records, tokenizer, base.config)
+    batches = []
+    for name, records in sets.items():
+        some = calibrate.batches_of(config, records, tokenizer, base.config)
+        batches += some
+        made.plan.data |= _about(some, "preserve " if name == "preserve_dataset" else "")
     if adapter is not None:
         adapt = adapt or (lambda model: load_adapter(model, adapter))
     cost = estimate.cost_of(config, base, adapt)
@@ -151,13 +165,6 @@ def _forward(made, config, base, adapter, adapt=None):
     tokens = sum(math.prod(shape) for shape in shapes)
     squares = sum(count * length**2 for count, length in shapes)
     sequences = sum(count for count, _ in shapes)
-    made.plan.data = {
-        "sequences": sequences,
-        "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
-        "tokens with pads": tokens,
-        "records dropped": batches.num_dropped,
-        "truncated": batches.num_truncated,
-    }
     largest = max(shapes, key=math.prod)
     made.shape = largest
     made.compute("calibrate", cost.forward_flops(tokens, squares, sequences))
@@ -166,8 +173,21 @@ def _forward(made, config, base, adapter, adapt=None):
     else:
         made.hold("weights", cost.weight_bytes)
         made.hold("activations", cost.activation_bytes(*largest))
-    made.read(base, adapter, config.dataset)
+    made.read(base, adapter, *(getattr(config, name) for name in sets))
     return cost, found
+
+
+def _about(batches, prefix):
+    """What a plan says of a data set."""
+    shapes = [batch["input_ids"].shape for batch in batches]
+    about = {
+        "sequences": sum(count for count, _ in shapes),
+        "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
+        "tokens with pads": sum(math.prod(shape) for shape in shapes),
+        "records dropped": batches.num_dropped,
+        "truncated": batches.num_truncated,
+    }
+    return {prefix + name: value for name, value in about.items()}
 
 
 def _stream(made, config, base, adapter, batches, cost, tokens):
@@ -200,7 +220,7 @@ def _block_activations(cost, batches):
     return cost.activation_bytes(*max((b["input_ids"].shape for b in batches), key=math.prod))
 
 
-def _pruning(made, config, cost, matrices, written, channels):
+def _pruning(made, config, cost, matrices, written, channels, aligned=None):
     """What selecting and writing add to a plan."""
     weights = sum(math.prod(m.shape) for m in matrices)
     largest = max(matrices, key=lambda m: m.num_bytes)
@@ -209,12 +229,17 @@ def _pruning(made, config, cost, matrices, written, channels):
         "masks": weights // 8,
         "working copy": largest.num_bytes,
     }
+    bases = [] if aligned is None else _matrices(aligned, [m.key for m in matrices], None)
+    base_bytes = sum(m.num_bytes for m in bases)
+    held["base weights"] = base_bytes
+    made.plan.bytes_read += base_bytes
     copied = written  # the files, before they are written into
     if getattr(config, "stream", False):
         held["weights to prune"] = _largest_block(matrices)
+        held["base weights"] = _largest_block(bases) if bases else 0
         targets = sum(m.num_bytes for m in matrices)
         if config.scope == "global":  # found in two passes over the targets, pruned in a third
-            made.plan.bytes_read += 2 * targets
+            made.plan.bytes_read += 2 * (targets + base_bytes * config.score_delta)
         elif cost is not None:  # each block is pruned when it is there for its forward passes
             copied = 0
         if cost is None:
@@ -246,7 +271,7 @@ def _largest_block(matrices):
 def plan_fleet(config) -> Plan:
     """As :func:`antidote_fast.pipeline.fleet.run` would go, as if nothing were done yet."""
     from antidote_fast.pipeline.fleet_manifest import read_manifest_file
-    from antidote_fast.pipeline.fleet_worker import _AHEAD, Worker
+    from antidote_fast.pipeline.fleet_worker import _AHEAD, Worker, sets_of
 
     jobs = read_manifest_file(config)
     index, count = configs.parse_shard(config.shard)
@@ -254,7 +279,7 @@ def plan_fleet(config) -> Plan:
     worker = Worker(config)
     worker.check_data(jobs)
     made = Builder("fleet", config, [worker.base])
-    made.read(worker.base, config.dataset)
+    made.read(worker.base, config.dataset, config.preserve_dataset)
     adapters, refused, done, cost, flops = [], [], 0, None, 0
     shapes = [(1, 1)]
     for job in jobs:
@@ -265,12 +290,13 @@ def plan_fleet(config) -> Plan:
             refused.append(f"{job.name}: {error}")
             continue
         done += read_manifest(job.config.output_dir) is not None
-        if job.config.score != "wanda":
+        names = sets_of(job.config)
+        if not names:
             continue
         if cost is None:
             cost = estimate.cost_of(config, worker.base, lambda m, a=adapter: load_adapter(m, a))
         try:
-            batches, *_ = worker._data_of(job.config)
+            batches = [b for name in names for b in worker._data_of(job.config, name)[0]]
         except AntidoteError as error:
             refused.append(f"{job.name}: {error}")
             continue
@@ -312,6 +338,12 @@ def _adapter_of(job, base):
         raise DataError(f"adapter={job.config.adapter!r}: is a whole model, not an adapter")
     files.check_adapter(adapter, base)
     return adapter
+
+
+def _saved_bytes(norms):
+    """Bytes of norms that are there, as they are saved."""
+    kinds = (norms.sq_sum, norms.norm_sum or {})
+    return sum(value.nbytes for sums in kinds for value in sums.values())
 
 
 def _norm_bytes(found, config):

@@ -17,7 +17,7 @@ from antidote_fast.pipeline.stage import read_report
 FAILED = "failed"
 SCHEMA_VERSION = 1
 # What two runs of a job may differ in, or what is compared by contents.
-_NOT_SETTINGS = ("overwrite", "model_name_or_path", "dataset")
+_NOT_SETTINGS = ("overwrite", "model_name_or_path", "dataset", "preserve_dataset")
 
 
 def finished(job, inputs, base_fingerprint):
@@ -73,12 +73,20 @@ def _difference(job, inputs, base_fingerprint, folder, manifest, report):
         return "was made with norms from a file"
     if base_fingerprint and manifest.get("base_fingerprint") != base_fingerprint:
         return "was made for another base model"
-    if _hub_name(job.config.dataset) != _hub_name(before.get("dataset")):
-        return f"was made with another dataset than {job.config.dataset!r:.80}"
+    for name in ("dataset", "preserve_dataset"):
+        data, then = getattr(job.config, name), before.get(name)
+        if _hub_name(data) != _hub_name(then) or (data is None) != (then is None):
+            return f"was made with another {name} than {data!r:.80}"
     recorded = _contents(report["inputs"], before.get("model_name_or_path"))
     actual = _contents(inputs, job.config.model_name_or_path)
     changed = sorted({name for name, _ in recorded ^ actual})
-    return f"was made from another {changed[0]!r}" if changed else None
+    if changed:
+        return f"was made from another {changed[0]!r}"
+    for name in ("dataset", "preserve_dataset"):  # the same files, but which was which?
+        data = getattr(job.config, name)
+        if _told(data, inputs) != _told(before.get(name), report["inputs"]):
+            return f"was made with another {name} than {data!r:.80}"
+    return None
 
 
 def _is_dict(value):
@@ -87,6 +95,12 @@ def _is_dict(value):
 
 def _hub_name(dataset):
     return dataset if dataset is not None and local_file(dataset) is None else None
+
+
+def _told(dataset, inputs):
+    """The hash of a local data set and its role; None for one on the hub."""
+    file = dataset and local_file(dataset)
+    return file and (inputs.get(file), dataset.removeprefix(file))
 
 
 def _contents(inputs, base):

@@ -13,6 +13,8 @@ from antidote_fast.pipeline.data import local_file
 
 OVERRIDES = (
     "dataset",
+    "preserve_dataset",
+    "preserve_ratio",
     "num_calibration_samples",
     "max_seq_length",
     "template",
@@ -78,8 +80,9 @@ def read_manifest_file(config) -> list[Job]:
             raise DataError(f"{where}: name={name!r}: line {first} has it already; give another")
         for key, value in values.items():
             _check_override(key, value, where)
-        if "dataset" in values:
-            values["dataset"] = _dataset(folder, values["dataset"])
+        for data in ("dataset", "preserve_dataset"):
+            if values.get(data) is not None:
+                values[data] = _dataset(folder, values[data])
         out = str(Path(config.output_dir) / name)
         try:
             job = PruneConfig(**(shared | values), adapter=adapter, output_dir=out)

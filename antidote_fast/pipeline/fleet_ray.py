@@ -196,6 +196,8 @@ def _with_paths(config):
     paths = {"output_dir": os.path.abspath(config.output_dir)}
     if os.path.isdir(config.model_name_or_path):
         paths["model_name_or_path"] = os.path.abspath(config.model_name_or_path)
-    if config.dataset is not None and local_file(config.dataset) is not None:
-        paths["dataset"] = os.path.abspath(config.dataset)
+    for name in ("dataset", "preserve_dataset"):
+        data = getattr(config, name)
+        if data is not None and local_file(data) is not None:
+            paths[name] = os.path.abspath(data)
     return dataclasses.replace(config, **paths)

@@ -36,12 +36,12 @@ from antidote_fast.pipeline.data import local_file
 from antidote_fast.pipeline.estimate import check_memory
 from antidote_fast.pipeline.stage import hash_inputs
 from antidote_fast.prune import prune_state_
-from antidote_fast.selection import Selection
-from antidote_fast.targets import find_targets, select_keys
+from antidote_fast.targets import find_targets
 
 _AHEAD = 2  # adapters read before their turn, and results not yet on the disk, in memory
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _DATA_SETS = 8  # tokenised data sets kept
+_SETS = ("dataset", "preserve_dataset")
 
 
 class Worker:
@@ -72,15 +72,17 @@ class Worker:
         self._slot = self._hooks = self._hooked = self._collector = None
 
     def check_data(self, jobs):
-        """Read and tokenise the fleet's own data set, so that one no job could use ends it.
+        """Read and tokenise the fleet's own data sets, so that one no job could use ends it.
 
         Raises:
             DataError, UsageError: as :func:`load_records` and :func:`make_batches`.
         """
-        for job in jobs:
-            if job.config.dataset == self.config.dataset and job.config.score == "wanda":
-                self._data_of(job.config)
-                return
+        for name in _SETS:
+            for job in jobs:
+                ours = getattr(job.config, name) == getattr(self.config, name)
+                if ours and name in sets_of(job.config):
+                    self._data_of(job.config, name)
+                    break
 
     def run(self, jobs, stop=lambda: False):
         """Do the jobs; yields one outcome a job, in order, as soon as its folder is in place.
@@ -134,14 +136,16 @@ class Worker:
             raise DataError(f"adapter={config.adapter!r}: is a whole model, not an adapter")
         if read_manifest(adapter.folder) is not None and (bad := verify_folder(adapter.folder)):
             raise DataError(f"{adapter.folder}: not as it was written: {bad[0]}")
-        dataset = config.dataset and local_file(config.dataset)
         inputs = {**self._base_hashes, **hash_inputs([config.adapter])}
-        inputs |= self._hashes_of(dataset) if dataset else {}
+        for name in _SETS:
+            data = getattr(config, name)
+            if data and (file := local_file(data)):
+                inputs |= self._hashes_of(file)
         report = fleet_folder.finished(job, inputs, self.base.fingerprint())
         if report is not None:
             return _Read(job, adapter, report=report)
         check_adapter(adapter, self.base)
-        data = self._data_of(config) if config.score == "wanda" else None
+        data = {name: self._data_of(config, name) for name in sets_of(config)}
         tensors = adapter.read(adapter.tensors)
         return _Read(job, adapter, tensors, data, inputs, seconds=time.perf_counter() - start)
 
@@ -156,19 +160,21 @@ class Worker:
         if read.report is not None:
             done.set_result(("skipped", read.report, 0.0))
             return done
-        if read.data is not None and self._slot is None:  # a base that fails ends the fleet
+        if read.data and self._slot is None:  # a base that fails ends the fleet
             self._slot = AdapterSlot(self._load)
             self._fingerprint = fingerprint_model(self._slot.model)
         try:
             start = time.perf_counter()
-            norms = None if read.data is None else self._norms(read)
+            known = prune.Known(self.backend)
+            if read.data:
+                self._collect(read, known)
             seconds = read.seconds + time.perf_counter() - start
-            return writer.submit(self._write, read, norms, seconds)
+            return writer.submit(self._write, read, known, seconds)
         except Exception as error:
             done.set_exception(error)
             return done
 
-    def _norms(self, read):
+    def _collect(self, read, known):
         """The norms of one adapter; hooks stay on the model for the next one like it."""
         config = read.job.config
         if not self._slot.fits(read.adapter):
@@ -180,12 +186,19 @@ class Worker:
             self._put_hooks_on(live, config)
             self._hooked = wanted
         collector = self._collector
-        collector.reset()
-        batches, *_ = read.data
-        with torch.no_grad():
-            for batch in batches:
-                run_batch(live, collector, batch, self._options)
-        return collector.norms(fingerprint=self._fingerprint)
+        for name, (batches, num_records, dropped, truncated) in read.data.items():
+            collector.reset()
+            with torch.no_grad():
+                for batch in batches:
+                    run_batch(live, collector, batch, self._options)
+            norms = collector.norms(fingerprint=self._fingerprint)
+            counts = {
+                **calibrate.counts_of(norms),
+                "num_records": num_records,
+                "num_dropped": dropped,
+                "num_truncated": truncated,
+            }
+            known.take_collected(name, norms, counts)
 
     def _put_hooks_on(self, live, config):
         found = find_targets(live, config.targets, config.ignore)
@@ -201,32 +214,23 @@ class Worker:
             self._options = stack.enter_context(lean_forward(live))
             self._hooks = stack.pop_all()
 
-    def _write(self, read, norms, calibrated):
+    def _write(self, read, known, calibrated):
         """In the writer's thread: select, prune, and put the job's folder in place."""
         start = time.perf_counter()
         config, adapter = read.job.config, read.adapter
-        if norms is None:
-            keys, counts = select_keys(adapter.tensors, config.targets, config.ignore), {}
-        else:
-            _, num_records, dropped, truncated = read.data
-            keys = norms.keys
-            counts = {
-                **calibrate.counts_of(norms),
-                "num_records": num_records,
-                "num_dropped": dropped,
-                "num_truncated": truncated,
-            }
+        keys, _ = prune.weights_to_prune(config, adapter, known.named)
         weights = {key: read.tensors[key].to(self.device) for key in keys}
         report = prune_state_(
             weights,
-            norms,
-            Selection(config.ratio, scope=config.scope),
-            targets=config.targets if norms is not None else None,
-            ignore=config.ignore if norms is not None else (),
+            known.norms,
+            config.selection,
+            targets=config.targets if known.named is not None else None,
+            ignore=config.ignore if known.named is not None else (),
             score=config.score,
             seed=config.seed,
             backend=config.backend,
             return_masks=config.save_masks,
+            preserve_norms=known.preserve_norms,
             together=True,
         )
         entries = {"base_fingerprint": self.base.fingerprint()}
@@ -234,9 +238,7 @@ class Worker:
         with output_folder(config.output_dir, config.overwrite, **entries) as folder:
             write_pruned(adapter, folder, pruned)
             seconds = {"calibrate": calibrated, "prune": time.perf_counter() - start}
-            contents = prune.finish(
-                folder, config, report, norms, counts, self.backend, seconds, inputs=read.inputs
-            )
+            contents = prune.finish(folder, config, report, known, seconds, inputs=read.inputs)
         return "done", contents, calibrated + time.perf_counter() - start
 
     def _load(self):
@@ -252,10 +254,10 @@ class Worker:
     def _tokenizer(self):
         return load_tokenizer(self.base.folder, trust_remote_code=self.config.trust_remote_code)
 
-    def _data_of(self, config):
+    def _data_of(self, config, name="dataset"):
         """(batches on the device, records, dropped, truncated), tokenised once for all jobs."""
         key = (
-            config.dataset,
+            getattr(config, name),
             config.num_calibration_samples,
             config.template,
             config.max_seq_length,
@@ -264,7 +266,7 @@ class Worker:
         held = self._data.get(key)
         if held is None:
             try:
-                records = calibrate.load_data(config, None)
+                records = calibrate.load_data(config, None, name)
                 batches = calibrate.batches_of(config, records, self._tokenizer, self.base.config)
                 on_device = [{k: v.to(self.device) for k, v in b.items()} for b in batches]
                 held = on_device, len(records), batches.num_dropped, batches.num_truncated
@@ -281,6 +283,11 @@ class Worker:
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a worker lives as long as its process
     def _hashes_of(self, dataset):
         return hash_inputs([dataset])
+
+
+def sets_of(config):
+    """The fields of a job's config that name data which its adapter runs on."""
+    return prune.Known({}).missing(config)
 
 
 def _keep_freed_memory():
@@ -313,7 +320,7 @@ class _Read:
     job: object
     adapter: Checkpoint
     tensors: dict | None = None
-    data: tuple | None = None
+    data: dict | None = None
     inputs: dict | None = None
     report: dict | None = None
     seconds: float = 0.0

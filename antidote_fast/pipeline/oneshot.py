@@ -10,18 +10,17 @@ from antidote_fast.errors import DataError, UsageError
 from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.pipeline.calibrate import (
     collect,
-    counts_of,
     describe_backend,
     load_data,
-    load_norms,
+    open_aligned,
 )
 from antidote_fast.pipeline.config import PruneConfig
 from antidote_fast.pipeline.data import Record
-from antidote_fast.pipeline.prune import finish, prune_folder
+from antidote_fast.pipeline.prune import Known, finish, prune_folder
 from antidote_fast.pipeline.sources import rows_to_records
 from antidote_fast.prune import PruneReport, prune_model_
-from antidote_fast.selection import Selection
 from antidote_fast.sharded import is_sharded
+from antidote_fast.targets import find_targets
 
 
 def oneshot(
@@ -47,8 +46,9 @@ def oneshot(
         world: the ranks that share the samples (:func:`antidote_fast.distributed.world`); every one
             of them calls. Each prunes its live model, a replica or what FSDP2 gave it of one; rank
             0 writes.
-        overrides: fields of :class:`PruneConfig`; they win over ``config``. ``norms`` may also be
-            an :class:`ActivationNorms`; no forward pass is run then.
+        overrides: fields of :class:`PruneConfig`; they win over ``config``. ``norms`` and
+            ``preserve_norms`` may also be :class:`ActivationNorms`; no forward pass is run for them
+            then. ``preserve_dataset`` may be records, as ``dataset``.
 
     Returns:
         The report, layer by layer; its ``masks`` are there where ``save_masks`` is set. None on
@@ -60,13 +60,23 @@ def oneshot(
         NothingPruned: no weight matched the targets.
     """
     live = not isinstance(model, (str, os.PathLike))
-    records = None
-    if dataset is not None and not isinstance(dataset, (str, os.PathLike)):
-        records = _records(dataset)
-    norms = overrides.pop("norms", None)
-    if isinstance(norms, (str, os.PathLike)):
-        overrides["norms"] = os.fspath(norms)
-        norms = None
+    given = {}
+    if dataset is not None:
+        overrides["dataset"] = dataset
+    for name, held in (
+        ("dataset", "records"),
+        ("norms", "norms"),
+        ("preserve_dataset", "preserve_records"),
+        ("preserve_norms", "preserve_norms"),
+    ):
+        value = overrides.get(name)
+        if isinstance(value, (str, os.PathLike)):
+            overrides[name] = os.fspath(value)
+        elif value is not None:
+            # The field is checked: it must say that something is there.
+            is_data = name.endswith("dataset")
+            given[held] = _records(value, name) if is_data else value
+            overrides[name] = "records in memory" if is_data else "norms in memory"
     fields = dict(config) if isinstance(config, dict) else {}
     if isinstance(config, PruneConfig):
         fields = dataclasses.asdict(config)
@@ -78,11 +88,6 @@ def oneshot(
     fields |= {"model_name_or_path": os.fspath(name) or "a live model"} | overrides
     if adapter is not None:
         fields["adapter"] = os.fspath(adapter)
-    if records is not None or norms is not None:
-        # The field is checked: it must say something where a score needs data.
-        fields["dataset"] = "records given in memory" if records is not None else "norms in memory"
-    elif dataset is not None:
-        fields["dataset"] = os.fspath(dataset)
     if output_dir is not None or "output_dir" not in fields:
         fields["output_dir"] = "" if output_dir is None else os.fspath(output_dir)
     try:
@@ -90,12 +95,11 @@ def oneshot(
     except TypeError as error:
         raise UsageError(f"oneshot: {str(error).removeprefix('PruneConfig.__init__() ')}") from None
     if live:
-        return _prune_live(model, settings, records, norms, tokenizer, world)
-    given = {"records": records, "norms": norms, "tokenizer": tokenizer}
-    return prune_folder(settings, **given, world=world)[0]
+        return _prune_live(model, settings, given, tokenizer, world)
+    return prune_folder(settings, **given, tokenizer=tokenizer, world=world)[0]
 
 
-def _prune_live(model, config, records, norms, tokenizer, world):
+def _prune_live(model, config, given, tokenizer, world):
     """Prune a live model in place; write it where there is an output_dir."""
     for name in ("stream", "resume"):
         if getattr(config, name):
@@ -110,25 +114,23 @@ def _prune_live(model, config, records, norms, tokenizer, world):
         if config.output_dir and not world.rank:
             check_output_folder(config.output_dir, config.overwrite)
         device = next(model.parameters()).device
-        backend = describe_backend(config.backend, device)
+        known = Known(describe_backend(config.backend, device))
         if config.adapter is not None:
             model = load_adapter(model, config.adapter)
-        counts = {}
-        if norms is None and config.norms is not None:
-            norms = load_norms(config.norms)
-        if norms is not None:
-            counts = counts_of(norms)
-        elif config.score == "wanda":
-            if tokenizer is None:
-                raise UsageError("tokenizer=None: must be the tokenizer of the live model")
-            records = load_data(config, records)
-    if norms is None and config.score == "wanda":
-        norms, counts = collect(config, model, records, tokenizer, world=world)
+        bases = _open_base(model, config, known)
+        known.take_given(config, given.get("norms"), given.get("preserve_norms"))
+        missing = known.missing(config)
+        if missing and tokenizer is None:
+            raise UsageError("tokenizer=None: must be the tokenizer of the live model")
+        held = {"dataset": "records", "preserve_dataset": "preserve_records"}
+        sets = {name: load_data(config, given.get(held[name]), name) for name in missing}
+    for name, records in sets.items():
+        known.take_collected(name, *collect(config, model, records, tokenizer, world=world))
     calibrated = time.perf_counter()
     report = prune_model_(
         model,
-        norms,
-        Selection(config.ratio, scope=config.scope),
+        known.norms,
+        config.selection,
         targets=config.targets,
         ignore=config.ignore,
         score=config.score,
@@ -136,17 +138,39 @@ def _prune_live(model, config, records, norms, tokenizer, world):
         backend=config.backend,
         return_masks=config.save_masks,
         cross_check=config.cross_check,
+        preserve_norms=known.preserve_norms,
+        base_weights=bases,
     )
     if not config.output_dir:
         return report
     with world.together():
         if not world.rank:
-            about = {"norms": norms, "counts": counts, "backend": backend}
-            _write_live(model, config, tokenizer, report, about, start, calibrated)
+            _write_live(model, config, tokenizer, report, known, start, calibrated)
     return report
 
 
-def _write_live(model, config, tokenizer, report, about, start, calibrated):
+def _open_base(model, config, known):
+    """{name: tensor} of the targets in ``base_model``, or None; ``known`` gets its checkpoint."""
+    if config.base_model is None:
+        return None
+    if getattr(model, "peft_config", None):
+        raise UsageError(
+            f"base_model={config.base_model!r}: must be left out with an adapter, whose zero "
+            "already falls back to the aligned model"
+        )
+    parameters = dict(model.named_parameters())
+    if any(is_sharded(parameter) for parameter in parameters.values()):
+        raise UsageError(
+            f"base_model={config.base_model!r}: must be left out where weights are sharded; or "
+            "prune the saved checkpoint"
+        )
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    known.aligned = open_aligned(config, shapes, model.config.model_type)
+    found = find_targets(model, config.targets, config.ignore)
+    return known.aligned.read([target.key for target in found])
+
+
+def _write_live(model, config, tokenizer, report, known, start, calibrated):
     is_adapter = bool(getattr(model, "peft_config", None))
     entries = {"base_fingerprint": fingerprint_model(model)} if is_adapter else {}
     with output_folder(config.output_dir, config.overwrite, **entries) as folder:
@@ -154,7 +178,7 @@ def _write_live(model, config, tokenizer, report, about, start, calibrated):
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         seconds = {"calibrate": calibrated - start, "prune": time.perf_counter() - calibrated}
-        finish(folder, config, report, **about, seconds=seconds)
+        finish(folder, config, report, known, seconds)
 
 
 def _save_live(model, folder):
@@ -176,15 +200,15 @@ def _save_live(model, folder):
         inner.rmdir()
 
 
-def _records(dataset):
-    """Records from what a caller holds in memory."""
+def _records(dataset, name):
+    """Records from what a caller holds in memory, as the argument ``name``."""
     rows = list(dataset)
     if not rows:
-        raise DataError("dataset: no records")
+        raise DataError(f"{name}: no records")
     if all(isinstance(row, Record) for row in rows):
         return rows
-    named = [(f"dataset: record {number}", row) for number, row in enumerate(rows, 1)]
+    named = [(f"{name}: record {number}", row) for number, row in enumerate(rows, 1)]
     for where, row in named:
         if not isinstance(row, dict):
             raise DataError(f"{where}: must be a Record or a dict, not {type(row).__name__}")
-    return rows_to_records(named, "dataset", role=None, require_output=True)
+    return rows_to_records(named, name, role=None, require_output=True)

@@ -155,7 +155,8 @@ def check_data(stages):
 def is_done(folder, stage) -> bool:
     """Whether ``folder`` is whole and came from these settings and these input files."""
     report = read_report(folder)
-    if report is None or _settings(dataclasses.asdict(stage)) != _settings(report.get("config")):
+    before = report and report.get("config")
+    if not isinstance(before, dict) or _settings(stage, before) != _settings(stage):
         return False
     try:
         if verify_folder(folder):
@@ -171,6 +172,13 @@ def is_done(folder, stage) -> bool:
     return True
 
 
-def _settings(config):
+def _settings(stage, recorded=None):
+    """A stage's settings, or those that its report recorded; flags newer than that at default."""
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(stage)
+        if field.default is not dataclasses.MISSING
+    }
+    config = dataclasses.asdict(stage) if recorded is None else defaults | recorded
     plain = json.loads(json.dumps(config))
-    return {k: v for k, v in plain.items() if k != "overwrite"} if plain else None
+    return {k: v for k, v in plain.items() if k != "overwrite"}

@@ -18,9 +18,8 @@ from antidote_fast.masks import mask_key, masks_file
 from antidote_fast.memory import available_memory, format_bytes, parse_bytes, resident_bytes
 from antidote_fast.pipeline.calibrate import batches_of, counts_of
 from antidote_fast.progress import track
-from antidote_fast.prune import prune_state_
+from antidote_fast.prune import check_keys, prune_state_
 from antidote_fast.prune_report import LayerReport, PruneReport
-from antidote_fast.selection import Selection
 from antidote_fast.streaming.blocks import BlockModel
 from antidote_fast.streaming.norms import BlockCalibration
 from antidote_fast.streaming.sink import Background, ModelSink
@@ -55,7 +54,20 @@ def collect_norms(config, base, adapter, records, run, *, tokenizer=None, progre
     return blocks.norms(), blocks.counts
 
 
-def prune_model(config, base, records, run, *, norms, keys, roles, tokenizer=None, progress=False):
+def prune_model(
+    config,
+    base,
+    records,
+    run,
+    *,
+    norms,
+    keys,
+    roles,
+    preserve_norms=None,
+    aligned=None,
+    tokenizer=None,
+    progress=False,
+):
     """Prune a full model into ``run.output``, block by block.
 
     Args:
@@ -65,7 +77,9 @@ def prune_model(config, base, records, run, *, norms, keys, roles, tokenizer=Non
         run: :class:`antidote_fast.resume.Run`.
         norms: given ones, or None.
         keys: names of the weights; None where the calibration finds them.
-        roles: ``transposed`` and ``routed`` names, where no norms tell of them.
+        roles: ``transposed`` and ``routed`` names among them.
+        preserve_norms: norms of the same weights on data to preserve, or None.
+        aligned: checkpoint of the model whose values removed weights take, or None.
         tokenizer, progress: as :func:`collect_norms`.
 
     Returns:
@@ -85,9 +99,11 @@ def prune_model(config, base, records, run, *, norms, keys, roles, tokenizer=Non
                 "transposed": [target.key for target in targets if target.transposed],
                 "routed": [target.key for target in targets if target.routed],
             }
-        elif norms is not None:
-            roles = {"transposed": sorted(norms.transposed), "routed": sorted(norms.routed)}
-        writer = _Writer(config, base, run, keys, roles)
+        if preserve_norms is not None:
+            if config.targets is not None or config.ignore:
+                preserve_norms = preserve_norms.subset(keys, "preserve_norms")
+            check_keys(keys, preserve_norms.sq_sum, "preserve_norms")
+        writer = _Writer(config, base, run, keys, roles, preserve_norms, aligned)
         if blocks is not None and config.scope != "global":
             for tensors, part in blocks.run(request, background, progress, writer=writer):
                 writer.prune(tensors, part)
@@ -212,9 +228,10 @@ class _Blocks:
 class _Writer:
     """A pruned model on its way to ``run.output``, and the report of it."""
 
-    def __init__(self, config, base, run, keys, roles):
+    def __init__(self, config, base, run, keys, roles, preserve_norms, aligned):
         self._config, self._base, self._run = config, base, run
-        self._selection = Selection(config.ratio, scope=config.scope)
+        self._selection = config.selection
+        self._preserve_norms, self._aligned = preserve_norms, aligned
         self._device = pick_device(config.device)
         self._roles = roles
         self._saved = {base.find(key): key for key in keys}
@@ -252,6 +269,7 @@ class _Writer:
             return
         if norms is not None and set(norms.sq_sum) != set(weights):
             norms = norms.subset(weights)
+        kept = self._preserve_norms
         there = {key: tensor.to(self._device) for key, tensor in weights.items()}
         report = prune_state_(
             there,
@@ -262,6 +280,8 @@ class _Writer:
             backend=self._config.backend,
             return_masks=self._masks is not None,
             cross_check=self._config.cross_check,
+            preserve_norms=None if kept is None else kept.subset(weights),
+            base_weights=None if self._aligned is None else self._aligned.read(weights),
             cut=cut,
             **{role: [k for k in names if k in there] for role, names in self._roles.items()},
         )
@@ -352,6 +372,9 @@ class _Writer:
             layers=sorted(self._layers, key=lambda layer: natural_key(layer.key)),
             skipped=self._skipped,
             seconds=self._seconds,
+            preserve_ratio=self._selection.preserve.ratio if self._config.preserves else None,
+            score_delta=self._selection.score_delta,
+            reverted=self._aligned is not None,
         )
 
     def _finish(self, tensors, others):
@@ -362,14 +385,19 @@ class _Writer:
 
     def _cut(self, norms, request, progress):
         if "cut" in self._run.state:
-            return GlobalCut.from_dict(self._run.state["cut"], norms)
+            return GlobalCut.from_dict(self._run.state["cut"], norms, self._preserve_norms)
         transposed = set(self._roles.get("transposed", ())) | (norms.transposed if norms else set())
         names = {key: name for name, key in self._saved.items()}
 
         def read(key):
             if request.made:
                 raise Interrupted("interrupted; the same command with --resume goes on")
-            tensor = read_tensor(self._base.tensors[names[key]])
+            return upright(key, read_tensor(self._base.tensors[names[key]]))
+
+        def read_base(key):
+            return upright(key, self._aligned.read([key])[key])
+
+        def upright(key, tensor):
             return tensor.t().contiguous() if key in transposed else tensor
 
         keys = list(names)
@@ -382,6 +410,8 @@ class _Writer:
             self._selection,
             score=self._config.score,
             seed=self._config.seed,
+            preserve_norms=self._preserve_norms,
+            read_base=None if self._aligned is None else read_base,
             progress=progress,
         )
         self._run.save({**self._run.state, "cut": cut.to_dict()})

@@ -1,0 +1,235 @@
+"""The configs of what collects norms and prunes: calibrate, prune and fleet."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from antidote_fast.errors import UsageError
+from antidote_fast.memory import parse_bytes
+from antidote_fast.pipeline.config_base import StageConfig, check, check_positive
+from antidote_fast.selection import Selection
+
+_BEYOND_THE_PAPER = (
+    *("preserve_dataset", "preserve_norms", "preserve_ratio"),
+    *("base_model", "score_delta"),
+)
+
+
+def parse_shard(text) -> tuple[int, int]:
+    """(i, n) of ``"i/n"``, 0 <= i < n.
+
+    Raises:
+        UsageError: anything else.
+    """
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    index, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if index >= count:
+        raise UsageError(f"shard={text!r:.60}: must be i/n with 0 <= i < n, such as 0/4")
+    return index, count
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(StageConfig):
+    """Collect activation norms on a harmful data set and save them.
+
+    Args:
+        dataset: harmful records: a local JSON or JSONL file, or a hub name.
+        adapter: PEFT adapter folder on top of the model.
+        num_calibration_samples: records used, from the start of the data.
+        response_only: count only response tokens.
+        aggregation: rms (the official code) or mean of per-sequence norms (the paper's eq. 1).
+        targets: module names or re: patterns to prune; default the adapter's LoRA A and B, else
+            q/k/v; all-linear takes every linear layer.
+        ignore: module names or re: patterns left alone.
+        device_map: auto spreads the model over all GPUs, and over the CPU where they are full.
+        stream: one decoder block in memory at a time, for models larger than it; each block is
+            read once.
+        max_memory: with stream, the memory that the process may take, such as 4GB; hidden states
+            that do not fit go to disk. Default most of what is free.
+        resume: go on where an interrupted run of the same command stopped (with stream), or leave
+            it at that where output_dir is whole already.
+    """
+
+    dataset: str
+    adapter: str | None = None
+    num_calibration_samples: int = 2000
+    response_only: bool = False
+    aggregation: Literal["rms", "mean"] = "rms"
+    targets: list[str] | None = None
+    ignore: list[str] = field(default_factory=list)
+    device_map: Literal["auto"] | None = None
+    stream: bool = False
+    max_memory: str | None = None
+    resume: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "num_calibration_samples")
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory, "max_memory")
+            check(self.stream, "max_memory", self.max_memory, "given with stream")
+        if self.device_map is not None:
+            check(self.device == "auto", "device", self.device, "left out with device_map")
+            check(not self.stream, "stream", self.stream, "left out with device_map")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(CalibrateConfig):
+    """Remove the harmful weights of an adapter or a model, once.
+
+    Args:
+        dataset: harmful records; not needed where norms are given or the score uses no data.
+        norms: norms saved by calibrate; no forward pass is run then.
+        ratio: fraction of each row (tensor, model) removed, in (0, 1].
+        scope: compare along a row, over a tensor, or over all targets.
+        score: wanda = |W| * activation norm; magnitude = |W|; random.
+        save_norms: also write the norms, as norms.safetensors.
+        save_masks: also write the masks, one bit a weight, as masks.safetensors.
+        backend: kernels to use; default the fastest available.
+        cross_check: compare a few rows of the first weight of each shape with the reference.
+        preserve_dataset: task or ordinary records; a weight among the top preserve_ratio by its
+            norms on these is kept. As many are used as of dataset.
+        preserve_norms: such norms saved by calibrate; no forward pass is run for them then.
+        preserve_ratio: fraction of each row (tensor, model) protected, in [0, 1]; default ratio.
+        base_model: the aligned model, a folder or hub name: removed weights take its values instead
+            of zero. For whole models, a full fine-tune or a merged one.
+        score_delta: score the difference from base_model, |W - base| instead of |W|.
+        paper: the paper's method: score wanda, scope row, aggregation rms.
+    """
+
+    dataset: str | None = None
+    norms: str | None = None
+    ratio: float = 0.1
+    scope: Literal["row", "tensor", "global"] = "row"
+    score: Literal["wanda", "magnitude", "random"] = "wanda"
+    save_norms: bool = False
+    save_masks: bool = False
+    backend: str | None = None
+    cross_check: bool = True
+    preserve_dataset: str | None = None
+    preserve_norms: str | None = None
+    preserve_ratio: float | None = None
+    base_model: str | None = None
+    score_delta: bool = False
+    paper: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
+        if self.paper:
+            for name, value in (("score", "wanda"), ("scope", "row"), ("aggregation", "rms")):
+                check(
+                    getattr(self, name) == value, name, getattr(self, name), f"{value} with paper"
+                )
+            for name in _BEYOND_THE_PAPER:
+                value = getattr(self, name)
+                check(value is None or value is False, name, value, "left out with paper")
+        if self.score == "wanda" and self.dataset is None and self.norms is None:
+            raise UsageError("dataset=None: must be a file or hub name unless norms is given")
+        self._check_preserve()
+        if self.base_model is not None and self.adapter is not None:
+            raise UsageError(
+                f"base_model={self.base_model!r}: must be left out with adapter, whose zero "
+                "already falls back to the aligned model"
+            )
+        with_base = self.base_model is not None
+        check(with_base or not self.score_delta, "score_delta", True, "left out without base_model")
+        delta = self.score_delta and self.score == "random"
+        check(not delta, "score_delta", self.score_delta, "left out with score random")
+
+    @property
+    def preserves(self) -> bool:
+        """Whether something is kept for its norms on other data."""
+        return self.preserve_dataset is not None or self.preserve_norms is not None
+
+    @property
+    def selection(self) -> Selection:
+        """What is removed of the weights."""
+        return Selection(
+            self.ratio,
+            scope=self.scope,
+            preserve_ratio=self.preserve_ratio,
+            score_delta=self.score_delta,
+        )
+
+    def _check_preserve(self):
+        for name in ("preserve_dataset", "preserve_norms"):
+            absent = self.score != "random" or getattr(self, name) is None
+            check(absent, name, getattr(self, name), "left out with score random")
+        alone = self.preserve_dataset is None or self.preserve_norms is None
+        check(alone, "preserve_norms", self.preserve_norms, "left out with preserve_dataset")
+        if self.preserve_ratio is not None:
+            check(0 <= self.preserve_ratio <= 1, "preserve_ratio", self.preserve_ratio, "in [0, 1]")
+            accepted = "given with preserve_dataset or preserve_norms"
+            check(self.preserves, "preserve_ratio", self.preserve_ratio, accepted)
+        if self.stream and self.preserve_dataset is not None:
+            raise UsageError(
+                f"preserve_dataset={self.preserve_dataset!r}: must be left out with stream; "
+                "calibrate --stream on it first, and give that folder as preserve_norms"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetConfig(StageConfig):
+    """Prune many adapters of one base model, which stays in memory.
+
+    Args:
+        model_name_or_path: the base model of all adapters (--base for short).
+        output_dir: the folder in which each job writes its own; may exist.
+        overwrite: replace a job's folder that was made with other settings or from other files.
+        manifest: JSONL file of jobs, one a line: adapter (a folder, seen from the manifest's), name
+            (of the job's folder in output_dir; default the adapter folder's) and flags of this
+            command that are other for this adapter, such as ratio or dataset.
+        shard: i/n, 0 <= i < n: take every n-th job from the i-th on, for n processes or machines
+            that share output_dir.
+        engine: local is this process and one device; ray spreads jobs over Ray actors.
+        num_workers: Ray actors; default as many as there are GPUs, on CPUs 1.
+        dataset: harmful records; not needed where the score uses none or every job names its own.
+        num_calibration_samples: records used, from the start of the data.
+        response_only: count only response tokens.
+        aggregation: rms (the official code) or mean of per-sequence norms (the paper's eq. 1).
+        targets: names or re: patterns of adapted modules to prune; default all LoRA A and B.
+        ignore: module names or re: patterns left alone.
+        ratio: fraction of each row (tensor, model) removed, in (0, 1].
+        scope: compare along a row, over a tensor, or over all targets.
+        score: wanda = |W| * activation norm; magnitude = |W|; random.
+        save_norms: also write each job's norms.
+        save_masks: also write each job's masks, one bit a weight.
+        backend: kernels to use; default the fastest available.
+        preserve_dataset: task or ordinary records; a weight among the top preserve_ratio by its
+            norms on these is kept.
+        preserve_ratio: fraction of each row (tensor, model) protected, in [0, 1]; default ratio.
+    """
+
+    manifest: str
+    shard: str = "0/1"
+    engine: Literal["local", "ray"] = "local"
+    num_workers: int | None = None
+    dataset: str | None = None
+    num_calibration_samples: int = 2000
+    response_only: bool = False
+    aggregation: Literal["rms", "mean"] = "rms"
+    targets: list[str] | None = None
+    ignore: list[str] = field(default_factory=list)
+    ratio: float = 0.1
+    scope: Literal["row", "tensor", "global"] = "row"
+    score: Literal["wanda", "magnitude", "random"] = "wanda"
+    save_norms: bool = False
+    save_masks: bool = False
+    backend: str | None = None
+    preserve_dataset: str | None = None
+    preserve_ratio: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "num_calibration_samples", "num_workers")
+        check(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
+        kept = self.preserve_ratio
+        check(kept is None or 0 <= kept <= 1, "preserve_ratio", kept, "in [0, 1]")
+        check(
+            self.num_workers is None or self.engine == "ray",
+            "num_workers",
+            self.num_workers,
+            "left out with engine local, which is one worker",
+        )
+        parse_shard(self.shard)
