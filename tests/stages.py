@@ -25,6 +25,8 @@ def make(root):
         for i in range(12)
     ]
     (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::3]))
+    tiny.save_model(tiny.build("llama", seed=1), root / "aligned")
     tiny.save_adapter(tiny.add_lora(model), root / "adapter")
     argv = ["calibrate", *model_flags(root), "--dataset", f"{root}/data.jsonl"]
     assert cli.main([*argv, "--output_dir", f"{root}/norms", "--quiet"]) == 0
@@ -74,6 +76,23 @@ def stage_words(root, stage):
             *("prune", "--dataset", data, "--stream", "--adapter", f"{root}/adapter")
         ],
         "prune stream norms": ["prune", "--norms", f"{root}/norms", "--stream"],
+        "prune preserve": [
+            *("prune", "--dataset", data, "--preserve_dataset", f"{root}/task.jsonl"),
+            *("--adapter", f"{root}/adapter", "--save_norms"),
+        ],
+        "prune preserve alone": [
+            *("prune", "--norms", f"{root}/norms", "--preserve_dataset", f"{root}/task.jsonl"),
+            "--save_norms",
+        ],
+        "prune preserve norms": [
+            *("prune", "--dataset", data, "--preserve_norms", f"{root}/norms", "--stream"),
+            *("--scope", "global", "--save_norms"),
+        ],
+        "prune revert": ["prune", "--dataset", data, "--base_model", f"{root}/aligned"],
+        "prune stream revert": [
+            *("prune", "--dataset", data, "--base_model", f"{root}/aligned", "--score_delta"),
+            *("--stream", "--scope", "global"),
+        ],
         "align": ["align", "--dataset", data, *train],
         "finetune": ["finetune", "--dataset", data, "--poison_ratio", "0", *train],
         "finetune full": [

@@ -34,7 +34,8 @@ STAGES = [
     *("calibrate", "calibrate adapter", "prune", "prune adapter", "prune norms"),
     *("prune magnitude", "prune random", "align", "finetune", "finetune full", "evaluate"),
     *("calibrate stream", "prune stream", "prune stream global", "prune stream adapter"),
-    "prune stream norms",
+    *("prune stream norms", "prune preserve", "prune preserve alone", "prune preserve norms"),
+    *("prune revert", "prune stream revert"),
 ]
 
 
@@ -57,6 +58,9 @@ def test_a_plan_agrees_with_what_the_stage_then_reports(stage, made, tmp_path, c
     if "num_tokens" in report and "tokens" in data:
         assert data["tokens"] == report["num_tokens"]
         assert data["sequences"] == report["num_sequences"]
+    if "preserve_data" in report and "preserve tokens" in data:
+        assert data["preserve tokens"] == report["preserve_data"]["num_tokens"]
+        assert data["preserve sequences"] == report["preserve_data"]["num_sequences"] == 4
     if words[0] == "prune":
         assert planned["pruned"] == {
             "layers": report["num_layers"],
@@ -84,6 +88,23 @@ def test_streaming_holds_blocks_where_memory_is_too_small_for_the_model(made, tm
     block = sum(p.nbytes for p in model.model.layers[0].parameters())
     assert memory["blocks"] == 3 * block
     assert memory["hidden states"] % (32 * 4) == 0  # one fp32 vector a token
+
+
+def test_plans_count_a_second_data_set_and_a_base(made, tmp_path):
+    one = PruneConfig(**prune_fields(made, tmp_path))
+    both = plan(replace(one, preserve_dataset=f"{made}/task.jsonl"))
+    size = (made / "task.jsonl").stat().st_size
+    assert both.bytes_read == plan(one).bytes_read + size
+    assert both.flops > plan(one).flops
+    one = PruneConfig(**prune_fields(made, tmp_path) | {"adapter": None})
+    targets = sum(t.nbytes for n, t in tiny.build().named_parameters() if n[-13] in "qkv")
+    for options, reads in (({}, 1), ({"stream": True}, 1)):
+        plain = replace(one, **options)
+        based = plan(replace(plain, base_model=f"{made}/aligned"))
+        assert based.bytes_read == plan(plain).bytes_read + reads * targets
+    plain = replace(one, stream=True, scope="global")
+    based = plan(replace(plain, base_model=f"{made}/aligned", score_delta=True))
+    assert based.bytes_read == plan(plain).bytes_read + 3 * targets
 
 
 def test_a_plan_of_a_fleet_counts_its_jobs(made, tmp_path):

@@ -58,14 +58,20 @@ def plan_prune(config) -> Plan:
         matrices = [_Matrix(t.key, tuple(t.weight.shape), t.weight.nbytes) for t in found]
         channels = len(sets) * _norm_bytes(found, config)
         made.hold("norms", channels * 4)
-    if cost is None or known.named is not None:
+    kept = known.preserve_norms
+    if cost is None or known.norms is not None:
         named = _named(made, config, source, known)
-        if cost is not None:  # norms from a file, and others yet to be collected
-            name = "preserve_norms" if known.preserve_norms is None else "norms"
-            check_keys([m.key for m in named], [m.key for m in matrices], name)
+        if cost is not None:  # of the data to preserve, beside norms from a file
+            check_keys([m.key for m in named], [m.key for m in matrices], "preserve_norms")
         matrices = named
-        given = (known.norms, known.preserve_norms)
-        channels += sum(_saved_bytes(norms) for norms in given if norms is not None)
+    elif kept is not None:
+        keys = [m.key for m in matrices]
+        if config.targets is not None or config.ignore:
+            kept = kept.subset(keys, "preserve_norms")
+        check_keys(keys, kept.sq_sum, "preserve_norms")
+        _matrices(source, keys, kept)
+    given = [norms for norms in (known.norms, known.preserve_norms) if norms is not None]
+    channels += sum(map(_saved_bytes, given))
     return _pruning(made, config, cost, matrices, written, channels, known.aligned)
 
 

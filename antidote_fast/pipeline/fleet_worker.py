@@ -165,16 +165,14 @@ class Worker:
             self._fingerprint = fingerprint_model(self._slot.model)
         try:
             start = time.perf_counter()
-            known = prune.Known(self.backend)
-            if read.data:
-                self._collect(read, known)
+            known = self._norms(read) if read.data else prune.Known(self.backend)
             seconds = read.seconds + time.perf_counter() - start
             return writer.submit(self._write, read, known, seconds)
         except Exception as error:
             done.set_exception(error)
             return done
 
-    def _collect(self, read, known):
+    def _norms(self, read):
         """The norms of one adapter; hooks stay on the model for the next one like it."""
         config = read.job.config
         if not self._slot.fits(read.adapter):
@@ -185,7 +183,7 @@ class Worker:
             self._close()
             self._put_hooks_on(live, config)
             self._hooked = wanted
-        collector = self._collector
+        collector, known = self._collector, prune.Known(self.backend)
         for name, (batches, num_records, dropped, truncated) in read.data.items():
             collector.reset()
             with torch.no_grad():
@@ -199,6 +197,7 @@ class Worker:
                 "num_truncated": truncated,
             }
             known.take_collected(name, norms, counts)
+        return known
 
     def _put_hooks_on(self, live, config):
         found = find_targets(live, config.targets, config.ignore)
