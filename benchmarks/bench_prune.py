@@ -56,6 +56,10 @@ CASES = {
     "tensor": Case(lambda size: 3 * size, (("scope", "tensor"),)),
     "preserve": Case(lambda size: 2 * size, preserve=True),
     "base": Case(lambda size: 3 * size, base=True),
+    "revert": Case(lambda size: 3 * size, (("score_delta", True),), base=True),
+    "preserve+revert": Case(
+        lambda size: 3 * size, (("score_delta", True),), preserve=True, base=True
+    ),
     "2:4": Case(lambda size: 2 * size, (("n_m", (2, 4)),)),
     "mask": Case(lambda size: size + 1 / 8, write=False),
 }

@@ -69,10 +69,14 @@ def by_flashinfer(score, k):
 def pruned_with(select, weight, operands):
     """Score, select, and write or return the mask."""
     shape = (-1, operands.compared)
-    score = weight.abs().float() * operands.norm.reshape(1, -1)
+    if operands.selection.score_delta:
+        value = (weight.float() - operands.base.float()).abs()
+    else:
+        value = weight.abs().float()
+    score = value * operands.norm.reshape(1, -1)
     mask = select(score.view(shape), operands.k)
     if operands.preserve_norm is not None:
-        score = weight.abs().float() * operands.preserve_norm.reshape(1, -1)
+        score = value * operands.preserve_norm.reshape(1, -1)
         mask &= ~select(score.view(shape), operands.k_preserved)
     mask = mask.view(weight.shape)
     if operands.base is not None:

@@ -1,5 +1,6 @@
 """The benchmarks and the GPU check on tiny tensors: what runs, and what is not printed."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -115,6 +116,25 @@ def test_no_time_is_printed_for_a_wrong_result(benchmarks, monkeypatch, capsys):
     bench.main(arguments)
     assert "name=antidote_fast" in capsys.readouterr().out
     monkeypatch.setattr(bench, "ours", lambda weight, operands, backend: weight.zero_())
+    with pytest.raises(AssertionError, match="differs from the stable sort"):
+        bench.main(arguments)
+    assert "us=" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["revert", "preserve+revert"])
+def test_reverting_is_compared_with_the_stable_sort(case, benchmarks, monkeypatch, capsys):
+    bench = benchmarks("bench_prune")
+    arguments = ["--device", "cpu", "--backend", "reference", "--shape", "4x32", *ONCE]
+    arguments += ["--ratio", "0.2", "--case", case]
+    bench.main(arguments)
+    assert f"case={case}  shape=4x32" in capsys.readouterr().out
+    real = bench.ours
+
+    def scores_the_weights(weight, operands, backend):
+        plain = dataclasses.replace(operands.selection, score_delta=False)
+        return real(weight, dataclasses.replace(operands, selection=plain), backend)
+
+    monkeypatch.setattr(bench, "ours", scores_the_weights)
     with pytest.raises(AssertionError, match="differs from the stable sort"):
         bench.main(arguments)
     assert "us=" not in capsys.readouterr().out

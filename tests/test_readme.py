@@ -48,7 +48,7 @@ def test_the_two_commands_come_first():
 
 
 def test_the_command_line_example_is_well_formed():
-    [line] = re.findall(r"^    antidote-fast prune (.*)$", README, re.MULTILINE)
+    line, *_ = re.findall(r"^    antidote-fast prune (.*)$", README, re.MULTILINE)
     config, _ = flags.from_words(PruneConfig, shlex.split(line), "prune")
     assert (config.adapter, config.ratio) == ("ADAPTER", 0.1)
 
