@@ -213,6 +213,8 @@ def commands(world, folder):
 
     adapter = ("--adapter", "adapter")
     results["prune"] = command("prune", *adapter, "--output_dir", "pruned", "--save_norms", "true")
+    kept = ("--preserve_dataset", "task.jsonl", "--ratio", "0.3", "--save_norms", "true")
+    results["preserve"] = command("prune", *adapter, *kept, "--output_dir", "preserved")
     results["calibrate"] = command("calibrate", "--output_dir", "norms")
     results["one sample"] = command(
         "calibrate", *adapter, "--num_calibration_samples", "1", "--output_dir", "one"

@@ -29,7 +29,16 @@ def fsdp(world, folder):
             for name, value in model.state_dict().items()
         }
 
-    def compare(name, build, layers_of, collect_options=None, targets=None, mesh=None, **selection):
+    def compare(
+        name,
+        build,
+        layers_of,
+        collect_options=None,
+        targets=None,
+        mesh=None,
+        preserve=False,
+        **selection,
+    ):
         """Norms of one process and its prune of a whole model, beside those of the shards."""
         whole, sharded = build(), build()
         shard(sharded, layers_of(sharded), mesh=mesh)
@@ -43,8 +52,12 @@ def fsdp(world, folder):
             for k, v in alone.sq_sum.items()
         )
         choice = Selection(**({"ratio": 0.3} | selection))
-        report = prune_model_(sharded, norms, choice, targets=targets, return_masks=True)
-        expected = prune_model_(whole, norms, choice, targets=targets, return_masks=True)
+        options = {"targets": targets, "return_masks": True}
+        if preserve:
+            others = tiny.batches(count=5, seed=1)
+            options["preserve_norms"] = ActivationNorms.collect(whole, others, targets=targets)
+        report = prune_model_(sharded, norms, choice, **options)
+        expected = prune_model_(whole, norms, choice, **options)
         state, wanted = gathered(sharded), whole.state_dict()
         rows = {}
         for target in find_targets(sharded, targets):
@@ -75,6 +88,7 @@ def fsdp(world, folder):
             and all(torch.equal(state[k], wanted[k]) for k in wanted),
             "same logits": torch.equal(*outputs),
             "removed": report.num_pruned,
+            "preserved": report.num_preserved,
             "same report": plain[0] == plain[1] and layers[0] == layers[1],
             "report": json.loads(json.dumps(report.to_dict())),
             "rows": sorted(set(rows.values())),
@@ -89,6 +103,7 @@ def fsdp(world, folder):
     compare("mean", tiny.build, blocks, {"aggregation": "mean", "response_only": True})
     compare("smallest", tiny.build, blocks, largest=False, targets=["all-linear"])
 
+    compare("preserve", tiny.build, blocks, preserve=True, preserve_ratio=0.2)
     compare("n:m", tiny.build, blocks, ratio=None, n_m=(2, 4))
 
     for name, shape in {"replicas of shards": (1, 2), "replicas": (2, 1)}.items():
@@ -154,9 +169,12 @@ def fsdp(world, folder):
     results["global"] = prune(Selection(0.3, scope="global"))
     results["no selection"] = prune(0.3)
     results["random"] = prune(score="random")
+    base = {target.key: target.weight for target in find_targets(tiny.build(seed=1))}
+    results["base"] = prune(base_weights=base)
     results["magnitude"] = prune(score="magnitude", norms=None)[0]
     apart = ActivationNorms.collect(tiny.build(), batches[world.rank : world.rank + 1])
     results["not added up"] = prune(norms=apart)
+    results["not added up either"] = prune(preserve_norms=apart)
     results["no world"] = refused(lambda: ActivationNorms.collect(model, batches))
     ill = tiny.build()
     ill.model.layers[1].self_attn.q_proj.weight.data[-2, 0] = torch.nan  # of the last rank

@@ -46,6 +46,8 @@ def folder(tmp_path_factory):
     tiny.save_model(tiny.build(), root / "base")
     tiny.save_adapter(tiny.add_lora(tiny.build()), root / "adapter")
     (root / "harmful.jsonl").write_text("\n".join(map(json.dumps, ranks.RECORDS)))
+    others = [{**row, "output": f"positive {row['output']}"} for row in ranks.RECORDS[:5]]
+    (root / "task.jsonl").write_text("\n".join(map(json.dumps, others)))
     return root
 
 
@@ -308,6 +310,24 @@ def test_a_command_on_two_ranks_gives_what_one_process_does(folder, commands):
     assert [seen["called"] for seen in commands] == [224, None]
     assert sha256_file(folder / "called" / name) == sha256_file(folder / "pruned" / name)
     assert "world_size" not in json.loads((folder / "alone" / "report.json").read_text())
+
+
+def test_both_data_sets_are_shared_by_the_ranks(folder, commands):
+    assert [seen["preserve"][0] for seen in commands] == [0, 0]
+    common = ["--model_name_or_path", folder / "base", "--adapter", folder / "adapter"]
+    common += ["--dataset", folder / "harmful.jsonl", "--batch_size", "2", "--ratio", "0.3"]
+    words = ["prune", *common, "--preserve_dataset", folder / "task.jsonl", "--save_norms"]
+    assert cli.main([str(w) for w in [*words, "--output_dir", folder / "kept", "--quiet"]]) == 0
+    for name in ("norms", "preserve-norms"):
+        both = [folder / out / f"{name}.safetensors" for out in ("preserved", "kept")]
+        assert_close(*map(ActivationNorms.load, both))
+    first, second = (
+        json.loads((folder / out / "report.json").read_text()) for out in ("preserved", "kept")
+    )
+    assert first["preserve_data"]["sequences_per_rank"] == [3, 2]
+    assert first["preserve_data"]["num_tokens"] == second["preserve_data"]["num_tokens"]
+    assert first["num_pruned"] + first["num_preserved"] == 496
+    assert first["num_preserved"] > 0
 
 
 def test_calibrate_writes_norms_of_all_samples(folder, commands):

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from antidote_fast import ActivationNorms, Selection, distributed, prune_model_
 
 CASES = ["llama", "root alone", "bf16", "mean", "smallest", "n:m", "odd", "lora", "dora"]
-CASES += ["replicas of shards", "replicas"]
+CASES += ["replicas of shards", "replicas", "preserve"]
 
 
 @pytest.fixture
@@ -62,6 +62,7 @@ def test_a_sharded_prune_is_that_of_the_whole_model(case, fsdp):
         assert seen["same logits"]  # a forward after the prune sees what was written
         assert seen["same report"]
         assert seen["removed"] > 0
+        assert (seen["preserved"] > 0) == (case == "preserve")
         assert seen["worst"] <= 1e-6
         assert seen["counts"] == seen["alone"]
         assert seen["fingerprints"][0] == seen["fingerprints"][1] != ""
@@ -106,13 +107,15 @@ def test_ranks_with_other_numbers_of_batches_end_together(name, batches, fsdp):
         ("global", "UsageError", "scope='global': must be row where weights are sharded"),
         ("random", "UsageError", "score='random': must be wanda or magnitude where weights are"),
         ("not added up", "DataError", "norms of the ranks (add them up first): differ between"),
+        ("not added up either", "DataError", "preserve_norms of the ranks (add them up first)"),
+        ("base", "UsageError", "base_weights: must be left out where weights are sharded"),
         ("no selection", "UsageError", "selection=0.3: must be a Selection"),
     ],
 )
 def test_what_shards_cannot_do_is_refused_before_a_write(name, kind, words, fsdp):
     for rank, seen in enumerate(fsdp[1]):
         (found, line, _), unchanged = seen[name]
-        assert found == ("PeerFailed" if rank and name == "not added up" else kind)
+        assert found == ("PeerFailed" if rank and name.startswith("not added up") else kind)
         assert words in line
         assert unchanged
 
