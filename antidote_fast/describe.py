@@ -113,7 +113,7 @@ def _inspect_folder(folder):
             key: f"{list(entry.shape)} {str(entry.dtype).removeprefix('torch.')}"
             for key, entry in entries.items()
         }
-    for name in ("norms.safetensors", "masks.safetensors"):
+    for name in ("norms.safetensors", "preserve-norms.safetensors", "masks.safetensors"):
         if (folder / name).is_file():
             found[name] = _inspect_file(folder / name)
     if len(found) == 1:
@@ -214,9 +214,12 @@ def summary(report, output_dir) -> str:
         return _fleet_line(report, took, output_dir)
     if report.get("stage") == "prune" and "num_pruned" in report:
         what = (
-            f"removed {report['num_pruned']:,} of {report['num_weights']:,} weights "
+            f"{'reverted' if report.get('reverted') else 'removed'} {report['num_pruned']:,} of "
+            f"{report['num_weights']:,} weights "
             f"({report['achieved']:.2%}) in {report['num_layers']} layers"
         )
+        if report.get("num_preserved"):
+            what += f", kept {report['num_preserved']:,} that other data need"
     elif report.get("stage") == "calibrate":
         what = f"norms over {report['num_sequences']} sequences, {report['num_tokens']} tokens"
     elif report.get("training"):

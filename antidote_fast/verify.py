@@ -109,6 +109,9 @@ def _check_contents(folder, problems):
         "config.json": model,
         ADAPTER_CONFIG: model,
         "norms.safetensors": lambda: ActivationNorms.load(folder / "norms.safetensors"),
+        "preserve-norms.safetensors": lambda: ActivationNorms.load(
+            folder / "preserve-norms.safetensors"
+        ),
         "masks.safetensors": lambda: load_masks(folder / "masks.safetensors"),
     }
     found = [name for name in checks if (folder / name).exists()]

@@ -176,6 +176,8 @@ def run_config(made, out, **changes):
 def test_a_run_is_the_sum_of_its_stages(tuning, made, tmp_path, capsys):
     config = run_config(made, tmp_path / "out")
     config["finetune"]["tuning"] = tuning
+    if tuning == "full":  # what the run itself will have aligned
+        config["prune"] |= {"base_model": str(tmp_path / "out" / "aligned"), "score_delta": True}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     words = ["run", "--config", str(tmp_path / "run.yaml")]
     assert cli.main([*words, "--dry_run", "--json"]) == 0

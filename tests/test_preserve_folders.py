@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from stages import HARM, TASK
 
 from antidote_fast import ActivationNorms as Norms
-from antidote_fast import oneshot
+from antidote_fast import describe, oneshot
 from antidote_fast.checkpoint import verify_folder
 from antidote_fast.commit import sha256_file
 from antidote_fast.errors import DataError, UsageError
@@ -120,6 +120,13 @@ def test_folder_to_folder(kind, scope, made, tmp_path):
     assert PruneReport.from_dict(report).num_preserved == report["num_preserved"]
     assert verify_folder(out) == []
     assert not any(row["output"] in card + json.dumps(report) for row in (*HARM, *TASK))
+
+    inspected, problems = describe.inspect(out)
+    assert inspected["preserve-norms.safetensors"]["num_sequences"] == "6"
+    assert problems == []
+    line = describe.summary(report, "OUT")
+    assert line.startswith(f"removed {removed:,} of ")
+    assert f"layers, kept {report['num_preserved']:,} that other data need in " in line
 
     # From norms that are there no model is loaded; the result is the same.
     file = str(out / "preserve-norms.safetensors")
@@ -265,6 +272,7 @@ def test_removed_weights_take_the_aligned_models_values(kind, scope, delta, made
         changed = after[key] != before[key]
         assert changed.any()
         assert torch.equal(after[key][changed], theirs[key][changed])
+    assert describe.summary(report, "OUT").startswith(f"reverted {report['num_pruned']:,} of ")
     card = (out / "README.md").read_text()
     assert "have the values of the aligned model" in card
     assert "are zeros" not in card

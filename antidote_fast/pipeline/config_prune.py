@@ -83,7 +83,8 @@ class PruneConfig(CalibrateConfig):
         ratio: fraction of each row (tensor, model) removed, in (0, 1].
         scope: compare along a row, over a tensor, or over all targets.
         score: wanda = |W| * activation norm; magnitude = |W|; random.
-        save_norms: also write the norms, as norms.safetensors.
+        save_norms: also write the norms, as norms.safetensors; those of the data to preserve as
+            preserve-norms.safetensors.
         save_masks: also write the masks, one bit a weight, as masks.safetensors.
         backend: kernels to use; default the fastest available.
         cross_check: compare a few rows of the first weight of each shape with the reference.
