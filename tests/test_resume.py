@@ -121,6 +121,54 @@ def test_without_a_forward_it_goes_on(work, monkeypatch):
     assert files(work / "out") == files(work / "whole")
 
 
+@pytest.mark.parametrize("scope", ["row", "global"])
+def test_what_preserves_and_reverts_goes_on(scope, work, monkeypatch):
+    """After a block of the calibration; in global scope also once its edges are known."""
+    tiny.save_model(tiny.build(layers=4, seed=1), work / "aligned")
+    (work / "task.jsonl").write_text("\n".join(map(json.dumps, ROWS[1:])))
+    assert cli.main(words(command="calibrate", dataset="task.jsonl", output_dir="norms")) == 0
+    options = {"preserve_norms": "norms", "base_model": "aligned", "score_delta": "true"}
+    options |= {"ratio": 0.3, "scope": scope}
+    assert cli.main(words(**options, output_dir="whole")) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert cli.main(words(**options)) == 75
+    if scope == "global":
+
+        class Later(interrupts.Request):
+            asked = 0
+
+            @property
+            def made(self):
+                self.asked += 1
+                # Two blocks that were left, then twice each of the 12 weights to find the edges.
+                return self.asked > 3 + 2 * 12
+
+            @made.setter
+            def made(self, value):
+                pass
+
+        class Patched:
+            def __enter__(self):
+                return Later()
+
+            def __exit__(self, *exception):
+                pass
+
+        with monkeypatch.context() as patch:
+            patch.setattr(interrupts, "remembered", Patched)
+            assert cli.main(words("--resume", **options)) == 75
+        state = json.loads((work / ".out.run" / "run.json").read_text())["state"]
+        assert state["cut"]["preserve"]["edge"] is not None
+        assert state["cut"]["delta"] is True
+    assert cli.main(words("--resume", **options)) == 0
+    assert files(work / "out") == files(work / "whole")
+    reports = [json.loads((work / name / "report.json").read_text()) for name in ("out", "whole")]
+    for name in ("num_pruned", "num_preserved", "reverted", "base_model_fingerprint"):
+        assert reports[0][name] == reports[1][name]
+    assert reports[0]["num_preserved"] > 0
+
+
 @pytest.mark.parametrize("spill", ["1MB", None])
 def test_hidden_states_that_were_on_disk(spill, work, monkeypatch):
     """Also where none of them finds room in memory."""
