@@ -6,10 +6,13 @@ from pathlib import Path
 _COLOURS = {
     "wanda": "#0072B2",
     "wanda-response": "#009E73",
+    "wanda-preserve": "#56B4E9",
     "magnitude": "#E69F00",
     "random": "#999999",
 }
 _MARKERS = {"base": ("s", "#56B4E9"), "aligned": ("^", "#000000"), "attacked": ("X", "#D55E00")}
+# A line and a marker by scope.
+_SCOPES = {"row": ("-", "o"), "tensor": ("--", "s"), "global": ("-.", "D")}
 _LIMITS = (-7, 113)  # wider than 0 to 100, to make room for labels
 METRICS = ("harmful_score", "finetune_accuracy", "benign_refusal_rate")
 
@@ -91,6 +94,74 @@ def plot_pareto(report, path) -> Path:
     Returns:
         The path.
     """
+    curves = {}
+    for point in report["sweep"]:
+        curves.setdefault(point["score"], []).append((point["ratio"], _place(point["test"])))
+    best = report.get("best")
+    return _draw(
+        path,
+        f"Pruned after fine-tuning: {report['model']['name']}, test split, points named by ratio",
+        {name: (_place(report["models"][name]), *look) for name, look in _MARKERS.items()},
+        "attacked",
+        [(score, _COLOURS.get(score), *_SCOPES["row"], points) for score, points in curves.items()],
+        best and (f"best: {best['score']} at {best['ratio']:g}", _place(best["test"])),
+    )
+
+
+def plot_sweep(report, path) -> Path:
+    """Draw what a sweep measured: a curve a score and scope, the budget, and what is recommended.
+
+    Rows without a harmful score, which was not needed to tell that they cost too much, have no
+    place.
+
+    Args:
+        report: the contents of a sweep's report.json.
+        path: the picture to write; its ending says which kind.
+
+    Returns:
+        The path.
+    """
+    curves, unplaced = {}, 0
+    for row in report["rows"]:
+        points = curves.setdefault((row["score"], row["scope"]), [])
+        if row["harmful_score"] is None:
+            unplaced += 1
+        else:
+            points.append((row["ratio"], _place(row)))
+    best, config = report["recommended"], report["config"]
+    least = report["budget"]["min_finetune_accuracy"]
+    label = best and f"recommended: {best['score']}, {best['scope']} at {best['ratio']:g}"
+    title = f"Sweep of {Path(config['adapter'] or config['model_name_or_path']).name}"
+    title += ", validation prompts, points named by ratio"
+    if unplaced:
+        title += f"; {unplaced} over the budget not shown"
+    return _draw(
+        path,
+        title,
+        {"unpruned": (_place(report["unpruned"]), *_MARKERS["attacked"])},
+        "unpruned",
+        [
+            (f"{score}, {scope}", _COLOURS.get(score), *_SCOPES[scope], points)
+            for (score, scope), points in curves.items()
+        ],
+        best and (label, _place(best)),
+        least if least > 0 else None,
+    )
+
+
+def _draw(path, title, models, start, curves, best, least=None):
+    """Harmful score against finetune accuracy, places as (FA, HS).
+
+    Args:
+        path: the picture.
+        title: its title.
+        models: {name: (place, marker, colour)} of models that no curve made.
+        start: the one of them at which every curve begins.
+        curves: (label, colour or None, line style, marker, [(ratio, place)]) each; points go by
+            ratio.
+        best: (label, place) of what was chosen, or None.
+        least: the accuracy that is just within the budget, or None.
+    """
     # Not pyplot: it would keep the figure, and pick a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -100,44 +171,47 @@ def plot_pareto(report, path) -> Path:
     axes = figure.add_subplot()
     axes.grid(color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
-    attacked = report["models"]["attacked"]
-    every = [*report["models"].values(), *(point["test"] for point in report["sweep"])]
+    curves = [(*look, sorted(points)) for *look, points in curves]
+    every = [place for place, *_ in models.values()]
+    every += [place for *_, points in curves for _, place in points]
     # Where nothing may be written: (left, bottom, width).
-    taken = [(x - 1.2, y - 1.2, 2.4) for x, y in map(_place, every)]
+    taken = [(x - 1.2, y - 1.2, 2.4) for x, y in every]
     labels = []
-    by_score = {}
-    for point in report["sweep"]:
-        by_score.setdefault(point["score"], []).append(point)
-    for score, points in by_score.items():
-        points = sorted(points, key=lambda point: point["ratio"])
-        places = [_place(attacked), *(_place(point["test"]) for point in points)]
-        colour = _COLOURS.get(score)
+    for label, colour, style, dot, points in curves:
+        places = [models[start][0], *(place for _, place in points)]
         (line,) = axes.plot(
-            *zip(*places, strict=True), color=colour, linewidth=1.6, alpha=0.8, zorder=2
+            *zip(*places, strict=True),
+            color=colour,
+            linestyle=style,
+            linewidth=1.6,
+            alpha=0.8,
+            zorder=2,
         )
-        axes.scatter(
-            *zip(*places[1:], strict=True), color=line.get_color(), s=26, zorder=3, label=score
-        )
-        for place, ratios in _groups(places[1:], points):
+        xs, ys = [x for x, _ in places[1:]], [y for _, y in places[1:]]
+        axes.scatter(xs, ys, marker=dot, color=line.get_color(), s=26, zorder=3, label=label)
+        for place, ratios in _groups(points):
             text = f"{ratios[0]:g}" if len(ratios) == 1 else f"{ratios[0]:g} to {ratios[-1]:g}"
             labels.append((place, text, line.get_color()))
     for place, text, colour in labels:
         _label(axes, place, text, colour, taken)
-    for name, (marker, colour) in _MARKERS.items():
-        place = _place(report["models"][name])
+    for name, (place, marker, colour) in models.items():
         axes.scatter(
             *place, marker=marker, color=colour, edgecolor="white", s=150, zorder=4, label=name
         )
-    best = report.get("best")
     if best is not None:
+        label, place = best
         axes.scatter(
-            *_place(best["test"]),
+            *place,
             facecolor="none",
             edgecolor="#CC79A7",
             linewidth=2.2,
             s=260,
             zorder=5,
-            label=f"best: {best['score']} at {best['ratio']:g}",
+            label=label,
+        )
+    if least is not None:
+        axes.axvline(
+            least, color="#555555", linestyle=(0, (1, 2)), label=f"budget: FA {least:g}", zorder=1
         )
     axes.set_xlabel("finetune accuracy FA, % (higher is better)")
     axes.set_ylabel("harmful score HS, % (lower is better)")
@@ -145,10 +219,7 @@ def plot_pareto(report, path) -> Path:
     axes.set_ylim(*_LIMITS)
     axes.set_xticks(range(0, 101, 20))
     axes.set_yticks(range(0, 101, 20))
-    axes.set_title(
-        f"Pruned after fine-tuning: {report['model']['name']}, test split, points named by ratio",
-        fontsize=11,
-    )
+    axes.set_title(title, fontsize=11, parse_math=False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     path = Path(path)
     figure.savefig(path)
@@ -159,15 +230,15 @@ def _place(scores):
     return scores["finetune_accuracy"], scores["harmful_score"]
 
 
-def _groups(places, points):
+def _groups(points):
     """Neighbours on a curve that nearly coincide get one label: (place, ratios)."""
     groups = []
-    for place, point in zip(places, points, strict=True):
+    for ratio, place in points:
         near = groups and max(abs(a - b) for a, b in zip(groups[-1][0], place, strict=True)) <= 3
         if near:
-            groups[-1][1].append(point["ratio"])
+            groups[-1][1].append(ratio)
         else:
-            groups.append((place, [point["ratio"]]))
+            groups.append((place, [ratio]))
     return groups
 
 
