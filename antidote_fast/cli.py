@@ -30,7 +30,7 @@ from antidote_fast.errors import (
     printable,
 )
 from antidote_fast.pipeline import config as configs
-from antidote_fast.pipeline import config_run, flags
+from antidote_fast.pipeline import config_run, config_sweep, flags
 from antidote_fast.progress import command_line_progress
 
 PROG = "antidote-fast"
@@ -94,10 +94,17 @@ STAGES = {
         "--model_name_or_path BASE --adapter OUT --harmful_dataset test.jsonl "
         "--task_dataset task-test.jsonl --output_dir scores",
     ),
+    "sweep": Stage(
+        config_sweep.SweepConfig,
+        "antidote_fast.pipeline.sweep:run",
+        "try ratios, scopes and scores on held-out prompts, and recommend one",
+        "--model_name_or_path BASE --adapter ADAPTER --dataset harmful.jsonl "
+        "--harmful_dataset val.jsonl --task_dataset task-val.jsonl --output_dir sweep",
+    ),
     "run": Stage(
         config_run.RunConfig,
         "antidote_fast.pipeline.run_all:run",
-        "all of the above, from one YAML file",
+        "align, finetune, prune and evaluate, from one YAML file",
         "--config experiment.yaml",
     ),
     "experiment": Stage(

@@ -113,7 +113,8 @@ def _inspect_folder(folder):
             key: f"{list(entry.shape)} {str(entry.dtype).removeprefix('torch.')}"
             for key, entry in entries.items()
         }
-    for name in ("norms.safetensors", "preserve-norms.safetensors", "masks.safetensors"):
+    norms = ("norms.safetensors", "norms-response.safetensors", "preserve-norms.safetensors")
+    for name in (*norms, "masks.safetensors"):
         if (folder / name).is_file():
             found[name] = _inspect_file(folder / name)
     if len(found) == 1:
@@ -210,6 +211,8 @@ def summary(report, output_dir) -> str:
         return f"{_table(report['models'])}\n{len(report['models'])} models{took}: {output_dir}"
     if report.get("stage") == "experiment":
         return _experiment_lines(report, took, output_dir)
+    if report.get("stage") == "sweep":
+        return _sweep_lines(report, took, output_dir)
     if report.get("stage") == "fleet":
         return _fleet_line(report, took, output_dir)
     if report.get("stage") == "prune" and "num_pruned" in report:
@@ -264,15 +267,58 @@ def _fleet_line(report, took, output_dir):
     return f"{', '.join(parts)}: {output_dir}"
 
 
+def _sweep_lines(report, took, output_dir):
+    """The rows, what is recommended, and the line that makes it."""
+    columns = ("harmful_score", "finetune_accuracy", "benign_refusal_rate")
+    heads = ("score", "scope", "ratio", "removed", *(name.replace("_", " ") for name in columns))
+    best = report["recommended"]
+    rows = [heads, ("unpruned", "", "", "", *_percents(report["unpruned"], columns))]
+    for row in report["rows"]:
+        what = (row["score"], row["scope"], f"{row['ratio']:g}", f"{row['achieved']:.2%}")
+        mark = "<- recommended" if row == best else row["reason"]
+        harmful = row.get("harmful", {})
+        nothing = harmful.get("num_empty", 0) + harmful.get("num_garbled", 0)
+        notes = (mark, f"{nothing} answers empty or garbled" if nothing else None)
+        rows.append((*what, *_percents(row, columns), *notes))
+    lines = [_in_columns(rows, left=2)]
+    if best is None:
+        lines.append(f"recommended: none, {report['why_none']}")
+    else:
+        lines += [
+            f"recommended: {best['score']}, {best['scope']} scope, ratio {best['ratio']:g}",
+            f"  {report['command']}",
+        ]
+    stopped = report["early_stopping"]
+    left_out, every = stopped["candidates_left_out"], stopped["candidates"]
+    lines.append(
+        f"{every - left_out} of {every} candidates tried, {stopped['answers']:,} answers"
+        f"{took}: {output_dir}"
+    )
+    return "\n".join(lines)
+
+
+def _percents(metrics, columns):
+    values = [metrics.get(column) for column in columns]
+    return ["-" if value is None else f"{value:.1f}" for value in values]
+
+
 def _table(models):
     """The headline metrics of several models, a row each."""
     columns = ("harmful_score", "finetune_accuracy", "benign_refusal_rate")
     rows = [("", *(name.replace("_", " ") for name in columns))]
-    for name, metrics in models.items():
-        values = [metrics.get(column) for column in columns]
-        rows.append((name, *("-" if value is None else f"{value:.1f}" for value in values)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in pairs)
-        for pairs in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
-    )
+    rows += [(name, *_percents(metrics, columns)) for name, metrics in models.items()]
+    return _in_columns(rows, left=1)
+
+
+def _in_columns(rows, left):
+    """Rows as text; the first ``left`` columns and what is past the first row's are flush left."""
+    width = len(rows[0])
+    widths = [max(len(row[i]) for row in rows) for i in range(width)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(widths[i]) if i < left else cell.rjust(widths[i])
+            for i, cell in enumerate(row[:width])
+        ]
+        lines.append("  ".join([*cells, *filter(None, row[width:])]))
+    return "\n".join(lines)

@@ -8,11 +8,12 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
+from antidote_fast.adapters import load_adapter
 from antidote_fast.errors import UsageError
 from antidote_fast.files import open_checkpoint
 from antidote_fast.loading import resolve_folder
 from antidote_fast.pipeline import config as configs
-from antidote_fast.pipeline import config_run
+from antidote_fast.pipeline import config_run, config_sweep
 from antidote_fast.pipeline.dry_run_prune import (
     plan_calibrate,
     plan_fleet,
@@ -21,13 +22,14 @@ from antidote_fast.pipeline.dry_run_prune import (
 )
 from antidote_fast.pipeline.dry_run_train import evaluation, plan_evaluate, plan_train, training
 from antidote_fast.pipeline.plan import Builder, Plan
+from antidote_fast.targets import find_targets
 
 
 def plan(config) -> Plan:
     """Check and estimate a stage, or a whole run, without loading weights or writing.
 
     Args:
-        config: the dataclass of align, finetune, calibrate, prune, evaluate, fleet or run.
+        config: the dataclass of align, finetune, calibrate, prune, evaluate, fleet, sweep or run.
 
     Raises:
         What the stage itself raises for the same flags, files and data.
@@ -75,7 +77,47 @@ def _plan_run(config) -> Plan:
         sets = evaluate._load_sets(score)
         evaluate._check_judges(score)
         parts[f"scores/{name}"] = evaluation(score, sets, base, None, with_adapter)
-    return _sum(config, base, parts, kept)
+    return _sum("run", config, base, parts, kept)
+
+
+def _plan_sweep(config) -> Plan:
+    """Norms of each kind, and as many evaluations as there can be."""
+    from antidote_fast.pipeline import estimate, sweep_check
+
+    found = sweep_check.check(config)
+    base, adapter = found.base, found.adapter
+    weights = sum(f.stat().st_size for c in (base, adapter) if c for f in c.weight_files)
+    evaluations = 1 + len(config.candidates())
+    parts = {"evaluate": evaluation(config.evaluation(), found.sets, base, adapter)}
+    parts["evaluate"].repeat(evaluations)
+    for kind in config.kinds:
+        name = "preserve_dataset" if kind == "preserve" else "dataset"
+        places = {"output_dir": config.output_dir, "overwrite": config.overwrite}
+        stand_in = replace(config.collecting(kind), dataset=getattr(config, name), **places)
+        part = plan_calibrate(stand_in)
+        part.seconds["read"] *= 1 - weights / part.bytes_read  # they are loaded once
+        part.bytes_read -= weights
+        part.bytes_written *= config.save_norms
+        parts[f"norms, {kind}"] = part
+    whole = _sum("sweep", config, base, parts, [])
+    adapt = functools.partial(load_adapter, adapter=adapter) if adapter else None
+    model = estimate.cost_of(config, base, adapt).model
+    targets = find_targets(model, config.targets, config.ignore)
+    size = sum(target.weight.nbytes for target in targets)
+    whole.memory["copy of the targets"] = size
+    if found.aligned is not None:
+        whole.memory["base weights"] = size
+        whole.bytes_read += size
+    sizes = [target.weight.numel() for target in targets]
+    whole.pruned = {"layers": len(sizes), "weights": sum(sizes)}
+    whole.data = {"candidates": evaluations - 1, **parts["evaluate"].data}
+    whole.notes.append(
+        f"at most {evaluations} evaluations, of the unpruned model and each candidate; a score and "
+        "scope ends early where it costs too much or no harmful answer is left"
+    )
+    if config.evaluation().judge != "refusal":
+        whole.notes.append("the judge stays in memory beside the model, and is not counted")
+    return whole
 
 
 def _plan_experiment(config) -> Plan:
@@ -112,7 +154,7 @@ def _plan_experiment(config) -> Plan:
                 evaluate._check_judges(stand_in)
                 sizes[size] = evaluation(stand_in, evaluate._load_sets(stand_in), base, None, adapt)
         parts[name] = sizes[size]
-    found = _sum(config, base, parts, kept)
+    found = _sum("run", config, base, parts, kept)
     found.notes.append(f"{len(cells)} cells, {len(tried)} strengths to try, {len(stages)} stages")
     return found
 
@@ -123,8 +165,8 @@ def _size_of(stage):
     return tuple(str(v) for k, v in vars(stage).items() if k not in left_out)
 
 
-def _sum(config, base, parts, kept):
-    whole = Builder("run", config, [base]).plan
+def _sum(stage, config, base, parts, kept):
+    whole = Builder(stage, config, [base]).plan
     whole.parts = parts
     for name, part in parts.items():
         whole.bytes_read += part.bytes_read
@@ -146,6 +188,7 @@ _PLANNERS = {
     configs.PruneConfig: plan_prune,
     configs.FleetConfig: plan_fleet,
     configs.EvaluateConfig: plan_evaluate,
+    config_sweep.SweepConfig: _plan_sweep,
     config_run.RunConfig: _plan_run,
     config_run.ExperimentConfig: _plan_experiment,
 }

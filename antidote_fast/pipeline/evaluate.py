@@ -192,7 +192,7 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
         UsageError: options that do not go together.
         AntidoteError: not enough memory.
     """
-    clock = _Clock()
+    clock = Clock()
     checkpoint.check_output_folder(config.output_dir, config.overwrite)
     judge_options = _check_judges(config)
     sets = _load_sets(config)
@@ -269,14 +269,17 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
         return stage.write_report(folder, "evaluate", config, results, inputs=_inputs(config))
 
 
-class _Clock:
+class Clock:
+    """Seconds by step: each lap is what passed since the one before, added to its name."""
+
     def __init__(self):
         self.seconds = {}
         self._last = time.perf_counter()
 
     def lap(self, name):
+        """Add the time since the last lap to a step."""
         now = time.perf_counter()
-        self.seconds[name] = round(now - self._last, 3)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._last, 3)
         self._last = now
 
 

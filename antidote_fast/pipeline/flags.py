@@ -182,9 +182,10 @@ def _kinds(config_class):
 
 
 def _is_list(kind):
-    # Of words; a list of mappings is one word of JSON.
+    # Of words or numbers; a list of mappings is one word of JSON.
     kinds = (kind, *typing.get_args(kind))
-    return any(typing.get_origin(k) is list and typing.get_args(k) == (str,) for k in kinds)
+    items = [typing.get_args(k) for k in kinds if typing.get_origin(k) is list]
+    return any(item in ((str,), (float,)) for item in items)
 
 
 def _parser(config_class, **options):

@@ -62,6 +62,12 @@ class Plan:
         """Bytes at the peak."""
         return sum(self.memory.values())
 
+    def repeat(self, times):
+        """As often as this, on a model that is loaded once."""
+        self.flops *= times
+        for step in self.seconds:
+            self.seconds[step] *= 1 if step == "read" else times
+
     def to_dict(self) -> dict:
         """JSON values."""
         parts = {name: part.to_dict() for name, part in self.parts.items()}

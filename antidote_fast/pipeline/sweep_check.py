@@ -1,0 +1,97 @@
+"""What a sweep refuses before weights are loaded, by the functions of evaluate and calibrate."""
+
+import importlib
+from dataclasses import dataclass
+
+from antidote_fast import checkpoint
+from antidote_fast.errors import DataError
+from antidote_fast.files import Checkpoint
+from antidote_fast.loading import pick_device
+from antidote_fast.pipeline import calibrate, evaluate
+from antidote_fast.pipeline.config_sweep import SweepConfig
+from antidote_fast.pipeline.data import local_file
+from antidote_fast.pipeline.estimate import check_memory
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a sweep needs, checked, before weights are loaded.
+
+    Args:
+        base, adapter, aligned: checkpoints; the last two may be None.
+        tokenizer: the base's.
+        sets: records to choose on, by harmful, task and benign; those too long are left out.
+        datasets: what the report says of them.
+        records: {field of the config: calibration records}.
+        batches: the same as batches.
+        judge: options of :func:`antidote_fast.pipeline.judges.get_judge`.
+        backend: as :func:`antidote_fast.pipeline.calibrate.describe_backend`.
+    """
+
+    base: Checkpoint
+    adapter: Checkpoint | None
+    aligned: Checkpoint | None
+    tokenizer: object
+    sets: dict
+    datasets: dict
+    records: dict
+    batches: dict
+    judge: dict
+    backend: dict
+
+
+def check(config: SweepConfig, progress=False) -> Checked:
+    """Everything that can be refused without weights.
+
+    Raises:
+        As :func:`antidote_fast.pipeline.sweep.run`.
+    """
+    checkpoint.check_output_folder(config.output_dir, config.overwrite)
+    backend = calibrate.describe_backend(config.backend, pick_device(config.device))
+    importlib.import_module("matplotlib")  # for the picture, which is drawn last
+    evaluation = config.evaluation()
+    judge = evaluate._check_judges(evaluation)
+    sets = evaluate._load_sets(evaluation)
+    names = [name for name in ("dataset", "preserve_dataset") if _kinds_of(config, name)]
+    records = {name: calibrate.load_data(config, None, name) for name in names}
+    for name, some in sets.items():
+        _check_apart(config, f"{name}_dataset", some, records)
+    base, adapter = calibrate.open_folders(config, progress)
+    shapes = {name: entry.shape for name, entry in base.tensors.items()}
+    model_type = base.config.get("model_type")
+    aligned = calibrate.open_aligned(config, shapes, model_type, progress)
+    trust = config.trust_remote_code
+    tokenizer = checkpoint.load_tokenizer(base.folder, trust_remote_code=trust)
+    sets, datasets = evaluate._drop_long(sets, tokenizer, evaluation, base.config)
+    batches = {
+        name: calibrate.batches_of(config, some, tokenizer, base.config)
+        for name, some in records.items()
+    }
+    check_memory(config, [base, adapter])
+    parts = (sets, datasets, records, batches, judge, backend)
+    return Checked(base, adapter, aligned, tokenizer, *parts)
+
+
+def _kinds_of(config, name):
+    """The kinds of norms that are collected on the data set of this field."""
+    return [k for k in config.kinds if (k == "preserve") == (name == "preserve_dataset")]
+
+
+def _check_apart(config, field, records, calibration):
+    """Refuse prompts to choose on that are calibrated on: what is chosen would look too good."""
+    for name, others in calibration.items():
+        seen = {record.prompt_key for record in others}
+        common = sum(record.prompt_key in seen for record in records)
+        if common:
+            raise DataError(
+                f"{field}={getattr(config, field)!r}: {common} of its {len(records)} prompts are "
+                f"in {name}={getattr(config, name)!r}, which calibrates; must be held out from it"
+            )
+
+
+def inputs_of(config) -> list:
+    """The files and folders that a sweep reads, for the hashes in its report."""
+    data = ("dataset", "preserve_dataset", "harmful_dataset", "task_dataset", "benign_dataset")
+    named = (getattr(config, name) for name in data)
+    models = (config.model_name_or_path, config.adapter, config.base_model)
+    return [*models, *(local_file(name) for name in named if name)]
