@@ -9,8 +9,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from antidote_fast import checkpoint, demo_data
 from antidote_fast import report as reports
 from antidote_fast.calibrate import ActivationNorms
@@ -23,6 +21,7 @@ from antidote_fast.pipeline.data import make_batches, mix
 from antidote_fast.pipeline.evaluate import answer_sets, score_answers
 from antidote_fast.pipeline.refusals import RefusalJudge
 from antidote_fast.pipeline.stage import write_report
+from antidote_fast.pipeline.sweep import Originals
 from antidote_fast.progress import track
 from antidote_fast.prune import prune_model_
 from antidote_fast.selection import Selection
@@ -114,7 +113,7 @@ class _Demo:
                     model, batches, response_only=kind == "response", progress=self.progress
                 )
                 norms[kind].save(folder / f"norms-{kind}.safetensors")
-        adapter = _Adapter(model)
+        adapter = Originals(model)
         sweep = self.sweep(model, adapter, norms)
         best, by_score = self.choose(sweep, attacked["validation"])
         if best is not None:
@@ -293,22 +292,6 @@ class _Demo:
             )
             for s, sets in splits.items()
         }
-
-
-class _Adapter:
-    """A copy of a live adapter's weights, to be put back in place."""
-
-    def __init__(self, model):
-        self.saved = [
-            (parameter, parameter.detach().clone())
-            for name, parameter in model.named_parameters()
-            if ".lora_" in name
-        ]
-
-    def restore(self):
-        with torch.no_grad():
-            for parameter, value in self.saved:
-                parameter.copy_(value)
 
 
 class _Clock:

@@ -278,7 +278,7 @@ def _sweep_lines(report, took, output_dir):
         mark = "<- recommended" if row == best else row["reason"]
         harmful = row.get("harmful", {})
         nothing = harmful.get("num_empty", 0) + harmful.get("num_garbled", 0)
-        notes = (mark, f"{nothing} answers empty or garbled" if nothing else None)
+        notes = (mark, f"empty or garbled: {nothing}" if nothing else None)
         rows.append((*what, *_percents(row, columns), *notes))
     lines = [_in_columns(rows, left=2)]
     if best is None:

@@ -78,14 +78,20 @@ def test_report_survives_json_and_is_not_changed(contents, tmp_path):
     assert contents == before
 
 
-def test_picture_has_a_curve_a_score_and_a_label_a_point(contents, tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Every figure that is saved."""
     from matplotlib.figure import Figure
 
-    drawn = []
+    figures = []
     save = Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda self, path: (drawn.append(self), save(self, path))[1]
+        Figure, "savefig", lambda self, path: (figures.append(self), save(self, path))[1]
     )
+    return figures
+
+
+def test_picture_has_a_curve_a_score_and_a_label_a_point(contents, tmp_path, drawn):
     assert report.plot_pareto(contents, tmp_path / "pareto.png") == tmp_path / "pareto.png"
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     (axes,) = drawn[0].axes
@@ -103,3 +109,47 @@ def test_picture_has_a_curve_a_score_and_a_label_a_point(contents, tmp_path, mon
     contents["best"] = None
     report.plot_pareto(contents, tmp_path / "none.png")
     assert len(drawn[1].axes[0].get_legend().get_texts()) == 5
+
+
+def test_picture_of_a_sweep(tmp_path, drawn):
+    rows = [
+        {"score": score, "scope": scope, "ratio": ratio, **scores(hs, fa)}
+        for score, scope, ratio, hs, fa in (
+            ("wanda", "row", 0.1, 60, 80),
+            ("wanda", "row", 0.3, None, 40),
+            ("wanda", "global", 0.1, 50, 85),
+            ("wanda", "global", 0.3, 20, 75),
+            ("owl", "tensor", 0.1, None, 10),
+        )
+    ]
+    contents = {
+        "config": {"adapter": "/models/attacked_$1", "model_name_or_path": "base"},
+        "unpruned": scores(100, 90),
+        "budget": {"min_finetune_accuracy": 70},
+        "rows": rows,
+        "recommended": rows[3],
+    }
+    report.plot_sweep(contents, tmp_path / "curve.png")
+    (axes,) = drawn[0].axes
+    curves = [line.get_xydata().tolist() for line in axes.lines]
+    assert curves == [
+        *([[90, 100], [80, 60]], [[90, 100], [85, 50], [75, 20]], [[90, 100]]),
+        [[70, 0], [70, 1]],  # the budget, from bottom to top
+    ]
+    assert [line.get_linestyle() for line in axes.lines[:3]] == ["-", "-.", "--"]
+    assert [text.get_text() for text in axes.texts] == ["0.1", "0.1", "0.3"]
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == [
+        *("wanda, row", "wanda, global", "owl, tensor", "unpruned"),
+        *("recommended: wanda, global at 0.3", "budget: FA 70"),
+    ]
+    assert axes.get_title() == (
+        "Sweep of attacked_$1, validation prompts, points named by ratio; 2 over the budget not "
+        "shown"
+    )
+    contents |= {"recommended": None, "budget": {"min_finetune_accuracy": -5}, "rows": []}
+    contents["config"]["adapter"] = None
+    report.plot_sweep(contents, tmp_path / "none.png")
+    (axes,) = drawn[1].axes
+    assert not axes.lines
+    assert axes.get_title().startswith("Sweep of base,")
