@@ -149,6 +149,8 @@ def find_cut(
     """
     if not isinstance(selection, Selection) or selection.scope != "global":
         raise UsageError(f"selection={selection!r:.80}: must be a Selection of scope='global'")
+    if score == "gate":
+        raise UsageError("score='gate': must be wanda, magnitude or random a weight at a time")
     check_arguments(selection, score, seed, norms, preserve_norms, read_base)
     if not keys:
         raise NothingPruned("nothing to prune: no weights")

@@ -1,7 +1,8 @@
 """A model, or tensors as saved: norms and a selection become masks, weights and a report.
 
 Source of the scores: Antidote, arXiv 2408.09600 (``wanda`` is its |W| * norm; ``magnitude`` and
-``random`` are what it is compared with).
+``random`` are what it is compared with); ``gate`` takes scores that were learned before
+(:mod:`antidote_fast.pipeline.gates`).
 """
 
 import hashlib
@@ -22,7 +23,8 @@ from antidote_fast.selection import Selection, num_pruned
 from antidote_fast.sharded import add_up, local_rows, reshard
 from antidote_fast.targets import ALL_LINEAR, coverage, find_targets, natural_key, select_keys
 
-SCORES = ("wanda", "magnitude", "random")
+SCORES = ("wanda", "magnitude", "random", "gate")
+_GIVEN_WHOLE = ("random", "gate")  # scores that are a matrix of their own, not made of the weight
 
 
 def prune_model_(
@@ -39,6 +41,7 @@ def prune_model_(
     cross_check=True,
     preserve_norms=None,
     base_weights=None,
+    scores=None,
 ) -> PruneReport:
     """Prune a live model's targets in place, once.
 
@@ -52,7 +55,7 @@ def prune_model_(
         selection: a :class:`Selection`; ``scope="global"`` compares over all targets.
         targets, ignore: as :func:`antidote_fast.targets.find_targets`. Where given, the norms may
             hold more weights than they name.
-        score: ``"wanda"`` (|W| * norm), ``"magnitude"`` (|W|) or ``"random"``.
+        score: ``"wanda"`` (|W| * norm), ``"magnitude"`` (|W|), ``"random"`` or ``"gate"``.
         seed: of the random score.
         backend: as in :mod:`antidote_fast.ops`.
         return_masks: keep the masks in the report.
@@ -65,18 +68,21 @@ def prune_model_(
         base_weights: {parameter name: tensor as saved}, of the aligned model; may hold more.
             Removed weights take its values instead of zero; with ``selection.score_delta`` what is
             scored is |W - base|.
+        scores: {parameter name: (out, in) fp32, finite, >= 0}, needed with score ``"gate"``; may
+            hold more. Read, never written.
 
     Raises:
         AntidoteError: the backend does not select what the reference does.
         DataError: norms of another base or of other weights, NaN or infinity in a weight, norms
             of a layer that are all zero; a weight sharded otherwise than by rows; a base weight
-            that is not there, of another shape, or whose values the weight's dtype cannot hold. All
-            is checked before the first write.
+            that is not there, of another shape, or whose values the weight's dtype cannot hold; a
+            score matrix that is not there or is not as above. All is checked before the first
+            write.
         UsageError, NothingPruned: as find_targets; an unknown score; a scope or score that sharded
             weights cannot be pruned by; a selection that needs norms or weights that are not given.
         PeerFailed: another rank refused.
     """
-    check_arguments(selection, score, seed, norms, preserve_norms, base_weights)
+    check_arguments(selection, score, seed, norms, preserve_norms, base_weights, scores)
     reshard(model)
     found = find_targets(model, targets, ignore)
     named = _named(norms, preserve_norms)
@@ -99,6 +105,7 @@ def prune_model_(
             routed=[t.key for t in found if t.routed],
             preserve_norms=_narrowed(preserve_norms, keys, targets, ignore, "preserve_norms"),
             base_weights=base_weights,
+            scores=scores,
         )
     report = add_up(report, found, world)
     report.coverage = asdict(coverage(model, found))
@@ -119,6 +126,7 @@ def prune_state_(
     cross_check=True,
     preserve_norms=None,
     base_weights=None,
+    scores=None,
     transposed=(),
     routed=(),
     together=False,
@@ -141,14 +149,16 @@ def prune_state_(
         cut: for global scope, the :class:`antidote_fast.global_cut.GlobalCut` of all weights of
             which these are some; found with these preserve norms, where there are any.
         progress: as :func:`antidote_fast.progress.track` takes it.
-        selection, score, seed, backend, return_masks, cross_check, preserve_norms, base_weights: as
-            :func:`prune_model_`.
+        selection, score, seed, backend, return_masks, cross_check, preserve_norms, base_weights,
+            scores: as :func:`prune_model_`.
 
     Raises:
         As :func:`prune_model_`; nothing is written then.
     """
     start = time.perf_counter()
-    check_arguments(selection, score, seed, norms, preserve_norms, base_weights)
+    check_arguments(selection, score, seed, norms, preserve_norms, base_weights, scores)
+    if cut is not None and score == "gate":
+        raise UsageError("cut: must be left out where score='gate'")
     if targets is not None or ignore:
         keys = select_keys(weights, ALL_LINEAR if targets is None else targets, ignore)
         norms = _narrowed(norms, keys, targets, ignore)
@@ -172,17 +182,19 @@ def prune_state_(
             preserve_norms=preserve_norms,
             base_weights=base_weights,
         )
+        if score == "gate":
+            _check_scores(layers, scores)
         modules = {backends.select(backend, layer.matrix.device.type) for layer in layers}
         calls = _calls(layers, selection.scope, together)
         # One call refuses by itself before it writes, unless it writes scores.
-        if selection.scope != "global" and (len(calls) > 1 or score == "random"):
+        if selection.scope != "global" and (len(calls) > 1 or score in _GIVEN_WHOLE):
             check_all(layers, selection)
         guard = CrossCheck(selection, backend) if cross_check else None
         for call in track(calls, "prune", progress):
             if cut is not None:
                 _apply_cut(call, cut, backend)
             else:
-                _run(call, selection, score, seed, backend, guard)
+                _run(call, selection, score, seed, scores, backend, guard)
     ratio = selection.ratio if selection.n_m is None else selection.n_m[0] / selection.n_m[1]
     return PruneReport(
         score=score,
@@ -213,7 +225,9 @@ def random_generator(key, seed) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def check_arguments(selection, score, seed, norms, preserve_norms=None, base_weights=None):
+def check_arguments(
+    selection, score, seed, norms, preserve_norms=None, base_weights=None, scores=None
+):
     """Refuse, as UsageError, what no weight needs to be looked at for."""
     if not isinstance(selection, Selection):
         raise UsageError(f"selection={selection!r:.80}: must be a Selection")
@@ -231,9 +245,32 @@ def check_arguments(selection, score, seed, norms, preserve_norms=None, base_wei
         raise UsageError("base_weights=None: must be given with score_delta=True")
     if preserve_norms is not None and selection.n_m is not None:
         raise UsageError(f"preserve_norms: must be left out with n_m={selection.n_m}")
-    if score == "random" and (preserve_norms is not None or selection.score_delta):
+    if score in _GIVEN_WHOLE and (preserve_norms is not None or selection.score_delta):
         name = "score_delta=True" if preserve_norms is None else "preserve_norms"
-        raise UsageError(f"{name}: must be left out where score='random'")
+        raise UsageError(f"{name}: must be left out where score={score!r}")
+    if score == "gate" and scores is None:
+        raise UsageError("scores=None: must be given where score='gate'")
+    if score != "gate" and scores is not None:
+        raise UsageError(f"scores: must be left out where score={score!r}")
+
+
+def _check_scores(layers, scores):
+    """Refuse score matrices that no order can be read from."""
+    for layer in layers:
+        given = scores.get(layer.key)
+        if given is None:
+            raise DataError(f"scores: hold no weight {layer.key!r}")
+        plain = type(given) in (torch.Tensor, torch.nn.Parameter)
+        shape = layer.matrix.shape
+        if not plain or given.dtype != torch.float32 or given.shape != shape:
+            shown = f"{given.dtype} {tuple(given.shape)}" if plain else type(given).__name__
+            raise DataError(
+                f"{layer.key}: is {shown} in scores; must be torch.float32 {tuple(shape)}"
+            )
+        if given.numel():
+            low, high = (bound.item() for bound in torch.aminmax(given.detach()))
+            if not (low >= 0 and math.isfinite(high)):  # NaN fails here too
+                raise DataError(f"{layer.key}: its scores must be finite and at least 0")
 
 
 def _named(norms, preserve_norms):
@@ -290,7 +327,7 @@ def _calls(layers, scope, together):
     return list(calls.values())
 
 
-def _run(layers, selection, score, seed, backend, guard):
+def _run(layers, selection, score, seed, scores, backend, guard):
     """Select and write, for the layers of one call."""
     start = time.perf_counter()
     names, matrices = [x.key for x in layers], [x.matrix for x in layers]
@@ -298,6 +335,8 @@ def _run(layers, selection, score, seed, backend, guard):
     kept, bases = [x.preserve_norm for x in layers], [x.base for x in layers]
     if score == "random":
         scored = [random_scores(x.key, x.matrix.shape, seed).to(x.matrix.device) for x in layers]
+    elif score == "gate":  # copies: what is selected is written as zero in them
+        scored = [_copied(scores[x.key], x.matrix.device) for x in layers]
     samples = guard.before(names, scored, norms, matrices, kept, bases) if guard else ()
     masks, thresholds = ops.prune_with_report_(
         scored,
@@ -307,7 +346,7 @@ def _run(layers, selection, score, seed, backend, guard):
         base_weights=bases if scored is matrices else None,
         backend=backend,
     )
-    if score == "random":
+    if score in _GIVEN_WHOLE:
         for matrix, mask, base in zip(matrices, masks, bases, strict=True):
             ops.apply_mask_(matrix, mask, base_weight=base, backend=backend)
     if samples:
@@ -317,6 +356,10 @@ def _run(layers, selection, score, seed, backend, guard):
         layer.mask, layer.threshold = mask, threshold
     if len(layers) == 1 and selection.scope != "global":
         layers[0].seconds = time.perf_counter() - start
+
+
+def _copied(scores, device):
+    return scores.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 def _apply_cut(layers, cut, backend):

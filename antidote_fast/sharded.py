@@ -65,8 +65,8 @@ def local_rows(targets, norms, selection, score, base_weights=None):
             f"scope={selection.scope!r}: must be row where weights are sharded; or prune the saved "
             "checkpoint"
         )
-    if score == "random":
-        raise UsageError("score='random': must be wanda or magnitude where weights are sharded")
+    if score in ("random", "gate"):
+        raise UsageError(f"score={score!r}: must be wanda or magnitude where weights are sharded")
     if base_weights is not None:
         raise UsageError(
             "base_weights: must be left out where weights are sharded; or prune the saved "
