@@ -290,7 +290,9 @@ def load_data(config, records, name="dataset"):
     if records is not None:
         return records[: config.num_calibration_samples]
     data = getattr(config, name)
-    return load_records(data, limit=config.num_calibration_samples, require_output=True)
+    # Gates are learned on prompts that the aligned model answers.
+    output = getattr(config, "score", None) != "gate"
+    return load_records(data, limit=config.num_calibration_samples, require_output=output)
 
 
 def load_norms(path, name="norms"):

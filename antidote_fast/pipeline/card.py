@@ -7,7 +7,7 @@ from pathlib import Path
 _KEPT = ("license", "language", "pipeline_tag", "datasets")
 
 
-def write_card(folder, config, report, counts, preserve_counts=None):
+def write_card(folder, config, report, counts, preserve_counts=None, gate_counts=None):
     """Write ``README.md`` into ``folder``; an earlier card's licence and language are kept.
 
     Args:
@@ -16,6 +16,7 @@ def write_card(folder, config, report, counts, preserve_counts=None):
         report: its :class:`PruneReport`.
         counts: sequences and tokens that the norms were collected on; empty without norms.
         preserve_counts: the same of the norms of what is preserved.
+        gate_counts: what gates were learned on; empty or None without.
     """
     path = Path(folder) / "README.md"
     is_adapter = (Path(folder) / "adapter_config.json").exists()
@@ -33,7 +34,7 @@ def write_card(folder, config, report, counts, preserve_counts=None):
         removed=report.num_pruned,
         total=report.num_weights,
         achieved=report.achieved,
-        data=_tokens(counts, "harmful") if counts else "none; the score needs no data",
+        data=_data(counts, gate_counts),
         fate=_REVERTED if report.reverted else _ZERO,
         kept=(
             ""
@@ -44,6 +45,19 @@ def write_card(folder, config, report, counts, preserve_counts=None):
     )
     make = _header if len(earlier or b"") < 1 << 16 else _header.__wrapped__
     path.write_bytes(make(base, is_adapter, earlier) + text.encode("utf-8"))
+
+
+def _data(counts, gate_counts):
+    if not gate_counts:
+        return _tokens(counts, "harmful") if counts else "none; the score needs no data"
+    kinds = {
+        "harmful": "prompts that the aligned model refuses",
+        "task": "task records",
+        "ordinary": "ordinary prompts",
+    }
+    used = {kind: gate_counts.get(kind, {}).get("num_used") for kind in kinds}
+    shown = ", ".join(f"{used[kind]} {text}" for kind, text in kinds.items() if used[kind])
+    return f"{shown}; {gate_counts['steps']} steps"
 
 
 def _tokens(counts, kind):

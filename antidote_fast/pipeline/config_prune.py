@@ -1,5 +1,6 @@
 """The configs of what collects norms and prunes: calibrate, prune and fleet."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,6 +14,37 @@ _BEYOND_THE_PAPER = (
     *("preserve_dataset", "preserve_norms", "preserve_ratio"),
     *("base_model", "score_delta"),
 )
+
+# What score gate has no use for, and what each is then.
+_NOT_WITH_GATE = {
+    "norms": None,
+    "preserve_norms": None,
+    "preserve_ratio": None,
+    "score_delta": False,
+    "stream": False,
+    "device_map": None,
+    "response_only": False,
+    "aggregation": "rms",
+}
+GATE_STEPS, GATE_LEARNING_RATE = 30, 0.08
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateMixture:
+    """What one step of score gate learns from.
+
+    Args:
+        harmful, task, ordinary: records of each kind a step.
+        task_weight, ordinary_weight: of their mean losses; that of the harmful prompts has 1.
+        answer_tokens: tokens of an answer that the aligned model gives.
+    """
+
+    harmful: int = 12
+    task: int = 6
+    ordinary: int = 16
+    task_weight: float = 1.0
+    ordinary_weight: float = 1.5
+    answer_tokens: int = 6
 
 
 def parse_shard(text) -> tuple[int, int]:
@@ -78,23 +110,29 @@ class PruneConfig(CalibrateConfig):
     """Remove the harmful weights of an adapter or a model, once.
 
     Args:
-        dataset: harmful records; not needed where norms are given or the score uses no data.
+        dataset: harmful records; not needed where norms are given or the score uses no data. With
+            score gate harmful prompts, whose outputs are not looked at.
         norms: norms saved by calibrate; no forward pass is run then.
-        ratio: fraction of each row (tensor, model) removed, in (0, 1].
+        ratio: fraction of each row (tensor, model) removed, in (0, 1]; score gate wants about 0.5.
         scope: compare along a row, over a tensor, or over all targets.
-        score: wanda = |W| * activation norm; magnitude = |W|; random.
+        score: wanda = |W| * activation norm; magnitude = |W|; random; gate = gates on the weights,
+            learned to give back the aligned model's refusals and to keep what preserve_dataset
+            shows.
         save_norms: also write the norms, as norms.safetensors; those of the data to preserve as
             preserve-norms.safetensors.
         save_masks: also write the masks, one bit a weight, as masks.safetensors.
         backend: kernels to use; default the fastest available.
         cross_check: compare a few rows of the first weight of each shape with the reference.
         preserve_dataset: task or ordinary records; a weight among the top preserve_ratio by its
-            norms on these is kept. As many are used as of dataset.
+            norms on these is kept. As many are used as of dataset. With score gate, which needs it,
+            records with an output are the task, and those without are ordinary prompts.
         preserve_norms: such norms saved by calibrate; no forward pass is run for them then.
         preserve_ratio: fraction of each row (tensor, model) protected, in [0, 1]; default ratio.
         base_model: the aligned model, a folder or hub name: removed weights take its values instead
-            of zero. For whole models, a full fine-tune or a merged one.
+            of zero. For whole models, a full fine-tune or a merged one; score gate needs it there.
         score_delta: score the difference from base_model, |W - base| instead of |W|.
+        gate_steps: steps in which score gate learns.
+        gate_learning_rate: step size of score gate.
         paper: the paper's method: score wanda, scope row, aggregation rms.
     """
 
@@ -102,7 +140,7 @@ class PruneConfig(CalibrateConfig):
     norms: str | None = None
     ratio: float = 0.1
     scope: Literal["row", "tensor", "global"] = "row"
-    score: Literal["wanda", "magnitude", "random"] = "wanda"
+    score: Literal["wanda", "magnitude", "random", "gate"] = "wanda"
     save_norms: bool = False
     save_masks: bool = False
     backend: str | None = None
@@ -112,6 +150,8 @@ class PruneConfig(CalibrateConfig):
     preserve_ratio: float | None = None
     base_model: str | None = None
     score_delta: bool = False
+    gate_steps: int = GATE_STEPS
+    gate_learning_rate: float = GATE_LEARNING_RATE
     paper: bool = False
 
     def __post_init__(self):
@@ -127,6 +167,7 @@ class PruneConfig(CalibrateConfig):
                 check(value is None or value is False, name, value, "left out with paper")
         if self.score == "wanda" and self.dataset is None and self.norms is None:
             raise UsageError("dataset=None: must be a file or hub name unless norms is given")
+        self._check_gate()
         self._check_preserve()
         if self.base_model is not None and self.adapter is not None:
             raise UsageError(
@@ -141,7 +182,8 @@ class PruneConfig(CalibrateConfig):
     @property
     def preserves(self) -> bool:
         """Whether something is kept for its norms on other data."""
-        return self.preserve_dataset is not None or self.preserve_norms is not None
+        given = self.preserve_dataset is not None or self.preserve_norms is not None
+        return given and self.score != "gate"
 
     @property
     def selection(self) -> Selection:
@@ -152,6 +194,35 @@ class PruneConfig(CalibrateConfig):
             preserve_ratio=self.preserve_ratio,
             score_delta=self.score_delta,
         )
+
+    def check_aligned(self, is_adapter):
+        """Refuse score gate where no aligned model could answer.
+
+        Args:
+            is_adapter: what is pruned is an adapter, and without it the model is the aligned one.
+        """
+        if self.score == "gate" and not is_adapter and self.base_model is None:
+            raise UsageError(
+                "base_model=None: must be the aligned model with score gate, unless an adapter is "
+                "pruned"
+            )
+
+    def _check_gate(self):
+        defaults = {"gate_steps": GATE_STEPS, "gate_learning_rate": GATE_LEARNING_RATE}
+        if self.score != "gate":
+            for name, default in defaults.items():
+                value = getattr(self, name)
+                check(value == default, name, value, "left out without score gate")
+            return
+        for name in ("dataset", "preserve_dataset"):
+            if getattr(self, name) is None:
+                raise UsageError(f"{name}=None: must be a file or hub name with score gate")
+        for name, value in _NOT_WITH_GATE.items():
+            given = getattr(self, name)
+            check(given == value, name, given, "left out with score gate")
+        check_positive(self, *defaults)
+        rate = self.gate_learning_rate
+        check(math.isfinite(rate), "gate_learning_rate", rate, "a finite number")
 
     def _check_preserve(self):
         for name in ("preserve_dataset", "preserve_norms"):

@@ -16,6 +16,7 @@ from antidote_fast.pipeline.calibrate import (
 )
 from antidote_fast.pipeline.config import PruneConfig
 from antidote_fast.pipeline.data import Record
+from antidote_fast.pipeline.gate_stage import check_stage, learn_live
 from antidote_fast.pipeline.prune import Known, finish, prune_folder
 from antidote_fast.pipeline.sources import rows_to_records
 from antidote_fast.prune import PruneReport, prune_model_
@@ -61,6 +62,12 @@ def oneshot(
     """
     live = not isinstance(model, (str, os.PathLike))
     given = {}
+    fields = dict(config) if isinstance(config, dict) else {}
+    if isinstance(config, PruneConfig):
+        fields = dataclasses.asdict(config)
+    elif config is not None and not isinstance(config, dict):
+        raise UsageError(f"config={config!r:.80}: must be a PruneConfig or a dict of its fields")
+    answered = overrides.get("score", fields.get("score")) != "gate"
     if dataset is not None:
         overrides["dataset"] = dataset
     for name, held in (
@@ -75,13 +82,8 @@ def oneshot(
         elif value is not None:
             # The field is checked: it must say that something is there.
             is_data = name.endswith("dataset")
-            given[held] = _records(value, name) if is_data else value
+            given[held] = _records(value, name, answered) if is_data else value
             overrides[name] = "records in memory" if is_data else "norms in memory"
-    fields = dict(config) if isinstance(config, dict) else {}
-    if isinstance(config, PruneConfig):
-        fields = dataclasses.asdict(config)
-    elif config is not None and not isinstance(config, dict):
-        raise UsageError(f"config={config!r:.80}: must be a PruneConfig or a dict of its fields")
     if output_dir is None and not live and "output_dir" not in fields:
         raise UsageError("output_dir=None: must be a folder where model is a folder or hub name")
     name = getattr(getattr(model, "config", None), "_name_or_path", "") if live else model
@@ -117,6 +119,7 @@ def _prune_live(model, config, given, tokenizer, world):
         known = Known(describe_backend(config.backend, device))
         if config.adapter is not None:
             model = load_adapter(model, config.adapter)
+        check_stage(config, None, bool(getattr(model, "peft_config", None)), world)
         bases = _open_base(model, config, known)
         known.take_given(config, given.get("norms"), given.get("preserve_norms"))
         missing = known.missing(config)
@@ -124,6 +127,10 @@ def _prune_live(model, config, given, tokenizer, world):
             raise UsageError("tokenizer=None: must be the tokenizer of the live model")
         held = {"dataset": "records", "preserve_dataset": "preserve_records"}
         sets = {name: load_data(config, given.get(held[name]), name) for name in missing}
+    if config.score == "gate":
+        found = learn_live(config, model, known.aligned, bases, sets, tokenizer)
+        known.scores, known.gate_counts = found
+        sets = {}
     for name, records in sets.items():
         known.take_collected(name, *collect(config, model, records, tokenizer, world=world))
     calibrated = time.perf_counter()
@@ -140,6 +147,7 @@ def _prune_live(model, config, given, tokenizer, world):
         cross_check=config.cross_check,
         preserve_norms=known.preserve_norms,
         base_weights=bases,
+        scores=known.scores,
     )
     if not config.output_dir:
         return report
@@ -200,7 +208,7 @@ def _save_live(model, folder):
         inner.rmdir()
 
 
-def _records(dataset, name):
+def _records(dataset, name, require_output):
     """Records from what a caller holds in memory, as the argument ``name``."""
     rows = list(dataset)
     if not rows:
@@ -211,4 +219,4 @@ def _records(dataset, name):
     for where, row in named:
         if not isinstance(row, dict):
             raise DataError(f"{where}: must be a Record or a dict, not {type(row).__name__}")
-    return rows_to_records(named, name, role=None, require_output=True)
+    return rows_to_records(named, name, role=None, require_output=require_output)

@@ -36,6 +36,7 @@ from antidote_fast.pipeline.calibrate import (
 )
 from antidote_fast.pipeline.card import write_card
 from antidote_fast.pipeline.config import PruneConfig
+from antidote_fast.pipeline.gate_stage import check_stage, learn_folder
 from antidote_fast.pipeline.inputs import run_inputs
 from antidote_fast.pipeline.stage import read_report, write_report
 from antidote_fast.prune import PruneReport, check_base, prune_state_
@@ -55,6 +56,8 @@ class Known:
         norms, counts: the norms, and what the report says of them; None and empty without.
         preserve_norms, preserve_counts: the same of the data to preserve.
         aligned: checkpoint of the model that removed weights fall back to, or None.
+        scores, gate_counts: of score gate, as
+            :func:`antidote_fast.pipeline.gates.learn_gates` gives them; None and empty without.
     """
 
     backend: dict
@@ -63,6 +66,8 @@ class Known:
     preserve_norms: ActivationNorms | None = None
     preserve_counts: dict = field(default_factory=dict)
     aligned: Checkpoint | None = None
+    scores: dict[str, torch.Tensor] | None = None
+    gate_counts: dict = field(default_factory=dict)
 
     def take_given(self, config, norms=None, preserve_norms=None):
         """Norms that are there already: in memory, or in the files that the config names."""
@@ -83,10 +88,11 @@ class Known:
                 check_base(given, fingerprint, name)
 
     def missing(self, config) -> list[str]:
-        """The fields of the config that name data of which norms are to be collected."""
+        """The fields of the config that name data that a model is still to see."""
+        learns = config.score == "gate" and self.scores is None
         needed = {
-            "dataset": config.score == "wanda" and self.norms is None,
-            "preserve_dataset": config.preserves and self.preserve_norms is None,
+            "dataset": learns or (config.score == "wanda" and self.norms is None),
+            "preserve_dataset": learns or (config.preserves and self.preserve_norms is None),
         }
         return [name for name, is_needed in needed.items() if is_needed]
 
@@ -107,6 +113,8 @@ class Known:
         found = {**self.counts, **self.backend}
         if self.preserve_norms is not None:
             found["preserve_data"] = self.preserve_counts
+        if self.gate_counts:
+            found["gate"] = self.gate_counts
         if self.aligned is not None:
             found["base_model_fingerprint"] = self.aligned.fingerprint()
         return found
@@ -156,6 +164,7 @@ def prune_folder(
         if not (config.resume or world.rank):
             check_output_folder(config.output_dir, config.overwrite)
         base, adapter = open_folders(config, progress)
+        check_stage(config, base, adapter is not None, world)
         source = adapter or base
         shapes = {name: entry.shape for name, entry in base.tensors.items()}
         known.aligned = open_aligned(config, shapes, base.config.get("model_type"), progress)
@@ -183,7 +192,10 @@ def prune_folder(
             )
             run.commit(digests, **entries)
         return report, contents
-    if sets:
+    if config.score == "gate":
+        found = learn_folder(config, base, adapter, known.aligned, sets, **options)
+        known.scores, known.gate_counts = found
+    elif sets:
         made = calibrate_folder(config, base, adapter, sets, **options, world=world)
         for name, found in zip(sets, made, strict=True):
             known.take_collected(name, *found)
@@ -267,6 +279,7 @@ def _prune_read(config, source, known, device, progress=False):
         cross_check=config.cross_check,
         preserve_norms=known.preserve_norms,
         base_weights=bases,
+        scores=known.scores,
         progress=progress,
         **roles,
     )
@@ -323,7 +336,8 @@ def finish(folder, config, report, known, seconds, inputs=None):
     if config.save_masks and report.masks is not None:  # else they are there already
         metadata = {"score": report.score, "scope": report.scope, "ratio": str(report.ratio)}
         save_masks(folder / MASKS_FILE, report.masks, metadata)
-    write_card(folder, config, report, known.counts, known.preserve_counts)
+    about = (known.counts, known.preserve_counts, known.gate_counts)
+    write_card(folder, config, report, *about)
     results = {
         **report.to_dict(),
         **known.entries(),

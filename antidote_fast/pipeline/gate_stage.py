@@ -1,0 +1,114 @@
+"""Learning gates inside the prune stage: from folders, or on a live model."""
+
+from antidote_fast.adapters import load_adapter
+from antidote_fast.distributed import ALONE
+from antidote_fast.errors import DataError, UsageError
+from antidote_fast.loading import load_model, load_tokenizer
+from antidote_fast.pipeline.config_prune import GateMixture
+from antidote_fast.pipeline.estimate import check_memory
+from antidote_fast.pipeline.gate_data import answer_prompts
+from antidote_fast.pipeline.gates import learn_gates
+from antidote_fast.targets import find_targets
+
+_MIXTURE = GateMixture()
+
+
+def check_stage(config, base, is_adapter, world=ALONE):
+    """Refuse, before weights are loaded, what gates cannot be learned on.
+
+    Args:
+        config: a :class:`PruneConfig`, of any score.
+        base: checkpoint of the model, or None where it is live.
+        is_adapter: what is pruned is an adapter.
+        world: the ranks; only a process alone can learn.
+
+    Raises:
+        UsageError, DataError: naming the argument.
+    """
+    if config.score != "gate":
+        return
+    config.check_aligned(is_adapter)
+    if world.size > 1:
+        raise UsageError("score='gate': must be left out with torchrun; start one process")
+    if base is not None and "quantization_config" in base.config:
+        raise DataError(f"{base.folder}: is quantised; with score gate it must not be")
+
+
+def learn_folder(config, base, adapter, aligned, sets, *, tokenizer=None, progress=False):
+    """(scores, what the report says of them), as :func:`learn_gates` gives them, from folders.
+
+    Args:
+        config: a :class:`PruneConfig` of score gate.
+        base, adapter: checkpoints of :func:`antidote_fast.pipeline.calibrate.open_folders`.
+        aligned: checkpoint of the aligned model, or None with an adapter. It is loaded for its
+            answers alone, and let go before the model to prune is loaded.
+        sets: {"dataset": harmful prompts, "preserve_dataset": records}.
+        tokenizer: instead of the base's own.
+        progress: as :func:`antidote_fast.progress.track` takes it.
+    """
+    trust = config.trust_remote_code
+    tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
+    check_memory(config, [base, adapter])
+    options = {"dtype": config.dtype, "device": config.device, "trust_remote_code": trust}
+    answers = bases = None
+    if adapter is None:
+        answers = _answers(config, load_model(aligned.folder, **options), tokenizer, sets, progress)
+    model = load_model(base.folder, **options)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    else:
+        # In the dtype that is learned in; the prune itself reads both as they are saved.
+        found = {t.key: t.weight.dtype for t in find_targets(model, config.targets, config.ignore)}
+        bases = {key: base.to(found[key]) for key, base in aligned.read(found, progress).items()}
+    return _learn(config, model, tokenizer, sets, answers, bases, progress)
+
+
+def learn_live(config, model, aligned, bases, sets, tokenizer):
+    """:func:`learn_folder` for a live model, beside which ``aligned`` is loaded where it is one.
+
+    ``bases`` are the weights of ``aligned`` that removed ones take, or None with an adapter.
+    """
+    answers = None
+    if aligned is not None:
+        device = str(next(model.parameters()).device)
+        options = {"dtype": config.dtype, "device": device}
+        options["trust_remote_code"] = config.trust_remote_code
+        answers = _answers(config, load_model(aligned.folder, **options), tokenizer, sets, False)
+    return _learn(config, model, tokenizer, sets, answers, bases, False)
+
+
+def _answers(config, model, tokenizer, sets, progress):
+    return answer_prompts(
+        model,
+        tokenizer,
+        sets["dataset"],
+        sets["preserve_dataset"],
+        answer_tokens=_MIXTURE.answer_tokens,
+        template=config.template,
+        max_seq_length=config.max_seq_length,
+        batch_size=config.batch_size,
+        progress=progress,
+    )
+
+
+def _learn(config, model, tokenizer, sets, answers, bases, progress):
+    return learn_gates(
+        model,
+        tokenizer,
+        sets["dataset"],
+        sets["preserve_dataset"],
+        config.selection,
+        aligned=answers,
+        base_weights=bases,
+        targets=config.targets,
+        ignore=config.ignore,
+        steps=config.gate_steps,
+        learning_rate=config.gate_learning_rate,
+        mixture=_MIXTURE,
+        seed=config.seed,
+        template=config.template,
+        max_seq_length=config.max_seq_length,
+        batch_size=config.batch_size,
+        backend=config.backend,
+        progress=progress,
+    )
