@@ -52,7 +52,7 @@ def test_answers_are_those_of_each_prompt_alone(kind, adapter):
 
 def test_a_cache_of_another_kind_is_not_shared(monkeypatch):
     model = tiny.build()
-    monkeypatch.setattr(module, "_plain_cache", lambda output: None)
+    monkeypatch.setattr(module, "plain_cache", lambda output: None)
     whole = generate(model, tiny.tokenizer(), PROMPTS, max_new_tokens=6, batch_size=5)
     monkeypatch.undo()
     assert whole == generate(model, tiny.tokenizer(), PROMPTS, max_new_tokens=6, batch_size=5)
@@ -60,7 +60,7 @@ def test_a_cache_of_another_kind_is_not_shared(monkeypatch):
     sliding = tiny.build("mistral")
     sliding.config.sliding_window = 8
     output = sliding(input_ids=torch.arange(4, 16)[None], use_cache=True)
-    assert module._plain_cache(output) is None
+    assert module.plain_cache(output) is None
 
 
 def test_shared_tokens_leave_one_of_each_prompt():

@@ -9,7 +9,7 @@ from antidote_fast.errors import DataError, UsageError
 from antidote_fast.pipeline.data import collate, prompt_ids
 from antidote_fast.progress import track
 
-_MIN_SHARED = 8  # tokens; below it a forward pass of its own costs more than it saves
+MIN_SHARED = 8  # tokens; below it a forward pass of its own costs more than it saves
 
 
 @contextmanager
@@ -169,8 +169,8 @@ def _prefilled(model, tokenizer, prompts, device) -> dict:
     rest = collate([{"input_ids": p[shared:]} for p in prompts], tokenizer, "left")
     start = torch.tensor([prompts[0][:shared]] * len(prompts), dtype=torch.int64)
     cache = None
-    if shared >= _MIN_SHARED and len(prompts) > 1:
-        cache = _plain_cache(model(input_ids=start[:1].to(device), use_cache=True))
+    if shared >= MIN_SHARED and len(prompts) > 1:
+        cache = plain_cache(model(input_ids=start[:1].to(device), use_cache=True))
     if cache is None:
         batch = collate([{"input_ids": p} for p in prompts], tokenizer, "left")
         return {key: value.to(device) for key, value in batch.items()}
@@ -192,7 +192,7 @@ def _num_shared(prompts) -> int:
     return longest
 
 
-def _plain_cache(output):
+def plain_cache(output):
     """The cache of a forward pass where it is one of keys and values alone, all of them kept."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from antidote_fast.pipeline.data import IGNORE_INDEX, collate
+from antidote_fast.pipeline.generate import MIN_SHARED, plain_cache
 
 Step = list[list[int]]
 
@@ -129,19 +130,48 @@ def num_response_tokens(batch) -> int:
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
-def response_loss(model, batch, choose) -> torch.Tensor:
-    """Sum of the cross-entropy over a batch's response tokens."""
+def response_loss(model, batch, choose, *, share_prefix=False) -> torch.Tensor:
+    """Sum of the cross-entropy over a batch's response tokens.
+
+    With ``share_prefix`` the tokens that all its prompts begin with, a template's, go through the
+    model once, forwards and backwards; the same loss and gradients but for rounding. A model whose
+    cache is of another kind than plain attention's gets the whole batch.
+    """
     labels = batch["labels"][:, 1:]
     counted = labels != IGNORE_INDEX
     # The hidden state of a token predicts the next one.
     keep = F.pad(counted, (0, 1))
+    start, options = 0, {"use_cache": False}
+    if share_prefix:
+        start, cache = _prefix(model, batch, keep, choose)
+        options = {"use_cache": True, "past_key_values": cache} if start else options
+    keep = keep[:, start:]
     with choose(keep):
         logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            input_ids=batch["input_ids"][:, start:],
+            attention_mask=batch["attention_mask"],
+            **options,
         ).logits
     if logits.dim() == 3:
         logits = logits[keep]
     return F.cross_entropy(logits.float(), labels[counted], reduction="sum")
+
+
+def _prefix(model, batch, keep, choose):
+    """(how many tokens are shared, their cache for each row of the batch); (0, None) without."""
+    ids = batch["input_ids"]
+    same = (ids == ids[:1]).all(dim=0) & batch["attention_mask"].bool().all(dim=0)
+    own = ~same | keep.any(dim=0)  # from here on each row needs its own hidden states
+    shared = int(own.to(torch.uint8).argmax()) if own.any() else ids.shape[1] - 1
+    if shared < MIN_SHARED or len(ids) < 2:
+        return 0, None
+    first = ids[:1, :shared]
+    with choose(torch.zeros_like(first, dtype=torch.bool)):
+        cache = plain_cache(model(input_ids=first, use_cache=True))
+    if cache is None:
+        return 0, None
+    cache.batch_repeat_interleave(len(ids))
+    return shared, cache
 
 
 @contextlib.contextmanager
