@@ -12,6 +12,7 @@ from antidote_fast.loading import pick_device
 from antidote_fast.memory import format_bytes
 from antidote_fast.pipeline import config as configs
 from antidote_fast.pipeline import estimate
+from antidote_fast.pipeline.dry_run_gates import learning
 from antidote_fast.pipeline.inputs import run_inputs
 from antidote_fast.pipeline.plan import Builder, Plan
 from antidote_fast.resume import interrupted_state, is_finished
@@ -36,10 +37,11 @@ def plan_calibrate(config) -> Plan:
 
 def plan_prune(config) -> Plan:
     """As :func:`antidote_fast.pipeline.prune.run` would go."""
-    from antidote_fast.pipeline import calibrate, prune
+    from antidote_fast.pipeline import calibrate, gate_stage, prune
     from antidote_fast.prune import check_keys
 
     base, adapter = _opened(config, config.backend)
+    gate_stage.check_stage(config, base, adapter is not None)
     source = adapter or base
     written = _weight_file_bytes(source)
     shapes = {name: entry.shape for name, entry in base.tensors.items()}
@@ -54,10 +56,13 @@ def plan_prune(config) -> Plan:
         return made.plan
     cost, channels = None, 0
     if sets:
-        cost, found = _forward(made, config, base, adapter, sets)
+        if config.score == "gate":
+            cost, found = learning(made, config, base, adapter, sets, aligned=known.aligned)
+        else:
+            cost, found = _forward(made, config, base, adapter, sets)
+            channels = len(sets) * _norm_bytes(found, config)
+            made.hold("norms", channels * 4)
         matrices = [_Matrix(t.key, tuple(t.weight.shape), t.weight.nbytes) for t in found]
-        channels = len(sets) * _norm_bytes(found, config)
-        made.hold("norms", channels * 4)
     kept = known.preserve_norms
     if cost is None or known.norms is not None:
         named = _named(made, config, source, known)
@@ -119,12 +124,16 @@ def pruned_later(config, base, adapt) -> Plan:
     made = Builder("prune", config, [base])
     names = ["dataset"] if config.preserve_dataset is None else ["dataset", "preserve_dataset"]
     sets = {name: calibrate.load_data(config, None, name) for name in names}
-    cost, found = _forward(made, config, base, None, sets, adapt)
-    matrices = [_Matrix(t.key, tuple(t.weight.shape), t.weight.nbytes) for t in found]
-    written = 4 * cost.lora if adapt else _weight_file_bytes(base)
-    channels = len(sets) * _norm_bytes(found, config)
     shapes = {name: entry.shape for name, entry in base.tensors.items()}
     aligned = calibrate.open_aligned(config, shapes, base.config.get("model_type"))
+    if config.score == "gate":
+        cost, found = learning(made, config, base, None, sets, adapt, aligned)
+        channels = 0
+    else:
+        cost, found = _forward(made, config, base, None, sets, adapt)
+        channels = len(sets) * _norm_bytes(found, config)
+    matrices = [_Matrix(t.key, tuple(t.weight.shape), t.weight.nbytes) for t in found]
+    written = 4 * cost.lora if adapt else _weight_file_bytes(base)
     return _pruning(made, config, cost, matrices, written, channels, aligned)
 
 
@@ -254,6 +263,9 @@ def _pruning(made, config, cost, matrices, written, channels, aligned=None):
         streamed = getattr(config, "stream", False)
         together = matrices if config.scope == "global" and not streamed else [largest]
         held["scores"] = 4 * sum(math.prod(m.shape) for m in together)
+    elif config.score == "gate":  # as they were learned, and the copies that are selected from
+        together = matrices if config.scope == "global" else [largest]
+        held["scores"] = 4 * (weights + sum(math.prod(m.shape) for m in together))
     made.phase(held)
     made.prunes = weights
     made.plan.pruned = {"layers": len(matrices), "weights": weights}

@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 
 from antidote_fast.errors import AntidoteError, DataError
-from antidote_fast.pipeline.config import PruneConfig
+from antidote_fast.pipeline.config import FleetConfig, PruneConfig
 from antidote_fast.pipeline.data import local_file
 
 OVERRIDES = (
@@ -151,7 +151,7 @@ def _check_override(key, value, where):
         raise DataError(
             f"{where}: {key!r:.60}: no such key; known are adapter, name, {', '.join(OVERRIDES)}"
         )
-    kind = PruneConfig.__dataclass_fields__[key].type
+    kind = FleetConfig.__dataclass_fields__[key].type
     if not _fits(value, kind):
         raise DataError(f"{where}: {key}={value!r:.60}: must be {_words(kind)}")
 

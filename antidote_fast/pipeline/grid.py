@@ -212,6 +212,8 @@ class _Chain:
         values = {name: self._shared[name] for name in _SHARED} | places
         flags = values | self._sections[kind] | {"output_dir": ""}
         plain = from_values(SECTIONS[kind], flags, kind)
+        if kind == "prune":
+            plain.check_aligned(plain.adapter is not None)
         # Without defaults, so that a flag that is new one day leaves keys as they are.
         defaults = _defaults(kind)
         settings = {

@@ -95,6 +95,7 @@ def _plan(config, out):
         pruned = {"model_name_or_path": str(out / "pruned")}
     places = attacked | {"output_dir": str(out / "pruned")}
     stages["pruned"] = _section(config, "prune", shared | batch | places)
+    stages["pruned"].check_aligned(stages["pruned"].adapter is not None)
     models = {"base": {"model_name_or_path": base}}
     if config.align is not None:
         models["aligned"] = {"model_name_or_path": aligned}
