@@ -121,11 +121,11 @@ def test_a_finished_folder_is_left_as_it_is(made, tmp_path, monkeypatch):
     assert prune.run(PruneConfig(**values, resume=True)) == first
     assert stages.tree(out) == before
     for change in ({"gate_steps": 7}, {"gate_learning_rate": 0.1}, {"seed": 4}):
-        with pytest.raises(DataError, match="exists"):
+        with pytest.raises(DataError, match="was made from other data, another model or other settings"):
             prune.run(PruneConfig(**values | change, resume=True))
     other = tmp_path / "other.jsonl"
     other.write_text((made / "preserve.jsonl").read_text().replace("positive", "negative"))
-    with pytest.raises(DataError, match="exists"):
+    with pytest.raises(DataError, match="was made from other data, another model or other settings"):
         prune.run(PruneConfig(**values | {"preserve_dataset": str(other)}, resume=True))
 
 
