@@ -21,11 +21,13 @@ class SweepScore:
         score: prune's score.
         norms: the kind of norms it goes by, a key of ``NORM_FILES``; None where it needs none.
         preserve_norms: the kind of norms whose top weights are kept, or None.
+        learned: its scores are learned on dataset and preserve_dataset, for each ratio and scope.
     """
 
     score: str
     norms: str | None = None
     preserve_norms: str | None = None
+    learned: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -39,6 +41,7 @@ SCORES = {
     "wanda-preserve": SweepScore("wanda", "all", "preserve"),
     "magnitude": SweepScore("magnitude"),
     "random": SweepScore("random"),
+    "gate": SweepScore("gate", learned=True),
 }
 # The norms over all tokens of the harmful data, over its response tokens, and of data to preserve.
 NORM_FILES = {
@@ -90,9 +93,10 @@ class SweepConfig(StageConfig):
             q/k/v; all-linear takes every linear layer.
         ignore: module names or re: patterns left alone.
         backend: kernels to use; default the fastest available.
-        preserve_dataset: task or ordinary records, whose top weights wanda-preserve keeps.
+        preserve_dataset: task or ordinary records, whose top weights wanda-preserve keeps; for gate
+            as of prune.
         base_model: the aligned model: removed weights take its values instead of zero. For whole
-            models.
+            models, where gate needs it.
         score_delta: score the difference from base_model, |W - base| instead of |W|.
         harmful_dataset: harmful prompts to choose on; none of them may be in dataset.
         task_dataset: records of the user's task to choose on.
@@ -107,7 +111,8 @@ class SweepConfig(StageConfig):
         ratios: fractions removed.
         scopes: row, tensor, global.
         scores: wanda, wanda-response (norms over response tokens alone), wanda-preserve (needs
-            preserve_dataset), magnitude, random.
+            preserve_dataset), magnitude, random, gate (learned for each ratio and scope; needs
+            dataset and preserve_dataset).
         max_accuracy_drop: the budget: points of finetune accuracy below the unpruned model's.
         max_refusal_rise: the budget of benign refusals: points above the unpruned model's.
         save_norms: also write the norms, so that the recommended prune needs no forward pass.
@@ -151,23 +156,30 @@ class SweepConfig(StageConfig):
         self._check_data()
         self.evaluation()
         for name, scope, ratio in self.candidates():
-            self.pruning(name, scope, ratio, saved=False)
+            self.pruning(name, scope, ratio, saved=False).check_aligned(self.adapter is not None)
 
     def _check_data(self):
         needed = {kind: name for name in self.scores for kind in SCORES[name].kinds}
-        harmful = needed.get("all") or needed.get("response")
-        for name, score in (("dataset", harmful), ("preserve_dataset", needed.get("preserve"))):
+        learned = self.learned
+        harmful = needed.get("all") or needed.get("response") or learned
+        kept = needed.get("preserve") or learned
+        for name, score in (("dataset", harmful), ("preserve_dataset", kept)):
             if score is not None and getattr(self, name) is None:
                 raise UsageError(f"{name}=None: must be a file or hub name with score {score}")
-        kept = self.preserve_dataset
-        absent = kept is None or "preserve" in needed
-        check(absent, "preserve_dataset", kept, "left out without score wanda-preserve")
+        absent = self.preserve_dataset is None or kept
+        accepted = "left out without score wanda-preserve or gate"
+        check(absent, "preserve_dataset", self.preserve_dataset, accepted)
 
     @property
     def kinds(self) -> list[str]:
         """The kinds of norms that the scores take."""
         found = {kind for name in self.scores for kind in SCORES[name].kinds}
         return [kind for kind in NORM_FILES if kind in found]
+
+    @property
+    def learned(self) -> str | None:
+        """The first score that is learned, or None."""
+        return next((name for name in self.scores if SCORES[name].learned), None)
 
     def evaluation(self) -> EvaluateConfig:
         """What evaluate would be told, for one model."""
@@ -192,10 +204,13 @@ class SweepConfig(StageConfig):
         """
         score = SCORES[name]
         kept = {f.name for f in fields(PruneConfig)} - {"overwrite", "save_norms", "dataset"}
-        if saved or not score.kinds:  # what is told to forward passes alone
+        if score.learned:
+            kept |= {"dataset"}
+            kept -= {"aggregation"}
+        elif saved or not score.kinds:  # what is told to forward passes alone
             kept -= {"aggregation", "num_calibration_samples", "preserve_dataset", "dtype"}
             kept -= {"max_seq_length", "template", "batch_size"}
-        if score.preserve_norms is None:
+        if score.preserve_norms is None and not score.learned:
             kept -= {"preserve_dataset"}
         values = {k: v for k, v in vars(self).items() if k in kept}
         values |= {"ratio": ratio, "scope": scope, "score": score.score}
@@ -213,6 +228,11 @@ class SweepConfig(StageConfig):
         """What tells how norms of a kind are collected: the prune of a score that takes them."""
         name = next(name for name in self.scores if kind in SCORES[name].kinds)
         return self.pruning(name, self.scopes[0], self.ratios[0], saved=False)
+
+    def learning(self, scope=None, ratio=None) -> PruneConfig:
+        """What tells how scores are learned, for a candidate; default the first one."""
+        scope, ratio = scope or self.scopes[0], ratio or self.ratios[0]
+        return self.pruning(self.learned, scope, ratio, saved=False)
 
     def command(self, name, scope, ratio) -> str:
         """The ``antidote-fast prune`` line, quoted for a shell, that makes this candidate."""

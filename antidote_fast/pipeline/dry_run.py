@@ -14,6 +14,7 @@ from antidote_fast.files import open_checkpoint
 from antidote_fast.loading import resolve_folder
 from antidote_fast.pipeline import config as configs
 from antidote_fast.pipeline import config_run, config_sweep
+from antidote_fast.pipeline.dry_run_gates import learning
 from antidote_fast.pipeline.dry_run_prune import (
     plan_calibrate,
     plan_fleet,
@@ -99,6 +100,15 @@ def _plan_sweep(config) -> Plan:
         part.bytes_read -= weights
         part.bytes_written *= config.save_norms
         parts[f"norms, {kind}"] = part
+    if found.prompts:
+        stand_in = replace(config.learning(), output_dir=config.output_dir)
+        made = Builder("gates", stand_in, [base, adapter])
+        cost, _ = learning(made, stand_in, base, adapter, found.prompts, aligned=found.aligned)
+        part = made.finish(cost)
+        part.seconds["read"] *= 1 - weights / part.bytes_read
+        part.bytes_read -= weights
+        part.repeat(sum(name == config.learned for name, _, _ in config.candidates()))
+        parts["gates"] = part
     whole = _sum("sweep", config, base, parts, [])
     adapt = functools.partial(load_adapter, adapter=adapter) if adapter else None
     model = estimate.cost_of(config, base, adapt).model

@@ -50,9 +50,8 @@ def learn_folder(config, base, adapter, aligned, sets, *, tokenizer=None, progre
     tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
     check_memory(config, [base, adapter])
     options = {"dtype": config.dtype, "device": config.device, "trust_remote_code": trust}
-    answers = bases = None
-    if adapter is None:
-        answers = _answers(config, load_model(aligned.folder, **options), tokenizer, sets, progress)
+    bases = None
+    answers = answers_of(config, aligned, config.device, tokenizer, sets, progress)
     model = load_model(base.folder, **options)
     if adapter is not None:
         model = load_adapter(model, adapter)
@@ -60,7 +59,7 @@ def learn_folder(config, base, adapter, aligned, sets, *, tokenizer=None, progre
         # In the dtype that is learned in; the prune itself reads both as they are saved.
         found = {t.key: t.weight.dtype for t in find_targets(model, config.targets, config.ignore)}
         bases = {key: base.to(found[key]) for key, base in aligned.read(found, progress).items()}
-    return _learn(config, model, tokenizer, sets, answers, bases, progress)
+    return learn(config, model, tokenizer, sets, answers, bases, progress)
 
 
 def learn_live(config, model, aligned, bases, sets, tokenizer):
@@ -68,16 +67,22 @@ def learn_live(config, model, aligned, bases, sets, tokenizer):
 
     ``bases`` are the weights of ``aligned`` that removed ones take, or None with an adapter.
     """
-    answers = None
-    if aligned is not None:
-        device = str(next(model.parameters()).device)
-        options = {"dtype": config.dtype, "device": device}
-        options["trust_remote_code"] = config.trust_remote_code
-        answers = _answers(config, load_model(aligned.folder, **options), tokenizer, sets, False)
-    return _learn(config, model, tokenizer, sets, answers, bases, False)
+    device = str(next(model.parameters()).device)
+    answers = answers_of(config, aligned, device, tokenizer, sets)
+    return learn(config, model, tokenizer, sets, answers, bases)
 
 
-def _answers(config, model, tokenizer, sets, progress):
+def answers_of(config, aligned, device, tokenizer, sets, progress=False):
+    """Answers of the checkpoint ``aligned``, which is loaded for them alone; None without one."""
+    if aligned is None:
+        return None
+    trust = config.trust_remote_code
+    options = {"dtype": config.dtype, "device": device, "trust_remote_code": trust}
+    return ask(config, load_model(aligned.folder, **options), tokenizer, sets, progress)
+
+
+def ask(config, model, tokenizer, sets, progress=False):
+    """Answers of a live model, by the config's settings."""
     return answer_prompts(
         model,
         tokenizer,
@@ -91,7 +96,8 @@ def _answers(config, model, tokenizer, sets, progress):
     )
 
 
-def _learn(config, model, tokenizer, sets, answers, bases, progress):
+def learn(config, model, tokenizer, sets, answers, bases, progress=False):
+    """:func:`learn_gates` by the config's settings; ``answers`` and ``bases`` may be None."""
     return learn_gates(
         model,
         tokenizer,

@@ -3,14 +3,14 @@
 Choosing alpha by its effect is beyond the paper (arXiv 2408.09600), which fixes it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from antidote_fast import checkpoint
 from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.errors import UsageError
-from antidote_fast.pipeline import calibrate, stage
+from antidote_fast.pipeline import calibrate, gate_stage, stage
 from antidote_fast.pipeline.config_sweep import (
     MAX_ACCURACY_DROP,
     MAX_REFUSAL_RISE,
@@ -23,6 +23,7 @@ from antidote_fast.pipeline.config_sweep import (
 )
 from antidote_fast.pipeline.data import Record
 from antidote_fast.pipeline.evaluate import Clock, evaluate_model
+from antidote_fast.pipeline.gate_data import adapter_off
 from antidote_fast.pipeline.judges import get_judge
 from antidote_fast.pipeline.metrics import check_task
 from antidote_fast.pipeline.sweep_check import check, inputs_of
@@ -76,6 +77,7 @@ def sweep_model(
     task_records: Sequence[Record],
     benign: Sequence[Record] | None = None,
     norms: ActivationNorms | Mapping[str, ActivationNorms] | None = None,
+    learn: Callable[[Selection], Mapping[str, torch.Tensor]] | None = None,
     base_weights=None,
     score_delta: bool = False,
     ratios: Sequence[float] = RATIOS,
@@ -110,6 +112,8 @@ def sweep_model(
         norms: of the targets, by kind: ``"all"`` for wanda, ``"response"`` (collected with
             ``response_only``) for wanda-response, ``"preserve"`` too for wanda-preserve. Norms
             alone are those of ``"all"``.
+        learn: gives the scores that a selection goes by, for gate, as
+            :func:`antidote_fast.pipeline.gates.learn_gates` does.
         ratios, scopes, scores: the candidates: all combinations.
         max_accuracy_drop: points of finetune accuracy below the unpruned model's.
         max_refusal_rise: points of benign refusals above the unpruned model's.
@@ -134,6 +138,8 @@ def sweep_model(
         for kind in SCORES[name].kinds:
             if norms.get(kind) is None:
                 raise UsageError(f"norms: must hold {kind!r} with score {name}")
+        if SCORES[name].learned and learn is None:
+            raise UsageError(f"learn=None: must be given with score {name}")
     check_task(task, task_records)
     clock = Clock()
     sets = {"task": task_records, "benign": benign, "harmful": harmful}
@@ -159,7 +165,8 @@ def sweep_model(
                 selection = Selection(ratio, scope=scope, score_delta=score_delta)
                 row = {"score": name, "scope": scope, "ratio": ratio}
                 try:
-                    report = PRUNERS[name](model, selection, norms, prune_options)
+                    given = {"scores": learn(selection)} if SCORES[name].learned else {}
+                    report = PRUNERS[name](model, selection, norms, prune_options | given)
                     clock.lap("prune")
                     row |= {"achieved": report.achieved, "num_pruned": report.num_pruned}
                     ends = _judged(row, measure, budget)
@@ -300,6 +307,11 @@ def run(config: SweepConfig, *, progress=False) -> dict:
     with checkpoint.output_folder(config.output_dir, config.overwrite) as folder:
         options = {"dtype": config.dtype, "device": config.device}
         options["trust_remote_code"] = config.trust_remote_code
+        answers = None
+        if found.prompts:
+            about = (found.aligned, config.device, found.tokenizer, found.prompts, progress)
+            answers = gate_stage.answers_of(config.learning(), *about)
+            clock.lap("ask the aligned model")
         model = checkpoint.load_model(found.base.folder, **options)
         if found.adapter is not None:
             model = checkpoint.load_adapter(model, found.adapter)
@@ -309,6 +321,7 @@ def run(config: SweepConfig, *, progress=False) -> dict:
             bases = found.aligned.read(keys, progress)
         judge = get_judge(config.evaluation().judge, **found.judge)
         clock.lap("load")
+        learn = _learner(config, model, found, answers, bases, progress)
         norms, counts = _collect(config, model, found, progress)
         if config.save_norms:
             for kind, each in norms.items():
@@ -324,6 +337,7 @@ def run(config: SweepConfig, *, progress=False) -> dict:
             task_records=found.sets["task"],
             benign=found.sets.get("benign"),
             norms=norms,
+            learn=learn,
             base_weights=bases,
             judge=judge,
             progress=progress,
@@ -343,6 +357,22 @@ def run(config: SweepConfig, *, progress=False) -> dict:
         write_csv([_flat(row) for row in results["rows"]], folder / ROWS)
         report.plot_sweep({"config": vars(config), **results}, folder / PICTURE)
         return stage.write_report(folder, "sweep", config, results, inputs=inputs_of(config))
+
+
+def _learner(config, model, found, answers, bases, progress):
+    """The scores of gate by a selection, or None where nothing is learned."""
+    if not found.prompts:
+        return None
+    about = (model, found.tokenizer, found.prompts)
+    if answers is None:
+        with adapter_off(model):
+            answers = gate_stage.ask(config.learning(), *about, progress)
+
+    def learn(selection):
+        settings = config.learning(selection.scope, selection.ratio)
+        return gate_stage.learn(settings, *about, answers, bases, progress)[0]
+
+    return learn
 
 
 def _collect(config, model, found, progress):

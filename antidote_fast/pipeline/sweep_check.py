@@ -11,6 +11,7 @@ from antidote_fast.pipeline import calibrate, evaluate
 from antidote_fast.pipeline.config_sweep import SweepConfig
 from antidote_fast.pipeline.data import local_file
 from antidote_fast.pipeline.estimate import check_memory
+from antidote_fast.pipeline.gate_stage import check_stage
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Checked:
         datasets: what the report says of them.
         records: {field of the config: calibration records}.
         batches: the same as batches.
+        prompts: {field of the config: records that gates are learned on}; empty without.
         judge: options of :func:`antidote_fast.pipeline.judges.get_judge`.
         backend: as :func:`antidote_fast.pipeline.calibrate.describe_backend`.
     """
@@ -36,6 +38,7 @@ class Checked:
     datasets: dict
     records: dict
     batches: dict
+    prompts: dict
     judge: dict
     backend: dict
 
@@ -54,8 +57,14 @@ def check(config: SweepConfig, progress=False) -> Checked:
     sets = evaluate._load_sets(evaluation)
     names = [name for name in ("dataset", "preserve_dataset") if _kinds_of(config, name)]
     records = {name: calibrate.load_data(config, None, name) for name in names}
+    prompts = {}
+    if config.learned:
+        learning = config.learning()
+        for name in ("dataset", "preserve_dataset"):
+            prompts[name] = calibrate.load_data(learning, None, name)
     for name, some in sets.items():
-        _check_apart(config, f"{name}_dataset", some, records)
+        for calibration in (records, prompts):
+            _check_apart(config, f"{name}_dataset", some, calibration)
     base, adapter = calibrate.open_folders(config, progress)
     shapes = {name: entry.shape for name, entry in base.tensors.items()}
     model_type = base.config.get("model_type")
@@ -67,8 +76,10 @@ def check(config: SweepConfig, progress=False) -> Checked:
         name: calibrate.batches_of(config, some, tokenizer, base.config)
         for name, some in records.items()
     }
+    if config.learned:
+        check_stage(config.learning(), base, adapter is not None)
     check_memory(config, [base, adapter])
-    parts = (sets, datasets, records, batches, judge, backend)
+    parts = (sets, datasets, records, batches, prompts, judge, backend)
     return Checked(base, adapter, aligned, tokenizer, *parts)
 
 
