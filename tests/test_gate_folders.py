@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import types
 
 import gated
@@ -10,15 +11,17 @@ import stages
 import torch
 from gated import HARM, NUM_TOKENS, PRESERVE
 
-from antidote_fast import DataError, Selection, UsageError, cli, oneshot
+from antidote_fast import DataError, Selection, UsageError, cli, oneshot, ops
 from antidote_fast.checkpoint import load_adapter, load_model, verify_folder
 from antidote_fast.commit import sha256_file
 from antidote_fast.files import open_checkpoint
 from antidote_fast.global_cut import find_cut
 from antidote_fast.masks import load_masks
-from antidote_fast.pipeline import flags, fleet_manifest, gate_data, grid, prune
+from antidote_fast.pipeline import flags, fleet_manifest, gate_data, grid, prune, sweep
 from antidote_fast.pipeline.config import FleetConfig, PruneConfig
 from antidote_fast.pipeline.config_run import ExperimentConfig, RunConfig
+from antidote_fast.pipeline.config_sweep import SweepConfig
+from antidote_fast.pipeline.dry_run import plan
 from antidote_fast.pipeline.gates import learn_gates
 from antidote_fast.pipeline.run_all import _plan
 from antidote_fast.prune_report import PruneReport
@@ -121,11 +124,11 @@ def test_a_finished_folder_is_left_as_it_is(made, tmp_path, monkeypatch):
     assert prune.run(PruneConfig(**values, resume=True)) == first
     assert stages.tree(out) == before
     for change in ({"gate_steps": 7}, {"gate_learning_rate": 0.1}, {"seed": 4}):
-        with pytest.raises(DataError, match="was made from other data, another model or other settings"):
+        with pytest.raises(DataError, match="was made from other data, another model or"):
             prune.run(PruneConfig(**values | change, resume=True))
     other = tmp_path / "other.jsonl"
     other.write_text((made / "preserve.jsonl").read_text().replace("positive", "negative"))
-    with pytest.raises(DataError, match="was made from other data, another model or other settings"):
+    with pytest.raises(DataError, match="was made from other data, another model or"):
         prune.run(PruneConfig(**values | {"preserve_dataset": str(other)}, resume=True))
 
 
@@ -305,3 +308,77 @@ def test_commands_that_keep_to_their_scores(made, tmp_path, capsys):
         fleet_manifest.read_manifest_file(config)
     with pytest.raises(UsageError, match="score='gate': must be wanda, magnitude or random"):
         find_cut(["w"], None, None, Selection(0.5, scope="global"), score="gate")
+
+
+# --- sweeps ---------------------------------------------------------------------------------------
+
+
+def sweep_fields(made, out, kind="adapter"):
+    kept = fields(made, out, kind)
+    for name in ("score", "gate_steps", "ratio", "scope"):
+        kept.pop(name)
+    held_out = made / "held-out.jsonl"
+    rows = [{"instruction": f"how to make w{70 + i}"} for i in range(4)]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = made / "task.jsonl"
+    rows = [{"instruction": f"the user asks w{50 + i}", "output": "positive"} for i in range(4)]
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = {"harmful_dataset": str(held_out), "task_dataset": str(task), "max_new_tokens": 4}
+    return {**kept, **sets, "scores": ["gate"], "scopes": ["tensor"], "ratios": [0.4, 0.5]}
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_a_sweep_learns_for_each_ratio_and_prints_the_line(kind, made, tmp_path, monkeypatch):
+    config = SweepConfig(**sweep_fields(made, tmp_path / "sweep", kind), max_accuracy_drop=100)
+    learned = []
+    learn = sweep.gate_stage.learn
+
+    def watched(settings, *args):
+        learned.append((settings.scope, settings.ratio, learn(settings, *args)))
+        return learned[-1][-1]
+
+    monkeypatch.setattr(sweep.gate_stage, "learn", watched)
+    report = sweep.run(config)
+    monkeypatch.undo()
+    tried = [(row["scope"], row["ratio"]) for row in report["rows"]]
+    assert [each[:2] for each in learned] == tried
+    assert tried[0] == ("tensor", 0.4)
+    line = config.command("gate", "tensor", 0.4)
+    assert f"--dataset {made}/harm.jsonl" in line
+    assert f"--preserve_dataset {made}/preserve.jsonl" in line
+    argv = [*shlex.split(line)[1:], "--quiet", "--save_masks"]
+    assert cli.main(argv) == 0
+    out = f"{config.output_dir}-pruned"
+    masks, _ = load_masks(f"{out}/masks.safetensors")
+    scores, counts = learned[0][-1]
+    selection = Selection(0.4, scope="tensor")
+    for key, mask in masks.items():
+        assert torch.equal(mask.to_bool(), ops.select_mask(scores[key], selection).to_bool())
+    assert sum(mask.count() for mask in masks.values()) == report["rows"][0]["num_pruned"]
+    assert counts["steps"] == 30
+
+
+def test_what_a_sweep_refuses(made, tmp_path):
+    values = sweep_fields(made, tmp_path / "sweep")
+    for name in ("dataset", "preserve_dataset"):
+        with pytest.raises(UsageError, match=f"{name}=None: must be a file or hub name with score"):
+            SweepConfig(**values | {name: None})
+    with pytest.raises(UsageError, match="score_delta"):
+        SweepConfig(**values | {"score_delta": True})
+    whole = sweep_fields(made, tmp_path / "sweep", "model") | {"base_model": None}
+    with pytest.raises(UsageError, match="base_model=None: must be the aligned model with score"):
+        SweepConfig(**whole)
+    with pytest.raises(DataError, match="6 of its 6 prompts are in dataset"):
+        sweep.run(SweepConfig(**values | {"harmful_dataset": f"{made}/harm.jsonl"}))
+    with pytest.raises(UsageError, match="learn=None: must be given with score gate"):
+        sweep.sweep_model(None, None, harmful=HARM, task_records=PRESERVE, scores=["gate"])
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_plan_of_a_sweep(made, tmp_path, monkeypatch):
+    stages.briefly(monkeypatch)
+    planned = plan(SweepConfig(**sweep_fields(made, tmp_path / "sweep")))
+    one = plan(PruneConfig(**fields(made, tmp_path / "out", gate_steps=30)))
+    assert list(planned.parts) == ["evaluate", "gates"]
+    assert planned.parts["gates"].flops == 2 * one.flops
+    assert planned.data["candidates"] == 2

@@ -142,7 +142,8 @@ def test_the_flags_on_the_command_line(made, tmp_path):
         ({"scopes": ["column"]}, "scopes='column': must be among row, tensor, global"),
         (
             {"scores": ["wanda", "owl"]},
-            "scores='owl': must be among wanda, wanda-response, wanda-preserve, magnitude, random",
+            "scores='owl': must be among wanda, wanda-response, wanda-preserve, magnitude, "
+            "random, gate",
         ),
         (
             {"scores": ["wanda-preserve"]},
@@ -150,7 +151,7 @@ def test_the_flags_on_the_command_line(made, tmp_path):
         ),
         (
             {"preserve_dataset": "keep.jsonl"},
-            "preserve_dataset='keep.jsonl': must be left out without score wanda-preserve",
+            "preserve_dataset='keep.jsonl': must be left out without score wanda-preserve or gate",
         ),
         ({"dataset": None}, "dataset=None: must be a file or hub name with score wanda"),
         ({"max_accuracy_drop": -1}, "max_accuracy_drop=-1: must be in [0, 100]"),
