@@ -230,7 +230,7 @@ def _backward(model, choose, gates, device, dtype, weight, batches):
     for batch in batches:
         batch = {name: value.to(device) for name, value in batch.items()}
         with autocast(device, dtype):
-            part = response_loss(model, batch, choose) / total
+            part = response_loss(model, batch, choose, share_prefix=True) / total
         (weight * part).backward()
         mean += float(part.detach())
         for gate in gates:
