@@ -19,6 +19,7 @@ from antidote_fast.global_cut import find_cut
 from antidote_fast.masks import load_masks
 from antidote_fast.pipeline import flags, fleet_manifest, gate_data, grid, prune, sweep
 from antidote_fast.pipeline.config import FleetConfig, PruneConfig
+from antidote_fast.pipeline.config_prune import GATE_STEPS
 from antidote_fast.pipeline.config_run import ExperimentConfig, RunConfig
 from antidote_fast.pipeline.config_sweep import SweepConfig
 from antidote_fast.pipeline.dry_run import plan
@@ -111,7 +112,7 @@ def test_folder_to_folder(kind, made, tmp_path):
     assert "num_tokens" not in report
     card = (out / "README.md").read_text()
     assert "| score | gate |" in card
-    assert "6 prompts that the aligned model refuses, 5 task records, 5 ordinary prompts" in card
+    assert "6 harmful prompts, to be refused, 5 task records, 5 ordinary prompts; 6 steps" in card
     assert PruneReport.from_dict(report).achieved == 0.5
 
 
@@ -355,7 +356,7 @@ def test_a_sweep_learns_for_each_ratio_and_prints_the_line(kind, made, tmp_path,
     for key, mask in masks.items():
         assert torch.equal(mask.to_bool(), ops.select_mask(scores[key], selection).to_bool())
     assert sum(mask.count() for mask in masks.values()) == report["rows"][0]["num_pruned"]
-    assert counts["steps"] == 30
+    assert counts["steps"] == GATE_STEPS
 
 
 def test_what_a_sweep_refuses(made, tmp_path):
@@ -378,7 +379,7 @@ def test_what_a_sweep_refuses(made, tmp_path):
 def test_a_plan_of_a_sweep(made, tmp_path, monkeypatch):
     stages.briefly(monkeypatch)
     planned = plan(SweepConfig(**sweep_fields(made, tmp_path / "sweep")))
-    one = plan(PruneConfig(**fields(made, tmp_path / "out", gate_steps=30)))
+    one = plan(PruneConfig(**fields(made, tmp_path / "out", gate_steps=GATE_STEPS)))
     assert list(planned.parts) == ["evaluate", "gates"]
     assert planned.parts["gates"].flops == 2 * one.flops
     assert planned.data["candidates"] == 2

@@ -51,7 +51,7 @@ def _data(counts, gate_counts):
     if not gate_counts:
         return _tokens(counts, "harmful") if counts else "none; the score needs no data"
     kinds = {
-        "harmful": "prompts that the aligned model refuses",
+        "harmful": "harmful prompts, to be refused",
         "task": "task records",
         "ordinary": "ordinary prompts",
     }
