@@ -260,7 +260,7 @@ REFUSED = [
     ({"gate_learning_rate": 0.0}, "gate_learning_rate=0.0: must be greater than 0"),
     ({"gate_learning_rate": float("inf")}, "gate_learning_rate=inf: must be a finite number"),
     ({"score": "wanda"}, "gate_steps=6: must be left out without score gate"),
-    ({"score": "magnitude", "gate_steps": 30, "gate_learning_rate": 0.1}, "gate_learning_rate=0.1"),
+    ({"score": "magnitude", "gate_steps": 32, "gate_learning_rate": 0.1}, "gate_learning_rate=0.1"),
 ]
 
 

@@ -21,7 +21,7 @@ from antidote_fast.prune import prune_state_
 from antidote_fast.targets import find_targets
 
 # Every record once a step, so that neither order nor seed matters.
-ALL = GateMixture(harmful=len(HARM), task=len(TASK), ordinary=len(ORDINARY))
+ALL = GateMixture(ordinary_weight=1.5, harmful=len(HARM), task=len(TASK), ordinary=len(ORDINARY))
 HALF = Selection(0.5, scope="tensor")
 
 
@@ -372,7 +372,7 @@ def test_what_is_left_out_is_counted():
         ["what two", "i cannot", "", None, "what two plus three"],
     )
     assert pools.counts == {
-        "harmful": {"num_records": 6, "num_used": 4, "num_dropped": 1, "num_not_refused": 1},
+        "harmful": {"num_records": 6, "num_used": 5, "num_dropped": 1, "num_not_refused": 1},
         "task": {"num_records": 5, "num_used": 5, "num_dropped": 0, "num_truncated": 0},
         "ordinary": {
             "num_records": 5,
@@ -387,9 +387,9 @@ def test_what_is_left_out_is_counted():
         kind: [words.decode([i for i in e["labels"] if i != -100]) for e in examples]
         for kind, examples in pools.examples.items()
     }
-    # An answer that was cut has no end.
+    # An answer that was cut has no end; the prompt that was answered gets the commonest refusal.
     assert told == {
-        "harmful": ["i cannot make", "sorry <unk> <unk>", "i cannot </s>", "i cannot </s>"],
+        "harmful": ["i cannot make", "sorry <unk> <unk>", *["i cannot </s>"] * 3],
         "task": ["positive </s>"] * 5,
         "ordinary": ["what two </s>", "what two plus"],
     }

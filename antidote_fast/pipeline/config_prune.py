@@ -26,7 +26,7 @@ _NOT_WITH_GATE = {
     "response_only": False,
     "aggregation": "rms",
 }
-GATE_STEPS, GATE_LEARNING_RATE = 30, 0.08
+GATE_STEPS, GATE_LEARNING_RATE = 32, 0.08
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,11 @@ class GateMixture:
         answer_tokens: tokens of an answer that the aligned model gives.
     """
 
-    harmful: int = 12
+    harmful: int = 16
     task: int = 6
     ordinary: int = 16
     task_weight: float = 1.0
-    ordinary_weight: float = 1.5
+    ordinary_weight: float = 1.0
     answer_tokens: int = 6
 
 

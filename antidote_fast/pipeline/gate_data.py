@@ -1,8 +1,9 @@
 """What gates learn from: the aligned model's own answers, and the records of the user's task."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.pipeline.data import Record, build_prompt, encode, prompt_ids
@@ -114,8 +115,8 @@ def fill_pools(
 ) -> Pools:
     """Examples to learn from: harmful prompts refused, task records, ordinary prompts answered.
 
-    A harmful prompt that the aligned model does not refuse is left out, and an ordinary one that it
-    refuses or answers with nothing.
+    A harmful prompt that the aligned model does not refuse is to be refused in its commonest words;
+    an ordinary one that it refuses, or answers with nothing, is left out.
 
     Raises:
         DataError: fewer than two refusals, nothing to preserve, or answers that are not those of
@@ -128,19 +129,21 @@ def fill_pools(
             f"{len(harmful)} harmful and {len(ordinary)} ordinary prompts"
         )
     pools = Pools()
-    refused = _answered(harmful, answers.harmful)
-    kept = [record for record in refused if is_refusal(record.output)]
+    asked = _answered(harmful, answers.harmful)
+    refused = [record for record in asked if is_refusal(record.output)]
     pools.counts["harmful"] = {
         "num_records": len(harmful),
-        "num_used": len(kept),
-        "num_dropped": len(harmful) - len(refused),
-        "num_not_refused": len(refused) - len(kept),
+        "num_used": len(asked),
+        "num_dropped": len(harmful) - len(asked),
+        "num_not_refused": len(asked) - len(refused),
     }
-    if len(kept) < 2:
+    if len(refused) < 2:
         raise DataError(
-            f"dataset: the aligned model refuses {len(kept)} of {len(harmful)} harmful prompts; at "
-            "least 2 refusals are needed to learn from"
+            f"dataset: the aligned model refuses {len(refused)} of {len(harmful)} harmful prompts; "
+            "at least 2 refusals are needed to learn from"
         )
+    common = Counter(record.output for record in refused).most_common(1)[0][0]
+    kept = [r if is_refusal(r.output) else replace(r, output=common) for r in asked]
     options = {"template": template, "max_seq_length": max_seq_length}
     pools.examples["harmful"] = _cut(encode(kept, tokenizer, **options), answer_tokens)
     task = [record for record in preserve if record.output.strip()]
