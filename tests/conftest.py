@@ -1,5 +1,6 @@
 """Where there is no GPU, Triton kernels are interpreted; checkpoint folders that files share."""
 
+import functools
 import importlib.util
 import inspect
 import os
@@ -13,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import faulty
 import tiny
 
 hypothesis.settings.register_profile("fuzz", max_examples=100_000)  # make fuzz
@@ -53,6 +55,12 @@ def folders(tmp_path_factory):
     tiny.save_model(tiny.build("gpt2"), root / "gpt2")
     tiny.save_adapter(tiny.add_lora(tiny.build()), root / "adapter")
     return root
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Puts a backend that does some damage in place of another, as :func:`faulty.install`."""
+    return functools.partial(faulty.install, monkeypatch)
 
 
 @pytest.fixture

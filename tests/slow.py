@@ -46,3 +46,8 @@ def selected(weights, norms, selection, base=None):
 def removed(weight, mask, base=None):
     """The weight without what the mask marks: +0 there, or the bits of ``base``."""
     return torch.where(mask, torch.zeros_like(weight) if base is None else base, weight)
+
+
+def bits(tensor):
+    """A tensor's bits as integers, to compare."""
+    return tensor.view(torch.int32 if tensor.itemsize == 4 else torch.int16)

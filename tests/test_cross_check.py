@@ -1,13 +1,12 @@
 """A kernel that selects or writes wrongly is found out, by name, and its folder is not written."""
 
-import functools
 import os
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
-from faulty import DAMAGES, WRONG, also_written, install, not_written, one_too_many, swap
+from faulty import DAMAGES, WRONG, also_written, not_written, one_too_many, swap
 
 from antidote_fast import backends, oneshot
 from antidote_fast.backends import reference
@@ -18,11 +17,6 @@ from antidote_fast.pipeline import prune
 from antidote_fast.pipeline.config import PruneConfig
 from antidote_fast.prune import prune_model_, prune_state_
 from antidote_fast.selection import Selection
-
-
-@pytest.fixture
-def broken(monkeypatch):
-    return functools.partial(install, monkeypatch)
 
 
 def weights(dtype=torch.float32):

@@ -1,13 +1,12 @@
 """What matters on data to preserve is kept: values, counts and refusals, from model to folder."""
 
-import functools
 import json
 
 import pytest
 import slow
 import tiny
 import torch
-from faulty import DAMAGES, WRONG, install, not_written, one_too_many, swap
+from faulty import DAMAGES, WRONG, not_written, one_too_many, swap
 
 from antidote_fast.backends import reference
 from antidote_fast.calibrate import ActivationNorms
@@ -19,15 +18,6 @@ from antidote_fast.selection import Selection, num_pruned
 from antidote_fast.targets import find_targets
 
 SCOPES = ["row", "tensor", "global"]
-
-
-@pytest.fixture
-def broken(monkeypatch):
-    return functools.partial(install, monkeypatch)
-
-
-def bits(tensor):
-    return tensor.view(torch.int32 if tensor.itemsize == 4 else torch.int16)
 
 
 def made(dtype=torch.float32, seed=0, few_values=False):
@@ -73,7 +63,7 @@ def test_what_is_removed_is_a_set_difference(scope, largest, score, few_values):
             mask = expected[layer.key]
             assert torch.equal(report.masks[layer.key].to_bool(), mask)
             wanted = slow.removed(before[layer.key], mask)
-            assert torch.equal(bits(state[layer.key]), bits(wanted))
+            assert torch.equal(slow.bits(state[layer.key]), slow.bits(wanted))
             assert layer.removed == int(mask.sum())
             assert layer.achieved == layer.removed / mask.numel()
             selected = int(alone[layer.key].sum())

@@ -7,7 +7,7 @@ import pytest
 import slow
 import tiny
 import torch
-from faulty import WRONG, install, not_written, swap
+from faulty import WRONG, not_written, swap
 
 from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.errors import AntidoteError, DataError, UsageError
@@ -18,15 +18,6 @@ from antidote_fast.targets import find_targets
 
 SCOPES = ["row", "tensor", "global"]
 SHAPES = {f"m.layers.{i}.q_proj.weight": (5 + i, 17) for i in (0, 2, 10)}
-
-
-@pytest.fixture
-def broken(monkeypatch):
-    return functools.partial(install, monkeypatch)
-
-
-def bits(tensor):
-    return tensor.view(torch.int32 if tensor.itemsize == 4 else torch.int16)
 
 
 def made(dtype=torch.float32, seed=0, few_values=False):
@@ -86,7 +77,7 @@ def test_values_bit_for_bit(scope, score, delta, preserving, few_values):
             mask = expected[layer.key]
             assert torch.equal(report.masks[layer.key].to_bool(), mask)
             wanted = slow.removed(before[layer.key], mask, base[layer.key])
-            assert torch.equal(bits(state[layer.key]), bits(wanted))
+            assert torch.equal(slow.bits(state[layer.key]), slow.bits(wanted))
             assert layer.removed == int(mask.sum())
         assert report.num_pruned == sum(int(mask.sum()) for mask in expected.values()) > 0
 
@@ -97,7 +88,9 @@ def test_random_scores_revert_too():
     prune_state_(state, None, Selection(0.3), score="random", seed=4, base_weights=base)
     scores = {key: random_scores(key, value.shape, 4) for key, value in state.items()}
     for key, mask in slow.masks(scores, None, Selection(0.3)).items():
-        assert torch.equal(bits(state[key]), bits(slow.removed(before[key], mask, base[key])))
+        assert torch.equal(
+            slow.bits(state[key]), slow.bits(slow.removed(before[key], mask, base[key]))
+        )
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -128,7 +121,7 @@ def test_a_base_of_another_dtype_is_taken_where_it_fits():
     selection = Selection(0.3, score_delta=True)
     prune_state_(state, norms, selection, base_weights=base)
     prune_state_(other, norms, selection, base_weights=wide)
-    assert all(torch.equal(bits(state[key]), bits(other[key])) for key in state)
+    assert all(torch.equal(slow.bits(state[key]), slow.bits(other[key])) for key in state)
     state, norms, _, base = made(torch.float32)
     prune_state_(state, norms, selection, base_weights={k: v.bfloat16() for k, v in base.items()})
 
@@ -203,7 +196,7 @@ def test_a_global_cut_as_all_at_once(preserving, largest, few_values):
             state, norms, selection, base_weights=base, return_masks=True, **options
         )
         assert all(report.masks[key] == mask for key, mask in masks.items())
-        assert all(torch.equal(bits(pieces[key]), bits(state[key])) for key in state)
+        assert all(torch.equal(slow.bits(pieces[key]), slow.bits(state[key])) for key in state)
 
 
 def test_a_cut_of_a_difference_needs_the_base():
