@@ -200,12 +200,62 @@ def rows_of(cell):
     yield cell.gated()
 
 
+def plot(rows, path):
+    """Harmful score against accuracy: a panel a learning rate, a curve of plain Antidote a seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rates = sorted({row["learning_rate"] for row in rows}, key=float)
+    figure = Figure(figsize=(4.4 * len(rates), 4.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(rates), squeeze=False, sharey=True)[0]
+    styles = {
+        "none": ("attacked", {"marker": "X", "color": "#D55E00", "s": 90}),
+        "gate": ("gate, ratio 0.5 (ours)", {"marker": "*", "color": "#009E73", "s": 190}),
+    }
+    for axes, rate in zip(panels, rates, strict=True):
+        here = [row for row in rows if row["learning_rate"] == rate]
+        for number, seed in enumerate(sorted({row["seed"] for row in here})):
+            mine = [row for row in here if row["seed"] == seed and row["harmful_score"]]
+            curve = [row for row in mine if row["score"] in ("none", "wanda")]
+            places = [(float(r["finetune_accuracy"]), float(r["harmful_score"])) for r in curve]
+            axes.plot(
+                *zip(*places, strict=True),
+                color="#0072B2",
+                alpha=0.6,
+                marker="o",
+                markersize=4,
+                label=None if number else "plain Antidote, ratios 0.01 to 0.3",
+            )
+            for score, (label, style) in styles.items():
+                found = [r for r in mine if r["score"] == score]
+                axes.scatter(
+                    [float(r["finetune_accuracy"]) for r in found],
+                    [float(r["harmful_score"]) for r in found],
+                    edgecolor="white",
+                    zorder=4,
+                    label=None if number else label,
+                    **style,
+                )
+        axes.axhline(5, color="#999999", linewidth=0.8, linestyle="--")
+        axes.set_title(f"learning rate {float(rate):g}", fontsize=11)
+        axes.set_xlabel("finetune accuracy FA, % (higher is better)")
+        axes.set_xlim(-4, 104)
+        axes.set_ylim(-4, 104)
+        axes.grid(color="#dddddd", linewidth=0.7)
+        axes.set_axisbelow(True)
+    panels[0].set_ylabel("harmful score HS, % (lower is better)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path)
+
+
 def main(argv=None):
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("folder", type=Path)
     options.add_argument("--rows", type=Path, required=True, help="CSV; rows are added")
     options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options.add_argument("--learning_rates", type=float, nargs="+", default=LEARNING_RATES)
+    options.add_argument("--picture", type=Path, help="PNG to draw of all rows at the end")
     options.add_argument("--split", choices=("validation", "test"), default="test")
     args = options.parse_args(argv)
     aligned, data = prepared(args.folder)
@@ -227,6 +277,9 @@ def main(argv=None):
                 table.writerows(rows)
             for row in rows:
                 print(row, flush=True)
+    if args.picture:
+        with open(args.rows, encoding="utf-8", newline="") as file:
+            plot(list(csv.DictReader(file)), args.picture)
 
 
 if __name__ == "__main__":
