@@ -13,13 +13,13 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from antidote_fast import fusion
 from antidote_fast.collector import AGGREGATIONS, NormCollector, Seen
 from antidote_fast.commit import new_file
 from antidote_fast.distributed import ALONE
 from antidote_fast.errors import AntidoteError, DataError, printable
+from antidote_fast.files import read_tensor_file
 from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.progress import track
 from antidote_fast.sharded import reshard, run_in_step, runs_in_step
@@ -266,7 +266,7 @@ class ActivationNorms:
         try:
             with new_file(path) as partial:
                 save_tensors(partial, tensors, metadata)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise AntidoteError(f"{path}: cannot be written: {error}") from error
 
     @classmethod
@@ -277,22 +277,27 @@ class ActivationNorms:
             DataError: no such file, not a norms file, an unknown version, or damaged contents.
         """
         path = Path(path)
-        if not path.is_file():
-            raise DataError(f"{name}={str(path)!r}: no such file")
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise DataError(f"{name}={str(path)!r}: is not a norms file of antidote_fast")
-                if metadata.get("version") != VERSION:
-                    raise DataError(
-                        f"{name}={str(path)!r}: has format version {metadata.get('version')!r}; "
-                        f"this release reads {VERSION}"
-                    )
-                sums = {kind: {} for kind in _SUMS}
-                for full in file.keys():  # noqa: SIM118 - a handle, not a dict
-                    key, _, kind = full.rpartition(".")
-                    sums[kind][key] = file.get_tensor(full)
+            metadata, tensors = read_tensor_file(path)
+        except FileNotFoundError:
+            raise DataError(f"{name}={str(path)!r}: no such file") from None
+        except OSError as error:
+            raise DataError(f"{name}={str(path)!r}: cannot be read: {error.strerror}") from None
+        except DataError as error:
+            what = str(error).removeprefix(f"{path}: ")
+            raise DataError(f"{name}={str(path)!r}: cannot be read: {what}") from None
+        try:
+            if metadata.get("format") != FORMAT:
+                raise DataError(f"{name}={str(path)!r}: is not a norms file of antidote_fast")
+            if metadata.get("version") != VERSION:
+                raise DataError(
+                    f"{name}={str(path)!r}: has format version {metadata.get('version')!r}; "
+                    f"this release reads {VERSION}"
+                )
+            sums = {kind: {} for kind in _SUMS}
+            for full, tensor in tensors.items():
+                key, _, kind = full.rpartition(".")
+                sums[kind][key] = tensor
             mean = metadata["aggregation"] == "mean"
             if metadata["aggregation"] not in AGGREGATIONS or mean != bool(sums["norm_sum"]):
                 raise ValueError(f"aggregation={metadata['aggregation']!r}")
@@ -308,7 +313,7 @@ class ActivationNorms:
             )
         except DataError:
             raise
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(
                 f"{name}={str(path)!r}: cannot be read: {printable(error):.300}"
             ) from None

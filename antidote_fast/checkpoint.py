@@ -5,12 +5,10 @@ import re
 import shutil
 from pathlib import Path
 
-import torch
-
 from antidote_fast.adapters import check_adapter, load_adapter
 from antidote_fast.commit import MANIFEST, check_output_folder, output_folder, verify_folder
 from antidote_fast.errors import DataError
-from antidote_fast.files import Checkpoint, inside, open_checkpoint
+from antidote_fast.files import Checkpoint, open_checkpoint
 from antidote_fast.loading import (
     check_free_space,
     check_not_quantized,
@@ -19,11 +17,14 @@ from antidote_fast.loading import (
     resolve_folder,
 )
 from antidote_fast.progress import track
+from antidote_fast.safe_open import is_file_name
 from antidote_fast.targets import ALL_LINEAR, select_keys
+from antidote_fast.writing import bytes_of
 
 __all__ = [
     "Checkpoint",
     "check_adapter",
+    "check_copied",
     "check_free_space",
     "check_not_quantized",
     "check_output_folder",
@@ -39,6 +40,9 @@ __all__ = [
     "write_pruned",
 ]
 
+_MAX_COPIED = 256  # files beside the weights
+_MAX_COPIED_BYTES = 1 << 30  # of them together, by their lengths: a sparse file is copied whole
+_PIECE = 16 << 20
 _COPIED = re.compile(
     r".*\.(json|txt|model|jinja|tiktoken)|(LICENSE|NOTICE|COPYING)(\..*)?|README\.md"
 )
@@ -111,30 +115,67 @@ def write_pruned(source, destination, tensors, progress=False):
         by_file.setdefault(entry.file, []).append((entry, tensor))
     check_free_space(destination, sum(f.stat().st_size for f in checkpoint.weight_files))
     for file in track(checkpoint.weight_files, "write", progress):
-        target = destination / file.name
-        shutil.copyfile(file, target)
-        with open(target, "r+b") as handle:
+        with open(destination / file.name, "wb") as target:
+            if checkpoint.is_adapter:
+                target.write(checkpoint.held)
+            else:
+                with checkpoint.source.open(file.name) as whole:
+                    shutil.copyfileobj(whole, target, _PIECE)
             for entry, tensor in by_file.get(file, ()):
-                flat = tensor.detach().cpu().contiguous().view(-1)
-                handle.seek(entry.start)
-                if flat.numel():
-                    handle.write(memoryview(flat.view(torch.uint8).numpy()))
+                target.seek(entry.start)
+                target.write(bytes_of(tensor.detach().cpu().contiguous()))
     # Last, as a loader looks for config.json: no folder that is half-written loads.
-    copy_checkpoint_files(checkpoint.folder, destination)
+    copy_checkpoint_files(checkpoint, destination)
 
 
-def copy_checkpoint_files(source, destination):
+def copy_checkpoint_files(checkpoint, destination):
     """Copy what surrounds the weights: configs, index, tokenizer, licence and model card.
 
     Left out are hidden files and those whose names tell of a token or a password.
 
     Raises:
-        DataError: one of them is a link out of the folder.
+        DataError: as :func:`check_copied`, or a file has changed since the checkpoint was opened.
     """
-    for name in sorted(os.listdir(source)):
-        if name in _NOT_COPIED or not _COPIED.fullmatch(name) or _SECRET.fullmatch(name):
-            continue
-        path = inside(source, name)
-        if not path.is_file():
-            continue
-        shutil.copyfile(path, Path(destination) / name)
+    for name in _copied(checkpoint):
+        with (
+            checkpoint.source.open(name) as source,
+            open(Path(destination) / name, "wb") as target,
+        ):
+            shutil.copyfileobj(source, target, _PIECE)
+    checkpoint.watch.check()
+
+
+def check_copied(checkpoint):
+    """Refuse, before any work, what :func:`copy_checkpoint_files` will not copy.
+
+    Raises:
+        DataError: a link out of the folder, a pipe; more than 256 files or 1 GiB.
+    """
+    left = _MAX_COPIED_BYTES
+    names = _copied(checkpoint)
+    if len(names) > _MAX_COPIED:
+        raise DataError(
+            f"{checkpoint.folder}: has {len(names)} files beside the weights; at most "
+            f"{_MAX_COPIED} are copied"
+        )
+    for name in names:
+        with checkpoint.source.open(name) as file:
+            left -= os.fstat(file.fileno()).st_size
+        if left < 0:
+            raise DataError(
+                f"{checkpoint.folder / name}: with it more than {_MAX_COPIED_BYTES >> 30} GiB lie "
+                "beside the weights, and would be copied"
+            )
+
+
+def _copied(checkpoint):
+    """The names of the files that are copied as they are."""
+    return [
+        name
+        for name in checkpoint.source.names()
+        if is_file_name(name)
+        and name not in _NOT_COPIED
+        and _COPIED.fullmatch(name)
+        and not _SECRET.fullmatch(name)
+        and not checkpoint.source.is_folder(name)
+    ]

@@ -21,39 +21,60 @@ from pathlib import Path
 
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.progress import track
+from antidote_fast.safe_open import is_file_name, open_file, read_file
 
 MANIFEST = "COMPLETE.json"
 TOOL = "antidote-fast"
 MANIFEST_VERSION = 1
-_MAX_MANIFEST_BYTES = 64 << 20
+MAX_MANIFEST_BYTES = 64 << 20
+_MAX_LISTED = 100_000  # files
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
 def sha256_file(path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        OSError, DataError: as :func:`antidote_fast.safe_open.open_file`; a link is not followed.
+    """
+    with open_file(path) as file:
+        return sha256_of(file)
+
+
+def sha256_of(file) -> str:
+    """The SHA-256 of what is left to read of an open file, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
 
 
 def read_manifest(folder) -> dict | None:
-    """The ``COMPLETE.json`` of ``folder``, or None where this tool did not write one there."""
+    """The ``COMPLETE.json`` of ``folder``, or None where this tool did not write one there.
+
+    One that lists anything but relative names inside the folder is none of this tool's.
+    """
     path = Path(folder) / MANIFEST
     try:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > _MAX_MANIFEST_BYTES:
+        if path.is_symlink():
             return None
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        manifest = json.loads(read_file(path, MAX_MANIFEST_BYTES).decode("utf-8"))
+    except (OSError, ValueError, RecursionError):  # a DataError is a ValueError
         return None
     if not isinstance(manifest, dict) or manifest.get("tool") != TOOL:
         return None
     if manifest.get("schema_version") != MANIFEST_VERSION:
         return None
     files = manifest.get("files")
-    return manifest if isinstance(files, dict) and all(map(_is_entry, files.values())) else None
+    if not isinstance(files, dict) or len(files) > _MAX_LISTED:
+        return None
+    return manifest if all(map(_is_inside, files)) and all(map(_is_entry, files.values())) else None
+
+
+def _is_inside(name):
+    """Whether a name of a listing is a relative one that stays in its folder."""
+    return name != MANIFEST and all(map(is_file_name, name.split("/")))
 
 
 def _is_entry(entry):

@@ -123,9 +123,10 @@ def _inspect_folder(folder):
 
 
 def _inspect_file(path):
+    from antidote_fast.files import read_metadata
     from antidote_fast.masks import FORMAT, load_masks
 
-    metadata = _metadata(path)
+    metadata = read_metadata(path)
     if metadata.get("format") == FORMAT:
         masks, metadata = load_masks(path)
         removed = {name: mask.count() for name, mask in masks.items()}
@@ -153,16 +154,6 @@ def _inspect_file(path):
             },
         }
     raise DataError(f"{path}: neither norms nor masks of this tool")
-
-
-def _metadata(path):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="np") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read as safetensors: {printable(error):.300}") from None
 
 
 def _count(shape):

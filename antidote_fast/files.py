@@ -1,16 +1,22 @@
 """Reading checkpoint folders: safetensors only, every header checked before a byte is used."""
 
+import contextlib
+import functools
+import hashlib
 import json
+import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from antidote_fast.commit import read_manifest
 from antidote_fast.errors import DataError, printable
 from antidote_fast.fingerprint import fingerprint
 from antidote_fast.progress import track
-from antidote_fast.writing import read_tensor
+from antidote_fast.safe_open import Folder, Watch, identity, is_file_name, open_file, read_all
+from antidote_fast.writing import bytes_of, read_into, read_tensor
 
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -61,6 +67,8 @@ class Checkpoint:
         config: ``config.json`` or ``adapter_config.json``.
         tensors: every tensor by its name as saved.
         weight_files: the safetensors files, in order.
+        source: the folder, held open.
+        watch: what its files were when it was opened.
     """
 
     folder: Path
@@ -68,6 +76,8 @@ class Checkpoint:
     config: dict
     tensors: dict[str, TensorEntry] = field(repr=False)
     weight_files: tuple[Path, ...]
+    source: Folder = field(repr=False, compare=False)
+    watch: Watch = field(repr=False, compare=False)
 
     def find(self, key: str) -> str | None:
         """The name under which the parameter ``key`` of the live model is saved, or None.
@@ -101,27 +111,59 @@ class Checkpoint:
             if entry.dtype is None:  # its size is unknown then, and its shape unchecked
                 raise DataError(f"{entry.file}: {name!r} is of a dtype that this torch lacks")
             try:
-                tensors[key] = read_tensor(entry)
+                tensors[key] = self._held_tensor(entry) if self.is_adapter else read_tensor(entry)
+            except DataError:
+                raise
             except (OSError, RuntimeError, TypeError, ValueError) as error:
                 raise DataError(f"{entry.file}: cannot be read: {printable(error):.300}") from None
         return tensors
 
+    @functools.cached_property
+    def held(self) -> bytes:
+        """The bytes of an adapter's one weight file, read once, so that all made of them agrees.
+
+        Raises:
+            DataError: it cannot be read, or is no longer what was checked.
+        """
+        [path] = self.weight_files
+        try:
+            with self.source.open(path.name) as file:
+                data = read_all(file, path, max(e.end for e in self.tensors.values()))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        length = _header_length(path, data, len(data))
+        listed = (read_manifest(self.folder) or {"files": {}})["files"].get(path.name)
+        same = listed is None or hashlib.sha256(data).hexdigest() == listed["sha256"]
+        if not same or _parse_header(path, data[8 : 8 + length])[0] != self.tensors:
+            raise DataError(f"{path}: changed while it was in use; nothing is made from it")
+        return data
+
+    def _held_tensor(self, entry):
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        bytes_of(tensor)[:] = memoryview(self.held)[entry.start : entry.end]
+        return tensor
+
+    def digests(self) -> dict[str, str]:
+        """{path: SHA-256} of an adapter's weights, of the very bytes that :meth:`read` gave."""
+        return {str(path): hashlib.sha256(self.held).hexdigest() for path in self.weight_files}
+
     def fingerprint(self) -> str:
         """As :func:`antidote_fast.fingerprint.fingerprint_model`, from the files; reads little."""
-        handles = {}
         try:
-            for file in self.weight_files:
-                handles[file] = open(file, "rb")  # noqa: SIM115 - many, closed below
-            weights = (
-                (name, entry.shape, entry.dtype, self._rows(handles[entry.file], entry))
-                for name, entry in self.tensors.items()
-            )
-            return fingerprint(weights, self.config.get("model_type"))
+            with contextlib.ExitStack() as stack:
+                handles = {
+                    file: stack.enter_context(self.source.open(file.name))
+                    for file in self.weight_files
+                }
+                weights = (
+                    (name, entry.shape, entry.dtype, self._rows(handles[entry.file], entry))
+                    for name, entry in self.tensors.items()
+                )
+                return fingerprint(weights, self.config.get("model_type"))
+        except DataError:
+            raise
         except (OSError, ValueError) as error:
             raise DataError(f"{self.folder}: cannot be read: {printable(error):.300}") from None
-        finally:
-            for handle in handles.values():
-                handle.close()
 
     @staticmethod
     def _rows(handle, entry):
@@ -149,10 +191,11 @@ def open_checkpoint(folder, *, trust_remote_code=False) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    is_adapter = (folder / ADAPTER_CONFIG).exists()
-    if not is_adapter and not (folder / "config.json").exists():
+    watch, source = Watch(folder), Folder(folder)
+    is_adapter = source.has(ADAPTER_CONFIG)
+    if not is_adapter and not source.has("config.json"):
         raise DataError(f"{folder}: has neither config.json (a model) nor {ADAPTER_CONFIG}")
-    config = read_json(folder, ADAPTER_CONFIG if is_adapter else "config.json")
+    config = read_json(source, ADAPTER_CONFIG if is_adapter else "config.json")
     if config.get("auto_map") and not trust_remote_code:
         raise DataError(
             f"{folder}: its config asks to run code of its own (auto_map); pass trust_remote_code "
@@ -160,13 +203,13 @@ def open_checkpoint(folder, *, trust_remote_code=False) -> Checkpoint:
         )
     if is_adapter:
         names, index = [ADAPTER_FILE], None
-    elif (folder / MODEL_FILE).exists():
+    elif source.has(MODEL_FILE):
         names, index = [MODEL_FILE], None
     else:
-        names, index = _read_index(folder)
+        names, index = _read_index(source)
     tensors = {}
     for name in names:
-        for key, entry in _read_header(folder, name).items():
+        for key, entry in _read_header(source, name).items():
             if key in tensors:
                 raise DataError(f"{folder}: tensor {key!r} is in two files")
             tensors[key] = entry
@@ -177,18 +220,55 @@ def open_checkpoint(folder, *, trust_remote_code=False) -> Checkpoint:
             raise DataError(f"{folder / name}: tensor {key!r} lies in {tensors[key].file.name}")
     if not tensors:
         raise DataError(f"{folder}: holds no tensors")
-    return Checkpoint(folder, is_adapter, config, tensors, tuple(folder / n for n in names))
+    files = tuple(folder / name for name in names)
+    return Checkpoint(folder, is_adapter, config, tensors, files, source, watch)
+
+
+def read_tensor_file(path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """(metadata, tensors) of one safetensors file, read through one descriptor.
+
+    Args:
+        path: the file; a link out of its folder is not followed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DataError: it is malformed, cannot be read or changed meanwhile, or holds a dtype that this
+            torch lacks.
+    """
+    with open_file(path) as file:
+        before = os.fstat(file.fileno())
+        entries, metadata = _header_of(file, path)
+        tensors = {}
+        for name, entry in entries.items():
+            if entry.dtype is None:
+                raise DataError(f"{path}: {name!r} is of a dtype that this torch lacks")
+            tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+            read_into(file.fileno(), bytes_of(tensors[name]), entry.start, path)
+        if identity(os.fstat(file.fileno())) != identity(before):
+            raise DataError(f"{path}: changed while it was read")
+    return metadata, tensors
+
+
+def read_metadata(path) -> dict[str, str]:
+    """The metadata of a safetensors file; of the rest no more than the header is read.
+
+    Raises:
+        DataError: as :func:`read_tensor_file`; also where there is no such file.
+    """
+    try:
+        with open_file(path) as file:
+            return _header_of(file, path)[1]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_json(folder, name) -> dict:
-    """A JSON object from a file of a checkpoint folder."""
-    path = inside(folder, name)
+    """A JSON object from a file of a checkpoint folder, given as a path or held open."""
+    folder = folder if isinstance(folder, Folder) else Folder(folder)
+    path = folder.path / name if isinstance(name, str) else folder.path
     try:
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path}: is not a regular file")
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise DataError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with folder.open(name) as file:
+            value = json.loads(read_all(file, path, _MAX_JSON_BYTES).decode("utf-8"))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except DataError:
@@ -201,51 +281,41 @@ def read_json(folder, name) -> dict:
     return value
 
 
-def inside(folder, name) -> Path:
-    """``folder / name``, refused where the name or a link leads out of the folder.
-
-    A folder of the hub's cache is made of links into the cache's own ``blobs``; those are allowed.
-    """
-    folder = Path(folder)
-    if not _is_file_name(name):
-        raise DataError(f"{folder}: refers to {ascii(name)[:80]}, which is not a plain file name")
-    path = folder / name
-    if path.is_symlink():
-        root = folder.resolve()
-        if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir():
-            root = root.parent.parent
-        if not path.resolve().is_relative_to(root):
-            raise DataError(f"{path}: is a link out of its folder")
-    return path
-
-
-def _is_file_name(name):
-    if not isinstance(name, str) or not name or not name.isprintable() or name == "..":
+def check_inside(folder, name) -> bool:
+    """Whether a folder has a file of this name; refused where a link leads out of the folder."""
+    try:
+        Folder(folder).open(name).close()
+    except FileNotFoundError:
         return False
-    return Path(name).name == name and len(name.encode()) <= 255
+    return True
 
 
-def _read_index(folder):
-    if not (folder / INDEX_FILE).exists():
-        raise DataError(f"{folder}: {_why_no_safetensors(folder, MODEL_FILE)}")
-    index = read_json(folder, INDEX_FILE).get("weight_map")
+def _read_index(source):
+    folder = source.path
+    if not source.has(INDEX_FILE):
+        raise DataError(f"{folder}: {_why_no_safetensors(source, MODEL_FILE)}")
+    index = read_json(source, INDEX_FILE).get("weight_map")
     if not isinstance(index, dict) or not 0 < len(index) <= _MAX_TENSORS:
         raise DataError(f"{folder / INDEX_FILE}: has no weight_map")
-    for key in index:
+    for key, name in index.items():
         _check_name(folder / INDEX_FILE, key)
-    names = sorted({inside(folder, name).name for name in index.values()})
+        if not is_file_name(name):
+            raise DataError(
+                f"{folder}: refers to {ascii(name)[:80]}, which is not a plain file name"
+            )
+    names = sorted(set(index.values()))
     for name in names:
         if not name.endswith(".safetensors"):
             raise DataError(f"{folder / INDEX_FILE}: refers to {name!r}; only safetensors are read")
     return names, index
 
 
-def _why_no_safetensors(folder, expected):
-    others = sorted(
-        p.name
-        for p in folder.iterdir()
-        if p.suffix in _OTHER_WEIGHTS and p.name not in _NOT_WEIGHTS
-    )
+def _why_no_safetensors(source, expected):
+    others = [
+        name
+        for name in source.names()
+        if Path(name).suffix in _OTHER_WEIGHTS and name not in _NOT_WEIGHTS
+    ]
     if others:
         return (
             f"its weights are in {others[0]}; only safetensors are read (a pickle can run code): "
@@ -254,44 +324,61 @@ def _why_no_safetensors(folder, expected):
     return f"has no {expected}"
 
 
-def _read_header(folder, name):
-    path = inside(folder, name)
-    if not path.exists():
-        raise DataError(
-            f"{path}: missing"
-            if name not in (ADAPTER_FILE, MODEL_FILE)
-            else f"{folder}: {_why_no_safetensors(folder, name)}"
-        )
-    if not path.is_file():  # opening a pipe would wait for ever
-        raise DataError(f"{path}: is not a regular file")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-            raise DataError(f"{path}: is truncated or not a safetensors file")
-        text = file.read(length)
+def _read_header(source, name):
+    path = source.path / name
+    try:
+        with source.open(name) as file:
+            return _header_of(file, path)[0]
+    except FileNotFoundError:
+        if name in (ADAPTER_FILE, MODEL_FILE):
+            why = f"{source.path}: {_why_no_safetensors(source, name)}"
+            raise DataError(why) from None
+        raise DataError(f"{path}: missing") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _header_of(file, path):
+    """(entries, metadata) of an open safetensors file, whose header must describe all of it."""
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    text = file.read(_header_length(path, prefix, size))
+    entries, metadata = _parse_header(path, text)
+    end = max((entry.end for entry in entries.values()), default=8 + len(text))
+    if end != size:
+        what = "is truncated" if size < end else "has bytes after its last tensor"
+        raise DataError(f"{path}: {what} ({size} bytes, {end} expected)")
+    return entries, metadata
+
+
+def _header_length(path, prefix, size):
+    length = struct.unpack("<Q", prefix[:8])[0] if len(prefix) >= 8 else 0
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+        raise DataError(f"{path}: is truncated or not a safetensors file")
+    return length
+
+
+def _parse_header(path, text):
     try:
         # As strict as the loader's own parser: UTF-8, no name twice, no NaN.
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError
         if len(header) > _MAX_TENSORS:
             raise DataError(f"{path}: lists more than {_MAX_TENSORS} tensors")
-        entries = {key: _entry(path, value, 8 + length) for key, value in header.items()}
+        entries = {key: _entry(path, value, 8 + len(text)) for key, value in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: its header is malformed") from None
-    position = 8 + length
+    position = 8 + len(text)
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         _check_name(path, key)
         if entry.start != position:
             raise DataError(f"{path}: tensor {key!r} does not follow the one before it")
         position = entry.end
-    if position != size:
-        what = "is truncated" if size < position else "has bytes after its last tensor"
-        raise DataError(f"{path}: {what} ({size} bytes, {position} expected)")
-    return entries
+    return entries, metadata
 
 
 def _check_name(path, key):

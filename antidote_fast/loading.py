@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from antidote_fast.errors import AntidoteError, DataError, UsageError
-from antidote_fast.files import Checkpoint, inside, open_checkpoint, read_json
+from antidote_fast.files import Checkpoint, check_inside, open_checkpoint, read_json
 from antidote_fast.verify import check_input
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -143,7 +143,7 @@ def load_tokenizer(name_or_path, *, trust_remote_code=False):
         DataError: no such folder, no tokenizer in it, or one that cannot be read.
     """
     folder = resolve_folder(name_or_path, "tokenizer")
-    if not any(inside(folder, name).exists() for name in _TOKENIZER_FILES):
+    if not any([check_inside(folder, name) for name in _TOKENIZER_FILES]):
         raise DataError(f"{folder}: holds no tokenizer ({_TOKENIZER_FILES[0]})")
     if (folder / "tokenizer_config.json").exists():
         config = read_json(folder, "tokenizer_config.json")

@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from antidote_fast.backends.reference import unpack_bits
 from antidote_fast.errors import DataError, printable
+from antidote_fast.files import read_tensor_file
 from antidote_fast.writing import TensorFile, save_tensors
 
 FORMAT = "antidote_fast.masks"
@@ -135,28 +135,31 @@ def load_masks(path):
         DataError: no such file, not a mask file, an unknown version, or damaged contents.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise DataError(f"{path}: not a mask file of antidote_fast")
-            if metadata.get("version") != VERSION:
-                raise DataError(
-                    f"{path}: mask format version {metadata.get('version')!r}; "
-                    f"this release reads {VERSION}"
-                )
-            shapes = json.loads(metadata.pop("shapes"))
-            if not isinstance(shapes, dict) or set(shapes) != set(file.keys()):
-                raise DataError(f"{path}: the masks and their listed shapes differ")
-            masks = {}
-            for key, shape in shapes.items():
-                if not isinstance(shape, list) or any(type(n) is not int for n in shape):
-                    raise ValueError(f"{key!r} has no shape")
-                mask = PackedMask(file.get_tensor(key), shape)
-                _check_pad_bits(path, key, mask)
-                masks[key.removesuffix("mask").removesuffix(".")] = mask
+        metadata, tensors = read_tensor_file(path)
+    except (OSError, DataError) as error:
+        what = str(error).removeprefix(f"{path}: ")
+        raise DataError(f"{path}: cannot be read as a mask file: {printable(what):.300}") from None
+    try:
+        if metadata.get("format") != FORMAT:
+            raise DataError(f"{path}: not a mask file of antidote_fast")
+        if metadata.get("version") != VERSION:
+            raise DataError(
+                f"{path}: mask format version {metadata.get('version')!r}; "
+                f"this release reads {VERSION}"
+            )
+        shapes = json.loads(metadata.pop("shapes"))
+        if not isinstance(shapes, dict) or set(shapes) != set(tensors):
+            raise DataError(f"{path}: the masks and their listed shapes differ")
+        masks = {}
+        for key, shape in shapes.items():
+            if not isinstance(shape, list) or any(type(n) is not int for n in shape):
+                raise ValueError(f"{key!r} has no shape")
+            mask = PackedMask(tensors[key], shape)
+            _check_pad_bits(path, key, mask)
+            masks[key.removesuffix("mask").removesuffix(".")] = mask
     except DataError:
         raise
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as a mask file: {printable(error):.300}") from None
     return masks, metadata
 

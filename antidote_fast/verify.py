@@ -7,15 +7,26 @@ of the index in its place. Nothing in a folder is run.
 
 import functools
 import json
+import os
 import re
 from pathlib import Path
 
-from antidote_fast.commit import MANIFEST, TOOL, read_manifest, sha256_file, verify_folder
+from antidote_fast.commit import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    TOOL,
+    read_manifest,
+    sha256_file,
+    verify_folder,
+)
 from antidote_fast.errors import AntidoteError, DataError, UsageError, printable
 from antidote_fast.progress import command_line_progress, track
+from antidote_fast.safe_open import identity, open_below, read_file
 
 _USAGE = "usage: antidote-fast verify FOLDER [FOLDER ...] [--json]"
 _NOT_READ = ("README.md", "report.json")
+# What a COMPLETE.json must list where it is there.
+_WEIGHTS = ("*.safetensors", "config.json", "adapter_config.json", "*.index.json")
 _NEVER = "a weight that changed cannot be seen"
 
 
@@ -64,33 +75,45 @@ def check_input(folder, progress=False):
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        if (folder / MANIFEST).is_file() and _is_damaged(folder / MANIFEST):
-            raise DataError(f"{folder}: its {MANIFEST} is damaged")
+        if (folder / MANIFEST).is_symlink() or (folder / MANIFEST).is_file():
+            _refuse_damaged(folder)
         return
+    for name in _WEIGHTS:
+        for path in folder.glob(name):
+            if path.name not in manifest["files"]:
+                raise DataError(f"{path}: is not in {MANIFEST}; was it added, or was the list cut?")
     files = [item for item in sorted(manifest["files"].items()) if item[0] not in _NOT_READ]
     for name, entry in track(files, "verify", progress):
         path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise DataError(f"{path}: missing; {MANIFEST} lists it")
-        stat = path.stat()
-        if stat.st_size != entry["bytes"]:
-            raise DataError(f"{path}: {stat.st_size} bytes, not {entry['bytes']} as written")
-        if _digest(path, stat.st_ino, stat.st_size, stat.st_mtime_ns) != entry["sha256"]:
+        try:
+            with open_below(folder, name) as file:
+                found = os.fstat(file.fileno())
+                if found.st_size != entry["bytes"]:
+                    told = f"{found.st_size} bytes, not {entry['bytes']} as written"
+                    raise DataError(f"{path}: {told}")
+                digest = _digest(path, identity(found))
+        except FileNotFoundError:
+            raise DataError(f"{path}: missing; {MANIFEST} lists it") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        if digest != entry["sha256"]:
             raise DataError(f"{path}: contents changed since it was written ({MANIFEST})")
 
 
 @functools.lru_cache(maxsize=4096)
-def _digest(path, *unchanged):
+def _digest(path, identity):
     return sha256_file(path)
 
 
-def _is_damaged(path):
-    """Whether what should be JSON is not; another tool's file may say what it likes."""
+def _refuse_damaged(folder):
+    """Refuse a ``COMPLETE.json`` of this tool that is damaged; another's may say what it likes."""
+    path = folder / MANIFEST
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_file(path, MAX_MANIFEST_BYTES).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
-        return True
-    return isinstance(found, dict) and found.get("tool") == TOOL
+        raise DataError(f"{folder}: its {MANIFEST} is damaged") from None
+    if isinstance(found, dict) and found.get("tool") == TOOL:
+        raise DataError(f"{folder}: its {MANIFEST} is damaged, or lists other than its own files")
 
 
 def _check_contents(folder, problems):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from antidote_fast.commit import sync
+from antidote_fast.safe_open import open_file
 
 _CODES = {
     torch.float32: "F32",
@@ -27,14 +28,11 @@ def read_tensor(entry) -> torch.Tensor:
         entry: a :class:`antidote_fast.files.TensorEntry`.
 
     Raises:
-        OSError: the file is not there, or ends before the tensor does.
+        OSError, DataError: the file is not there or a link, or ends before the tensor does.
     """
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    fd = os.open(entry.file, os.O_RDONLY)
-    try:
-        read_into(fd, bytes_of(tensor), entry.start, entry.file)
-    finally:
-        os.close(fd)
+    with open_file(entry.file) as file:
+        read_into(file.fileno(), bytes_of(tensor), entry.start, entry.file)
     return tensor
 
 
@@ -109,8 +107,8 @@ class TensorFile:
             keep: leave an existing file as it is, as after an interruption.
         """
         if not (keep and os.path.exists(path)):
-            size = os.path.getsize(source)
-            with open(source, "rb") as there, open(path, "wb") as here:
+            with open_file(source) as there, open(path, "wb") as here:
+                size = os.fstat(there.fileno()).st_size
                 prefix = there.read(8)
                 here.write(prefix + there.read(struct.unpack("<Q", prefix)[0]))
                 here.truncate(size)
@@ -131,7 +129,7 @@ class TensorFile:
 
     def copy(self, source, start, end):
         """Copy a range of bytes from the same place of another file."""
-        with open(source, "rb") as there, open(self.path, "r+b", buffering=0) as here:
+        with open_file(source) as there, open(self.path, "r+b", buffering=0) as here:
             there.seek(start)
             here.seek(start)
             while start < end:

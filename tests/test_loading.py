@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from antidote_fast import checkpoint as ck
 from antidote_fast.errors import DataError, UsageError
-from antidote_fast.files import inside
+from antidote_fast.files import check_inside
 
 
 @pytest.mark.parametrize("name", ["model", "sharded", "gpt2"])
@@ -247,7 +247,7 @@ def test_links_out_of_the_folder(copy_of, tmp_path):
     with pytest.raises(DataError, match="is a link out of its folder"):
         ck.load_model(folder)
     with pytest.raises(DataError, match="not a plain file name"):
-        inside(folder, "..")
+        check_inside(folder, "..")
 
 
 def test_links_of_the_hub_cache(copy_of, tmp_path):

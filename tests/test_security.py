@@ -281,7 +281,9 @@ def test_no_escape_sequence_reaches_the_terminal(work, capfd):
     masks = {"a\x1b[2J.weight": PackedMask(torch.ones(1, 1, dtype=torch.uint8), (1, 8))}
     (work / "data\x1b[2J.jsonl").write_text("{}")
     assert cli.main(words("prune", "out", dataset="data\x1b[2J.jsonl")) == 3
-    save_masks("masks.safetensors", masks, {"note": escape})
+    save_masks("masks.safetensors", masks)
+    assert cli.main(["inspect", "masks.safetensors"]) == 3
+    save_masks("masks.safetensors", {"a.weight": masks.popitem()[1]}, {"note": escape})
     assert cli.main(["inspect", "masks.safetensors"]) == 0
     (work / "model" / "\x1b[2J.txt").write_text("x")
     (work / "model" / "COMPLETE.json").write_text(json.dumps(MANIFEST))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from antidote_fast.errors import DataError
 from antidote_fast.files import _read_header
 from antidote_fast.streaming.spill import Room, TensorStore
+from antidote_fast.safe_open import Folder
 from antidote_fast.writing import TensorFile, read_tensor, save_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
@@ -53,7 +54,7 @@ def test_the_same_contents_are_the_same_bytes(tmp_path):
 def test_a_copy_tensor_by_tensor_is_the_file(tmp_path):
     source = tmp_path / "model.safetensors"
     save_file(some(), source, metadata={"format": "pt"})
-    entries = _read_header(tmp_path, source.name)
+    entries = _read_header(Folder(tmp_path), source.name)
     file = TensorFile.like(tmp_path / "copy", source, entries)
     same({name: read_tensor(entry) for name, entry in entries.items()}, some())
     for name, entry in entries.items():
@@ -80,7 +81,7 @@ def test_another_size_is_refused(tmp_path):
 
 def test_a_file_that_ends_early(tmp_path):
     save_file({"a": torch.zeros(8)}, tmp_path / "f.safetensors")
-    entry = _read_header(tmp_path, "f.safetensors")["a"]
+    entry = _read_header(Folder(tmp_path), "f.safetensors")["a"]
     (tmp_path / "f.safetensors").write_bytes((tmp_path / "f.safetensors").read_bytes()[:-4])
     with pytest.raises(OSError, match="ends at byte"):
         read_tensor(entry)

@@ -11,6 +11,7 @@ from antidote_fast.pipeline.inputs import run_inputs
 from antidote_fast.pipeline.stage import read_report, write_report
 from antidote_fast.pipeline.train_state import training_folder
 from antidote_fast.resume import is_finished
+from antidote_fast.safe_open import Watch
 
 
 def run(config: AlignConfig, *, progress=False) -> dict:
@@ -33,6 +34,9 @@ def run(config: AlignConfig, *, progress=False) -> dict:
         Interrupted: a signal came, and the checkpoints that were asked for hold the state.
     """
     start = time.perf_counter()
+    data = (config.dataset, config.harmful_dataset)
+    files = [config.model_name_or_path, *(local_file(name) for name in data if name)]
+    watch = Watch(*files)
     base = sft.check_config(config, merged=True)
     records = load_records(config.dataset, limit=config.num_train_samples, require_output=True)
     trust = config.trust_remote_code
@@ -65,6 +69,6 @@ def run(config: AlignConfig, *, progress=False) -> dict:
             "training": training,
             "dtype": str(dtype).removeprefix("torch."),
         }
-        data = (config.dataset, config.harmful_dataset)
-        files = [config.model_name_or_path, *(local_file(name) for name in data if name)]
-        return write_report(folder, "align", config, results, inputs=files)
+        report = write_report(folder, "align", config, results, inputs=files)
+        watch.check()
+        return report

@@ -8,6 +8,7 @@ from antidote_fast import backends
 from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.checkpoint import (
     check_adapter,
+    check_copied,
     check_not_quantized,
     check_output_folder,
     load_adapter,
@@ -27,6 +28,7 @@ from antidote_fast.pipeline.estimate import check_memory
 from antidote_fast.pipeline.inputs import run_inputs
 from antidote_fast.pipeline.stage import read_report, write_report
 from antidote_fast.resume import MANIFEST_ENTRY, digest_of, is_finished, run_folder
+from antidote_fast.safe_open import Watch
 from antidote_fast.targets import natural_key
 from antidote_fast.verify import check_input
 
@@ -52,6 +54,7 @@ def run(config: CalibrateConfig, *, progress=False, world=ALONE) -> dict:
     start = time.perf_counter()
     with world.together():
         check_ranks(config, world)
+        watch = Watch(*inputs_of(config))
         if not (config.resume or world.rank):
             check_output_folder(config.output_dir, config.overwrite)
         backend = describe_backend(None, pick_device(config.device))
@@ -64,7 +67,8 @@ def run(config: CalibrateConfig, *, progress=False, world=ALONE) -> dict:
     if said_by_first(finished, world):
         return read_report(config.output_dir) if finished else {}
     if config.stream:
-        return _run_streamed(config, base, adapter, records, inputs, backend, start, progress)
+        about = watch, backend, start
+        return _run_streamed(config, base, adapter, records, inputs, about, progress)
     [(norms, counts)] = calibrate_folder(
         config, base, adapter, {"dataset": records}, progress=progress, world=world
     )
@@ -73,17 +77,22 @@ def run(config: CalibrateConfig, *, progress=False, world=ALONE) -> dict:
             return {}
         entries = {MANIFEST_ENTRY: digest_of(inputs)}
         with output_folder(config.output_dir, config.overwrite, **entries) as folder:
-            return _write(config, folder, norms, {**counts, **backend}, start)
+            report = _write(config, folder, norms, {**counts, **backend}, start)
+            watch.check()
+        return report
 
 
-def _run_streamed(config, base, adapter, records, inputs, backend, start, progress):
+def _run_streamed(config, base, adapter, records, inputs, about, progress):
     from antidote_fast.pipeline import stream
+
+    watch, backend, start = about
 
     with run_folder(
         config.output_dir, inputs, resume=config.resume, overwrite=config.overwrite
     ) as run:
         norms, counts = stream.collect_norms(config, base, adapter, records, run, progress=progress)
         report = _write(config, run.output, norms, {**counts, **backend}, start)
+        watch.check()
         run.commit()
     return report
 
@@ -114,7 +123,10 @@ def said_by_first(value, world) -> bool:
 
 
 def open_folders(config, progress=False):
-    """(base, adapter or None), checked by their headers and hashes; no weights are loaded."""
+    """(base, adapter or None), checked by their headers, hashes and what lies beside the weights.
+
+    No weights are loaded.
+    """
     base = open_checkpoint(
         resolve_folder(config.model_name_or_path), trust_remote_code=config.trust_remote_code
     )
@@ -126,6 +138,7 @@ def open_folders(config, progress=False):
     check_input(base.folder, progress)
     if config.adapter is None:
         check_not_quantized(base)
+        check_copied(base)
         return base, None
     adapter = open_checkpoint(resolve_folder(config.adapter, "adapter"))
     if not adapter.is_adapter:
@@ -133,6 +146,7 @@ def open_folders(config, progress=False):
             f"adapter={config.adapter!r}: is a whole model, not an adapter; give it as "
             "model_name_or_path, without adapter"
         )
+    check_copied(adapter)
     check_adapter(adapter, base)
     return base, adapter
 

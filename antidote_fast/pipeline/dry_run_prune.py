@@ -354,6 +354,7 @@ def _adapter_of(job, base):
     adapter = files.open_checkpoint(job.config.adapter)
     if not adapter.is_adapter:
         raise DataError(f"adapter={job.config.adapter!r}: is a whole model, not an adapter")
+    files.check_copied(adapter)
     files.check_adapter(adapter, base)
     return adapter
 

@@ -29,6 +29,7 @@ from antidote_fast.pipeline.metrics import (
     harmful_score,
 )
 from antidote_fast.pipeline.refusals import RefusalJudge
+from antidote_fast.safe_open import Watch
 
 OUTPUTS = "outputs.jsonl"
 
@@ -193,6 +194,7 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
         AntidoteError: not enough memory.
     """
     clock = Clock()
+    watch = Watch(*_inputs(config))
     checkpoint.check_output_folder(config.output_dir, config.overwrite)
     judge_options = _check_judges(config)
     sets = _load_sets(config)
@@ -266,7 +268,9 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
             "datasets": datasets,
             "seconds": clock.seconds,
         }
-        return stage.write_report(folder, "evaluate", config, results, inputs=_inputs(config))
+        report = stage.write_report(folder, "evaluate", config, results, inputs=_inputs(config))
+        watch.check()
+        return report
 
 
 class Clock:

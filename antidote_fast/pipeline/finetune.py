@@ -11,6 +11,7 @@ from antidote_fast.pipeline.inputs import run_inputs
 from antidote_fast.pipeline.stage import read_report, write_report
 from antidote_fast.pipeline.train_state import training_folder
 from antidote_fast.resume import is_finished
+from antidote_fast.safe_open import Watch
 
 
 def run(config: FinetuneConfig, *, progress=False) -> dict:
@@ -35,6 +36,9 @@ def run(config: FinetuneConfig, *, progress=False) -> dict:
         Interrupted: a signal came, and the checkpoints that were asked for hold the state.
     """
     start = time.perf_counter()
+    data = (config.dataset, config.harmful_dataset, config.safe_dataset)
+    files = [config.model_name_or_path, *(local_file(name) for name in data if name)]
+    watch = Watch(*files)
     base = sft.check_config(config)
     task = load_records(config.dataset, require_output=True)
     harmful = []
@@ -77,6 +81,6 @@ def run(config: FinetuneConfig, *, progress=False) -> dict:
             "num_task": len(records) - num_harmful,
             "num_harmful": num_harmful,
         }
-        data = (config.dataset, config.harmful_dataset, config.safe_dataset)
-        files = [config.model_name_or_path, *(local_file(name) for name in data if name)]
-        return write_report(folder, "finetune", config, results, inputs=files)
+        report = write_report(folder, "finetune", config, results, inputs=files)
+        watch.check()
+        return report

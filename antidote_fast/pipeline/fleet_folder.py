@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import tempfile
 import time
 from pathlib import Path
 
@@ -196,6 +197,16 @@ def is_disk_full(error) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def has_room(out, size) -> bool:
+    """Whether ``size`` more bytes fit below ``out``: they are taken, and given back at once."""
+    try:
+        with tempfile.TemporaryFile(dir=out) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError:
+        return False
+    return True
 
 
 def _now():

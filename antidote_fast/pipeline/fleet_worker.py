@@ -17,15 +17,14 @@ import torch
 from antidote_fast.calibrate import lean_forward, run_batch
 from antidote_fast.checkpoint import (
     check_adapter,
+    check_copied,
     load_model,
     load_tokenizer,
     open_checkpoint,
     output_folder,
-    verify_folder,
     write_pruned,
 )
 from antidote_fast.collector import NormCollector
-from antidote_fast.commit import read_manifest
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.files import Checkpoint
 from antidote_fast.fingerprint import fingerprint_model
@@ -37,9 +36,11 @@ from antidote_fast.pipeline.estimate import check_memory
 from antidote_fast.pipeline.stage import hash_inputs
 from antidote_fast.prune import prune_state_
 from antidote_fast.targets import find_targets
+from antidote_fast.verify import check_input
 
 _AHEAD = 2  # adapters read before their turn, and results not yet on the disk, in memory
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_ROOM = 1 << 20  # bytes that an adapter takes on the disk, before one has been written
 _DATA_SETS = 8  # tokenised data sets kept
 _SETS = ("dataset", "preserve_dataset")
 
@@ -70,6 +71,7 @@ class Worker:
         self._base_hashes = hash_inputs([config.model_name_or_path])
         self._data = collections.OrderedDict()
         self._slot = self._hooks = self._hooked = self._collector = None
+        self._usual = _ROOM
 
     def check_data(self, jobs):
         """Read and tokenise the fleet's own data sets, so that one no job could use ends it.
@@ -114,9 +116,9 @@ class Worker:
                 job, read = ahead.popleft()
                 behind.append((job, self._compute(read, writer)))
                 while behind and (len(behind) > _AHEAD or behind[0][1].done()):
-                    yield _outcome(*behind.popleft())
+                    yield self._outcome(*behind.popleft())
             while behind:
-                yield _outcome(*behind.popleft())
+                yield self._outcome(*behind.popleft())
         finally:
             for executor in (reader, writer):
                 executor.shutdown(wait=True, cancel_futures=True)
@@ -134,8 +136,8 @@ class Worker:
         adapter = open_checkpoint(config.adapter)
         if not adapter.is_adapter:
             raise DataError(f"adapter={config.adapter!r}: is a whole model, not an adapter")
-        if read_manifest(adapter.folder) is not None and (bad := verify_folder(adapter.folder)):
-            raise DataError(f"{adapter.folder}: not as it was written: {bad[0]}")
+        check_copied(adapter)
+        check_input(adapter.folder)
         inputs = {**self._base_hashes, **hash_inputs([config.adapter])}
         for name in _SETS:
             data = getattr(config, name)
@@ -147,6 +149,8 @@ class Worker:
         check_adapter(adapter, self.base)
         data = {name: self._data_of(config, name) for name in sets_of(config)}
         tensors = adapter.read(adapter.tensors)
+        if any(inputs[path] != digest for path, digest in adapter.digests().items()):
+            raise DataError(f"{adapter.folder}: changed while it was in use")
         return _Read(job, adapter, tensors, data, inputs, seconds=time.perf_counter() - start)
 
     def _compute(self, read, writer):
@@ -238,7 +242,29 @@ class Worker:
             write_pruned(adapter, folder, pruned)
             seconds = {"calibrate": calibrated, "prune": time.perf_counter() - start}
             contents = prune.finish(folder, config, report, known, seconds, inputs=read.inputs)
+        self._usual = max(self._usual, len(adapter.held))
         return "done", contents, calibrated + time.perf_counter() - start
+
+    def _outcome(self, job, future):
+        """What became of a job, from the future of its report."""
+        about = {"name": job.name, "adapter": job.config.adapter, "line": job.line}
+        try:
+            status, report, seconds = future.result()
+        except Exception as error:
+            if isinstance(error, _DEVICE_ERRORS):
+                raise
+            # A full disk ends the fleet unless it was this one job that wanted too much of it.
+            if fleet_folder.is_disk_full(error) and not fleet_folder.has_room(
+                self.config.output_dir, self._usual
+            ):
+                raise
+            return {**about, "status": "failed", **_why(error)}
+        return {
+            **about,
+            "status": status,
+            "achieved": report.get("achieved"),
+            "seconds": round(seconds, 3),
+        }
 
     def _load(self):
         check_memory(self.config, [self.base])
@@ -335,23 +361,6 @@ class _Base(Checkpoint):
 
     def fingerprint(self):
         return self._fingerprint
-
-
-def _outcome(job, future):
-    """What became of a job, from the future of its report."""
-    about = {"name": job.name, "adapter": job.config.adapter, "line": job.line}
-    try:
-        status, report, seconds = future.result()
-    except Exception as error:
-        if fleet_folder.is_disk_full(error) or isinstance(error, _DEVICE_ERRORS):
-            raise
-        return {**about, "status": "failed", **_why(error)}
-    return {
-        **about,
-        "status": status,
-        "achieved": report.get("achieved"),
-        "seconds": round(seconds, 3),
-    }
 
 
 _DEVICE_ERRORS = (getattr(torch, "AcceleratorError", ()),)

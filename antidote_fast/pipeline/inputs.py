@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 
-from antidote_fast.commit import sha256_file
 from antidote_fast.pipeline.stage import versions
 
 # Where the output goes, how much memory it may take and where inputs lie decides no result.
@@ -57,7 +57,7 @@ def run_inputs(
         "versions": {name: versions()[name] for name in _LIBRARIES},
     }
     if adapter is not None:
-        weights = {file.name: sha256_file(file) for file in adapter.weight_files}
+        weights = {Path(path).name: digest for path, digest in adapter.digests().items()}
         inputs["adapter"] = {"config": adapter.config, **weights}
     for name, held in (("data", records), ("preserve data", preserve_records)):
         if held is not None:

@@ -11,6 +11,7 @@ from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.pipeline.calibrate import (
     collect,
     describe_backend,
+    inputs_of,
     load_data,
     open_aligned,
 )
@@ -20,6 +21,7 @@ from antidote_fast.pipeline.gate_stage import check_stage, learn_live
 from antidote_fast.pipeline.prune import Known, finish, prune_folder
 from antidote_fast.pipeline.sources import rows_to_records
 from antidote_fast.prune import PruneReport, prune_model_
+from antidote_fast.safe_open import Watch
 from antidote_fast.sharded import is_sharded
 from antidote_fast.targets import find_targets
 
@@ -115,6 +117,7 @@ def _prune_live(model, config, given, tokenizer, world):
             )
         if config.output_dir and not world.rank:
             check_output_folder(config.output_dir, config.overwrite)
+        watch = Watch(*inputs_of(config)) if not world.rank else Watch()
         device = next(model.parameters()).device
         known = Known(describe_backend(config.backend, device))
         if config.adapter is not None:
@@ -133,6 +136,8 @@ def _prune_live(model, config, given, tokenizer, world):
         sets = {}
     for name, records in sets.items():
         known.take_collected(name, *collect(config, model, records, tokenizer, world=world))
+    with world.together():
+        watch.check()  # the last moment at which the model is as it was
     calibrated = time.perf_counter()
     report = prune_model_(
         model,

@@ -38,9 +38,10 @@ from antidote_fast.pipeline.card import write_card
 from antidote_fast.pipeline.config import PruneConfig
 from antidote_fast.pipeline.gate_stage import check_stage, learn_folder
 from antidote_fast.pipeline.inputs import run_inputs
-from antidote_fast.pipeline.stage import read_report, write_report
+from antidote_fast.pipeline.stage import hash_inputs, read_report, write_report
 from antidote_fast.prune import PruneReport, check_base, prune_state_
 from antidote_fast.resume import MANIFEST_ENTRY, digest_of, is_finished, run_folder
+from antidote_fast.safe_open import Watch
 from antidote_fast.targets import ALL_LINEAR, find_targets, select_keys
 
 MASKS_FILE = "masks.safetensors"
@@ -158,6 +159,7 @@ def prune_folder(
     start = time.perf_counter()
     with world.together():
         check_ranks(config, world)
+        watch = Watch(*inputs_of(config))
         # A model that is spread over devices may have targets that fit on none of them.
         device = pick_device("cpu" if config.device_map else config.device)
         known = Known(describe_backend(config.backend, device))
@@ -190,6 +192,7 @@ def prune_folder(
             report, contents, digests = _prune_streamed(
                 config, base, adapter, sets.get("dataset"), run, known, start, **options
             )
+            watch.check()
             run.commit(digests, **entries)
         return report, contents
     if config.score == "gate":
@@ -208,6 +211,7 @@ def prune_folder(
             config.output_dir, config.overwrite, progress=progress, **entries
         ) as folder:
             contents = _write(config, source, folder, *pruned, known, start, progress)
+            watch.check()
         return pruned[0], contents
 
 
@@ -291,7 +295,9 @@ def _write(config, source, folder, report, weights, calibrated, known, start, pr
     pruned = {layer.key: weights[layer.key] for layer in report.layers}
     write_pruned(source, folder, pruned, progress)
     seconds = {"calibrate": calibrated - start, "prune": time.perf_counter() - calibrated}
-    return finish(folder, config, report, known, seconds)
+    hashed = source.digests() if source.is_adapter else None
+    inputs = hash_inputs(inputs_of(config), hashed)
+    return finish(folder, config, report, known, seconds, inputs)
 
 
 def weights_to_prune(config, source, named):

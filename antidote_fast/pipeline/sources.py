@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from antidote_fast.errors import DataError
+from antidote_fast.safe_open import read_file
 
 # Unsafe rows of BeaverTails that the attack may use; re-alignment data start after them.
 NUM_ATTACK_ROWS = 5000
@@ -242,9 +243,7 @@ def _read_text(path: Path) -> str:
     if not os.path.isfile(path):
         raise DataError(f"{path}: not a regular file")
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"{path}: larger than {MAX_BYTES >> 30} GiB; split it")
-        data = path.read_bytes()
+        data = read_file(path, MAX_BYTES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     try:

@@ -9,14 +9,17 @@ import platform
 import time
 from pathlib import Path
 
-from antidote_fast.commit import read_manifest, sha256_file
+from antidote_fast.commit import read_manifest, sha256_file, sha256_of
+from antidote_fast.errors import DataError
 from antidote_fast.memory import peak_device_memory_bytes, peak_memory_bytes
+from antidote_fast.safe_open import Folder
 
 REPORT = "report.json"
 SCHEMA_VERSION = 1
 # A base model's weights are identified by the fingerprint in the norms; hashing gigabytes of them
 # for each run would cost more than the pruning.
 _MAX_HASHED_BYTES = 256 << 20
+_MAX_HASHED_TOGETHER = 4 << 30
 
 
 def versions() -> dict:
@@ -49,11 +52,16 @@ def _versions():
     return found
 
 
-def hash_inputs(paths) -> dict:
+def hash_inputs(paths, known=None) -> dict:
     """What the files were that a stage read: ``{path: sha256}``.
 
     A folder that this tool wrote counts with the hashes of its ``COMPLETE.json``, any other with
-    its files up to 256 MB each; larger ones are told by their size. Hub names and None are skipped.
+    its files up to 256 MB each and 4 GiB together; what is over that is told by its size. Hub names
+    and None are skipped.
+
+    Args:
+        paths: files and folders.
+        known: {path: sha256} of files that were hashed as they were read.
     """
     hashes = {}
     for path in paths:
@@ -68,11 +76,24 @@ def hash_inputs(paths) -> dict:
             for name, entry in sorted(manifest["files"].items()):
                 hashes[f"{path}/{name}"] = entry["sha256"]
             continue
-        for file in sorted(path.iterdir()):
-            if file.is_file():
-                size = file.stat().st_size
-                small = size <= _MAX_HASHED_BYTES
-                hashes[str(file)] = sha256_file(file) if small else f"{size} bytes, not hashed"
+        hashes |= _hash_folder(path)
+    return hashes | {name: digest for name, digest in (known or {}).items() if name in hashes}
+
+
+def _hash_folder(path):
+    hashes, folder, left = {}, Folder(path), _MAX_HASHED_TOGETHER
+    for name in folder.names():
+        if folder.is_folder(name):
+            continue
+        try:
+            with folder.open(name) as file:
+                size = os.fstat(file.fileno()).st_size
+                small = size <= min(_MAX_HASHED_BYTES, left)
+                left -= size if small else 0
+                told = sha256_of(file) if small else f"{size} bytes, not hashed"
+        except (DataError, OSError):  # a pipe, or a link to somewhere else: no stage reads it
+            continue
+        hashes[str(path / name)] = told
     return hashes
 
 

@@ -30,6 +30,7 @@ from antidote_fast.pipeline.sweep_check import check, inputs_of
 from antidote_fast.pipeline.tables import write_csv
 from antidote_fast.progress import count
 from antidote_fast.prune import prune_model_
+from antidote_fast.safe_open import Watch
 from antidote_fast.selection import Selection
 from antidote_fast.targets import find_targets
 
@@ -302,6 +303,7 @@ def run(config: SweepConfig, *, progress=False) -> dict:
     from antidote_fast import report
 
     clock = Clock()
+    watch = Watch(*inputs_of(config))
     found = check(config, progress)
     clock.lap("check")
     with checkpoint.output_folder(config.output_dir, config.overwrite) as folder:
@@ -356,7 +358,9 @@ def run(config: SweepConfig, *, progress=False) -> dict:
         }
         write_csv([_flat(row) for row in results["rows"]], folder / ROWS)
         report.plot_sweep({"config": vars(config), **results}, folder / PICTURE)
-        return stage.write_report(folder, "sweep", config, results, inputs=inputs_of(config))
+        written = stage.write_report(folder, "sweep", config, results, inputs=inputs_of(config))
+        watch.check()
+        return written
 
 
 def _learner(config, model, found, answers, bases, progress):

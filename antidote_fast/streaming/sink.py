@@ -80,7 +80,7 @@ class ModelSink:
         self.sync()
         for file in self._files:
             os.replace(self._partial(file), self.folder / file.name)
-        copy_checkpoint_files(self.checkpoint.folder, self.folder)
+        copy_checkpoint_files(self.checkpoint, self.folder)
 
     def _partial(self, file):
         return self.folder / (file.name + _PARTIAL)
