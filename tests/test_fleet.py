@@ -200,7 +200,7 @@ def test_an_adapter_changed_after_it_was_written_is_set_aside(folders, tmp_path)
     content[-1] ^= 1
     file.write_bytes(content)
     path = manifest(tmp_path, {"adapter": "done", "name": "again"})
-    with pytest.raises(JobsSetAside, match="adapter_model.safetensors: contents changed since"):
+    with pytest.raises(JobsSetAside, match=r"adapter_model\.safetensors: contents changed since"):
         fleet.run(config(folders, tmp_path / "out", path))
 
 

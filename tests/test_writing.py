@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from antidote_fast.errors import DataError
 from antidote_fast.files import _read_header
-from antidote_fast.streaming.spill import Room, TensorStore
 from antidote_fast.safe_open import Folder
+from antidote_fast.streaming.spill import Room, TensorStore
 from antidote_fast.writing import TensorFile, read_tensor, save_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
