@@ -16,6 +16,7 @@ from pathlib import Path
 
 from antidote_fast.commit import new_file
 from antidote_fast.errors import AntidoteError, DataError, UsageError
+from antidote_fast.safe_open import open_file
 
 MAX_MASKS = 100_000
 MAX_NAME = 512
@@ -86,6 +87,7 @@ def _load(path):
 
     if not path.is_file():
         raise DataError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
+    open_file(path).close()  # refuses a link out of its folder
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()

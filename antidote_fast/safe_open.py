@@ -26,7 +26,7 @@ _READ_BY_STAGES = re.compile(r".*\.(safetensors|json|txt|model|jinja|tiktoken|py
 _MAX_FILES = 10_000  # of one folder
 # A change within one tick of the system's clock (1 to 10 ms) leaves the time of a file as it was.
 _TICK_NS = 20_000_000
-_TICKS = 50
+_TICKS = 5
 
 
 def is_file_name(name) -> bool:
