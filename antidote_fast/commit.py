@@ -84,7 +84,7 @@ def verify_folder(folder, progress=False) -> list[str]:
     if manifest is None:
         raise DataError(f"{folder}: has no {MANIFEST} written by {TOOL}")
     problems = []
-    present = _listing(folder)
+    present = listing(folder)
     for name, entry in track(sorted(manifest["files"].items()), "verify", progress):
         if name not in present:
             problems.append(f"{name}: missing")
@@ -112,25 +112,47 @@ def check_output_folder(path, overwrite=False):
         AntidoteError: the disk is full.
     """
     path = Path(os.path.abspath(path))
-    places.check_name(path)
-    if _holds_litter(path):
-        with contextlib.suppress(AntidoteError), locked(path):
-            pass
-    check_contents(path, overwrite)
-    with locked(path) as place:
+    with os_errors(path, any_number=True):
+        if _holds_litter(path):
+            with contextlib.suppress(AntidoteError), locked(path):
+                pass
         check_contents(path, overwrite)
-        with os_errors(path, any_number=True):
+        with locked(path) as place:
+            check_contents(path, overwrite)
             places.probe(place)
+
+
+def check_parent(folder):
+    """Refuse a folder in which no output can be made; as :func:`check_output_folder` otherwise.
+
+    Args:
+        folder: where outputs are to be made, such as a fleet's; it need not be there.
+
+    Raises:
+        DataError: naming it.
+    """
+    folder = Path(os.path.abspath(folder))
+    busy = DataError(f"output_dir={str(folder)!r}: another job is at work there")
+    try:
+        # A name that those who look through such a folder know.
+        held = places.held_place(folder / "report.json", busy)
+        with os_errors(folder, any_number=True), held as place:
+            places.probe(place)
+    except DataError as error:
+        if error is not busy:  # then outputs can be made, for another job makes one
+            raise
 
 
 def _holds_litter(path):
     """Whether something of a killed job may lie beside or in the folder, which is there."""
-    inside = places.Place(path, True).at("")
-    return path.is_dir() and (inside.is_dir() or places.Place(path).at("run").is_dir())
+    return os.path.isdir(path / places.HIDDEN) or (
+        os.path.isdir(path) and os.path.isdir(places.Place(path).at("run"))
+    )
 
 
 def check_contents(path, overwrite):
     """The part of :func:`check_output_folder` that looks at what is there; ``path`` is absolute."""
+    places.check_name(path)
     if path.is_symlink():
         raise DataError(f"output_dir={str(path)!r}: is a symbolic link; give the folder itself")
     if not path.exists():
@@ -156,7 +178,7 @@ def check_contents(path, overwrite):
             "does not replace it"
         )
     apart = f"{places.HIDDEN}/"
-    present = {name for name in _listing(path) if not name.startswith(apart)}
+    present = {name for name in listing(path) if not name.startswith(apart)}
     foreign = sorted(present - set(manifest["files"]))
     if foreign:
         raise DataError(
@@ -186,7 +208,6 @@ def output_folder(path, overwrite=False, *, progress=False, **manifest_entries):
         AntidoteError: the disk is full, or a file exceeds a limit.
     """
     path = Path(os.path.abspath(path))
-    places.check_name(path)
     check_contents(path, overwrite)
     with locked(path) as place:
         check_contents(path, overwrite)
@@ -298,6 +319,8 @@ def os_errors(path, outcome=lambda: NOTHING, any_number=False):
         else:
             raise
         why = os.strerror(number) if number else str(error)
+        if number == errno.ENAMETOOLONG:
+            why += f" (most systems take {255 - len('..partial')} bytes for an output)"
         raise kind(f"output_dir={str(path)!r}: {why}; {outcome()}") from error
 
 
@@ -309,7 +332,7 @@ def _os_error_number(error):
     return int(told[1]) if told and type(error).__name__ == "SafetensorError" else None
 
 
-def _listing(folder):
+def listing(folder):
     """Relative posix name -> path of every file (and link) under ``folder``, manifest apart.
 
     Raises:
@@ -338,7 +361,7 @@ def _listing(folder):
 def _write_manifest(folder, entries, digests, progress):
     files = {
         name: {"sha256": digests.get(name) or sha256_file(p), "bytes": p.stat().st_size}
-        for name, p in track(_listing(folder).items(), "hash", progress)
+        for name, p in track(listing(folder).items(), "hash", progress)
     }
     manifest = {
         **entries,
@@ -354,7 +377,7 @@ def _write_manifest(folder, entries, digests, progress):
 def _usual_modes(folder):
     """Files get the modes that the umask gives; safetensors writes its own for the owner alone."""
     mode = folder.stat().st_mode & 0o666
-    for path in (*_listing(folder).values(), folder / MANIFEST):
+    for path in (*listing(folder).values(), folder / MANIFEST):
         if not path.is_symlink():
             path.chmod(mode)
 

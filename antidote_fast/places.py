@@ -55,7 +55,7 @@ def run_of(path) -> Path:
     """The folder that keeps the state of a run for the output ``path``."""
     path = Path(os.path.abspath(path))
     inside = Place(path, True).at("run")
-    return inside if inside.is_dir() else Place(path).at("run")
+    return inside if os.path.isdir(inside) else Place(path).at("run")
 
 
 def contents(path) -> list[Path]:
@@ -84,10 +84,12 @@ def held(path, busy, wait=_WAIT_SECONDS, make=False):
     Args:
         path: the file.
         busy: the exception to raise where another process holds it for ``wait`` seconds.
-        make: make the folders above it, where they are not there.
+        make: make the folders above it, where they are not there; those that stay empty are gone
+            at the end too.
     """
     import filelock
 
+    made = [p for p in path.parents if make and not p.exists()]
     lock = filelock.FileLock(str(path))
     for left in reversed(range(20)):
         try:
@@ -107,14 +109,12 @@ def held(path, busy, wait=_WAIT_SECONDS, make=False):
         with contextlib.suppress(OSError):
             os.unlink(path)
         lock.release()
+        _remove_empty(made)
 
 
 @contextlib.contextmanager
 def held_place(path, busy):
     """Hold the lock of an output; what killed jobs left half-done is cleared or ended.
-
-    Folders above ``path`` that had to be made for it are removed again where ``path`` is not there
-    at the end.
 
     Args:
         path: the output, absolute.
@@ -126,21 +126,19 @@ def held_place(path, busy):
     Raises:
         OSError: neither beside nor inside of it can anything be made.
     """
-    made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
     place, inside = Place(path), Place(path, True)
     with contextlib.ExitStack() as stack:
-        stack.callback(_remove, made, unless=path)
         try:
             stack.enter_context(held(place.at("lock"), busy, make=True))
             _clear(place)
-            if path.is_dir() and (inside.at("").exists() or not _is_movable(place)):
+            if path.is_dir() and (os.path.isdir(inside.at("")) or not _is_movable(place)):
                 place = inside
         except OSError:
             if not path.is_dir():
                 raise
             place = inside
         if place.inside:
-            stack.callback(_remove, [inside.at("")])
+            stack.callback(_remove_empty, [inside.at("")])
             stack.enter_context(held(inside.at("lock"), busy, make=True))
             _clear(inside)
             _go_on(inside)
@@ -182,12 +180,10 @@ def put_in_place(staged, place):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove(folders, unless=None):
-    """Remove what is empty of ``folders``."""
-    if unless is None or not unless.exists():
-        for folder in folders:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+def _remove_empty(folders):
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _clear(place):

@@ -1,8 +1,9 @@
 """Work that goes on where it was interrupted: its state lies in a hidden folder beside the output.
 
-The folder ``.NAME.run`` beside ``output_dir`` (or inside: :mod:`antidote_fast.places`) holds what is
-done so far and ``run.json``, which says for which inputs. It is gone once the output is whole.
-Nothing in it can be taken for the output: the configuration that a loader looks for is written last.
+The folder ``.NAME.run`` beside ``output_dir`` (or inside: :mod:`antidote_fast.places`) holds what
+is done so far and ``run.json``, which says for which inputs. It is gone once the output is whole.
+Nothing in it can be taken for the output: the configuration that a loader looks for is written
+last.
 """
 
 import contextlib
