@@ -119,7 +119,8 @@ def check_output_folder(path, overwrite=False):
         check_contents(path, overwrite)
         with locked(path) as place:
             check_contents(path, overwrite)
-            places.probe(place)
+            if place.inside or not path.is_dir():  # else the lock has tried whether it can move
+                places.probe(place)
 
 
 def check_parent(folder):

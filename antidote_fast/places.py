@@ -91,25 +91,33 @@ def held(path, busy, wait=_WAIT_SECONDS, make=False):
 
     made = [p for p in path.parents if make and not p.exists()]
     lock = filelock.FileLock(str(path))
+    try:
+        _acquire(lock, path, busy, wait, make)
+        try:
+            yield
+        finally:
+            # Unlinked while held: filelock retries on a file that has lost its name.
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            lock.release()
+    finally:
+        _remove_empty(made)
+
+
+def _acquire(lock, path, busy, wait, make):
+    import filelock
+
     for left in reversed(range(20)):
         try:
-            if make:
+            if make and not path.parent.is_dir():
                 path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=wait)
-            break
+            return
         except filelock.Timeout:
             raise busy from None
         except FileNotFoundError:  # another job had made the folder, and took it away at its end
             if not make or not left:
                 raise
-    try:
-        yield
-    finally:
-        # Unlinked while held: filelock retries on a file that has lost its name.
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        lock.release()
-        _remove_empty(made)
 
 
 @contextlib.contextmanager
@@ -153,7 +161,11 @@ def probe(place):
     """
     first, second = place.at("old"), place.at("partial")
     os.mkdir(second)  # no other name is as long
-    os.rename(second, first)
+    try:
+        os.rename(second, first)
+    except OSError:
+        os.rmdir(second)
+        raise
     os.rmdir(first)
 
 

@@ -17,7 +17,6 @@ from antidote_fast.commit import (
     RUN_INPUTS,
     STATE,
     check_contents,
-    check_output_folder,
     commit,
     digest_of,
     locked,
@@ -142,7 +141,7 @@ def run_folder(path, inputs, *, resume=False, overwrite=False):
             there and neither ``resume`` nor ``overwrite`` is given, or its inputs were others.
     """
     path = Path(os.path.abspath(path))
-    check_output_folder(path, overwrite)
+    check_contents(path, overwrite)
     with locked(path) as place:
         check_contents(path, overwrite)
         state = interrupted_state(path, inputs, resume=resume, overwrite=overwrite)
