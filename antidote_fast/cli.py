@@ -31,7 +31,13 @@ from antidote_fast.errors import (
 )
 from antidote_fast.pipeline import config as configs
 from antidote_fast.pipeline import config_run, config_sweep, flags
-from antidote_fast.progress import command_line_progress
+from antidote_fast.progress import (
+    command_line_progress,
+    drop_unwritable,
+    open_missing_streams,
+    steady_streams,
+    tell,
+)
 
 PROG = "antidote-fast"
 FAILED, INTERRUPTED = 1, 75
@@ -142,11 +148,9 @@ def entry_point():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    open_missing_streams()
     code = main(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has what it wanted, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    drop_unwritable()
     sys.exit(code)
 
 
@@ -157,8 +161,14 @@ def main(argv=None) -> int:
         argv: the words after the program's name; default ``sys.argv[1:]``.
 
     Returns:
-        The exit code. Errors are one line on stderr; ``--debug`` adds the traceback.
+        The exit code, of the work alone: a stream that is full or closed changes nothing. Errors
+        are one line on stderr; ``--debug`` adds the traceback.
     """
+    with steady_streams():
+        return _run(argv)
+
+
+def _run(argv):
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     quiet = "--quiet" in argv
@@ -166,15 +176,13 @@ def main(argv=None) -> int:
     try:
         with _interrupts(), _hushed(debug):
             return _dispatch(argv, quiet)
-    except BrokenPipeError:
-        return FAILED
     except (KeyboardInterrupt, Exception) as error:
         if debug:
             traceback.print_exc()
         line, code = _explain(error)
         rank = os.environ.get("RANK", "0")
         if not _told_by_another_rank(error, rank):
-            print(f"{PROG}: {line if rank == '0' else f'rank {rank}: {line}'}", file=sys.stderr)
+            tell(f"{PROG}: {line if rank == '0' else f'rank {rank}: {line}'}", error=True)
         return code
 
 
@@ -185,9 +193,9 @@ def _dispatch(argv, quiet):
     if rank and (asked or {"-h", "--help", "--dry_run", "--dry-run"} & set(rest)):
         return 0  # answered by rank 0
     if command in ("-h", "--help", "help"):
-        print(_overview())
+        tell(_overview())
     elif command == "--version":
-        print(f"{PROG} {__version__}")
+        tell(f"{PROG} {__version__}")
     elif command in STAGES:
         _run_stage(command, rest, quiet or rank > 0, size)
     elif command in PLAIN:
@@ -222,8 +230,8 @@ def _overview():
 def _run_stage(name, words, quiet, size):
     stage = STAGES[name]
     if "-h" in words or "--help" in words:
-        print(flags.help_text(stage.config, f"{PROG} {name}", stage.example), end="")
-        print(_EVERY_STAGE)
+        tell(flags.help_text(stage.config, f"{PROG} {name}", stage.example), end="")
+        tell(_EVERY_STAGE)
         return
     rest = [word for word in words if word.replace("-", "_") != "__dry_run"]
     if len(rest) < len(words):
@@ -231,7 +239,7 @@ def _run_stage(name, words, quiet, size):
         return
     config, notices = flags.from_words(stage.config, words, name)
     for notice in () if quiet else notices:
-        print(f"{PROG}: {notice}", file=sys.stderr)
+        tell(f"{PROG}: {notice}", error=True)
     if size > 1 and not stage.ranks:
         shared = " and ".join(other for other in STAGES if STAGES[other].ranks)
         hint = "; share its jobs with --shard" if name == "fleet" else ""
@@ -247,7 +255,7 @@ def _run_stage(name, words, quiet, size):
     if not quiet:
         from antidote_fast import describe
 
-        print(describe.summary(report, config.output_dir))
+        tell(describe.summary(report, config.output_dir))
     if error is not None:
         raise error
 
@@ -272,7 +280,7 @@ def _show_plan(name, words):
     if os.environ.get("RANK", "0") != "0":
         return  # of torchrun's processes the first tells for all
     found = plan(config)
-    print(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
+    tell(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
     if found.refusal:
         raise AntidoteError(found.refusal)
 
@@ -299,7 +307,7 @@ def _explain(error):
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing is left half-written", INTERRUPTED
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{error.filename or 'output'}: {error.strerror}; nothing was written", FAILED
+        return f"{error.filename or 'output'}: {error.strerror}", FAILED
     if isinstance(error, MemoryError):
         return "out of memory; try a smaller --batch_size or --max_seq_length", FAILED
     text = " ".join(str(error).split())

@@ -2,24 +2,23 @@
 
 A job writes into a folder staged beside the target; the last file written is ``COMPLETE.json``
 with the hash of every other one; then everything is flushed to disk and the staged folder takes
-the target's name in one rename. A crash at any point leaves the target as it was.
+the target's name in one rename. A crash at any point leaves the target as it was. What cannot be
+replaced by a rename is filled (:mod:`antidote_fast.places`).
 """
 
 import contextlib
-import ctypes
 import errno
-import glob
 import hashlib
 import json
 import os
 import re
 import shutil
-import sys
 import time
-import uuid
 from pathlib import Path
 
-from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast import places
+from antidote_fast.errors import AntidoteError, DataError, NoRoom, NotWritable
+from antidote_fast.places import sync
 from antidote_fast.progress import track
 from antidote_fast.safe_open import is_file_name, open_file, read_file
 
@@ -27,9 +26,12 @@ MANIFEST = "COMPLETE.json"
 TOOL = "antidote-fast"
 MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 64 << 20
-_MAX_LISTED = 100_000  # files
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
+STATE = "run.json"  # in the state of a run that resumes
+RUN_INPUTS = "run_inputs"  # in its COMPLETE.json
+NOTHING = "nothing was written"
+_MAX_FILES, _MAX_DEPTH = 100_000, 32
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def sha256_file(path) -> str:
@@ -67,7 +69,7 @@ def read_manifest(folder) -> dict | None:
     if manifest.get("schema_version") != MANIFEST_VERSION:
         return None
     files = manifest.get("files")
-    if not isinstance(files, dict) or len(files) > _MAX_LISTED:
+    if not isinstance(files, dict) or len(files) > _MAX_FILES:
         return None
     return manifest if all(map(_is_inside, files)) and all(map(_is_entry, files.values())) else None
 
@@ -102,7 +104,7 @@ def verify_folder(folder, progress=False) -> list[str]:
     if manifest is None:
         raise DataError(f"{folder}: has no {MANIFEST} written by {TOOL}")
     problems = []
-    present = _listing(folder)
+    present = listing(folder)
     for name, entry in track(sorted(manifest["files"].items()), "verify", progress):
         if name not in present:
             problems.append(f"{name}: missing")
@@ -119,19 +121,63 @@ def verify_folder(folder, progress=False) -> list[str]:
 
 
 def check_output_folder(path, overwrite=False):
-    """Refuse an output folder that must not be written, before anything costly starts.
+    """Refuse an output folder that must not or cannot be written, before anything costly starts.
 
     A folder that does not exist or is empty is fine. With ``overwrite`` so is one that this tool
-    wrote and to which nothing was added since.
+    wrote and to which nothing was added since. Under the folder's lock a dummy is staged, renamed
+    and removed as a job would do it at its end; what killed jobs left is cleared.
 
     Raises:
-        DataError: naming the folder and what was found in it.
+        DataError: naming the folder and what was found in it, or that another job is at work.
+        AntidoteError: the disk is full.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))
+    with os_errors(path, any_number=True):
+        if _holds_litter(path):
+            with contextlib.suppress(AntidoteError), locked(path):
+                pass
+        check_contents(path, overwrite)
+        with locked(path) as place:
+            check_contents(path, overwrite)
+            if place.inside or not path.is_dir():  # else the lock has tried whether it can move
+                places.probe(place)
+
+
+def check_parent(folder):
+    """Refuse a folder in which no output can be made; as :func:`check_output_folder` otherwise.
+
+    Args:
+        folder: where outputs are to be made, such as a fleet's; it need not be there.
+
+    Raises:
+        DataError: naming it.
+    """
+    folder = Path(os.path.abspath(folder))
+    busy = DataError(f"output_dir={str(folder)!r}: another job is at work there")
+    try:
+        # A name that those who look through such a folder know.
+        held = places.held_place(folder / "report.json", busy)
+        with os_errors(folder, any_number=True), held as place:
+            places.probe(place)
+    except DataError as error:
+        if error is not busy:  # then outputs can be made, for another job makes one
+            raise
+
+
+def _holds_litter(path):
+    """Whether something of a killed job may lie beside or in the folder, which is there."""
+    return os.path.isdir(path / places.HIDDEN) or (
+        os.path.isdir(path) and os.path.isdir(places.Place(path).at("run"))
+    )
+
+
+def check_contents(path, overwrite):
+    """The part of :func:`check_output_folder` that looks at what is there; ``path`` is absolute."""
+    places.check_name(path)
     if path.is_symlink():
         raise DataError(f"output_dir={str(path)!r}: is a symbolic link; give the folder itself")
     if not path.exists():
-        parent = next(p for p in path.absolute().parents if p.exists())
+        parent = next(p for p in path.parents if p.exists())
         if not parent.is_dir():
             raise DataError(f"output_dir={str(path)!r}: {parent} is not a folder")
         if not os.access(parent, os.W_OK):
@@ -139,8 +185,7 @@ def check_output_folder(path, overwrite=False):
         return
     if not path.is_dir():
         raise DataError(f"output_dir={str(path)!r}: exists and is not a folder")
-    present = _listing(path)
-    if not present and not any(path.iterdir()):
+    if not places.contents(path):
         return
     if not overwrite:
         raise DataError(
@@ -153,7 +198,9 @@ def check_output_folder(path, overwrite=False):
             f"output_dir={str(path)!r}: was not written by {TOOL} (no {MANIFEST}), so overwrite "
             "does not replace it"
         )
-    foreign = sorted(set(present) - set(manifest["files"]))
+    apart = f"{places.HIDDEN}/"
+    present = {name for name in listing(path) if not name.startswith(apart)}
+    foreign = sorted(present - set(manifest["files"]))
     if foreign:
         raise DataError(
             f"output_dir={str(path)!r}: holds {foreign[0]!r}, which {TOOL} did not write; move it "
@@ -182,39 +229,49 @@ def output_folder(path, overwrite=False, *, progress=False, **manifest_entries):
         AntidoteError: the disk is full, or a file exceeds a limit.
     """
     path = Path(os.path.abspath(path))
-    check_output_folder(path, overwrite)
-    with locked(path):
-        check_output_folder(path, overwrite)
-        staged = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:12]}"
+    check_contents(path, overwrite)
+    with locked(path) as place:
+        check_contents(path, overwrite)
+        staged = place.at("partial")
         try:
             with os_errors(path):
                 staged.mkdir()
                 yield staged
-            commit(staged, path, manifest_entries, progress=progress)
+                commit(staged, place, manifest_entries, progress=progress)
         finally:
             # After an exchange the staged name holds the old folder.
             shutil.rmtree(staged, ignore_errors=True)
 
 
-def commit(staged, path, manifest_entries, digests=None, progress=False):
+def commit(staged, place, manifest_entries, digests=None, progress=False):
     """Give a staged folder its name: ``COMPLETE.json`` last, everything flushed, then one rename.
 
-    The caller holds the lock of ``path``; what ``staged`` names afterwards (an old folder, where
-    there was one) is the caller's to remove.
+    The caller holds the lock; what ``staged`` names afterwards (an old folder, where there was one)
+    is the caller's to remove.
 
     Args:
-        staged: a folder beside ``path``, on the same disk.
-        path: the name to take.
+        staged: a folder beside ``place.path``, or inside of it.
+        place: the :class:`antidote_fast.places.Place` to take.
         manifest_entries: further JSON values for ``COMPLETE.json``.
         digests: {file name: SHA-256} of files that were hashed before and are on the disk already.
         progress: as :func:`antidote_fast.progress.track` takes it.
+
+    Raises:
+        AntidoteError: the folder is in its place, but a power cut may take it away; or, inside,
+            that it is half-filled (:func:`antidote_fast.places.put_in_place`).
     """
-    with os_errors(path):
-        _write_manifest(staged, manifest_entries, digests or {}, progress)
-        _usual_modes(staged)
-        _sync_tree(staged)
-        _put_in_place(staged, path)
-        sync(path.parent)
+    _write_manifest(staged, manifest_entries, digests or {}, progress)
+    _usual_modes(staged)
+    _sync_tree(staged)
+    places.put_in_place(staged, place)
+    try:
+        sync(place.path.parent)
+    except OSError as error:
+        if error.errno == errno.EIO:  # else one that cannot be opened, or flushed, by anybody
+            raise AntidoteError(
+                f"output_dir={str(place.path)!r}: is whole and in its place, but its name may be "
+                f"lost with the power: {error.strerror}"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -224,57 +281,68 @@ def locked(path):
     Folders above ``path`` that had to be made for the lock are removed again where ``path`` is not
     there at the end.
 
+    Yields:
+        where the output is to be made (:class:`antidote_fast.places.Place`).
+
     Raises:
         DataError: another job holds it, or it cannot be made.
     """
-    import filelock
+    path = Path(os.path.abspath(path))
+    busy = DataError(f"output_dir={str(path)!r}: another job is writing it")
+    with contextlib.ExitStack() as stack:
+        with os_errors(path, any_number=True):
+            place = stack.enter_context(places.held_place(path, busy))
+        run = place.at("run")
+        if run.is_dir() and _is_output_of(path, run):
+            shutil.rmtree(run, ignore_errors=True)  # killed between its rename and its end
+        yield place
 
-    made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+
+def _is_output_of(path, run):
+    """Whether ``path`` is the whole output of the very run that left its state in ``run``."""
+    recorded = (read_manifest(path) or {}).get(RUN_INPUTS)
+    if recorded is None:
+        return False
     try:
-        with os_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(str(path.parent / f".{path.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            made = []
-            raise DataError(f"output_dir={str(path)!r}: another job is writing it") from None
-        try:
-            # Held by nobody else now, so whatever is staged belongs to a job that was killed.
-            for stale in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
-                if stale.name.endswith("-old") and not path.exists():
-                    os.rename(stale, path)  # killed between the two renames of _put_in_place
-                else:
-                    shutil.rmtree(stale, ignore_errors=True)
-            yield
-        finally:
-            # Unlinked while held: filelock retries on a file that has lost its name.
-            with contextlib.suppress(OSError):
-                os.unlink(lock.lock_file)
-            lock.release()
-    finally:
-        if not path.exists():
-            for folder in made:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+        contents = json.loads((run / STATE).read_text(encoding="utf-8"))
+        return recorded == digest_of(contents["inputs"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def digest_of(inputs) -> str:
+    """One SHA-256 for everything that decides a result, as ``COMPLETE.json`` records it."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def os_errors(path):
-    """Turn the operating system's refusal to write into one line."""
+def os_errors(path, outcome=lambda: NOTHING, any_number=False):
+    """Turn the operating system's refusal to write into one line.
+
+    Args:
+        path: the output.
+        outcome: called for what is left then.
+        any_number: any error of the system's, not only those that tell of a full disk or of
+            missing rights.
+
+    Raises:
+        NoRoom: the disk is full, or a file exceeds a limit.
+        NotWritable: anything else.
+    """
     try:
         yield
     except Exception as error:
         number = _os_error_number(error)
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise AntidoteError(
-                f"output_dir={str(path)!r}: {os.strerror(number)}; nothing was written"
-            ) from error
-        if number in (errno.EACCES, errno.EROFS):
-            raise DataError(
-                f"output_dir={str(path)!r}: {os.strerror(number)}; nothing was written"
-            ) from error
-        raise
+        if number in _FULL:
+            kind = NoRoom
+        elif number in _REFUSED or (any_number and isinstance(error, OSError)):
+            kind = NotWritable
+        else:
+            raise
+        why = os.strerror(number) if number else str(error)
+        if number == errno.ENAMETOOLONG:
+            why += f" (most systems take {255 - len('..partial')} bytes for an output)"
+        raise kind(f"output_dir={str(path)!r}: {why}; {outcome()}") from error
 
 
 def _os_error_number(error):
@@ -285,19 +353,36 @@ def _os_error_number(error):
     return int(told[1]) if told and type(error).__name__ == "SafetensorError" else None
 
 
-def _listing(folder):
-    """Relative posix name -> path of every file (and link) under ``folder``, manifest apart."""
-    return {
-        p.relative_to(folder).as_posix(): p
-        for p in sorted(folder.rglob("*"))
-        if (p.is_file() or p.is_symlink()) and p != folder / MANIFEST
-    }
+def listing(folder):
+    """Relative posix name -> path of every file (and link) under ``folder``, manifest apart.
+
+    Raises:
+        DataError: there are more of them, or they lie deeper, than any output of this tool.
+    """
+    found, count, left = {}, 0, [(Path(folder), 0)]
+    while left:
+        here, depth = left.pop()
+        with contextlib.suppress(PermissionError), os.scandir(here) as entries:
+            for entry in entries:
+                count += 1
+                if count > _MAX_FILES or depth > _MAX_DEPTH:
+                    raise DataError(
+                        f"{folder}: holds more than {_MAX_FILES} files, or folders more than "
+                        f"{_MAX_DEPTH} deep"
+                    )
+                path = here / entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    left.append((path, depth + 1))
+                elif entry.is_symlink() or entry.is_file():
+                    found[path.relative_to(folder).as_posix()] = path
+    found.pop(MANIFEST, None)
+    return dict(sorted(found.items()))
 
 
 def _write_manifest(folder, entries, digests, progress):
     files = {
         name: {"sha256": digests.get(name) or sha256_file(p), "bytes": p.stat().st_size}
-        for name, p in track(_listing(folder).items(), "hash", progress)
+        for name, p in track(listing(folder).items(), "hash", progress)
     }
     manifest = {
         **entries,
@@ -313,34 +398,37 @@ def _write_manifest(folder, entries, digests, progress):
 def _usual_modes(folder):
     """Files get the modes that the umask gives; safetensors writes its own for the owner alone."""
     mode = folder.stat().st_mode & 0o666
-    for path in (*_listing(folder).values(), folder / MANIFEST):
+    for path in (*listing(folder).values(), folder / MANIFEST):
         if not path.is_symlink():
             path.chmod(mode)
 
 
 @contextlib.contextmanager
-def new_file(path):
+def new_file(path, alone=False):
     """A name beside ``path`` to write to; at the end it is flushed and takes the name ``path``.
 
-    Where the block raises, ``path`` is as it was and nothing else is left.
+    Where the block raises, ``path`` is as it was and nothing else is left; what a killed process
+    left is replaced by the next one to write ``path``.
+
+    Args:
+        path: the file.
+        alone: the caller holds a lock that nobody gets past who would write ``path``.
+
+    Raises:
+        DataError: others have been writing it for a minute.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:12]}")
-    try:
-        yield partial
-        sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync(path):
-    """Wait until a file or a folder's list of names is on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    beside = places.Place(path)
+    partial = beside.at("partial")
+    busy = DataError(f"{path}: another job is writing it")
+    with contextlib.nullcontext() if alone else places.held(beside.at("lock"), busy, wait=60):
+        try:
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+        finally:
+            if os.path.lexists(partial):
+                os.unlink(partial)
 
 
 def _sync_tree(folder):
@@ -348,33 +436,3 @@ def _sync_tree(folder):
         for name in names:
             sync(os.path.join(root, name))
         sync(root)
-
-
-def _put_in_place(staged, path):
-    if not path.exists():
-        os.rename(staged, path)
-    elif not any(path.iterdir()):
-        os.rename(staged, path)  # rename(2) replaces an empty folder
-    elif not _exchange(staged, path):
-        old = staged.with_name(staged.name + "-old")
-        os.rename(path, old)
-        try:
-            os.rename(staged, path)
-        except BaseException:
-            os.rename(old, path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(first, second):
-    """Swap two names in one step; False where the system cannot."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    done = renameat2(
-        _AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE
-    )
-    return done == 0

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from antidote_fast.commit import new_file
 from antidote_fast.errors import AntidoteError, DataError, UsageError
+from antidote_fast.progress import tell
 from antidote_fast.safe_open import open_file
 
 MAX_MASKS = 100_000
@@ -174,7 +175,7 @@ def convert_command(argv):
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a mask file")
     if "-h" in argv or "--help" in argv:
-        print(parser.format_help(), end="")
+        tell(parser.format_help(), end="")
         return
     given = parser.parse_args(argv)
     found = convert_masks(
@@ -184,7 +185,7 @@ def convert_command(argv):
         prefix=given.prefix,
         overwrite=given.overwrite,
     )
-    print(
+    tell(
         f"{found['masks']} masks, {found['removed']:,} of {found['weights']:,} weights removed: "
         f"{given.output}"
     )

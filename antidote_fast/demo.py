@@ -5,6 +5,7 @@ whatever they are.
 """
 
 import contextlib
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from antidote_fast.pipeline.evaluate import answer_sets, score_answers
 from antidote_fast.pipeline.refusals import RefusalJudge
 from antidote_fast.pipeline.stage import write_report
 from antidote_fast.pipeline.sweep import Originals
-from antidote_fast.progress import track
+from antidote_fast.progress import Steady, track
 from antidote_fast.prune import prune_model_
 from antidote_fast.selection import Selection
 
@@ -333,7 +334,7 @@ def _show(report, folder, progress):
         return
     from rich.console import Console
 
-    console = Console()
+    console = Console(file=Steady(sys.stdout))
     console.print(reports.demo_table(report))
     stages = ", ".join(f"{name} {value:.0f}" for name, value in report["stage_seconds"].items())
     for line in (

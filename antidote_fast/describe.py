@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from antidote_fast.errors import DataError, UsageError, printable
+from antidote_fast.progress import tell
 
 _ENVIRONMENT = ("ANTIDOTE_BACKEND", "ANTIDOTE_CPU_ISA")
 
@@ -46,7 +47,7 @@ def _kernels(cpu):
 def env_command(argv):
     """``antidote-fast env [--json]``."""
     if "-h" in argv or "--help" in argv:
-        print("usage: antidote-fast env [--json]")
+        tell("usage: antidote-fast env [--json]")
         return
     _refuse_all_but(argv, ("--json",), "env")
     _show(environment(), "--json" in argv)
@@ -55,7 +56,7 @@ def env_command(argv):
 def inspect_command(argv):
     """``antidote-fast inspect PATH [--json]``."""
     if "-h" in argv or "--help" in argv:
-        print("usage: antidote-fast inspect PATH [--json]")
+        tell("usage: antidote-fast inspect PATH [--json]")
         return
     paths = [word for word in argv if not word.startswith("-")]
     _refuse_all_but([word for word in argv if word.startswith("-")], ("--json",), "inspect")
@@ -171,10 +172,10 @@ def _refuse_all_but(words, accepted, command):
 
 def _show(found, as_json):
     if as_json:
-        print(json.dumps(found, indent=2, default=str))
+        tell(json.dumps(found, indent=2, default=str))
         return
     for line in _lines(found):
-        print(line)
+        tell(line)
 
 
 def _lines(found, indent=""):

@@ -12,9 +12,21 @@ def printable(text) -> str:
 
 
 class AntidoteError(Exception):
-    """Something failed for a reason that one line can tell. Exit code 1."""
+    """Something failed for a reason that one line can tell. Exit code 1.
+
+    Attributes:
+        passes: it says nothing about the inputs, so the same command may succeed another time; a
+            run that resumes keeps its state.
+    """
 
     exit_code = 1
+    passes = False
+
+
+class NoRoom(AntidoteError):
+    """A disk is full, or a limit of size was met. Exit code 1."""
+
+    passes = True
 
 
 class UsageError(AntidoteError, ValueError):
@@ -27,6 +39,12 @@ class DataError(AntidoteError, ValueError):
     """A file, a data set, a model or an adapter was rejected. Exit code 3."""
 
     exit_code = 3
+
+
+class NotWritable(DataError):
+    """The system does not let this process write an output. Exit code 3."""
+
+    passes = True
 
 
 class NothingPruned(AntidoteError, ValueError):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from antidote_fast.errors import AntidoteError, DataError, UsageError
+from antidote_fast.errors import AntidoteError, DataError, NoRoom, UsageError
 from antidote_fast.files import Checkpoint, check_inside, open_checkpoint, read_json
 from antidote_fast.verify import check_input
 
@@ -227,7 +227,7 @@ def check_free_space(folder, needed: int):
     folder = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise AntidoteError(
+        raise NoRoom(
             f"{folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk"
         )
 

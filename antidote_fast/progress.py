@@ -2,13 +2,97 @@
 
 Whatever may take over two seconds loops over ``track(..., progress)`` and takes ``progress`` from
 its caller: False shows nothing, True a tqdm bar, and the command line hands down one of the two
-callables made here.
+callables made here. Telling is never fatal: what a stream that is full, closed or gone does not
+take is lost, and the work goes on.
 """
 
 import contextlib
 import json
+import os
 import sys
 import time
+
+
+class Steady:
+    """A text stream that never raises: what cannot be written is left out.
+
+    Args:
+        stream: a text stream, or None where there is none.
+    """
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text):
+        """Write ``text``, characters that the stream cannot show as escapes; its length."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self._stream.encoding or "ascii"
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def writelines(self, lines):
+        """Write each of ``lines``."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self):
+        """Write what is waiting, if it can be."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()
+
+    def isatty(self):
+        """Whether the stream is a terminal."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return self._stream.isatty()
+        return False
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+def tell(text, *, error=False, end="\n"):
+    """Print on stdout, or with ``error`` on stderr; nothing happens where that cannot be done."""
+    print(text, file=Steady(sys.stderr if error else sys.stdout), end=end, flush=True)
+
+
+@contextlib.contextmanager
+def steady_streams():
+    """Inside the block nothing raises that is printed, whoever prints it."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = mine = Steady(sys.stdout), Steady(sys.stderr)
+    try:
+        yield
+    finally:
+        for name, old, new in zip(("stdout", "stderr"), before, mine, strict=True):
+            new.flush()
+            if getattr(sys, name) is new:
+                setattr(sys, name, old)
+
+
+def open_missing_streams():
+    """Give the null device the numbers of stdin, stdout and stderr where they were closed.
+
+    A file opened later would get them, and with them what native code prints to number 2.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
+def drop_unwritable():
+    """Let the interpreter's last flush of stdout and stderr not fail, which would be code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def track(iterable, what, progress=False, total=None):
@@ -31,7 +115,7 @@ def track(iterable, what, progress=False, total=None):
         return progress(iterable, what, total)
     from tqdm import tqdm
 
-    return tqdm(iterable, desc=what, total=total)
+    return tqdm(iterable, desc=what, total=total, file=Steady(sys.stderr))
 
 
 @contextlib.contextmanager
@@ -60,7 +144,7 @@ def count(total, what, progress=False, every=30.0):
     else:
         from tqdm import tqdm
 
-        with tqdm(desc=what, total=total) as bar:
+        with tqdm(desc=what, total=total, file=Steady(sys.stderr)) as bar:
 
             def show(done, **counts):
                 bar.set_postfix({k: v for k, v in counts.items() if v}, refresh=False)
@@ -76,7 +160,7 @@ def _counting_lines(total, what, every):
 
     def line():
         told = {"step": what, **fields, "seconds": round(time.monotonic() - start, 1)}
-        print(json.dumps(told), file=sys.stderr, flush=True)
+        tell(json.dumps(told), error=True)
 
     def show(done, **counts):
         nonlocal last
@@ -98,7 +182,7 @@ def command_line_progress(quiet=False):
     """The ``progress`` that a command uses: bars on a terminal, else one JSON line a step."""
     if quiet:
         yield False
-    elif sys.stderr.isatty():
+    elif Steady(sys.stderr).isatty():
         with _bars() as progress:
             yield progress
     else:
@@ -117,7 +201,8 @@ def _bars():
         rich_progress.TimeElapsedColumn(),
         rich_progress.TimeRemainingColumn(),
     )
-    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bars:
+    console = Console(file=Steady(sys.stderr))
+    with rich_progress.Progress(*columns, console=console) as bars:
 
         def track_on_bars(iterable, what, total):
             return bars.track(iterable, total=total, description=what)
@@ -138,7 +223,7 @@ def json_lines(iterable, what, total, every=30.0):
             "total": done if total is None else total,
             "seconds": round(time.monotonic() - start, 1),
         }
-        print(json.dumps(fields), file=sys.stderr, flush=True)
+        tell(json.dumps(fields), error=True)
 
     for item in iterable:
         yield item

@@ -1,20 +1,24 @@
 """Work that goes on where it was interrupted: its state lies in a hidden folder beside the output.
 
-The folder ``.NAME.run`` beside ``output_dir`` holds what is done so far and ``run.json``, which
-says for which inputs. It is gone once the output is whole. Nothing in it can be taken for the
-output: the configuration that a loader looks for is written last.
+The folder ``.NAME.run`` beside ``output_dir`` (or inside: :mod:`antidote_fast.places`) holds what
+is done so far and ``run.json``, which says for which inputs. It is gone once the output is whole.
+Nothing in it can be taken for the output: the configuration that a loader looks for is written
+last.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
 from antidote_fast.commit import (
-    check_output_folder,
+    NOTHING,
+    RUN_INPUTS,
+    STATE,
+    check_contents,
     commit,
+    digest_of,
     locked,
     new_file,
     os_errors,
@@ -22,15 +26,11 @@ from antidote_fast.commit import (
     sync,
 )
 from antidote_fast.errors import AntidoteError, DataError, Interrupted
+from antidote_fast.places import run_of
 
-STATE = "run.json"
 STATE_VERSION = 1
-MANIFEST_ENTRY = "run_inputs"
-
-
-def digest_of(inputs) -> str:
-    """One SHA-256 for everything that decides a result, as ``COMPLETE.json`` records it."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+MANIFEST_ENTRY = RUN_INPUTS
+KEPT = "what was done is kept, and the same command with --resume goes on"
 
 
 def is_finished(path, inputs) -> bool:
@@ -48,31 +48,40 @@ def is_finished(path, inputs) -> bool:
             f"output_dir={str(path)!r}: was made from other data, another model or other settings; "
             "name another folder, or replace it with overwrite and without resume"
         )
+    if run_of(path).is_dir():
+        with contextlib.suppress(AntidoteError), locked(path):
+            pass  # which clears what a run leaves that was killed when it was done
     return True
 
 
 class Run:
     """An output on its way.
 
+    Args:
+        place: where it is made (:class:`antidote_fast.places.Place`).
+        inputs: everything that decides the result.
+        state: as last saved.
+
     Attributes:
         folder: where the run keeps what it needs to go on.
         output: an output folder that grows in place; it takes the name of the target in
             :meth:`commit`.
         state: JSON values, as last saved; empty in a run that has just begun.
-        keep: whether an error leaves the folder too, where it holds a state.
+        keep: whether an error of the inputs leaves the folder too, where it holds a state.
+        done: whether the output has its name.
     """
 
-    keep = False
+    keep = done = False
 
-    def __init__(self, path, folder, inputs, state):
-        self.path, self.folder, self.state = path, folder, state
-        self.output = folder / "output"
-        self._inputs = inputs
+    def __init__(self, place, inputs, state):
+        self.folder, self.state = place.at("run"), state
+        self.output = self.folder / "output"
+        self._place, self._inputs = place, inputs
 
     def save(self, state):
         """Replace the state; it is on the disk when this returns."""
         contents = {"schema_version": STATE_VERSION, "inputs": self._inputs, "state": state}
-        with new_file(self.folder / STATE) as partial:
+        with new_file(self.folder / STATE, alone=True) as partial:
             partial.write_text(json.dumps(contents), encoding="utf-8")
         sync(self.folder)
         self.state = state
@@ -85,7 +94,8 @@ class Run:
             manifest_entries: further JSON values for ``COMPLETE.json``.
         """
         manifest_entries[MANIFEST_ENTRY] = digest_of(self._inputs)
-        commit(self.output, self.path, manifest_entries, digests)
+        commit(self.output, self._place, manifest_entries, digests)
+        self.done = True
 
 
 def interrupted_state(path, inputs, *, resume=False, overwrite=False) -> dict:
@@ -95,7 +105,7 @@ def interrupted_state(path, inputs, *, resume=False, overwrite=False) -> dict:
         DataError: as run_folder, of a run that was interrupted there.
     """
     path = Path(os.path.abspath(path))
-    folder = _run_folder(path)
+    folder = run_of(path)
     if folder.exists() and resume:
         return _state_of(folder, inputs, path)
     if folder.exists() and not overwrite:
@@ -107,20 +117,17 @@ def interrupted_state(path, inputs, *, resume=False, overwrite=False) -> dict:
 
 
 def discard(path) -> None:
-    """Remove what an interrupted run left for the output ``path``, which was made otherwise."""
-    shutil.rmtree(_run_folder(Path(os.path.abspath(path))), ignore_errors=True)
-
-
-def _run_folder(path):
-    return path.parent / f".{path.name}.run"
+    """Remove what an interrupted run left for the output ``path``; the caller holds its lock."""
+    shutil.rmtree(run_of(path), ignore_errors=True)
 
 
 @contextlib.contextmanager
 def run_folder(path, inputs, *, resume=False, overwrite=False):
     """A :class:`Run` for the output ``path``; the block ends with :meth:`Run.commit`.
 
-    An interruption (a signal, a crash, the power) leaves ``.NAME.run``, from which the same call
-    goes on with ``resume``. An error that would come again removes it, unless :attr:`Run.keep`.
+    An interruption (a signal, a crash, the power) or the system's refusal (a full disk, missing
+    rights) leaves ``.NAME.run``, from which the same call goes on with ``resume``. An error of the
+    inputs, which would come again, removes it, unless :attr:`Run.keep`.
 
     Args:
         path: the folder to make.
@@ -134,33 +141,31 @@ def run_folder(path, inputs, *, resume=False, overwrite=False):
             there and neither ``resume`` nor ``overwrite`` is given, or its inputs were others.
     """
     path = Path(os.path.abspath(path))
-    folder = _run_folder(path)
-    check_output_folder(path, overwrite)
-    with locked(path):
-        check_output_folder(path, overwrite)
+    check_contents(path, overwrite)
+    with locked(path) as place:
+        check_contents(path, overwrite)
         state = interrupted_state(path, inputs, resume=resume, overwrite=overwrite)
+        run, keep = Run(place, inputs, state), False
         if not state:
-            shutil.rmtree(folder, ignore_errors=True)
-        run = Run(path, folder, inputs, state)
-        keep = False
+            discard(path)
         try:
-            with os_errors(path):
+            with os_errors(path, lambda: KEPT if run.state else NOTHING):
                 run.output.mkdir(parents=True, exist_ok=True)
                 if not state:
                     run.save({})
                 yield run
-        except (Interrupted, KeyboardInterrupt):
-            keep = True
+        except AntidoteError as error:
+            passes = run.keep or error.passes or error.exit_code == AntidoteError.exit_code
+            keep = isinstance(error, Interrupted) or (passes and bool(run.state))
+            if error.passes and run.state and KEPT not in str(error):
+                raise type(error)(f"{error}; {KEPT}") from error
             raise
-        except AntidoteError:
-            keep = run.keep and bool(run.state)
-            raise
-        except Exception:
+        except BaseException:
             keep = True
             raise
         finally:
-            if not keep:
-                shutil.rmtree(folder, ignore_errors=True)
+            if run.done or not keep:
+                shutil.rmtree(run.folder, ignore_errors=True)
 
 
 def _state_of(folder, inputs, path):

@@ -15,12 +15,14 @@ from antidote_fast.commit import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     TOOL,
+    listing,
     read_manifest,
     sha256_file,
     verify_folder,
 )
 from antidote_fast.errors import AntidoteError, DataError, UsageError, printable
-from antidote_fast.progress import command_line_progress, track
+from antidote_fast.places import HIDDEN
+from antidote_fast.progress import command_line_progress, tell, track
 from antidote_fast.safe_open import identity, open_below, read_file
 
 _USAGE = "usage: antidote-fast verify FOLDER [FOLDER ...] [--json]"
@@ -47,14 +49,22 @@ def verify(folder, progress=False) -> dict:
         what = "is not a folder" if folder.exists() else "no such folder"
         return {"files": 0, "bytes": 0, "hashes": False, "problems": [what]}
     manifest = read_manifest(folder)
+    sizes = [] if manifest is None else [entry["bytes"] for entry in manifest["files"].values()]
+    try:
+        listed = listing(folder).values()
+    except DataError as error:
+        line = str(error).removeprefix(f"{folder}: ")
+        return {"files": len(sizes), "bytes": sum(sizes), "hashes": False, "problems": [line]}
     if manifest is not None:
         problems += verify_folder(folder, progress=progress)
-        sizes = [entry["bytes"] for entry in manifest["files"].values()]
     else:
         if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
             problems.append(f"{MANIFEST}: is damaged, or not one of {TOOL}")
-        files = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
-        sizes = [p.stat().st_size for p in files]
+        sizes = [p.stat().st_size for p in listed if p.is_file() and p.name != MANIFEST]
+        if os.path.isdir(folder / HIDDEN):
+            problems.append(
+                f"{HIDDEN}: a job is at work here, or was killed while it put files here"
+            )
     understood = _check_contents(folder, problems)
     if not understood and manifest is None and not problems:
         problems.append(f"is neither a model, an adapter, nor written by {TOOL}")
@@ -158,7 +168,7 @@ def _check_contents(folder, problems):
 def verify_command(argv):
     """``antidote-fast verify FOLDER [FOLDER ...] [--json]``."""
     if "-h" in argv or "--help" in argv:
-        print(_USAGE)
+        tell(_USAGE)
         return
     folders = [word for word in argv if not word.startswith("-")]
     for word in argv:
@@ -169,11 +179,11 @@ def verify_command(argv):
     with command_line_progress(quiet="--json" in argv) as progress:
         found = {folder: verify(folder, progress) for folder in folders}
     if "--json" in argv:
-        print(json.dumps(found, indent=2))
+        tell(json.dumps(found, indent=2))
     else:
         for folder, result in found.items():
             for line in _lines(result):
-                print(f"{folder}: {line}")
+                tell(f"{folder}: {line}")
     broken = [folder for folder, result in found.items() if result["problems"]]
     if broken:
         raise DataError(f"{len(broken)} of {len(found)} folders not whole, {broken[0]} first")

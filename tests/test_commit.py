@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from antidote_fast import commit
+from antidote_fast import commit, places
 from antidote_fast.commit import check_output_folder, output_folder, read_manifest, verify_folder
 from antidote_fast.errors import AntidoteError, DataError
 
@@ -70,7 +70,7 @@ def test_an_empty_folder_is_taken(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_overwrite(tmp_path, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(commit, "_exchange", lambda *a: False)
+        monkeypatch.setattr(places, "_exchange", lambda *a: False)
     out = tmp_path / "out"
     write(out)
     with pytest.raises(DataError, match="exists and is not empty"):
@@ -176,11 +176,11 @@ def test_an_exception_leaves_nothing(tmp_path, error, old):
 def test_a_failed_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     out = tmp_path / "out"
     write(out)
-    monkeypatch.setattr(commit, "_exchange", lambda *a: False)
+    monkeypatch.setattr(places, "_exchange", lambda *a: False)
     real = os.rename
 
     def rename(source, target):
-        if Path(target) == out and not str(source).endswith("-old"):
+        if Path(target) == out and not str(source).endswith(".old"):
             raise RuntimeError("second rename")
         real(source, target)
 
@@ -194,10 +194,10 @@ def test_a_failed_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
 
 FAULTS = """
     import os, signal, sys
-    from antidote_fast import commit
+    from antidote_fast import commit, places
     path, point = sys.argv[1], int(sys.argv[2])
     if sys.argv[3] == "two renames":
-        commit._exchange = lambda *a: False
+        places._exchange = lambda *a: False
     calls = 0
     def fatal(real):
         def call(*arguments, **options):
@@ -210,7 +210,7 @@ FAULTS = """
     os.fsync = fatal(os.fsync)
     os.rename = fatal(os.rename)
     commit._write_manifest = fatal(commit._write_manifest)
-    commit._put_in_place = fatal(commit._put_in_place)
+    places.put_in_place = fatal(places.put_in_place)
     commit.shutil.rmtree = fatal(commit.shutil.rmtree)
     with commit.output_folder(path, overwrite=True) as staged:
         (staged / "a.txt").write_text("two")
@@ -327,6 +327,6 @@ def test_verify_names_what_changed(tmp_path):
 
 
 def test_exchange_elsewhere(monkeypatch, tmp_path):
-    assert not commit._exchange(tmp_path / "a", tmp_path / "b")  # neither is there
+    assert not places._exchange(tmp_path / "a", tmp_path / "b")  # neither is there
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert not commit._exchange(tmp_path, tmp_path)
+    assert not places._exchange(tmp_path, tmp_path)

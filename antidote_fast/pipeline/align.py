@@ -46,7 +46,8 @@ def run(config: AlignConfig, *, progress=False) -> dict:
     inputs = run_inputs(config, base, None, records=[*records, *harmful])
     if config.resume and is_finished(config.output_dir, inputs):
         return read_report(config.output_dir)
-    checkpoint.check_output_folder(config.output_dir, config.overwrite)
+    if config.resume:
+        checkpoint.check_output_folder(config.output_dir, config.overwrite)
     check_memory(config, [base])
     checkpoint.check_free_space(config.output_dir, weight_bytes(base, config.dtype))
     with training_folder(config, inputs) as (folder, run):

@@ -62,7 +62,7 @@ def run(config: CalibrateConfig, *, progress=False, world=ALONE) -> dict:
         records = load_data(config, None)
         inputs = run_inputs(config, base, adapter, records=records)
         finished = config.resume and not world.rank and is_finished(config.output_dir, inputs)
-        if not (finished or world.rank):
+        if config.resume and not (finished or world.rank):
             check_output_folder(config.output_dir, config.overwrite)
     if said_by_first(finished, world):
         return read_report(config.output_dir) if finished else {}

@@ -48,8 +48,7 @@ def _plan_run(config) -> Plan:
 
     out = Path(config.output_dir)
     stages, scores = run_all._plan(config, out)
-    run_all._check_folder(out)
-    run_all.check_data([*stages.values(), *scores.values()])
+    run_all.check(stages, scores, out)
     parts = {}
     kept = [name for name, stage in stages.items() if run_all.is_done(out / name, stage)]
     base_name = config.model_name_or_path

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from antidote_fast import checkpoint as files
 from antidote_fast.adapters import load_adapter
-from antidote_fast.commit import read_manifest
+from antidote_fast.commit import check_parent, read_manifest
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.loading import pick_device
 from antidote_fast.memory import format_bytes
@@ -294,6 +294,7 @@ def plan_fleet(config) -> Plan:
     jobs = read_manifest_file(config)
     index, count = configs.parse_shard(config.shard)
     jobs = jobs[index::count]
+    check_parent(config.output_dir)
     worker = Worker(config)
     worker.check_data(jobs)
     made = Builder("fleet", config, [worker.base])

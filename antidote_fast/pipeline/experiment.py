@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from antidote_fast.commit import new_file
+from antidote_fast.commit import check_parent, new_file
 from antidote_fast.demo_model import CACHE
 from antidote_fast.errors import AntidoteError, DataError, Interrupted, JobsSetAside, UsageError
 from antidote_fast.hardware import hardware
@@ -12,7 +12,8 @@ from antidote_fast.memory import reset_peak_memory
 from antidote_fast.pipeline import grid, pictures, run_all, tables
 from antidote_fast.pipeline.config_run import ExperimentConfig
 from antidote_fast.pipeline.stage import REPORT, read_report, replace_report
-from antidote_fast.progress import track
+from antidote_fast.places import held
+from antidote_fast.progress import tell, track
 from antidote_fast.report import METRICS
 
 ROWS, TABLES, STAGES = "rows.csv", "tables.md", "stages"
@@ -50,6 +51,12 @@ def run(config: ExperimentConfig, *, progress=False) -> dict:
         _check_flags(config)
         prepare(progress=progress)
     trials, first = check(config)
+    busy = DataError(f"output_dir={config.output_dir!r}: another experiment is at work there")
+    with held(out / ".experiment.lock", busy, make=True):
+        return _run(config, trials, first, out, start, progress)
+
+
+def _run(config, trials, first, out, start, progress):
     tried = [cell for options in trials.values() for _, cell in options]
     work = _Work(config, out, progress)
     for cell in track(tried, "strengths", progress):
@@ -98,6 +105,8 @@ def check(config: ExperimentConfig) -> tuple[dict, list]:
             f"{CACHE}: is not there yet, and is made where the experiment runs: start it once "
             "without dry_run"
         )
+    for folder in {Path(config.output_dir), Path(config.stages or config.output_dir)}:
+        check_parent(folder)
     tried = [cell for options in trials.values() for _, cell in options]
     run_all.check_data([stage for cell in (*tried, *cells) for stage in cell.stages.values()])
     return trials, cells
@@ -186,7 +195,7 @@ class _Work:
         if folder not in self._reports:
             if not self._is_done(stage):
                 if self._progress:
-                    print(what, flush=True)
+                    tell(what)
                 # A folder of ours with other files behind it is made anew.
                 again = self._config.overwrite and _is_there(folder)
                 reset_peak_memory()
@@ -279,7 +288,7 @@ def _check_folder(out):
         raise DataError(f"output_dir={str(out)!r}: exists and is not a folder")
     for path in sorted(out.iterdir()) if out.exists() else ():
         ours = path.name in (ROWS, TABLES, STAGES, REPORT) or path.name.startswith(
-            ("table-", ".experiment.", ".rows.", ".table-", ".tables.")
+            ("table-", ".experiment.", ".report.", ".rows.", ".table-", ".tables.")
         )
         if not ours:
             raise DataError(

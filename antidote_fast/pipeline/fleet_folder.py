@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from antidote_fast.commit import check_output_folder, new_file, read_manifest
+from antidote_fast.commit import check_output_folder, check_parent, new_file, read_manifest
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.pipeline.data import local_file
 from antidote_fast.pipeline.fleet_manifest import SHARED
@@ -163,10 +163,9 @@ def locked(out, shard):
         raise DataError(f"output_dir={str(out)!r}: exists and is not a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise DataError(f"output_dir={str(out)!r}: {error.strerror}") from None
+    check_parent(out)
     index, count = shard
     busy = DataError(f"output_dir={str(out)!r}: another fleet is at work there")
     with filelock.FileLock(str(out / ".fleet.lock"), timeout=30):

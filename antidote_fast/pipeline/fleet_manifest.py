@@ -138,8 +138,7 @@ def _text(value, key, where):
 
 
 def _check_name(name, where):
-    # A folder that is being written is called .NAME.partial-...
-    if not _NAME.fullmatch(name) or _OURS.fullmatch(name) or ".partial-" in name:
+    if not _NAME.fullmatch(name) or _OURS.fullmatch(name):
         raise DataError(
             f"{where}: name={name!r:.80}: must be a plain file name of letters, digits, '.', '_' "
             "and '-', at most 200 of them, neither failed nor summary.json; give a name"

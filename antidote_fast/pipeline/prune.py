@@ -178,7 +178,8 @@ def prune_folder(
         inputs = inputs_for(config, base, adapter, known, sets)
         finished = config.resume and not world.rank and is_finished(config.output_dir, inputs)
         if not (finished or world.rank):
-            check_output_folder(config.output_dir, config.overwrite)
+            if config.resume:
+                check_output_folder(config.output_dir, config.overwrite)
             check_free_space(config.output_dir, sum(f.stat().st_size for f in source.weight_files))
     if said_by_first(finished, world):
         contents = read_report(config.output_dir) if finished else {}

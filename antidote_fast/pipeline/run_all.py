@@ -6,12 +6,13 @@ import os
 import time
 from pathlib import Path
 
-from antidote_fast.commit import sha256_file, verify_folder
+from antidote_fast.commit import check_output_folder, read_manifest, sha256_file, verify_folder
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.pipeline.config import EvaluateConfig
 from antidote_fast.pipeline.config_run import SECTIONS, RunConfig
 from antidote_fast.pipeline.flags import from_values
 from antidote_fast.pipeline.stage import REPORT, read_report, replace_report
+from antidote_fast.places import held
 from antidote_fast.progress import track
 
 _SHARED = (
@@ -40,12 +41,30 @@ def run(config: RunConfig, *, progress=False) -> dict:
         UsageError: a section's flag is unknown or out of range.
         DataError: output_dir holds something else, or a data set or a stage's input is refused.
     """
-    from antidote_fast.pipeline import align, evaluate, finetune, prune
-
     out = Path(config.output_dir)
     stages, scores = _plan(config, out)
+    check(stages, scores, out)
+    busy = DataError(f"output_dir={config.output_dir!r}: another run is at work there")
+    with held(out / ".run.lock", busy, make=True):
+        return _run(config, stages, scores, out, progress)
+
+
+def check(stages, scores, out):
+    """Refuse data that cannot be read and folders that cannot be written, before the first stage.
+
+    Raises:
+        DataError: naming what is refused.
+    """
     _check_folder(out)
     check_data([*stages.values(), *scores.values()])
+    for stage in (*stages.values(), *scores.values()):
+        if read_manifest(stage.output_dir) is None:  # else it is kept, or refused for its settings
+            check_output_folder(stage.output_dir, stage.overwrite)
+
+
+def _run(config, stages, scores, out, progress):
+    from antidote_fast.pipeline import align, evaluate, finetune, prune
+
     seconds, reused = {}, []
     runs = {"aligned": align.run, "attacked": finetune.run, "pruned": prune.run}
     for name, stage in stages.items():
@@ -124,9 +143,11 @@ def _check_folder(out):
     if out.exists() and not out.is_dir():
         raise DataError(f"output_dir={str(out)!r}: exists and is not a folder")
     for path in sorted(out.iterdir()) if out.exists() else ():
-        # A killed stage leaves a staged folder, .aligned.partial-..., which the next one removes.
+        # A killed stage leaves a staged folder, .aligned.partial, which the next one removes.
         ours = path.name in (*_FOLDERS, REPORT)
-        if not ours and not path.name.startswith((*(f".{name}." for name in _FOLDERS), ".run.")):
+        if not ours and not path.name.startswith(
+            (*(f".{name}." for name in _FOLDERS), ".run.", ".report.")
+        ):
             raise DataError(
                 f"output_dir={str(out)!r}: holds {path.name!r}, which no run made; name another "
                 "folder"

@@ -9,7 +9,7 @@ import platform
 import time
 from pathlib import Path
 
-from antidote_fast.commit import read_manifest, sha256_file, sha256_of
+from antidote_fast.commit import new_file, read_manifest, sha256_file, sha256_of
 from antidote_fast.errors import DataError
 from antidote_fast.memory import peak_device_memory_bytes, peak_memory_bytes
 from antidote_fast.safe_open import Folder
@@ -108,7 +108,13 @@ def write_report(folder, stage, config, results, inputs=()) -> dict:
         inputs: paths of the files and folders that the stage read; their hashes are recorded. Or
             what :func:`hash_inputs` gave for them before.
     """
-    report = {
+    report = _contents(stage, config, results, inputs)
+    (Path(folder) / REPORT).write_text(_as_text(report), encoding="utf-8")
+    return report
+
+
+def _contents(stage, config, results, inputs=()):
+    return {
         "schema_version": SCHEMA_VERSION,
         "stage": stage,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -120,8 +126,6 @@ def write_report(folder, stage, config, results, inputs=()) -> dict:
         "peak_device_memory_bytes": peak_device_memory_bytes(),
         **results,
     }
-    (Path(folder) / REPORT).write_text(_as_text(report), encoding="utf-8")
-    return report
 
 
 def replace_report(folder, stage, config, results) -> dict:
@@ -130,11 +134,9 @@ def replace_report(folder, stage, config, results) -> dict:
     Args:
         folder: an existing folder; the rest as :func:`write_report`.
     """
-    staged = Path(folder) / f".{stage}.report"
-    staged.mkdir(exist_ok=True)
-    report = write_report(staged, stage, config, results)
-    os.replace(staged / REPORT, Path(folder) / REPORT)
-    staged.rmdir()
+    report = _contents(stage, config, results)
+    with new_file(Path(folder) / REPORT) as partial:
+        partial.write_text(_as_text(report), encoding="utf-8")
     return report
 
 

@@ -36,8 +36,8 @@ def training_folder(config, inputs, **entries):
         entries[MANIFEST_ENTRY] = digest_of(inputs)
         interrupted_state(config.output_dir, inputs, overwrite=config.overwrite)
         with output_folder(config.output_dir, config.overwrite, **entries) as folder:
+            discard(config.output_dir)
             yield folder, None
-        discard(config.output_dir)
         return
     options = {"resume": config.resume, "overwrite": config.overwrite}
     with run_folder(config.output_dir, inputs, **options) as run:
@@ -145,7 +145,7 @@ class Checkpoints:
         tensors |= {f"{_OBJECTIVE}{name}": v for name, v in self._objective.state().items()}
         before = self._run.state.get("file")
         name = f"training-{len(losses)}.safetensors"
-        with new_file(self._run.folder / name) as partial:
+        with new_file(self._run.folder / name, alone=True) as partial:
             save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
         scheduler = {
             key: value
