@@ -18,7 +18,7 @@ class Odd(torch.nn.Module):
         self.first = torch.nn.Parameter(whole)
         self.tied = self.first
         self.part = torch.nn.Parameter(whole.clone()[3:, 1:9], requires_grad=False)
-        self.half = torch.nn.Parameter(whole.bfloat16()[:7, :3].contiguous())
+        self.narrow = torch.nn.Parameter(whole.bfloat16()[:7, :3].contiguous())
         self.eight = torch.nn.Parameter(whole[:5].to(torch.float8_e4m3fn), requires_grad=False)
         self.packed = torch.nn.Parameter(torch.arange(13, dtype=torch.uint8), requires_grad=False)
         self.single = torch.nn.Parameter(torch.tensor(1.5))
@@ -37,16 +37,16 @@ def test_every_single_bit_is_seen(monkeypatch):
     odd = Odd()
     marks = Marks(odd)
     assert marks.changed() is None
-    for name in ("first", "half", "eight", "packed", "single", "kept"):
+    for name in ("first", "narrow", "eight", "packed", "single", "kept"):
         data = torch.tensor([], dtype=torch.uint8).set_(raw(getattr(odd, name)))
         for place in {0, 1, len(data) // 2, len(data) - 1} & set(range(len(data))):
             for bit in (0, 7):
                 data[place] ^= 1 << bit
                 assert marks.changed() == name, (name, place, bit)
                 data[place] ^= 1 << bit
-    odd.part.data[-1, -1] += 1  # a view whose memory is not its own
+    odd.part.data[-1, -1] *= -1  # a view whose memory is not its own
     assert marks.changed() == "part"
-    odd.part.data[-1, -1] -= 1
+    odd.part.data[-1, -1] *= -1
     odd.made += 1  # what a model makes anew by itself is no weight
     assert marks.changed() is None
 
