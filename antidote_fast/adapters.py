@@ -1,6 +1,7 @@
 """PEFT LoRA adapters: what is understood, what fits which base, and loading one strictly."""
 
 import contextlib
+import math
 import os
 import re
 import warnings
@@ -8,7 +9,13 @@ from pathlib import Path
 
 import torch
 
-from antidote_fast import patterns
+from antidote_fast.adapter_config import (
+    check_adapter_config,
+    match_modules,
+    values_of,
+    without_patterns,
+)
+from antidote_fast.base_state import ModuleTree
 from antidote_fast.commit import read_manifest
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.files import Checkpoint, open_checkpoint
@@ -17,89 +24,14 @@ from antidote_fast.loading import first_line, resolve_folder
 from antidote_fast.verify import check_input
 
 LORA_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-# Options of LoraConfig that change what a factor's input is, or which weights it stands for.
-_NOT_UNDERSTOOD = (
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
-    "layer_replication",
-    "target_parameters",
-    "megatron_config",
-)
 _PREFIX = "base_model.model."
-MAX_RANK = 4096
 _MAX_ADAPTED = 16_384  # modules of one adapter; a model of 400B parameters has some 1000
-_MAX_ENTRIES = 2048  # of a list or a dict in its config
-# Fields of the config that PEFT takes as patterns, with the repeats that one may have: those of
-# the first line are matched once with each module, the others with a prefix and a suffix of PEFT's.
-_PATTERN_FIELDS = {"target_modules": 6, "exclude_modules": 6}
-_PATTERN_LISTS = {"modules_to_save": 2, "layers_pattern": 2, "rank_pattern": 2, "alpha_pattern": 2}
-
-
-def check_adapter_config(config, where):
-    """Refuse, by name, a kind of adapter whose factors this package does not understand.
-
-    Args:
-        config: ``adapter_config.json`` as a dict, or a peft config object.
-        where: what the message calls the adapter.
-
-    Raises:
-        DataError: not LoRA, or a LoRA variant that is not understood. Plain LoRA, rsLoRA, DoRA,
-            rank and alpha patterns and ``modules_to_save`` are. In a dict, also a rank above 4096
-            and patterns whose matching could take for ever.
-    """
-    values = config if isinstance(config, dict) else vars(config)
-    kind = values.get("peft_type")
-    kind = getattr(kind, "value", kind)
-    if kind != "LORA":
-        kind = ascii(kind)[1:41].rstrip("'") if isinstance(kind, str) else type(kind).__name__
-        raise DataError(f"{where}: is an adapter of type {kind}; only LORA is understood")
-    for name in _NOT_UNDERSTOOD:
-        if values.get(name):
-            raise DataError(f"{where}: LoRA with {name} is not understood")
-    if values.get("init_lora_weights") == "mica":
-        raise DataError(f"{where}: LoRA with init_lora_weights='mica' is not understood")
-    if isinstance(config, dict):
-        _check_values(config, where)
-
-
-def _check_values(config, where):
-    """Types, sizes and patterns of a config that came from a file, before they are used."""
-    for name, max_repeats in _PATTERN_FIELDS.items():
-        value = config.get(name)
-        _check_list(value if not isinstance(value, str) else [], name, list, where)
-        if isinstance(value, str) and (problem := patterns.problem_of(value, max_repeats)):
-            raise DataError(f"{where}: {name} {problem}")
-    for name, max_repeats in _PATTERN_LISTS.items():
-        value = config.get(name)
-        value = [value] if isinstance(value, str) and name == "layers_pattern" else value
-        _check_list(value, name, dict if name in ("rank_pattern", "alpha_pattern") else list, where)
-        for pattern in value or ():
-            if problem := patterns.problem_of(pattern, max_repeats):
-                raise DataError(f"{where}: {name}: {_shown(pattern)} {problem}")
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
-    for rank in ranks:
-        if type(rank) is not int or not 1 <= rank <= MAX_RANK:
-            raise DataError(
-                f"{where}: rank {_shown(rank)}: must be an integer from 1 to {MAX_RANK}"
-            )
-
-
-def _check_list(value, name, kind, where):
-    if value is None:
-        return
-    if not isinstance(value, kind):
-        raise DataError(f"{where}: {name} must be a {kind.__name__}, not {type(value).__name__}")
-    if len(value) > _MAX_ENTRIES or not all(isinstance(item, str) for item in value):
-        raise DataError(f"{where}: {name} must hold at most {_MAX_ENTRIES} names")
-
-
-def _shown(value):
-    return ascii(value)[:80]
+# What PEFT saves of an adapted module beside the two factors.
+_OF_A_MODULE = re.compile(
+    r"(?P<module>.+)\.(?:lora_[AB]\.(?:weight|bias)|lora_magnitude_vector(?:\.weight)?"
+    r"|lora_embedding_[AB])"
+)
+_OF_TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
 def check_adapter(adapter: Checkpoint, base: Checkpoint):
@@ -108,14 +40,16 @@ def check_adapter(adapter: Checkpoint, base: Checkpoint):
     Of the weights a few rows are read; the files of a folder that this tool wrote are hashed.
     Compared are the adapter's own consistency (both factors, ranks), the base's layers and shapes,
     and the base's fingerprint where the adapter recorded one or names a base folder that exists.
+    Its patterns are matched with the base's modules, in bounded time.
 
     Raises:
-        DataError: naming the tensor or what differs.
+        DataError: naming the tensor, the field or what differs.
     """
     where = str(adapter.folder)
     check_adapter_config(adapter.config, where)
     check_input(adapter.folder)
     shapes = _factor_shapes(adapter)
+    match_modules(adapter.config, _module_names(base.tensors), where)
     base_shapes = {}
     for name, entry in base.tensors.items():
         if name.endswith(".weight") and entry.dtype is not None and len(entry.shape) == 2:
@@ -134,16 +68,23 @@ def check_adapter(adapter: Checkpoint, base: Checkpoint):
                 f"{base.folder} is {candidates[0]}"
             )
     _check_all_layers(adapter, base, shapes, base_shapes)
+    _check_sizes(adapter, base)
+    _check_copies(adapter, lambda name: _tensor_of(base, name))
     _check_fingerprint(adapter, base)
 
 
-def load_adapter(model, adapter, *, adapter_name="default"):
+def load_adapter(model, adapter, *, adapter_name="default", tensors=None):
     """Put a LoRA adapter on a live model, strictly, its tensors in the dtype of the file.
 
+    PEFT gets the config that was checked and the tensors that were read here, and opens nothing.
+
     Args:
-        model: the base model, as :func:`load_model` gives it.
+        model: the base model, as :func:`load_model` gives it. Its own weights stay as they are, and
+            after an error its modules and their attributes as well.
         adapter: folder or hub name of the adapter, or its :class:`Checkpoint`.
         adapter_name: name of the adapter in the live model.
+        tensors: {name in the file: tensor}, those of the adapter, where they are read already; they
+            stay the caller's.
 
     Returns:
         The ``peft.PeftModel``, in eval mode.
@@ -151,6 +92,7 @@ def load_adapter(model, adapter, *, adapter_name="default"):
     Raises:
         DataError: no such adapter, a pickle, a kind not understood, or tensors that are missing,
             left over or of other shapes than the model needs.
+        AntidoteError: not enough memory.
     """
     if not isinstance(adapter, Checkpoint):
         adapter = open_checkpoint(resolve_folder(adapter, "adapter"))
@@ -164,22 +106,58 @@ def load_adapter(model, adapter, *, adapter_name="default"):
     offloaded = offloaded and any(p.is_meta for p in model.parameters())
     if adapter.config.get("use_dora") and offloaded:
         raise DataError(f"{where}: DoRA needs the base's weights, and some of them are offloaded")
+    _check_copies(adapter, lambda name: model.state_dict().get(name), offloaded)
+    tree = ModuleTree(model)
+    try:
+        live, needed = _put_on(model, adapter, adapter_name, tensors)
+        _keep_file_dtype(live, adapter, adapter_name, offloaded, needed)
+    except BaseException:
+        tree.restore()
+        raise
+    return live.eval()
+
+
+def _put_on(model, adapter, adapter_name, tensors):
+    """(the PEFT model with every tensor that it needs, {name in the file: tensor} of those)."""
+    where = str(adapter.folder)
+    names = [name for name, _ in model.named_modules() if name]
+    adapted = [_OF_A_MODULE.fullmatch(name) for name in adapter.tensors]
+    modules = sorted({match["module"].removeprefix(_PREFIX) for match in adapted if match})
+    fields = without_patterns(adapter.config, modules, names, where)
+    config = {**adapter.config, **fields, "inference_mode": True}
+    config.pop("runtime_config", None)
     import peft
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # missing keys are checked below, as an error
+            config = peft.PeftConfig.from_peft_type(**config)
+            kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
             with _placed_already(model):
-                live = peft.PeftModel.from_pretrained(
-                    model, where, adapter_name=adapter_name, autocast_adapter_dtype=False
-                )
-        needed = peft.get_peft_model_state_dict(
-            live, adapter_name=adapter_name, save_embedding_layers=False
-        )
+                live = kind(model, config, adapter_name, autocast_adapter_dtype=False)
+            needed = peft.get_peft_model_state_dict(
+                live, adapter_name=adapter_name, save_embedding_layers=False
+            )
+            _check_needed(adapter, needed)
+            if tensors is None:
+                tensors = adapter.read(needed)
+            needed = {key: tensors[key] for key in needed}
+            peft.set_peft_model_state_dict(live, needed, adapter_name=adapter_name)
+    except DataError:
+        raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise AntidoteError(f"{where}: not enough memory to load it") from error
     except Exception as error:  # whatever a foreign config makes peft raise
         raise DataError(f"{where}: cannot be put on this model: {first_line(error)}") from error
+    for name in fields:  # as it is saved again
+        said = adapter.config.get(name, True if name == "init_lora_weights" else None)
+        as_set = isinstance(said, list) and name in ("target_modules", "exclude_modules")
+        setattr(config, name, set(said) if as_set else said)
+    return live, needed
+
+
+def _check_needed(adapter, needed):
+    where = str(adapter.folder)
     missing = sorted(set(needed) - set(adapter.tensors))
     if missing:
         raise DataError(
@@ -192,8 +170,85 @@ def load_adapter(model, adapter, *, adapter_name="default"):
             f"{where}: has {len(extra)} tensors that this model has no place for, {extra[0]!r} "
             "first; it was made for another base"
         )
-    _keep_file_dtype(live, adapter, adapter_name, offloaded)
-    return live.eval()
+
+
+def _check_sizes(adapter, base):
+    """Refuse what no part of the base is as large as, before it is read: a sparse file is short on
+    the disk. The factors were compared with the base's layers."""
+    # Four-bit weights lie two in a byte, and an adapter's tensors may have eight bytes each.
+    largest = 16 * max(math.prod(entry.shape) for entry in base.tensors.values())
+    for key, entry in adapter.tensors.items():
+        if not LORA_FACTOR.fullmatch(key) and entry.end - entry.start > largest:
+            raise DataError(
+                f"{adapter.folder}: holds {key!r} of {entry.end - entry.start} bytes, more than "
+                "anything in the base"
+            )
+
+
+def _check_copies(adapter, base_tensor, offloaded=False):
+    """Refuse tensors that are neither the adapter's nor of its modules_to_save, but for copies.
+
+    PEFT would load them into the base itself. It saves the embeddings with an adapter that has them
+    in target_modules, as they are in the base; such a copy is left out, and any other refused.
+
+    Args:
+        base_tensor: gives the base's tensor of a name, or None.
+        offloaded: weights on meta are elsewhere. Else a model without weights is a plan, or run
+            block by block, and was compared by its files.
+    """
+    where, config = str(adapter.folder), adapter.config
+    saved = tuple(config.get("modules_to_save") or ())
+    for key in adapter.tensors:
+        if _OF_A_MODULE.fullmatch(key):
+            continue
+        if key.endswith(_OF_TOKENS) and config.get("trainable_token_indices"):
+            continue
+        parts = key.removeprefix(_PREFIX).split(".")
+        if saved and any(".".join(parts[:i]).endswith(saved) for i in range(1, len(parts))):
+            continue
+        name = ".".join(part for part in parts if part != "base_layer")
+        base = base_tensor(name)
+        if base is None:
+            raise DataError(
+                f"{where}: holds {key!r}, which is neither the adapter's nor one of its "
+                "modules_to_save"
+            )
+        if adapter.tensors[key].shape != tuple(base.shape):
+            raise DataError(
+                f"{where}: holds {key!r} as {adapter.tensors[key].shape}, which in the base is "
+                f"{tuple(base.shape)}"
+            )
+        there = not base.is_meta and base.untyped_storage().nbytes() >= base.nbytes
+        if not there and not offloaded:
+            continue
+        if not there or not _same(adapter.read([key])[key], base):
+            raise DataError(
+                f"{where}: holds {key!r} with other values than the base has; a module that is "
+                "trained whole must be in its modules_to_save"
+            )
+
+
+def _tensor_of(base, name):
+    """The base's tensor of a live model's name, or None; tied ones are saved once."""
+    if base.find(name) is None and name == "lm_head.weight":
+        inputs = ("model.embed_tokens.weight", "transformer.wte.weight")
+        name = next((n for n in inputs if base.find(n) is not None), name)
+    return base.read([name])[name] if base.find(name) is not None else None
+
+
+def _same(tensor, base):
+    if tensor.shape != base.shape or not base.dtype.is_floating_point:
+        return False
+    return torch.equal(tensor.to(base.device, base.dtype), base)
+
+
+def _module_names(keys):
+    """Names of the modules that parameters of these names are in, as ``named_modules`` has them."""
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        names |= dict.fromkeys(".".join(parts[:i]) for i in range(1, len(parts)))
+    return list(names)
 
 
 @contextlib.contextmanager
@@ -208,7 +263,7 @@ def _placed_already(model):
             model.hf_device_map = device_map
 
 
-def _keep_file_dtype(live, adapter, adapter_name, offloaded):
+def _keep_file_dtype(live, adapter, adapter_name, offloaded, tensors):
     """PEFT makes the factors in the base's dtype; give them back the file's, bit for bit."""
     factors = {}
     for name, parameter in live.named_parameters():
@@ -216,15 +271,16 @@ def _keep_file_dtype(live, adapter, adapter_name, offloaded):
         if key != name and LORA_FACTOR.fullmatch(key):
             factors[key if key in adapter.tensors else _PREFIX + key] = name, parameter
     with torch.no_grad():
-        for key, tensor in adapter.read(factors).items():
-            name, parameter = factors[key]
+        for key, (name, parameter) in factors.items():
+            # Never the caller's own: the next adapter is copied into what is live.
             if not (parameter.is_meta and offloaded):
-                parameter.data = tensor.to(parameter.device)
+                parameter.data = tensors[key].to(parameter.device, copy=True)
                 continue
             # Beside an offloaded weight: on the device where accelerate brings that one to run.
             wrapper, linear = (live.get_submodule(name.rsplit(".", n)[0]) for n in (3, 1))
             device = wrapper.get_base_layer()._hf_hook.execution_device
-            linear.weight = torch.nn.Parameter(tensor.to(device), requires_grad=False)
+            value = tensors[key].to(device, copy=True)
+            linear.weight = torch.nn.Parameter(value, requires_grad=False)
     left = [n for n, p in live.named_parameters() if p.is_meta and f".{adapter_name}." in n]
     if left and offloaded:
         raise DataError(f"{adapter.folder}: {left[0]!r} belongs to a part that is offloaded")
@@ -244,14 +300,15 @@ def _factor_shapes(adapter):
     if not 0 < len(factors) <= _MAX_ADAPTED:
         count = f"factors for {len(factors)} modules" if factors else "no LoRA factors"
         raise DataError(f"{where}: holds {count}")
-    expected_rank = _ranks(adapter.config)
+    names = [module.removeprefix(_PREFIX) for module in factors]
+    ranks = values_of(adapter.config, "rank_pattern", names, where)
     shapes = {}
     for module, pair in factors.items():
         if len(pair) != 2:
             raise DataError(f"{where}: {module!r} lacks lora_{'B' if 'A' in pair else 'A'}")
         rank, columns = pair["A"]
         rows, inner = pair["B"]
-        expected = expected_rank(module.removeprefix(_PREFIX))
+        expected = ranks.get(module.removeprefix(_PREFIX), adapter.config["r"])
         if rank != inner or rank != expected:
             raise DataError(
                 f"{where}: {module!r} has ranks {rank} (A) and {inner} (B); its config says "
@@ -259,21 +316,6 @@ def _factor_shapes(adapter):
             )
         shapes[module] = (rows, columns)
     return shapes
-
-
-def _ranks(config):
-    """The rank that a checked config gives a module, by its name; as PEFT reads rank_pattern."""
-    pairs = [
-        (re.compile(rf"(?:{pattern})$").match, rank)
-        for pattern, rank in (config.get("rank_pattern") or {}).items()
-    ]
-
-    def rank_of(name):
-        # PEFT's own "(.*\.)?(pattern)$", without its search for the prefix.
-        starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
-        return next((r for match, r in pairs if any(match(name[i:]) for i in starts)), config["r"])
-
-    return rank_of
 
 
 def _check_all_layers(adapter, base, shapes, base_shapes):

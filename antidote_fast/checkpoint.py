@@ -137,10 +137,7 @@ def copy_checkpoint_files(checkpoint, destination):
         DataError: as :func:`check_copied`, or a file has changed since the checkpoint was opened.
     """
     for name in _copied(checkpoint):
-        with (
-            checkpoint.source.open(name) as source,
-            open(Path(destination) / name, "wb") as target,
-        ):
+        with _listed(checkpoint, name) as source, open(Path(destination) / name, "wb") as target:
             shutil.copyfileobj(source, target, _PIECE)
     checkpoint.watch.check()
 
@@ -159,13 +156,21 @@ def check_copied(checkpoint):
             f"{_MAX_COPIED} are copied"
         )
     for name in names:
-        with checkpoint.source.open(name) as file:
+        with _listed(checkpoint, name) as file:
             left -= os.fstat(file.fileno()).st_size
         if left < 0:
             raise DataError(
                 f"{checkpoint.folder / name}: with it more than {_MAX_COPIED_BYTES >> 30} GiB lie "
                 "beside the weights, and would be copied"
             )
+
+
+def _listed(checkpoint, name):
+    try:
+        return checkpoint.source.open(name)
+    except FileNotFoundError:
+        path = checkpoint.folder / name
+        raise DataError(f"{path}: changed while it was in use; nothing is made from it") from None
 
 
 def _copied(checkpoint):

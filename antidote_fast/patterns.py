@@ -1,55 +1,158 @@
-"""Regular expressions out of other people's files: bounded before ``re`` or PEFT runs them.
+"""Regular expressions out of other people's files: matched in a process that can be stopped.
 
-Python's ``re`` backtracks, so a pattern of 20 characters can run for years. An adapter's config
-holds patterns (``rank_pattern`` and others) that PEFT matches with every module of the base. Only
-those are taken whose time is a polynomial of low degree in a module's name.
+Python's ``re`` backtracks, so a pattern of 20 characters can run for years, and meanwhile neither
+another thread nor a signal gets a turn. An adapter's config holds patterns (``rank_pattern`` and
+others) that PEFT matches with every module of the base. They are matched here first, by the same
+``re`` with the same names, in a child that the kernel ends once it has had :data:`SECONDS` of
+processor time. What is done there in milliseconds is so everywhere.
 """
 
+import functools
+import json
 import re
+import subprocess
+import sys
 
+from antidote_fast.errors import DataError
+
+SECONDS = 2.0  # for all names of one field; people's own patterns take a few milliseconds
 MAX_LENGTH = 1024
-MAX_OPTIONAL = 8
-_TOKEN = re.compile(
-    r"(?P<escape>\\[^0-9])"  # no back references
-    r"|(?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])"
-    r"|(?P<open>\((?:\?:)?(?!\?))"  # plain groups: no look-around, no flags, no names
-    r"|(?P<close>\))"
-    r"|(?P<repeat>[*+]|\{\d*,?\d*\})(?P<kind>\??)(?![*+?{])"
-    r"|(?P<optional>\?)(?P<lazy>\??)(?![*+?{])"
-    r"|(?P<other>[^\\\[()*+?{])",
-    re.DOTALL,
-)
+_BYTES = 1 << 30
+_FEW = 1 << 16  # matches of plain names that are done here: some 50 ms
+_PLAIN = re.compile(r"[\w.-]+")  # names; the only thing in them that means more is the dot
+# As PEFT puts a field's pattern into one of its own.
+_FORMS = {
+    "whole": ("fullmatch", ("{}",)),
+    "end": ("match", (r"(.*\.)?({})$",)),
+    "layers": ("match", (r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r".*\.{}\.(\d+)\.")),
+}
+_CHILD = """
+import json, re, sys
+job = json.load(sys.stdin)
+try:
+    import resource, signal
+    resource.setrlimit(resource.RLIMIT_AS, (job["bytes"], job["bytes"]))
+    signal.setitimer(signal.ITIMER_PROF, job["seconds"])
+except (ImportError, AttributeError, OSError, ValueError):
+    pass
+results = []
+for form in job["forms"]:
+    first = [None] * len(job["names"])
+    for number, pattern in enumerate(job["patterns"]):
+        print(number, flush=True)
+        try:
+            match = getattr(re.compile(form.replace("{}", pattern)), job["how"])
+        except (re.error, OverflowError, RecursionError, ValueError):
+            sys.exit(3)
+        for place, name in enumerate(job["names"]):
+            if first[place] is None and match(name):
+                first[place] = number
+    results.append(first)
+print(json.dumps(results[0]))
+"""
 
 
-def problem_of(pattern, max_repeats) -> str | None:
-    """What is wrong with a pattern from a file; None where it may be run.
+def check_pattern(pattern, field, where):
+    """Refuse what is no text, over 1024 characters or not printable; nothing is compiled.
 
-    Args:
-        pattern: what should be a regular expression.
-        max_repeats: how many ``*``, ``+`` and ``{}`` it may have: the degree of the polynomial.
+    Raises:
+        DataError: naming the field.
     """
     if not isinstance(pattern, str) or not pattern:
-        return "is not a pattern"
+        raise DataError(f"{where}: {field}: {_shown(pattern)} is not a pattern")
     if len(pattern) > MAX_LENGTH or not pattern.isprintable():
-        return f"is longer than {MAX_LENGTH} characters or not printable"
-    position, before, repeats, optional = 0, None, 0, 0
-    while position < len(pattern):
-        token = _TOKEN.match(pattern, position)
-        if token is None:
-            return "has a part that is not understood"
-        kind = next(name for name in _KINDS if token[name] is not None)
-        if kind == "repeat" and before == "close":
-            return "repeats a group"
-        repeats += kind == "repeat"
-        optional += kind == "optional"
-        position, before = token.end(), kind
-    if repeats > max_repeats or optional > MAX_OPTIONAL:
-        return f"has more than {max_repeats} repeats or {MAX_OPTIONAL} optional parts"
+        raise DataError(
+            f"{where}: {field}: {_shown(pattern)} is longer than {MAX_LENGTH} characters or not "
+            "printable"
+        )
+
+
+def is_plain(pattern) -> bool:
+    """Whether a pattern is a name: letters, digits, ``_``, ``-`` and dots."""
+    return _PLAIN.fullmatch(pattern) is not None
+
+
+def first_matches(patterns, names, form, field, where) -> dict[str, str]:
+    """Which pattern each name is matched by, the first one where there are several.
+
+    Args:
+        patterns: regular expressions out of a file.
+        names: of modules.
+        form: how PEFT matches the field: ``"whole"`` (``re.fullmatch``), ``"end"`` (a name's last
+            parts, as rank_pattern) or ``"layers"`` (what stands before a layer's number).
+        field, where: what a message calls the field, and the file.
+
+    Returns:
+        {name: pattern}, without names that no pattern matches.
+
+    Raises:
+        DataError: a pattern that ``re`` does not take, or whose matching takes over
+            :data:`SECONDS` of processor time or 1 GiB.
+    """
+    patterns, names = tuple(patterns), tuple(names)
+    for pattern in patterns:
+        check_pattern(pattern, field, where)
+    if not patterns or not names:
+        return {}
+    if len(patterns) * len(names) <= _FEW and all(map(is_plain, patterns)):
+        first, guilty = _match_plain(patterns, names, form), None
+    else:
+        first, guilty = _match_apart(patterns, names, form, SECONDS)
+    if guilty is not None:
+        number, what = guilty
+        raise DataError(f"{where}: {field}: {_shown(patterns[number])} {what}")
+    found = zip(names, first, strict=True)
+    return {name: patterns[number] for name, number in found if number is not None}
+
+
+def _match_plain(patterns, names, form):
+    how, (regex, *_) = _FORMS[form]
+    first = [None] * len(names)
+    for number, pattern in enumerate(patterns):
+        match = getattr(re.compile(regex.replace("{}", pattern)), how)
+        for place, name in enumerate(names):
+            if first[place] is None and match(name):
+                first[place] = number
+    return first
+
+
+@functools.lru_cache(maxsize=32)
+def _match_apart(patterns, names, form, seconds):
+    """(indices of patterns or None, None), or (None, (index of a bad pattern, why))."""
+    how, forms = _FORMS[form]
+    job = {"patterns": patterns, "names": names, "how": how, "forms": forms}
+    job |= {"seconds": seconds, "bytes": _BYTES}
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError, ValueError):
-        return "is not a pattern"
-    return None
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for us
+        )
+    except OSError as error:
+        raise DataError(f"a process for an adapter's patterns: {error.strerror}") from None
+    with child:
+        try:
+            # Its own clock ends it; this one is for systems without, or a process that is starved.
+            out, _ = child.communicate(json.dumps(job), timeout=10 + 10 * seconds)
+        except BaseException as error:
+            child.kill()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            out, _ = child.communicate()
+    lines = out.splitlines()
+    if child.returncode == 0:
+        return json.loads(lines[-1]), None
+    number = int(lines[-1]) if lines else 0
+    if child.returncode == 3:
+        return None, (number, "is not a pattern")
+    return None, (
+        number,
+        f"takes over {seconds:g} s, or {_BYTES >> 30} GiB, to match with {len(names)} modules",
+    )
 
 
-_KINDS = ("escape", "set", "open", "close", "repeat", "optional", "other")
+def _shown(value):
+    return ascii(value)[:80]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from antidote_fast.adapters import check_adapter_config
+from antidote_fast.adapter_config import check_adapter_config
 from antidote_fast.errors import DataError, NothingPruned, UsageError
 
 ALL_LINEAR = "all-linear"

@@ -128,7 +128,7 @@ def _refuse_damaged(folder):
 
 def _check_contents(folder, problems):
     """Read what can be understood up to the headers; True where there was something."""
-    from antidote_fast.adapters import check_adapter_config
+    from antidote_fast.adapter_config import check_adapter_config
     from antidote_fast.calibrate import ActivationNorms
     from antidote_fast.files import ADAPTER_CONFIG, open_checkpoint
     from antidote_fast.masks import load_masks

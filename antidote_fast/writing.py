@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from antidote_fast.commit import sync
+from antidote_fast.errors import DataError
 from antidote_fast.safe_open import open_file
 
 _CODES = {
@@ -28,11 +29,15 @@ def read_tensor(entry) -> torch.Tensor:
         entry: a :class:`antidote_fast.files.TensorEntry`.
 
     Raises:
-        OSError, DataError: the file is not there or a link, or ends before the tensor does.
+        DataError: the file is not there or a link, cannot be read, or ends before the tensor does.
     """
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    with open_file(entry.file) as file:
-        read_into(file.fileno(), bytes_of(tensor), entry.start, entry.file)
+    try:
+        with open_file(entry.file) as file:
+            read_into(file.fileno(), bytes_of(tensor), entry.start, entry.file)
+    except OSError as error:
+        what = error.strerror or str(error).removeprefix(f"{entry.file}: ")
+        raise DataError(f"{entry.file}: cannot be read: {what}") from None
     return tensor
 
 

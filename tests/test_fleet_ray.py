@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import fleets
+import offenders
 import pytest
 from fleets import KINDS, config, manifest, statuses, summary_of, weights_of
 
@@ -57,6 +58,16 @@ def test_two_actors_write_what_one_process_writes(folders, tmp_path):
     with pytest.raises(JobsSetAside) as raised:
         fleet.run(on_ray(folders, tmp_path / "ray", path))
     assert raised.value.report["counts"]["skipped"] == len(KINDS)
+
+
+def test_nothing_of_an_offender_reaches_the_next(tmp_path_factory, tmp_path):
+    customers = offenders.make(tmp_path_factory)
+    for name in ("before", "after"):
+        fleets.as_prune(customers, name, tmp_path / "alone" / name)
+    count = len(customers.says)
+    with pytest.raises(JobsSetAside, match=f"{count} of {2 * count + 1} jobs"):
+        fleet.run(on_ray(customers, tmp_path / "out", num_workers=1))
+    offenders.check_fleet(customers, tmp_path / "out", tmp_path / "alone")
 
 
 def actors():

@@ -3,15 +3,16 @@
 import shutil
 
 import fleets
+import peft
 import pytest
 import tiny
 import torch
 from fleets import KINDS
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from antidote_fast import DataError, checkpoint
 from antidote_fast.files import open_checkpoint
-from antidote_fast.hotswap import AdapterSlot
+from antidote_fast.hotswap import AdapterSlot, BaseLost
 from antidote_fast.loading import load_model
 
 
@@ -65,23 +66,63 @@ def test_swap_looks_at_keys_shapes_and_dtypes(folders, tmp_path):
     assert torch.isfinite(logits(live)).all()
 
 
-def test_an_adapter_that_brings_base_weights_leaves_none_behind(folders, tmp_path):
-    foreign = tmp_path / "foreign"
-    shutil.copytree(folders.adapters / "plain", foreign)
-    tensors = load_file(foreign / "adapter_model.safetensors")
-    key = "base_model.model.model.embed_tokens.weight"
-    embeddings = load_file(folders.base / "model.safetensors")["model.embed_tokens.weight"]
-    save_file(tensors | {key: 2 * embeddings}, foreign / "adapter_model.safetensors")
-    loads = []
+def of(folders, name):
+    """An adapter and its tensors, as a fleet reads them."""
+    adapter = open_checkpoint(folders.adapters / name)
+    return adapter, adapter.read(adapter.tensors)
 
-    def load():
-        loads.append(1)
-        return load_model(folders.base)
 
-    slot = AdapterSlot(load)
+def test_tensors_that_were_put_stay_the_callers(folders):
+    slot = AdapterSlot(lambda: load_model(folders.base))
+    put = {name: of(folders, name) for name in ("plain", "plain2", "saved", "saved2", "dora")}
+    for adapter, tensors in put.values():
+        slot.put(adapter, tensors)
+    for adapter, tensors in put.values():
+        fresh = adapter.read(adapter.tensors)
+        assert all(torch.equal(tensors[key], value) for key, value in fresh.items())
+    assert slot.swaps == 2
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "q_proj.base_layer.weight", "norm.weight"])
+def test_a_base_that_changed_is_loaded_again(folders, name):
+    slot = AdapterSlot(lambda: load_model(folders.base))
     bare = logits(slot.model)
-    adapter = open_checkpoint(foreign)
-    slot.put(adapter, adapter.read(adapter.tensors))
+    for adapter in ("plain", "plain2"):  # loaded, swapped
+        slot.put(*of(folders, adapter))
+        assert slot.changed() is None
+        slot.put(*of(folders, adapter))
+        changed = [k for k, _ in slot.model.named_parameters() if k.endswith(name)][-1]
+        slot.model.get_parameter(changed).data[-1] *= -1
+        assert slot.changed() == changed.replace(".base_layer", "")
+        slot.clear()
+        assert torch.equal(logits(slot.model), bare)
+    assert slot.reloads == 2
+    slot.put(*of(folders, "plain"))
     slot.clear()
+    assert slot.reloads == 2
+
+
+def test_a_load_that_fails_leaves_the_base(folders, monkeypatch):
+    slot = AdapterSlot(lambda: load_model(folders.base))
+    bare, names = logits(slot.model), dict(slot.model.named_modules())
+
+    def spoil(live, *_, **__):
+        live.get_parameter("base_model.model.lm_head.weight").data += 1
+        raise ValueError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peft, "set_peft_model_state_dict", spoil)
+        with pytest.raises(DataError, match="cannot be put on this model: no"):
+            slot.put(*of(folders, "plain"))
+    assert slot.reloads == 1
+    assert dict(slot.model.named_modules()).keys() == names.keys()
     assert torch.equal(logits(slot.model), bare)
-    assert len(loads) == 2
+
+
+def test_a_base_whose_files_changed_is_not_taken_for_it(folders):
+    seeds = iter([0, 1])
+    slot = AdapterSlot(lambda: tiny.build(seed=next(seeds)))
+    slot.put(*of(folders, "plain"))
+    slot.model.lm_head.weight.data += 1
+    with pytest.raises(BaseLost, match=r"'model\.embed_tokens\.weight' is another one now"):
+        slot.clear()

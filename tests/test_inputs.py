@@ -352,14 +352,35 @@ def test_a_list_has_the_weights(work, left_out):
 # --- more than a disk or a job can hold -----------------------------------------------------------
 
 
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
 def sparse(path, size=4 << 40):
     with open(path, "wb") as file:
         file.truncate(size)
 
 
+def longer(folder, name, size):
+    """One more tensor in the file of weights, as long as said and sparse."""
+    path = folder / "adapter_model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    place = [len(rest), len(rest) + size]
+    header[name] = {"dtype": "U8", "shape": [size], "data_offsets": place}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    os.truncate(path, path.stat().st_size + size)
+
+
 def many(folder):
     for number in range(300):
         (folder / f"{number}.json").write_text("{}")
+
+
+def only_small(file, path, max_bytes, real=files.read_all):
+    assert os.fstat(file.fileno()).st_size < 1 << 20, path
+    return real(file, path, max_bytes)
 
 
 TOO_MUCH = {
@@ -370,15 +391,25 @@ TOO_MUCH = {
     ),
     "many": (many, "files beside the weights; at most 256 are copied"),
     "crowded": (lambda f: [(f / f"x{i}").touch() for i in range(10_001)], "more than 10000 files"),
+    "needless": (
+        lambda f: longer(f, "junk", 3 << 30),
+        "holds 'junk', which is neither the adapter's nor one of its modules_to_save|"
+        "'junk' of 3221225472 bytes, more than anything in the base",
+    ),
+    "magnitude": (
+        lambda f: longer(f, f"{LAYER}.lora_magnitude_vector", 3 << 30),
+        r"lora_magnitude_vector' of 3221225472 bytes, more than anything in the base",
+    ),
     "link": (lambda f: (f / "notes.txt").symlink_to("/etc/passwd"), r"notes\.txt: is a link out"),
 }
 
 
 @pytest.mark.parametrize("what", TOO_MUCH)
 @pytest.mark.parametrize("dry", [[], ["--dry_run"]])
-def test_what_lies_beside_the_weights_is_bounded(work, capsys, what, dry):
+def test_what_is_copied_and_read_is_bounded(work, capsys, monkeypatch, what, dry):
     put, says = TOO_MUCH[what]
     put(work / "adapter")
+    monkeypatch.setattr(files, "read_all", only_small)
     words = ["--model_name_or_path", "base", "--adapter", "adapter", "--norms", "norms"]
     assert cli.main(["prune", *words, "--output_dir", "out", *dry]) == 3
     [line] = capsys.readouterr().err.splitlines()

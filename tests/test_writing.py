@@ -83,7 +83,7 @@ def test_a_file_that_ends_early(tmp_path):
     save_file({"a": torch.zeros(8)}, tmp_path / "f.safetensors")
     entry = _read_header(Folder(tmp_path), "f.safetensors")["a"]
     (tmp_path / "f.safetensors").write_bytes((tmp_path / "f.safetensors").read_bytes()[:-4])
-    with pytest.raises(OSError, match="ends at byte"):
+    with pytest.raises(DataError, match="ends at byte"):
         read_tensor(entry)
 
 

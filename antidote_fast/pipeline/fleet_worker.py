@@ -28,7 +28,7 @@ from antidote_fast.collector import NormCollector
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.files import Checkpoint
 from antidote_fast.fingerprint import fingerprint_model
-from antidote_fast.hotswap import AdapterSlot
+from antidote_fast.hotswap import AdapterSlot, BaseLost
 from antidote_fast.loading import pick_device, resolve_folder
 from antidote_fast.pipeline import calibrate, fleet_folder, prune
 from antidote_fast.pipeline.data import local_file
@@ -149,7 +149,7 @@ class Worker:
         check_adapter(adapter, self.base)
         data = {name: self._data_of(config, name) for name in sets_of(config)}
         tensors = adapter.read(adapter.tensors)
-        if any(inputs[path] != digest for path, digest in adapter.digests().items()):
+        if hash_inputs([config.adapter], adapter.digests()).items() - inputs.items():
             raise DataError(f"{adapter.folder}: changed while it was in use")
         return _Read(job, adapter, tensors, data, inputs, seconds=time.perf_counter() - start)
 
@@ -172,11 +172,37 @@ class Worker:
             known = self._norms(read) if read.data else prune.Known(self.backend)
             seconds = read.seconds + time.perf_counter() - start
             return writer.submit(self._write, read, known, seconds)
+        except BaseLost:  # for every job
+            raise
         except Exception as error:
             done.set_exception(error)
             return done
 
     def _norms(self, read):
+        """The norms of one adapter, on a base that was the one loaded from start to end.
+
+        Where its weights have changed meanwhile it is loaded again, and the norms are collected
+        once more: nothing that came of another base is written, nor does the next job meet it.
+        """
+        for _ in range(2):
+            try:
+                known = self._collect(read)
+                name = self._slot.changed()
+            except BaseLost:
+                raise
+            except Exception:
+                self._close()
+                self._slot.clear()
+                raise
+            if name is None:
+                return known
+            self._close()
+            self._slot.clear()
+        raise DataError(
+            f"{read.adapter.folder}: the base's {name!r} changes while this adapter is on it"
+        )
+
+    def _collect(self, read):
         """The norms of one adapter; hooks stay on the model for the next one like it."""
         config = read.job.config
         if not self._slot.fits(read.adapter):

@@ -20,6 +20,7 @@ SCHEMA_VERSION = 1
 # for each run would cost more than the pruning.
 _MAX_HASHED_BYTES = 256 << 20
 _MAX_HASHED_TOGETHER = 4 << 30
+_NOT_HASHED = "not hashed"
 
 
 def versions() -> dict:
@@ -61,7 +62,8 @@ def hash_inputs(paths, known=None) -> dict:
 
     Args:
         paths: files and folders.
-        known: {path: sha256} of files that were hashed as they were read.
+        known: {path: sha256} of files that were hashed as they were read; they replace the hashes
+            of what lies there now.
     """
     hashes = {}
     for path in paths:
@@ -77,7 +79,10 @@ def hash_inputs(paths, known=None) -> dict:
                 hashes[f"{path}/{name}"] = entry["sha256"]
             continue
         hashes |= _hash_folder(path)
-    return hashes | {name: digest for name, digest in (known or {}).items() if name in hashes}
+    for name, digest in (known or {}).items():
+        if name in hashes and not hashes[name].endswith(_NOT_HASHED):
+            hashes[name] = digest
+    return hashes
 
 
 def _hash_folder(path):
@@ -90,7 +95,7 @@ def _hash_folder(path):
                 size = os.fstat(file.fileno()).st_size
                 small = size <= min(_MAX_HASHED_BYTES, left)
                 left -= size if small else 0
-                told = sha256_of(file) if small else f"{size} bytes, not hashed"
+                told = sha256_of(file) if small else f"{size} bytes, {_NOT_HASHED}"
         except (DataError, OSError):  # a pipe, or a link to somewhere else: no stage reads it
             continue
         hashes[str(path / name)] = told
