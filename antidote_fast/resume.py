@@ -156,10 +156,7 @@ def run_folder(path, inputs, *, resume=False, overwrite=False):
                 yield run
         except AntidoteError as error:
             refused = error.passes or _is_of_the_system(error)
-            of_inputs = error.exit_code != AntidoteError.exit_code and not refused
-            keep = isinstance(error, Interrupted) or (
-                bool(run.state) and (run.keep or not of_inputs)
-            )
+            keep = isinstance(error, Interrupted) or (bool(run.state) and (run.keep or refused))
             if keep and refused and KEPT not in str(error):
                 raise type(error)(f"{error}; {KEPT}") from error
             raise
@@ -172,9 +169,10 @@ def run_folder(path, inputs, *, resume=False, overwrite=False):
 
 
 def _is_of_the_system(error):
-    """Whether the operating system's refusal is behind an exception, so that it may pass."""
+    """Whether a refusal of a disk or of memory is behind an exception, so that it may pass."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno:
+        of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if of_memory or (isinstance(error, OSError) and error.errno):
             return True
         error = error.__cause__ or error.__context__
     return False
