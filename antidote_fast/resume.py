@@ -155,9 +155,9 @@ def run_folder(path, inputs, *, resume=False, overwrite=False):
                     run.save({})
                 yield run
         except AntidoteError as error:
-            passes = run.keep or error.passes or error.exit_code == AntidoteError.exit_code
-            keep = isinstance(error, Interrupted) or (passes and bool(run.state))
-            if error.passes and run.state and KEPT not in str(error):
+            refused = error.passes or _is_of_the_system(error)
+            keep = isinstance(error, Interrupted) or (bool(run.state) and (run.keep or refused))
+            if keep and refused and KEPT not in str(error):
                 raise type(error)(f"{error}; {KEPT}") from error
             raise
         except BaseException:
@@ -166,6 +166,16 @@ def run_folder(path, inputs, *, resume=False, overwrite=False):
         finally:
             if run.done or not keep:
                 shutil.rmtree(run.folder, ignore_errors=True)
+
+
+def _is_of_the_system(error):
+    """Whether a refusal of a disk or of memory is behind an exception, so that it may pass."""
+    while error is not None:
+        of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if of_memory or (isinstance(error, OSError) and error.errno):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _state_of(folder, inputs, path):

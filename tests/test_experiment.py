@@ -1,13 +1,16 @@
 """The grid: cells, what they share, going on, choosing strengths, rows, and refusals."""
 
+import errno
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
 import stages
 import yaml
 
-from antidote_fast import AntidoteError, DataError, UsageError, cli
+from antidote_fast import AntidoteError, DataError, UsageError, cli, places
 from antidote_fast.pipeline import align, experiment, finetune, flags, grid, prune, tables
 from antidote_fast.pipeline.config_run import ExperimentConfig
 
@@ -109,6 +112,48 @@ def test_cells_share_what_they_can_and_a_second_call_computes_nothing(inputs, tm
     assert again["num_computed"] == 0
     assert sum(trained.values()) == 21
     assert (out / "rows.csv").read_bytes() == before
+
+
+def test_finished_experiments_at_once(inputs, tmp_path, trained):
+    """One after the other, or one line that says so; and none where it cannot be written."""
+    out = tmp_path / "out"
+    settings = config(inputs, out, defenses=["sft"], overwrite=False)
+    experiment.run(settings)
+    found = []
+
+    def again():
+        try:
+            found.append(experiment.run(settings)["num_computed"])
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=again) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    busy = f"DataError: output_dir={str(out)!r}: another experiment is at work there"
+    assert set(found) <= {0, busy}
+    assert 0 in found
+    assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []
+    with (
+        places.held(out / ".experiment.lock", None),
+        pytest.raises(DataError, match="another experiment is at work there"),
+    ):
+        experiment.run(settings)
+    assert experiment.run(settings)["num_computed"] == 0
+
+
+def test_an_experiment_that_cannot_be_written(inputs, tmp_path, trained, monkeypatch):
+    def rename(source, target):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "rename", rename)
+    for stages_folder in (None, str(tmp_path / "stages")):
+        settings = config(inputs, tmp_path / "out", defenses=["sft"], stages=stages_folder)
+        with pytest.raises(DataError, match="Invalid cross-device link; nothing was written"):
+            experiment.run(settings)
+    assert (trained["align"], list(tmp_path.iterdir())) == (0, [])
 
 
 def test_a_grid_in_pieces_and_on_another_machine(inputs, tmp_path, trained):

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import stages
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,12 +29,24 @@ WHERE = {
         "test_commit.py::test_killed_at_every_point",
         "test_commit.py::test_a_failed_second_rename_puts_the_old_folder_back",
         "test_kill.py::test_killed_anywhere",
+        "test_places.py::test_killed_while_it_is_filled",
     ],
     "a full disk": [
         "test_faults.py::test_no_room_for_what_a_stage_writes",
         "test_faults.py::test_a_full_disk_is_seen_before_anything_is_computed",
         "test_commit.py::test_file_size_limit",
         "test_commit.py::test_system_errors",
+        "test_resume.py::test_the_system_refuses_and_the_state_is_kept",
+    ],
+    "an output that can never be written": [
+        "test_faults.py::test_an_output_that_can_never_be_written_is_seen_before_anything",
+        "test_places.py::test_a_folder_that_cannot_be_replaced_is_filled",
+        "test_places.py::test_mount_points_and_layers",
+        "test_places.py::test_names_that_are_too_long",
+    ],
+    "a stream that is full, closed or gone": [
+        "test_telling.py::test_a_job_ends_as_it_would",
+        "test_telling.py::test_the_code_of_the_process",
     ],
     "SIGTERM or Ctrl-C": [
         "test_faults.py::test_a_signal_leaves_nothing",
@@ -221,6 +234,37 @@ def test_a_full_disk_is_seen_before_anything_is_computed(stage, work, monkeypatc
     assert cli.main(STAGES[stage]) == 1
     assert re.search(r"GB needed, 0\.00 GB free on its disk", capsys.readouterr().err)
     assert not (work / "out").exists()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]], ids=["", "dry_run"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_output_that_can_never_be_written_is_seen_before_anything(
+    stage, dry, work, monkeypatch, capsys
+):
+    """A name that is too long for what is staged; nothing is loaded, and nothing is left."""
+    from antidote_fast.streaming import blocks
+
+    def computed(*arguments, **options):
+        pytest.fail("something was computed")
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", computed)
+    monkeypatch.setattr(blocks.BlockModel, "__init__", computed)
+    before = sorted(os.listdir(work))
+    assert cli.main([*STAGES[stage], "--output_dir", f"deep/{'n' * 250}", *dry]) == 3
+    error = capsys.readouterr().err
+    assert "File name too long" in error
+    assert "nothing was written" in error
+    assert sorted(os.listdir(work)) == before
+
+
+def test_a_dry_run_leaves_nothing_and_tells_of_a_job_at_work(work, monkeypatch, capsys):
+    stages.briefly(monkeypatch)
+    before = sorted(os.listdir(work))
+    assert cli.main([*STAGES["prune an adapter"], "--output_dir", "a/b", "--dry_run"]) == 0
+    assert sorted(os.listdir(work)) == before
+    with output_folder("a/b"):
+        assert cli.main([*STAGES["prune an adapter"], "--output_dir", "a/b", "--dry_run"]) == 3
+    assert "another job is writing it" in capsys.readouterr().err
 
 
 SLOW = """

@@ -1,20 +1,27 @@
 """Interrupted runs: what is refused, what goes on, and that it ends in the same files."""
 
+import errno
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from antidote_fast import cli, interrupts, resume
+from antidote_fast import cli, commit, interrupts, places, resume, writing
+from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.commit import read_manifest, sha256_file, verify_folder
 from antidote_fast.errors import DataError, Interrupted, UsageError
+from antidote_fast.pipeline import prune
 from antidote_fast.pipeline.config import PruneConfig
+from antidote_fast.streaming import sink
 from antidote_fast.streaming.norms import BlockCalibration
 
 ROWS = [
@@ -325,3 +332,99 @@ def test_max_memory_is_a_size():
     sizes = {"max_memory": "lots", "stream": True}
     with pytest.raises(UsageError, match="max_memory='lots': must be a size"):
         PruneConfig(model_name_or_path="a", output_dir="b", dataset="c", **sizes)
+
+
+# --- a full disk, missing rights ------------------------------------------------------------------
+
+
+def refuse(monkeypatch, code, place, call, kind=OSError):
+    """The system refuses the nth ``call`` of a way to write, and all after it."""
+    module, name = place
+    real, seen = getattr(module, name), []
+
+    def refused(*arguments, **options):
+        seen.append(1)
+        if len(seen) >= call:
+            if kind is SafetensorError:
+                raise kind(f"Error while serializing: I/O error: full (os error {code})")
+            raise kind(code, os.strerror(code), str(arguments[0]))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, refused)
+
+
+WRITES = {  # a way to write, and which call
+    "a weight": ((writing.TensorFile, "write"), 15),
+    "norms": ((ActivationNorms, "save"), 3),
+    "the state": ((resume.Run, "save"), 4),
+    "a flush": ((writing.TensorFile, "sync"), 8),
+    "the model": ((sink, "copy_checkpoint_files"), 1),
+    "the report": ((prune, "write_report"), 1),
+    "the commit": ((commit, "_write_manifest"), 1),
+    "its name": ((places, "put_in_place"), 1),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """{file: SHA-256} of what nobody interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("whole"))
+        folder = Path.cwd()
+        tiny.save_model(tiny.build(layers=4), folder / "base", max_shard_size="30KB")
+        (folder / "harmful.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+        assert cli.main(words()) == 0
+        yield folder, files(folder / "out")
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_the_system_refuses_and_the_state_is_kept(write, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "harmful.jsonl"):
+        (tmp_path / name).symlink_to(whole[0] / name)
+    codes = itertools.cycle([(errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EACCES, 3)])
+    number, expected = next(itertools.islice(codes, list(WRITES).index(write), None))
+    with monkeypatch.context() as patch:
+        refuse(patch, number, *WRITES[write])
+        assert cli.main(words()) == expected
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert os.strerror(number) in line
+    assert line.endswith(resume.KEPT)
+    assert not (tmp_path / "out").exists()
+    assert cli.main(words("--resume")) == 0
+    assert files(tmp_path / "out") == whole[1]
+    assert not (tmp_path / ".out.run").exists()
+
+
+def test_calibrate_keeps_it_too(whole, tmp_path, monkeypatch, capsys):
+    """Here as safetensors tells it, in an exception of its own."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "harmful.jsonl"):
+        (tmp_path / name).symlink_to(whole[0] / name)
+    assert cli.main(words(command="calibrate", output_dir="alone")) == 0
+    with monkeypatch.context() as patch:
+        refuse(patch, errno.ENOSPC, (ActivationNorms, "save"), 3, SafetensorError)
+        assert cli.main(words(command="calibrate")) == 1
+    says = f"output_dir='{tmp_path}/out': No space left on device; {resume.KEPT}"
+    assert says in capsys.readouterr().err
+    assert cli.main(words("--resume", command="calibrate")) == 0
+    assert files(tmp_path / "out") == files(tmp_path / "alone")
+
+
+def test_no_room_before_the_model_is_begun(work, monkeypatch, capsys):
+    """In global scope the norms are there by then."""
+    from antidote_fast import loading
+
+    assert cli.main(words(scope="global", output_dir="whole")) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert cli.main(words(scope="global")) == 75
+    state = (work / ".out.run" / "run.json").read_bytes()
+    with monkeypatch.context() as patch:
+        usage = type("Usage", (), {"free": 100})
+        patch.setattr(loading.shutil, "disk_usage", lambda folder: usage)
+        assert cli.main(words("--resume", scope="global")) == 1
+    assert "free on its disk" in capsys.readouterr().err
+    assert (work / ".out.run" / "run.json").read_bytes() == state
+    assert cli.main(words("--resume", scope="global")) == 0
+    assert files(work / "out") == files(work / "whole")

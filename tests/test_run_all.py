@@ -7,7 +7,7 @@ import stages
 import torch
 from safetensors.torch import load_file
 
-from antidote_fast import DataError, UsageError, cli
+from antidote_fast import DataError, UsageError, cli, places
 from antidote_fast.pipeline import finetune, run_all
 from antidote_fast.pipeline.config_run import RunConfig
 
@@ -148,3 +148,19 @@ def test_output_dir_that_is_a_file(inputs, tmp_path):
     (tmp_path / "out").write_text("x")
     with pytest.raises(DataError, match="exists and is not a folder"):
         run_all.run(config(inputs, tmp_path / "out"))
+
+
+def test_folders_that_cannot_be_written_are_refused_before_the_first_stage(inputs, tmp_path):
+    out = tmp_path / "out"
+    (out / "pruned").mkdir(parents=True)
+    (out / "pruned" / "mine.txt").write_text("precious")
+    with pytest.raises(DataError, match=r"pruned.*exists and is not empty"):
+        run_all.run(config(inputs, out))
+    assert [path.name for path in out.iterdir()] == ["pruned"]
+    (out / "pruned" / "mine.txt").unlink()
+    with (
+        places.held(out / ".run.lock", None),
+        pytest.raises(DataError, match="another run is at work there"),
+    ):
+        run_all.run(config(inputs, out))
+    assert [path.name for path in out.iterdir()] == ["pruned"]

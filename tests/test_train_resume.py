@@ -370,7 +370,9 @@ def test_no_memory_or_disk_does_not_cost_the_checkpoint(place, work, inputs, who
             patch.setattr(torch.optim.AdamW, "step", raising(torch.OutOfMemoryError("no room")))
         else:
             patch.setattr(sft, "save", raising(OSError(errno.ENOSPC, "No space left on device")))
-            says = "No space left on device"
+            says = (
+                "No space left on device; what was done is kept, and the same command with --resume"
+            )
         with pytest.raises(AntidoteError, match=says):
             run(inputs, "sft", resume=True)
     report = run(inputs, "sft", resume=True)
