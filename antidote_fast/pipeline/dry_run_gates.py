@@ -103,7 +103,7 @@ def _hold(made, cost, found, widest, aligned):
 def _prompts(records, tokenizer, config):
     """Tokens of each prompt that is not too long."""
     texts = [build_prompt(record, config.template, tokenizer) for record in records]
-    lengths = (len(prompt_ids(text, tokenizer)) for text in texts)
+    lengths = (len(prompt_ids(text, tokenizer, config.max_seq_length)) for text in texts)
     return [length for length in lengths if length < config.max_seq_length]
 
 
