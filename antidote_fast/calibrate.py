@@ -19,7 +19,7 @@ from antidote_fast import fusion
 from antidote_fast.collector import AGGREGATIONS, NormCollector, Seen
 from antidote_fast.commit import new_file
 from antidote_fast.distributed import ALONE
-from antidote_fast.errors import AntidoteError, DataError, printable
+from antidote_fast.errors import AntidoteError, DataError, printable, readable
 from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.progress import track
 from antidote_fast.sharded import reshard, run_in_step, runs_in_step
@@ -273,6 +273,7 @@ class ActivationNorms:
             raise AntidoteError(f"{path}: cannot be written: {error}") from error
 
     @classmethod
+    @readable()
     def load(cls, path, name="norms") -> "ActivationNorms":
         """Read a file of :meth:`save`; ``name`` is what a refusal calls it.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from antidote_fast.bounds import check_counts
-from antidote_fast.errors import DataError, printable
+from antidote_fast.errors import DataError, printable, readable
 from antidote_fast.fingerprint import fingerprint
 from antidote_fast.progress import track
 from antidote_fast.writing import read_tensor
@@ -152,6 +152,7 @@ class Checkpoint:
         return rows
 
 
+@readable()
 def open_checkpoint(folder, *, trust_remote_code=False) -> Checkpoint:
     """Check a model or adapter folder, its headers and its index; read no weights.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from antidote_fast.bounds import bounded, check_counts
-from antidote_fast.errors import AntidoteError, DataError, UsageError
+from antidote_fast.errors import AntidoteError, DataError, UsageError, readable
 from antidote_fast.files import Checkpoint, inside, open_checkpoint, read_json
 from antidote_fast.verify import check_input
 
@@ -34,6 +34,7 @@ _DTYPES = {
 }
 
 
+@readable()
 def resolve_folder(name_or_path, argument="model_name_or_path") -> Path:
     """A local folder as it is; a hub name as the folder of its downloaded files.
 
@@ -141,6 +142,7 @@ def load_model(
     return model.eval()
 
 
+@readable()
 def load_tokenizer(name_or_path, *, trust_remote_code=False):
     """Load a tokenizer as it is saved; one without a pad token stays without.
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from antidote_fast.commit import MANIFEST, TOOL, read_manifest, sha256_file, verify_folder
-from antidote_fast.errors import AntidoteError, DataError, UsageError, printable
+from antidote_fast.errors import AntidoteError, DataError, UsageError, printable, readable
 from antidote_fast.progress import command_line_progress, track
 
 _USAGE = "usage: antidote-fast verify FOLDER [FOLDER ...] [--json]"
@@ -51,6 +51,7 @@ def verify(folder, progress=False) -> dict:
     return {"files": len(sizes), "bytes": sum(sizes), "hashes": hashes, "problems": problems}
 
 
+@readable()
 def check_input(folder, progress=False):
     """Refuse a folder with a ``COMPLETE.json`` whose files are no longer what was written.
 

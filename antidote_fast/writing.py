@@ -33,6 +33,10 @@ def read_tensor(entry) -> torch.Tensor:
     fd = os.open(entry.file, os.O_RDONLY)
     try:
         read_into(fd, bytes_of(tensor), entry.start, entry.file)
+    except OSError as error:
+        if error.errno is not None:  # preadv does not know the name
+            error.filename = str(entry.file)
+        raise
     finally:
         os.close(fd)
     return tensor

@@ -38,7 +38,7 @@ from antidote_fast.pipeline.objective import (
     response_loss,
 )
 from antidote_fast.progress import track
-from antidote_fast.selection import Selection
+from antidote_fast.selection import Selection, check_seed
 from antidote_fast.sharded import is_sharded
 from antidote_fast.targets import find_targets
 from antidote_fast.tokens import check_examples
@@ -103,6 +103,7 @@ def learn_gates(
         AntidoteError: a loss or a gate that is not finite.
     """
     _check_values(selection, steps, learning_rate)
+    check_seed(seed)
     device = _check_model(model)
     found = find_targets(model, targets, ignore)
     by_key = {target.key: target for target in found}
