@@ -82,6 +82,21 @@ def answer_prompts(
     return Answers(answers[: len(harmful)], answers[len(harmful) :])
 
 
+def check_texts(tokenizer, harmful, preserve, *, template="alpaca", max_seq_length=512) -> None:
+    """Refuse, before weights are loaded, token ids that the model has no embedding for.
+
+    Raises:
+        DataError: as :func:`~antidote_fast.pipeline.data.encode`, where the tokenizer knows.
+    """
+    options = {"template": template, "max_seq_length": max_seq_length}
+    for record in (*harmful, *preserve):
+        text = build_prompt(record, template, tokenizer)
+        prompt_ids(text, tokenizer, max_seq_length, record.where or "a prompt")
+    for record in preserve:
+        if record.output.strip() and _fits(record, tokenizer, **options):
+            encode([record], tokenizer, **options)
+
+
 @contextlib.contextmanager
 def adapter_off(model):
     """Inside the block the model is what it was without its adapter: for LoRA, the aligned one.
