@@ -13,7 +13,7 @@ _COUNT = re.compile(r"(?:\w*_)?(?:layers?|blocks?|experts|heads?|labels|classes|
 _HARMLESS = 1024  # layers, heads or labels; max_window_layers may be more than there are layers
 # Files may hold fused what a model has apart, and once what it has tied; and a model has buffers,
 # of masks as large as its positions squared.
-_TIMES_BUILT, _MORE_TENSORS, _MORE_VALUES = 8, 1000, 64 << 20
+_TIMES_BUILT, _MORE_TENSORS, _MORE_VALUES = 8, 250, 64 << 20
 _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "linspace")
 
 
