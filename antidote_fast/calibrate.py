@@ -18,12 +18,13 @@ from antidote_fast import fusion
 from antidote_fast.collector import AGGREGATIONS, NormCollector, Seen
 from antidote_fast.commit import new_file
 from antidote_fast.distributed import ALONE
-from antidote_fast.errors import AntidoteError, DataError, printable
+from antidote_fast.errors import AntidoteError, DataError, printable, readable
 from antidote_fast.files import read_tensor_file
 from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.progress import track
 from antidote_fast.sharded import reshard, run_in_step, runs_in_step
 from antidote_fast.targets import find_targets
+from antidote_fast.tokens import fitted, num_embeddings
 from antidote_fast.writing import save_tensors
 
 FORMAT = "antidote_fast.norms"
@@ -135,8 +136,9 @@ class ActivationNorms:
             UsageError: unknown aggregation, ``response_only`` without labels, or ``fuse`` with
                 ``aggregation="mean"``.
             BackendUnavailable: ``fuse`` where Triton kernels cannot run on the model's device.
-            DataError: no batch, or no counted token in any; a layer whose inputs hold NaN or
-                infinity; a layer that got another number of tokens than the batch has.
+            DataError: no batch, or no counted token in any; a token id that the model has no
+                embedding for; a layer whose inputs hold NaN or infinity; a layer that got another
+                number of tokens than the batch has.
             NothingPruned: no target matched.
             PeerFailed: another rank of ``world`` failed.
         """
@@ -159,7 +161,8 @@ class ActivationNorms:
             torch.no_grad(),
         ):
             batches = enumerate(track(batches, "calibrate", progress))
-            batches = (_on_device(batch, device, number) for number, batch in batches)
+            known = num_embeddings(model)
+            batches = (_on_device(batch, device, known, number) for number, batch in batches)
             if in_step:
                 forward = functools.partial(_forward, model, options)
                 run_in_step(batches, collector, forward, world, device)
@@ -270,6 +273,7 @@ class ActivationNorms:
             raise AntidoteError(f"{path}: cannot be written: {error}") from error
 
     @classmethod
+    @readable()
     def load(cls, path, name="norms") -> "ActivationNorms":
         """Read a file of :meth:`save`; ``name`` is what a refusal calls it.
 
@@ -394,9 +398,12 @@ def lean_forward(model):
         handle.remove()
 
 
-def _on_device(batch, device, number):
+def _on_device(batch, device, known, number):
     if not hasattr(batch, "items") or "input_ids" not in batch:
         raise DataError(f"batch {number}: must be a dict with input_ids")
+    ids = batch["input_ids"]
+    if isinstance(ids, torch.Tensor) and ids.device.type == "cpu":  # elsewhere one would wait
+        batch = fitted(batch, known, f"batch {number}")
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()

@@ -23,6 +23,7 @@ from antidote_fast import __version__
 from antidote_fast.distributed import ranks_launched, session
 from antidote_fast.errors import (
     AntidoteError,
+    DataError,
     Interrupted,
     JobsSetAside,
     PeerFailed,
@@ -41,6 +42,7 @@ from antidote_fast.progress import (
 
 PROG = "antidote-fast"
 FAILED, INTERRUPTED = 1, 75
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
 @dataclass(frozen=True)
@@ -308,6 +310,8 @@ def _explain(error):
         return "interrupted; nothing is left half-written", INTERRUPTED
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.filename or 'output'}: {error.strerror}", FAILED
+    if isinstance(error, OSError) and error.errno in _UNREADABLE and error.filename:
+        return f"{printable(error.filename)}: {error.strerror}", DataError.exit_code
     if isinstance(error, MemoryError):
         return "out of memory; try a smaller --batch_size or --max_seq_length", FAILED
     text = " ".join(str(error).split())

@@ -50,7 +50,7 @@ def convert_masks(source, destination, *, ones=None, prefix=PREFIX, overwrite=Fa
 
     if ones not in (None, "removed", "kept"):
         raise UsageError(f"ones={ones!r}: must be removed or kept")
-    source, destination = Path(source), Path(destination)
+    source, destination = Path(source).expanduser(), Path(destination).expanduser()
     _check_destination(destination, overwrite)
     found = dict(_named(source, _load(source), prefix))
     masks = {name: _packed(source, name, tensor, ones == "kept") for name, tensor in found.items()}
@@ -146,8 +146,12 @@ def _packed(path, name, tensor, ones_kept):
 
     from antidote_fast.masks import PackedMask
 
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_nested
+    if not plain or tensor.layout != torch.strided:
         raise DataError(f"{path}: {name!r} is not a dense tensor")
+    if tensor.is_meta:
+        raise DataError(f"{path}: {name!r} is on the meta device, and holds no values")
+    tensor = tensor.detach()
     if tensor.dim() != 2 or tensor.is_complex() or tensor.is_quantized:
         raise DataError(f"{path}: {name!r} is {tensor.dtype} {tuple(tensor.shape)}, not a matrix")
     # An expanded view of one byte would be packed at its full size.
@@ -155,8 +159,11 @@ def _packed(path, name, tensor, ones_kept):
         raise DataError(f"{path}: {name!r} stands for more values than are stored")
     bits = []
     for rows in tensor.split(1024):
-        chosen = rows != 0
-        if not bool(((rows == 1) | ~chosen).all()):
+        try:
+            chosen, ones = rows != 0, rows == 1
+        except (NotImplementedError, RuntimeError, TypeError):
+            raise DataError(f"{path}: {name!r} is {tensor.dtype}, which no mask is of") from None
+        if not bool((ones | ~chosen).all()):
             raise DataError(f"{path}: {name!r} holds values other than 0 and 1")
         chosen = (~chosen if ones_kept else chosen).numpy()
         bits.append(torch.from_numpy(np.packbits(chosen, axis=1, bitorder="little")))

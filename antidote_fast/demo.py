@@ -171,7 +171,7 @@ class _Demo:
         result = sft.train(
             model, self.tokenizer, records, options, what="align", progress=self.progress
         )
-        return model.merge_and_unload(), _in_short(result)
+        return sft.merged(model, "align"), _in_short(result)
 
     def finetune(self, model):
         """The user's task with harmful records among it."""

@@ -5,6 +5,25 @@ happens to files, data and whole models. All of them carry one line that says wh
 where, and what is accepted.
 """
 
+import contextlib
+import errno
+
+
+@contextlib.contextmanager
+def readable():
+    """Inside the block a file that the system does not let us read is refused: a DataError.
+
+    Also a decorator, ``@readable()``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # of what is written meanwhile
+            raise
+        what = error.strerror or str(error)
+        where = printable(error.filename or "a file")
+        raise DataError(f"{where:.300}: cannot be read: {printable(what):.300}") from None
+
 
 def printable(text) -> str:
     """Text for a terminal: escape sequences and half surrogates from a file are spelled out."""

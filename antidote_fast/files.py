@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from antidote_fast.bounds import check_counts
 from antidote_fast.commit import read_manifest
-from antidote_fast.errors import DataError, printable
+from antidote_fast.errors import DataError, printable, readable
 from antidote_fast.fingerprint import fingerprint
 from antidote_fast.progress import track
 from antidote_fast.safe_open import Folder, Watch, identity, is_file_name, open_file, read_all
@@ -26,7 +28,8 @@ _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".g
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 _MAX_JSON_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 32 << 20  # some 100 bytes a tensor
-_MAX_TENSORS = 1_000_000
+_MAX_TENSORS = 200_000  # of a file; models of a trillion weights have some 100 a file
+_MAX_ALL_TENSORS = 1_000_000
 _MAX_NAME = 512
 _MAX_DIMENSIONS = 8
 _MAX_SIZE = 1 << 40
@@ -89,8 +92,16 @@ class Checkpoint:
         tail = key.split(".", 1)[-1]
         if tail in self.tensors:
             return tail
-        longer = [name for name in self.tensors if name.split(".", 1)[-1] == key]
-        return longer[0] if len(longer) == 1 else None
+        return self._by_tail.get(key)
+
+    @functools.cached_property
+    def _by_tail(self):
+        """Names by what follows their first part; None where several end alike."""
+        found = {}
+        for name in self.tensors:
+            tail = name.split(".", 1)[-1]
+            found[tail] = None if tail in found else name
+        return found
 
     def read(self, keys, progress=False) -> dict[str, torch.Tensor]:
         """Tensors by live parameter name, in memory of their own.
@@ -181,6 +192,7 @@ class Checkpoint:
         return rows
 
 
+@readable()
 def open_checkpoint(folder, *, trust_remote_code=False) -> Checkpoint:
     """Check a model or adapter folder, its headers and its index; read no weights.
 
@@ -213,6 +225,8 @@ def open_checkpoint(folder, *, trust_remote_code=False) -> Checkpoint:
             if key in tensors:
                 raise DataError(f"{folder}: tensor {key!r} is in two files")
             tensors[key] = entry
+        if len(tensors) > _MAX_ALL_TENSORS:
+            raise DataError(f"{folder}: lists more than {_MAX_ALL_TENSORS} tensors")
     for key, name in (index or {}).items():
         if key not in tensors:
             raise DataError(f"{folder / name}: tensor {key!r} of the index is missing")
@@ -220,6 +234,8 @@ def open_checkpoint(folder, *, trust_remote_code=False) -> Checkpoint:
             raise DataError(f"{folder / name}: tensor {key!r} lies in {tensors[key].file.name}")
     if not tensors:
         raise DataError(f"{folder}: holds no tensors")
+    if not is_adapter:
+        check_counts(folder, config, tensors)
     files = tuple(folder / name for name in names)
     return Checkpoint(folder, is_adapter, config, tensors, files, source, watch)
 
@@ -295,7 +311,7 @@ def _read_index(source):
     if not source.has(INDEX_FILE):
         raise DataError(f"{folder}: {_why_no_safetensors(source, MODEL_FILE)}")
     index = read_json(source, INDEX_FILE).get("weight_map")
-    if not isinstance(index, dict) or not 0 < len(index) <= _MAX_TENSORS:
+    if not isinstance(index, dict) or not 0 < len(index) <= _MAX_ALL_TENSORS:
         raise DataError(f"{folder / INDEX_FILE}: has no weight_map")
     for key, name in index.items():
         _check_name(folder / INDEX_FILE, key)
@@ -360,14 +376,8 @@ def _header_length(path, prefix, size):
 
 def _parse_header(path, text):
     try:
-        # As strict as the loader's own parser: UTF-8, no name twice, no NaN.
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
-        metadata = header.pop("__metadata__", None) or {}
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError
-        if len(header) > _MAX_TENSORS:
-            raise DataError(f"{path}: lists more than {_MAX_TENSORS} tensors")
-        entries = {key: _entry(path, value, 8 + len(text)) for key, value in header.items()}
+        with _no_collection():
+            entries, metadata = _parsed(path, text, 8 + len(text))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
@@ -381,16 +391,43 @@ def _parse_header(path, text):
     return entries, metadata
 
 
+def _parsed(path, text, data_start):
+    """({name: TensorEntry}, metadata) of a header's text."""
+    count = 0
+
+    def once(pairs):
+        nonlocal count
+        count += 1
+        if count > _MAX_TENSORS + 2:  # the metadata and the header itself
+            raise DataError(f"{path}: lists more than {_MAX_TENSORS} tensors")
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError
+        return values
+
+    # As strict as the loader's own parser: UTF-8, no name twice, no NaN.
+    header = json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=_refuse)
+    metadata = header.pop("__metadata__", None) or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError
+    return {key: _entry(path, value, data_start) for key, value in header.items()}, metadata
+
+
+@contextlib.contextmanager
+def _no_collection():
+    """No search for cycles inside: there are none, and it takes most of a large header's time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _check_name(path, key):
     if len(key) > _MAX_NAME or not key.isprintable():
         raise DataError(f"{path}: tensor name {ascii(key)[:80]} is too long or not printable")
-
-
-def _once(pairs):
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError
-    return values
 
 
 def _refuse(constant):

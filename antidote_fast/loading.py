@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from antidote_fast.errors import AntidoteError, DataError, NoRoom, UsageError
+from antidote_fast.bounds import bounded, check_counts
+from antidote_fast.errors import AntidoteError, DataError, NoRoom, UsageError, readable
 from antidote_fast.files import Checkpoint, check_inside, open_checkpoint, read_json
 from antidote_fast.verify import check_input
 
@@ -25,7 +26,6 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
-_NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _DTYPES = {
     "auto": "auto",
     "bfloat16": torch.bfloat16,
@@ -34,6 +34,7 @@ _DTYPES = {
 }
 
 
+@readable()
 def resolve_folder(name_or_path, argument="model_name_or_path") -> Path:
     """A local folder as it is; a hub name as the folder of its downloaded files.
 
@@ -108,7 +109,6 @@ def load_model(
             "base model, and this folder as adapter"
         )
     check_input(folder)
-    _check_depth(checkpoint)
     device = pick_device(device)
     options = {"dtype": pick_dtype(dtype), "use_safetensors": True, "local_files_only": True}
     if device_map is not None:
@@ -118,9 +118,15 @@ def load_model(
         options["device_map"] = {"": str(device)}
     transformers = import_transformers()
     try:
-        model, info = getattr(transformers, auto_class).from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code, output_loading_info=True, **options
-        )
+        with bounded(checkpoint):
+            model, info = getattr(transformers, auto_class).from_pretrained(
+                str(folder),
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
+    except DataError:
+        raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         where = device if device_map is None else f"device_map={device_map!r}"
         raise AntidoteError(f"{folder}: not enough memory to load it on {where}") from error
@@ -136,8 +142,12 @@ def load_model(
     return model.eval()
 
 
+@readable()
 def load_tokenizer(name_or_path, *, trust_remote_code=False):
     """Load a tokenizer as it is saved; one without a pad token stays without.
+
+    It gets an attribute ``num_embeddings``, how many token ids the model beside it has embeddings
+    for (None where none is there), by which ids beyond are refused before weights are loaded.
 
     Raises:
         DataError: no such folder, no tokenizer in it, or one that cannot be read.
@@ -152,13 +162,17 @@ def load_tokenizer(name_or_path, *, trust_remote_code=False):
                 f"{folder}: its tokenizer asks to run code of its own (auto_map); pass "
                 "trust_remote_code if you trust it"
             )
+    if (folder / "config.json").exists():  # which transformers reads too
+        check_counts(folder, read_json(folder, "config.json"))
     transformers = import_transformers()
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # whatever a foreign file makes transformers raise
         raise DataError(f"{folder}: its tokenizer cannot be read: {first_line(error)}") from error
+    tokenizer.num_embeddings = _num_embeddings(folder, trust_remote_code)
+    return tokenizer
 
 
 def import_transformers():
@@ -178,15 +192,16 @@ def import_transformers():
     return transformers
 
 
-def _check_depth(checkpoint):
-    """Refuse more layers than there are tensors, before transformers makes that many modules."""
-    for name in _NUM_LAYERS:
-        value = checkpoint.config.get(name)
-        if type(value) is int and value > len(checkpoint.tensors):
-            raise DataError(
-                f"{checkpoint.folder}: its config says {name}={str(value)[:20]}, and it holds "
-                f"{len(checkpoint.tensors)} tensors"
-            )
+def _num_embeddings(folder, trust_remote_code):
+    """How many token ids the folder's model has embeddings for; None where it does not tell."""
+    transformers = import_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        return int(config.get_text_config().vocab_size)
+    except Exception:  # a tokenizer alone, or what a foreign config makes transformers raise
+        return None
 
 
 def pick_device(device) -> torch.device:

@@ -19,7 +19,7 @@ from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.layers import check_all, prepare
 from antidote_fast.progress import track
 from antidote_fast.prune_report import LayerReport, PruneReport
-from antidote_fast.selection import Selection, num_pruned
+from antidote_fast.selection import Selection, check_seed, num_pruned
 from antidote_fast.sharded import add_up, local_rows, reshard
 from antidote_fast.targets import ALL_LINEAR, coverage, find_targets, natural_key, select_keys
 
@@ -233,8 +233,7 @@ def check_arguments(
         raise UsageError(f"selection={selection!r:.80}: must be a Selection")
     if score not in SCORES:
         raise UsageError(f"score={score!r}: must be one of {', '.join(SCORES)}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise UsageError(f"seed={seed!r}: must be an integer >= 0")
+    check_seed(seed)
     if score == "wanda" and norms is None:
         raise UsageError("norms=None: must be given where score='wanda'")
     if selection.preserve_ratio is not None and preserve_norms is None:

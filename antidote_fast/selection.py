@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
+from antidote_fast.errors import UsageError
+
 SCOPES = ("row", "tensor", "global")
 
 
@@ -70,6 +72,13 @@ class Selection:
         """The selection that is protected: the top ``preserve_ratio``, in the same scope."""
         ratio = self.ratio if self.preserve_ratio is None else self.preserve_ratio
         return Selection(ratio, scope=self.scope, score_delta=self.score_delta)
+
+
+def check_seed(seed, name="seed") -> None:
+    """Refuse, as UsageError, what is no seed: an integer in [0, 2**64), as torch takes it."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        shown = repr(seed) if not isinstance(seed, int) or abs(seed) < 10**40 else "a larger number"
+        raise UsageError(f"{name}={shown:.80}: must be an integer in [0, 2**64)")
 
 
 def _checked_fraction(name, value):

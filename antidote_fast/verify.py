@@ -20,7 +20,7 @@ from antidote_fast.commit import (
     sha256_file,
     verify_folder,
 )
-from antidote_fast.errors import AntidoteError, DataError, UsageError, printable
+from antidote_fast.errors import AntidoteError, DataError, UsageError, printable, readable
 from antidote_fast.places import HIDDEN
 from antidote_fast.progress import command_line_progress, tell, track
 from antidote_fast.safe_open import identity, open_below, read_file
@@ -72,6 +72,7 @@ def verify(folder, progress=False) -> dict:
     return {"files": len(sizes), "bytes": sum(sizes), "hashes": hashes, "problems": problems}
 
 
+@readable()
 def check_input(folder, progress=False):
     """Refuse a folder with a ``COMPLETE.json`` whose files are no longer what was written.
 

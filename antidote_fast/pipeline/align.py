@@ -30,7 +30,8 @@ def run(config: AlignConfig, *, progress=False) -> dict:
     Raises:
         DataError: data or a model that cannot be used, an output folder that is taken.
         UsageError: an option out of range.
-        AntidoteError: the loss is not finite; not enough memory or room on the disk.
+        AntidoteError: a loss, gradient or weight is not finite; not enough memory or room on the
+            disk.
         Interrupted: a signal came, and the checkpoints that were asked for hold the state.
     """
     start = time.perf_counter()
@@ -63,7 +64,10 @@ def run(config: AlignConfig, *, progress=False) -> dict:
             what="align",
             progress=progress,
         )
-        model = model.merge_and_unload() if config.tuning == "lora" else model.to(dtype)
+        if config.tuning == "lora":
+            model = sft.merged(model, "align", run)
+        else:
+            model = sft.in_dtype(model, dtype, "align", run)
         sft.save(model, tokenizer, folder)
         results = {
             "seconds": round(time.perf_counter() - start, 3),

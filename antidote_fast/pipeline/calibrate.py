@@ -30,6 +30,7 @@ from antidote_fast.pipeline.stage import read_report, write_report
 from antidote_fast.resume import MANIFEST_ENTRY, digest_of, is_finished, run_folder
 from antidote_fast.safe_open import Watch
 from antidote_fast.targets import natural_key
+from antidote_fast.tokens import fitted, vocab_size
 from antidote_fast.verify import check_input
 
 NORMS_FILE = "norms.safetensors"
@@ -281,7 +282,10 @@ def collect(
 
 
 def batches_of(config, records, tokenizer, model_config):
-    """Batches for a forward of a model of this config; refused where it has too few positions."""
+    """Batches for a forward of a model of this config.
+
+    Refused where it has too few positions, or no embedding for a token.
+    """
     batches = make_batches(
         records,
         tokenizer,
@@ -289,6 +293,8 @@ def batches_of(config, records, tokenizer, model_config):
         max_seq_length=config.max_seq_length,
         batch_size=config.batch_size,
     )
+    known = vocab_size(model_config)
+    batches[:] = [fitted(batch, known, f"batch {i}") for i, batch in enumerate(batches, 1)]
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     positions = model_config.get("max_position_embeddings", model_config.get("n_positions"))
     if isinstance(positions, int) and longest > positions:

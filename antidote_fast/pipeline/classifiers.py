@@ -11,6 +11,7 @@ from antidote_fast.loading import first_line
 from antidote_fast.pipeline.data import Record, build_prompt, collate, prompt_ids
 from antidote_fast.pipeline.refusals import EMPTY, HARMFUL, SAFE, without_content
 from antidote_fast.progress import track
+from antidote_fast.tokens import check_ids, num_embeddings
 
 BEAVER_DAM = "PKU-Alignment/beaver-dam-7b"
 BEAVER_DAM_LABELS = 14
@@ -200,6 +201,9 @@ class ClassifierJudge:
             ]
             for p, a in zip(prompts, answers, strict=True)
         ]
+        known = num_embeddings(self.model)
+        for number, each in enumerate(ids, 1):
+            check_ids(each, known, f"judge {self.name}: answer {number}")
         result = torch.zeros(len(ids), self.model.config.num_labels)
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
@@ -219,7 +223,8 @@ class ClassifierJudge:
         own = config.pad_token_id
         used = {token for i in ids for token in i}
         pad_id = own
-        if own is None or own in used:
+        known = num_embeddings(self.model)
+        if own is None or own in used or (known is not None and not 0 <= own < known):
             pad_id = next(i for i in range(len(used) + 1) if i not in used)
         batch["input_ids"][batch["attention_mask"] == 0] = pad_id
         config.pad_token_id = pad_id
@@ -330,8 +335,9 @@ class WinRateJudge:
                 f"instruction are more than the {self.max_length} that it reads"
             )
         device = next(self.model.parameters()).device
-        logits = self.model(input_ids=torch.tensor([ids], device=device)).logits[0, -1].float()
         letters = [self.tokenizer(x, add_special_tokens=False)["input_ids"][-1] for x in "AB"]
+        check_ids(ids + letters, num_embeddings(self.model), f"judge {self.name}: two answers")
+        logits = self.model(input_ids=torch.tensor([ids], device=device)).logits[0, -1].float()
         return (logits[letters[0]] - logits[letters[1]]).item()
 
     def win(self, prompt: str, answer: str, reference: str) -> float:

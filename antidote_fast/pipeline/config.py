@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from antidote_fast.errors import UsageError
-from antidote_fast.pipeline.config_base import StageConfig, check, check_positive
+from antidote_fast.pipeline.config_base import StageConfig, check, check_positive, expand_paths
 from antidote_fast.pipeline.config_prune import (
     CalibrateConfig,
     FleetConfig,
     PruneConfig,
     parse_shard,
 )
+from antidote_fast.selection import check_seed
 
 __all__ = [
     "DEFENSE_FLAGS",
@@ -307,3 +308,7 @@ class DemoConfig:
     output_dir: str = "demo-out"
     overwrite: bool = False
     seed: int = 0
+
+    def __post_init__(self):
+        expand_paths(self)
+        check_seed(self.seed)

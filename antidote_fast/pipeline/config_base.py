@@ -1,12 +1,20 @@
 """What the configs of all stages share: the checks of values, and the flags that each one takes."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 from antidote_fast.errors import UsageError
+from antidote_fast.selection import check_seed
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Template = Literal["alpaca", "chat"]
+_PATHS = (
+    *("model_name_or_path", "adapter", "base_model", "reference_model", "judge", "win_rate_judge"),
+    *("dataset", "harmful_dataset", "safe_dataset", "preserve_dataset", "task_dataset"),
+    *("benign_dataset", "drift_dataset", "norms", "preserve_norms", "manifest", "rows"),
+    *("output_dir", "stages"),
+)
 
 
 def check(condition, name, value, accepted):
@@ -21,6 +29,20 @@ def check_positive(config, *names):
         value = getattr(config, name)
         if value is not None:
             check(value > 0, name, value, "greater than 0")
+
+
+def expand_paths(config):
+    """Put the home folder in place of ``~`` in every path, once for all stages.
+
+    Raises:
+        UsageError: ``~`` and a name that is nobody's, which would be taken for a folder here.
+    """
+    for name in _PATHS:
+        value = getattr(config, name, None)
+        if isinstance(value, str) and value.startswith("~"):
+            whole = os.path.expanduser(value)
+            check(not whole.startswith("~"), name, value, "a path, or ./~... where it is one here")
+            object.__setattr__(config, name, whole)  # as dataclasses do for frozen ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,5 +74,9 @@ class StageConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self):
+        expand_paths(self)
         check_positive(self, "max_seq_length", "batch_size")
-        check(self.seed >= 0, "seed", self.seed, "an integer >= 0")
+        check_seed(self.seed)
+        # torch runs nothing there, and what it would put out is noise.
+        no_meta = self.device.partition(":")[0] != "meta"
+        check(no_meta, "device", self.device, "one that computes, such as cpu or cuda")

@@ -16,6 +16,8 @@ from antidote_fast.pipeline.sources import (
     read_rows,
     rows_to_records,
 )
+from antidote_fast.selection import check_seed
+from antidote_fast.tokens import check_ids, tokenize
 
 __all__ = [
     "Examples",
@@ -140,6 +142,7 @@ def split_by_prompt(
         UsageError: fractions out of range.
         DataError: too few distinct prompts, so that a part would be empty.
     """
+    check_seed(seed)
     if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
         raise UsageError(f"fractions={list(fractions)!r}: must be above 0 and sum to at most 1")
     keys = list(dict.fromkeys(record.prompt_key for record in records))
@@ -184,6 +187,7 @@ def mix(
         UsageError: poison_ratio or n out of range.
         DataError: fewer records than needed, with the counts.
     """
+    check_seed(seed)
     if not 0 <= poison_ratio <= 1:
         raise UsageError(f"poison_ratio={poison_ratio!r}: must be in [0, 1]")
     if n is not None and n < 1:
@@ -244,13 +248,29 @@ def build_prompt(record: Record, template: str = "alpaca", tokenizer=None) -> st
     )
 
 
-def prompt_ids(text: str, tokenizer) -> list[int]:
+def prompt_ids(
+    text: str, tokenizer, limit: int | None = None, where: str = "a prompt"
+) -> list[int]:
     """Token ids of a prompt, with the tokenizer's own beginning and no end of sequence.
 
     Training and generation both call this, so a model is asked exactly as it was trained.
+
+    Args:
+        text: as :func:`build_prompt` gives it.
+        tokenizer: not changed. That of :func:`antidote_fast.loading.load_tokenizer` knows how many
+            embeddings its model has.
+        limit: ids that can be used; of a longer prompt there may be only the first part, of more
+            than that many. None gives all.
+        where: what a refusal calls the prompt.
+
+    Raises:
+        DataError: a token id that the model has no embedding for.
     """
     bos = tokenizer.bos_token
-    ids = list(tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"])
+    special = not (bos and text.startswith(bos))
+    ids = tokenize(text, tokenizer, limit, add_special_tokens=special)
+    if limit is None or len(ids) <= limit:  # of a longer one nothing is used
+        check_ids(ids, getattr(tokenizer, "num_embeddings", None), where)
     eos = tokenizer.eos_token_id
     # Some tokenizers are set to append the end token; a prompt has not ended.
     if ids and eos is not None and ids[-1] == eos and not text.endswith(tokenizer.eos_token):
@@ -287,7 +307,8 @@ def encode(
         ``num_truncated``.
 
     Raises:
-        DataError: no records, all prompts too long, all outputs empty, or no end-of-sequence token.
+        DataError: no records, all prompts too long, all outputs empty, no end-of-sequence token, or
+            a token id that the model has no embedding for, where the tokenizer knows.
     """
     if not records:
         raise DataError("no records to encode")
@@ -296,16 +317,19 @@ def encode(
     if not any(record.output for record in records):
         raise DataError(f"all {len(records)} records have an empty output; a response is needed")
     examples = Examples()
-    for record in records:
-        prompt = prompt_ids(build_prompt(record, template, tokenizer), tokenizer)
+    for number, record in enumerate(records, 1):
+        where = record.where or f"record {number}"
+        text = build_prompt(record, template, tokenizer)
+        prompt = prompt_ids(text, tokenizer, max_seq_length, where)
         room = max_seq_length - len(prompt)
         if room < 1:
             examples.num_dropped += 1
             continue
-        response = list(tokenizer(record.output, add_special_tokens=False)["input_ids"])
+        response = tokenize(record.output, tokenizer, room, add_special_tokens=False)
         response.append(tokenizer.eos_token_id)
         examples.num_truncated += len(response) > room
         response = response[:room]
+        check_ids(response, getattr(tokenizer, "num_embeddings", None), where)
         examples.append(
             {"input_ids": prompt + response, "labels": [IGNORE_INDEX] * len(prompt) + response}
         )
@@ -323,7 +347,8 @@ def collate(
 
     Args:
         examples: dicts with ``input_ids`` and, optionally, ``labels``.
-        tokenizer: gives the pad token: its own, else the end token, else 0.
+        tokenizer: gives the pad token: its own, else the end token, else 0. Where the model has no
+            embedding for that one, the largest id of the batch stands in: the mask hides which.
         padding_side: right in training, left in generation.
 
     Returns:
@@ -335,6 +360,9 @@ def collate(
     if pad_id is None:
         pad_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     length = max(len(example["input_ids"]) for example in examples)
+    largest = max((max(e["input_ids"], default=0) for e in examples), default=0)
+    known = getattr(tokenizer, "num_embeddings", None) or largest + 1
+    pad_id = pad_id if 0 <= pad_id < known else largest
     fill = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORE_INDEX}
     keys = [key for key in fill if key == "attention_mask" or key in examples[0]]
     batch = {key: torch.full((len(examples), length), fill[key]) for key in keys}

@@ -9,6 +9,7 @@ import torch
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.pipeline.modules import attention_modules, outputs_seen
 from antidote_fast.progress import track
+from antidote_fast.tokens import fitted, num_embeddings
 
 
 @contextmanager
@@ -56,11 +57,15 @@ def embedding_drift(model, reference, batches: Sequence[dict], *, progress=False
 
     Raises:
         UsageError: no reference for a model that is not PEFT-wrapped.
-        DataError: no tokens, models whose attention does not match, or outputs that are not finite.
+        DataError: no tokens, a token id that a model has no embedding for, models whose attention
+            does not match, or outputs that are not finite.
     """
     if reference is None and not hasattr(model, "disable_adapter"):
         raise UsageError("reference=None: must be a model, unless the model has an adapter")
     aligned = model if reference is None else reference
+    sizes = [size for size in map(num_embeddings, (model, aligned)) if size is not None]
+    known = min(sizes, default=None)
+    batches = [fitted(batch, known, f"batch {i}") for i, batch in enumerate(batches, 1)]
     modes = [(each, each.training) for each in {id(m): m for m in (model, aligned)}.values()]
     total = per_token = 0.0
     num_tokens = num_sequences = num_layers = 0

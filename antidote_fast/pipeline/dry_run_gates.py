@@ -102,8 +102,9 @@ def _hold(made, cost, found, widest, aligned):
 
 def _prompts(records, tokenizer, config):
     """Tokens of each prompt that is not too long."""
-    texts = [build_prompt(record, config.template, tokenizer) for record in records]
-    lengths = (len(prompt_ids(text, tokenizer)) for text in texts)
+    texts = [(build_prompt(r, config.template, tokenizer), r.where or "a prompt") for r in records]
+    limit = config.max_seq_length
+    lengths = (len(prompt_ids(text, tokenizer, limit, where)) for text, where in texts)
     return [length for length in lengths if length < config.max_seq_length]
 
 

@@ -19,7 +19,7 @@ def plan_train(config) -> Plan:
 
 def training(config, base) -> Plan:
     """A training of the model of a checked checkpoint, whichever the config names."""
-    from antidote_fast.pipeline import objective, sft
+    from antidote_fast.pipeline import defenses, objective, sft
     from antidote_fast.pipeline.data import encode, load_records, mix
 
     is_align = isinstance(config, configs.AlignConfig)
@@ -34,6 +34,8 @@ def training(config, base) -> Plan:
     trust = config.trust_remote_code
     tokenizer = files.load_tokenizer(base.folder, trust_remote_code=trust)
     examples = encode(records, tokenizer, config.template, config.max_seq_length)
+    check_other_data = defenses.align_objective if is_align else defenses.finetune_objective
+    check_other_data(config, tokenizer)
     made = Builder("align" if is_align else "finetune", config, [base])
     lora = config.tuning == "lora"
     adapt = (lambda model: sft.add_lora(model, config)) if lora else None
@@ -100,10 +102,11 @@ def plan_evaluate(config) -> Plan:
 def evaluation(config, sets, base, adapter, adapt=None) -> Plan:
     """An evaluation of checked checkpoints; ``adapt`` puts on an adapter that is not there yet."""
     from antidote_fast.pipeline import evaluate
-    from antidote_fast.pipeline.data import build_prompt, load_records, make_batches, prompt_ids
+    from antidote_fast.pipeline.data import build_prompt, prompt_ids
 
     tokenizer = files.load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
     sets, _ = evaluate._drop_long(sets, tokenizer, config, base.config)
+    batches = _drift_batches(config, tokenizer)
     made = Builder("evaluate", config, [base, adapter])
     if adapter is not None:
         adapt = adapt or (lambda model: load_adapter(model, adapter))
@@ -132,10 +135,7 @@ def evaluation(config, sets, base, adapter, adapt=None) -> Plan:
         made.hold("activations", cost.activation_bytes(len(chunks[0]), chunks[0][0]))
         made.hold("cache", cost.cache_bytes * len(chunks[0]) * (chunks[0][0] + new))
     made.read(base, adapter, *_data_of(config))
-    if config.drift_dataset:
-        records = load_records(config.drift_dataset, limit=config.num_samples, require_output=True)
-        options = {"template": config.template, "max_seq_length": config.max_seq_length}
-        batches = make_batches(records, tokenizer, batch_size=size, **options)
+    if batches:
         shapes = [batch["input_ids"].shape for batch in batches]
         counts = [math.prod(shape) for shape in shapes]
         squares = sum(count * length**2 for count, length in shapes)
@@ -146,6 +146,17 @@ def evaluation(config, sets, base, adapter, adapt=None) -> Plan:
         made.plan.notes.append("the judge, loaded when the model has answered, is not counted")
     made.plan.notes.append("as if every answer had max_new_tokens; most end before")
     return made.finish(cost)
+
+
+def _drift_batches(config, tokenizer):
+    """What the embedding drift is measured on; empty without it."""
+    from antidote_fast.pipeline.data import load_records, make_batches
+
+    if not config.drift_dataset:
+        return []
+    records = load_records(config.drift_dataset, limit=config.num_samples, require_output=True)
+    options = {"template": config.template, "max_seq_length": config.max_seq_length}
+    return make_batches(records, tokenizer, batch_size=config.batch_size, **options)
 
 
 def _data_of(config):

@@ -347,10 +347,7 @@ def _drop_long(sets, tokenizer, config, model_config):
     kept, described = {}, {}
     longest = 0
     for name, records in sets.items():
-        lengths = [
-            len(prompt_ids(build_prompt(record, config.template, tokenizer), tokenizer))
-            for record in records
-        ]
+        lengths = [_length(record, tokenizer, config) for record in records]
         pairs = zip(records, lengths, strict=True)
         kept[name] = [record for record, n in pairs if n < config.max_seq_length]
         if not kept[name]:
@@ -369,6 +366,12 @@ def _drop_long(sets, tokenizer, config, model_config):
     if kept and isinstance(positions, int):
         check_length(positions, longest, config.max_new_tokens)
     return kept, described
+
+
+def _length(record, tokenizer, config) -> int:
+    """Tokens of a record's prompt; of one that is too long at least as many as are too many."""
+    text = build_prompt(record, config.template, tokenizer)
+    return len(prompt_ids(text, tokenizer, config.max_seq_length, record.where or "a prompt"))
 
 
 def _hash(value) -> str:

@@ -32,7 +32,8 @@ def run(config: FinetuneConfig, *, progress=False) -> dict:
         DataError: data or a model that cannot be used, fewer records than asked for, an output
             folder that is taken.
         UsageError: an option out of range.
-        AntidoteError: the loss is not finite; not enough memory or room on the disk.
+        AntidoteError: a loss, gradient or weight is not finite; not enough memory or room on the
+            disk.
         Interrupted: a signal came, and the checkpoints that were asked for hold the state.
     """
     start = time.perf_counter()
@@ -73,7 +74,7 @@ def run(config: FinetuneConfig, *, progress=False) -> dict:
             progress=progress,
         )
         if config.tuning == "full":
-            model = model.to(dtype)
+            model = sft.in_dtype(model, dtype, "finetune", run)
         sft.save(model, tokenizer, folder)
         results = {
             "seconds": round(time.perf_counter() - start, 3),

@@ -50,12 +50,13 @@ def from_words(config_class, words, command):
     for i, word in enumerate(words):
         flag, equals, path = word.partition("=")
         if flag == "--config":
-            path = path or next(iter(words[i + 1 :]), "")
+            path = os.path.expanduser(path or next(iter(words[i + 1 :]), ""))
             _check_yaml(path)
+            words[i : i + (1 if equals else 2)] = [f"--config={path}"]
             if config_class is ExperimentConfig:
                 # The parser takes the contents as well as a name.
                 values = read_yaml(path)
-                words[i : i + (1 if equals else 2)] = [f"--config={json.dumps(values)}"]
+                words[i] = f"--config={json.dumps(values)}"
                 structured = {k: values[k] for k in _STRUCTURED if values.get(k)}
     config = _parsed(config_class, "parse_args", words, command)
     given = {re.split(r"[.=]", word)[0] for word in words}
@@ -84,7 +85,8 @@ def read_yaml(path, _depth=0) -> dict:
         return values
     if not isinstance(before, str) or _depth == _MAX_EXTENDS:
         raise UsageError(f"extends={before!r}: must be a file, {_MAX_EXTENDS} deep at most")
-    return _joined(read_yaml(Path(path).parent / before, _depth + 1), values)
+    before = Path(path).parent / os.path.expanduser(before)
+    return _joined(read_yaml(before, _depth + 1), values)
 
 
 def _joined(under, over):

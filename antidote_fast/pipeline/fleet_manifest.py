@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import types
 import typing
@@ -71,7 +72,7 @@ def read_manifest_file(config) -> list[Job]:
         where = f"{path}:{number}"
         values = _object(text, where)
         adapter = _text(values.pop("adapter", None), "adapter", where)
-        adapter = str(folder / adapter)
+        adapter = str(folder / os.path.expanduser(adapter))
         name = values.pop("name", None)
         name = Path(adapter).name if name is None else _text(name, "name", where)
         _check_name(name, where)
@@ -185,6 +186,6 @@ def _dataset(folder, name):
     """A file beside the manifest where there is one, else as it stands: a hub name."""
     if not name:
         return name
-    beside = str(folder / name)
+    beside = str(folder / os.path.expanduser(name))
     file = local_file(beside)
     return beside if file is not None and Path(file).exists() else name

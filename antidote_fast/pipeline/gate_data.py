@@ -74,11 +74,27 @@ def answer_prompts(
     """
     asked = [*harmful, *ordinary_of(preserve)]
     prompts = [build_prompt(record, template, tokenizer) for record in asked]
-    short = [p for p in dict.fromkeys(prompts) if len(prompt_ids(p, tokenizer)) < max_seq_length]
+    sizes = {p: len(prompt_ids(p, tokenizer, max_seq_length)) for p in dict.fromkeys(prompts)}
+    short = [prompt for prompt, size in sizes.items() if size < max_seq_length]
     options = {"max_new_tokens": answer_tokens, "batch_size": batch_size, "progress": progress}
     given = dict(zip(short, generate(model, tokenizer, short, **options), strict=True))
     answers = [given.get(prompt) for prompt in prompts]
     return Answers(answers[: len(harmful)], answers[len(harmful) :])
+
+
+def check_texts(tokenizer, harmful, preserve, *, template="alpaca", max_seq_length=512) -> None:
+    """Refuse, before weights are loaded, token ids that the model has no embedding for.
+
+    Raises:
+        DataError: as :func:`~antidote_fast.pipeline.data.encode`, where the tokenizer knows.
+    """
+    options = {"template": template, "max_seq_length": max_seq_length}
+    for record in (*harmful, *preserve):
+        text = build_prompt(record, template, tokenizer)
+        prompt_ids(text, tokenizer, max_seq_length, record.where or "a prompt")
+    for record in preserve:
+        if record.output.strip() and _fits(record, tokenizer, **options):
+            encode([record], tokenizer, **options)
 
 
 @contextlib.contextmanager
@@ -185,7 +201,8 @@ def _answered(records, answers):
 
 
 def _fits(record, tokenizer, template, max_seq_length):
-    return len(prompt_ids(build_prompt(record, template, tokenizer), tokenizer)) < max_seq_length
+    text = build_prompt(record, template, tokenizer)
+    return len(prompt_ids(text, tokenizer, max_seq_length)) < max_seq_length
 
 
 def _cut(examples, answer_tokens):

@@ -6,7 +6,7 @@ from antidote_fast.errors import DataError, UsageError
 from antidote_fast.loading import load_model, load_tokenizer
 from antidote_fast.pipeline.config_prune import GateMixture
 from antidote_fast.pipeline.estimate import check_memory
-from antidote_fast.pipeline.gate_data import answer_prompts
+from antidote_fast.pipeline.gate_data import answer_prompts, check_texts
 from antidote_fast.pipeline.gates import learn_gates
 from antidote_fast.targets import find_targets
 
@@ -48,6 +48,7 @@ def learn_folder(config, base, adapter, aligned, sets, *, tokenizer=None, progre
     """
     trust = config.trust_remote_code
     tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
+    check_texts(tokenizer, *sets.values(), **texts_of(config))
     check_memory(config, [base, adapter])
     options = {"dtype": config.dtype, "device": config.device, "trust_remote_code": trust}
     bases = None
@@ -60,6 +61,11 @@ def learn_folder(config, base, adapter, aligned, sets, *, tokenizer=None, progre
         found = {t.key: t.weight.dtype for t in find_targets(model, config.targets, config.ignore)}
         bases = {key: base.to(found[key]) for key, base in aligned.read(found, progress).items()}
     return learn(config, model, tokenizer, sets, answers, bases, progress)
+
+
+def texts_of(config) -> dict:
+    """How a config's texts become tokens."""
+    return {"template": config.template, "max_seq_length": config.max_seq_length}
 
 
 def learn_live(config, model, aligned, bases, sets, tokenizer):

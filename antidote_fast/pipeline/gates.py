@@ -38,9 +38,10 @@ from antidote_fast.pipeline.objective import (
     response_loss,
 )
 from antidote_fast.progress import track
-from antidote_fast.selection import Selection
+from antidote_fast.selection import Selection, check_seed
 from antidote_fast.sharded import is_sharded
 from antidote_fast.targets import find_targets
+from antidote_fast.tokens import check_examples
 
 _BETAS, _EPS = (0.9, 0.95), 1e-9
 
@@ -102,6 +103,7 @@ def learn_gates(
         AntidoteError: a loss or a gate that is not finite.
     """
     _check_values(selection, steps, learning_rate)
+    check_seed(seed)
     device = _check_model(model)
     found = find_targets(model, targets, ignore)
     by_key = {target.key: target for target in found}
@@ -126,6 +128,7 @@ def learn_gates(
                 )
         pools = fill_pools(tokenizer, harmful, preserve, aligned, **options)
         _check_lengths(model, pools, max_seq_length)
+        check_examples(model, *pools.examples.values())
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -150,13 +153,12 @@ def learn_gates(
                     falling = (steps - step) / (steps - steps // 2) if hard else 1.0
                     for gate in gates:
                         gate.step(learning_rate * falling, step + 1)
+                    _check_gates(gates, step)
                     losses.append(loss)
         finally:
             for gate in gates:
                 gate.restore()
     scores = {gate.key: 1 - gate.m for gate in gates}
-    if not all(bool(torch.isfinite(score).all()) for score in scores.values()):
-        raise AntidoteError("gates: are not finite after learning; use another dtype")
     return scores, {
         "steps": steps,
         "learning_rate": learning_rate,
@@ -328,6 +330,16 @@ def _check_finite(loss, step):
             raise AntidoteError(
                 f"gates: the {kind} loss is {value} in step {step + 1}; use another dtype"
             )
+
+
+def _check_gates(gates, step):
+    """Refuse gates that a step made NaN; whatever else it did, they are in [0, 1]."""
+    sums = torch.stack([gate.m.sum() for gate in gates])
+    if not bool(torch.isfinite(sums).all()):
+        key = gates[int(torch.isfinite(sums).to(torch.uint8).argmin())].key
+        raise AntidoteError(
+            f"gates: those of {key} are not finite after step {step + 1}; use another dtype"
+        )
 
 
 def _rounded(losses):

@@ -8,6 +8,7 @@ import torch
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.pipeline.data import collate, prompt_ids
 from antidote_fast.progress import track
+from antidote_fast.tokens import check_ids, num_embeddings
 
 MIN_SHARED = 8  # tokens; below it a forward pass of its own costs more than it saves
 
@@ -111,7 +112,8 @@ def generate(
     Raises:
         UsageError: max_new_tokens or batch_size below 1, or more tokens than the model has
             positions.
-        DataError: a prompt that is empty, or longer than the model's positions.
+        DataError: a prompt that is empty, longer than the model's positions, or has a token id that
+            the model has no embedding for.
     """
     from transformers import GenerationConfig
 
@@ -120,15 +122,17 @@ def generate(
             raise UsageError(f"{name}={value!r}: must be at least 1")
     if not prompts:
         return []
-    ids = {prompt: prompt_ids(prompt, tokenizer) for prompt in dict.fromkeys(prompts)}
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    ids = {prompt: prompt_ids(prompt, tokenizer, positions) for prompt in dict.fromkeys(prompts)}
     if not all(ids.values()):
         raise DataError(f"prompt {[bool(i) for i in ids.values()].index(False)} has no tokens")
     order = sorted(ids, key=lambda prompt: -len(ids[prompt]))
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     check_length(positions, len(ids[order[0]]), max_new_tokens)
+    known = num_embeddings(model)
+    for number, each in enumerate(ids.values(), 1):
+        check_ids(each, known, f"prompt {number}")
 
     device = next(model.parameters()).device
-    pad_id = tokenizer.pad_token_id
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers = {}
     was_training = model.training
@@ -136,13 +140,15 @@ def generate(
     try:
         with _plain_generation_config(model) as own, _contiguous_head(model):
             end_ids = _end_ids(tokenizer, own)
+            pads = [tokenizer.pad_token_id, *end_ids]  # what an answer that has ended goes on with
+            pads = [i for i in pads if i is not None and (known is None or 0 <= i < known)]
             config = GenerationConfig(
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=max_new_tokens,
                 use_cache=True,
                 eos_token_id=end_ids or None,
-                pad_token_id=pad_id if pad_id is not None else (end_ids or [0])[0],
+                pad_token_id=pads[0] if pads else 0,
             )
             for chunk in track(chunks, "generate", progress):
                 batch = _prefilled(model, tokenizer, [ids[p] for p in chunk], device)

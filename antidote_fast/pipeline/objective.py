@@ -52,9 +52,15 @@ class Objective:
 
     def backward(self, number: int) -> float:
         """Add the gradient of step ``number`` to the parameters' and return the loss."""
-        batches = [self.batch(indices) for indices in self.steps[number]]
+        batches = self.batches(number)
         total = sum(num_response_tokens(batch) for batch in batches)
         return sum(self.descend(self.loss(batch) / total) for batch in batches)
+
+    @torch.no_grad()
+    def loss_now(self, number: int) -> float:
+        """The cross-entropy that step ``number``'s first batch has with the weights as they are."""
+        batch = self.batches(number)[0]
+        return float(self.loss(batch)) / max(1, num_response_tokens(batch))
 
     def after(self, number: int) -> None:
         """Called when the weights have been stepped."""
@@ -67,6 +73,10 @@ class Objective:
         """Take back what :meth:`state` gave when ``number`` steps were done."""
 
     # --- for defenses -----------------------------------------------------------------------------
+
+    def batches(self, number) -> list[dict[str, torch.Tensor]]:
+        """The batches of step ``number``."""
+        return [self.batch(indices) for indices in self.steps[number]]
 
     def batch(self, indices, examples=None) -> dict[str, torch.Tensor]:
         """Examples by their indices as one batch on the model's device; default the first set."""

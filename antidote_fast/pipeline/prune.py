@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from antidote_fast.bounds import bounded
 from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.checkpoint import (
     check_free_space,
@@ -317,8 +318,10 @@ def weights_to_prune(config, source, named):
     trust = config.trust_remote_code
     try:
         settings = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trust)
-        with torch.device("meta"):
+        with torch.device("meta"), bounded(source):
             model = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=trust)
+    except DataError:
+        raise
     except Exception as error:  # whatever a foreign config makes transformers raise
         raise DataError(f"{source.folder}: cannot be loaded: {first_line(error)}") from error
     found = find_targets(model, config.targets, config.ignore)

@@ -17,6 +17,7 @@ from antidote_fast.pipeline.data import IGNORE_INDEX, Examples, encode
 from antidote_fast.pipeline.objective import Objective
 from antidote_fast.pipeline.train_state import Checkpoints
 from antidote_fast.progress import track
+from antidote_fast.tokens import check_examples
 
 MAX_GRAD_NORM = 1.0  # the default of transformers' Trainer, which the official code runs
 
@@ -153,9 +154,10 @@ def train(
         ``trainable_parameters``, ``resumed_at`` (steps that an earlier run had done), ``seconds``.
 
     Raises:
-        DataError: no records, prompts that are all too long, or a model that the defense does not
-            fit.
-        AntidoteError: a loss that is not finite, out of memory.
+        DataError: no records, prompts that are all too long, a token id that the model has no
+            embedding for, or a model that the defense does not fit.
+        AntidoteError: a loss, a gradient or a weight that is not finite, naming the step; out of
+            memory.
         Interrupted: a signal came, and ``run`` holds the state.
     """
     from transformers import get_scheduler
@@ -166,6 +168,7 @@ def train(
         examples = encode(records, tokenizer, config.template, config.max_seq_length)
     if not any(p.requires_grad for p in model.parameters()):
         raise DataError("the model has no weight that requires a gradient")
+    check_examples(model, examples)
     goal = objective(model, tokenizer, examples, config, dtype=dtype)
     wanted = len(goal.steps)
     optimizer = torch.optim.AdamW(_decay_groups(model, config), lr=config.learning_rate)
@@ -175,6 +178,17 @@ def train(
         num_warmup_steps=math.ceil(config.warmup_ratio * wanted),
         num_training_steps=wanted,
     )
+
+    def check(name, value, number, when="at"):
+        if math.isfinite(value):
+            return
+        if run is not None:
+            run.keep = False  # it would come again
+        raise AntidoteError(
+            f"{what}: {name} is {value} {when} step {number + 1} of {wanted}; "
+            f"learning_rate={config.learning_rate} may be too high"
+        )
+
     checkpoints = Checkpoints(run, goal, optimizer, scheduler, config.save_steps)
     stoppable = contextlib.nullcontext() if run is None else interrupts.remembered()
     model.train()
@@ -189,19 +203,20 @@ def train(
             resumed_at = len(losses)
             for number in track(range(resumed_at, wanted), what, progress):
                 loss = goal.backward(number)
-                if not math.isfinite(loss):
-                    if run is not None:
-                        run.keep = False  # it would come again
-                    raise AntidoteError(
-                        f"{what}: the loss is {loss} at step {number + 1} of {wanted}; "
-                        f"learning_rate={config.learning_rate} may be too high"
-                    )
-                torch.nn.utils.clip_grad_norm_(goal.parameters, MAX_GRAD_NORM)
+                check("the loss", loss, number)
+                norm = torch.nn.utils.clip_grad_norm_(goal.parameters, MAX_GRAD_NORM)
+                check("the norm of the gradient", float(norm), number)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
                 goal.after(number)
                 losses.append(loss)
+                # A step that explodes shows in the next one's loss, but for one that is kept.
+                if number + 1 == wanted or checkpoints.is_due(losses, request):
+                    check("a weight", _largest(goal.parameters), number, "after")
+                if number + 1 == wanted:
+                    model.eval()
+                    check("the loss", goal.loss_now(number), number, "after")
                 checkpoints.after(losses, wanted, request)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise AntidoteError(
@@ -226,6 +241,43 @@ def train(
         "resumed_at": resumed_at,
         "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+def _largest(parameters) -> float:
+    """The largest absolute value; NaN where there is one."""
+    bounds = [torch.stack(p.detach().aminmax()).abs().amax() for p in parameters if p.numel()]
+    return float(torch.stack([bound.float() for bound in bounds]).amax())
+
+
+def merged(model, what, run=None):
+    """The base model with its adapter in its weights.
+
+    Raises:
+        AntidoteError: a weight that is not finite then; ``run`` is not kept: it would come again.
+    """
+    layers = model.get_base_model().named_modules()
+    adapted = [name for name, module in layers if hasattr(module, "base_layer")]
+    model = model.merge_and_unload()
+    _check_weights([model.get_submodule(name).weight for name in adapted], what, run)
+    return model
+
+
+def in_dtype(model, dtype, what, run=None):
+    """A fully tuned model in the dtype that it is saved in; raises as :func:`merged`."""
+    model = model.to(dtype)
+    _check_weights(list(model.parameters()), what, run)
+    return model
+
+
+def _check_weights(weights, what, run):
+    if weights and not math.isfinite(_largest(weights)):
+        if run is not None:
+            run.keep = False
+        dtype = str(weights[0].dtype).removeprefix("torch.")
+        raise AntidoteError(
+            f"{what}: a weight of the trained model is not finite in {dtype}; learning_rate or "
+            "lora_alpha may be too high"
+        )
 
 
 def _decay_groups(model, config) -> list[dict]:

@@ -45,6 +45,8 @@ class Record:
     input: str = ""
     output: str = ""
 
+    where = ""  # no field: the file and line it was read from, which make no other record of it
+
     @property
     def prompt_key(self) -> str:
         """The prompt with case and spacing folded away: equal keys are the same prompt."""
@@ -185,6 +187,7 @@ def rows_to_records(
         record = columns.convert(row, where)
         if not record.prompt_key:
             raise DataError(f"{where}: the prompt is empty")
+        object.__setattr__(record, "where", where)
         records.append(record)
     return records
 

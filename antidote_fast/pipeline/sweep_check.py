@@ -11,7 +11,8 @@ from antidote_fast.pipeline import calibrate, evaluate
 from antidote_fast.pipeline.config_sweep import SweepConfig
 from antidote_fast.pipeline.data import local_file
 from antidote_fast.pipeline.estimate import check_memory
-from antidote_fast.pipeline.gate_stage import check_stage
+from antidote_fast.pipeline.gate_data import check_texts
+from antidote_fast.pipeline.gate_stage import check_stage, texts_of
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def check(config: SweepConfig, progress=False) -> Checked:
     }
     if config.learned:
         check_stage(config.learning(), base, adapter is not None)
+        check_texts(tokenizer, *prompts.values(), **texts_of(config))
     check_memory(config, [base, adapter])
     parts = (sets, datasets, records, batches, prompts, judge, backend)
     return Checked(base, adapter, aligned, tokenizer, *parts)

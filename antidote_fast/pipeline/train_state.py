@@ -110,6 +110,12 @@ class Checkpoints:
         if f"{_GENERATORS}cuda" in tensors:
             torch.cuda.set_rng_state(tensors[f"{_GENERATORS}cuda"], self._objective.device)
 
+    def is_due(self, losses, request) -> bool:
+        """Whether the state after these steps is to be kept, unless they are all."""
+        if self._run is None:
+            return False
+        return bool(request.made or (self._every and len(losses) % self._every == 0))
+
     def after(self, losses, wanted, request):
         """Save after a step where it is time to, or where somebody asked to stop.
 
@@ -124,7 +130,7 @@ class Checkpoints:
         done = len(losses)
         if self._run is None or done == wanted:
             return
-        if request.made or (self._every and done % self._every == 0):
+        if self.is_due(losses, request):
             self._save(losses)
         if request.made:
             raise Interrupted(

@@ -5,6 +5,7 @@ block by block. Its weights are read from the checkpoint's files when they are n
 """
 
 import contextlib
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from antidote_fast.adapters import load_adapter
+from antidote_fast.bounds import bounded
 from antidote_fast.calibrate import lean_forward
 from antidote_fast.errors import DataError
 from antidote_fast.loading import check_not_quantized, first_line, pick_dtype
@@ -301,7 +303,8 @@ def without_weights(base, dtype, trust_remote_code):
     """The model of a checkpoint, its weights on meta; what its own code computes is real.
 
     Raises:
-        DataError: a configuration that transformers does not know.
+        DataError: a configuration that transformers does not know, or that asks for far more than
+            the files hold.
     """
     import transformers
     from accelerate import init_empty_weights
@@ -313,10 +316,13 @@ def without_weights(base, dtype, trust_remote_code):
         )
         if dtype == "auto":
             dtype = getattr(config, "dtype", None) or _first_dtype(base)
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        with torch.device("meta"), bounded(base):  # at first without memory for buffers either
+            transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
         with init_empty_weights(include_buffers=False):
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+            model = transformers.AutoModelForCausalLM.from_config(config, **options)
+    except DataError:
+        raise
     except Exception as error:  # whatever a foreign config makes transformers raise
         raise DataError(f"{base.folder}: cannot be loaded: {first_line(error)}") from error
     return model

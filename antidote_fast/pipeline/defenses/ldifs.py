@@ -31,7 +31,7 @@ class LDIFS(Objective):
             self._copy = self._copy.to(dtype or model.dtype)
 
     def backward(self, number):
-        batches = [self.batch(indices) for indices in self.steps[number]]
+        batches = self.batches(number)
         total = sum(num_response_tokens(batch) for batch in batches)
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         loss = 0.0

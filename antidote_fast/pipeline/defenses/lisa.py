@@ -15,7 +15,7 @@ are scaled down together so that a short run has five rounds.
 
 import torch
 
-from antidote_fast.pipeline.objective import Objective, num_response_tokens, plan_steps
+from antidote_fast.pipeline.objective import Objective, plan_steps
 
 MIN_ROUNDS = 5
 WARMUP = 0.1  # share of the steps without a proximal term
@@ -50,13 +50,12 @@ class Lisa(Objective):
         #: the weights at the end of the last phase of alignment (True) and on user data (False)
         self.anchors = {True: start, False: [value.clone() for value in start]}
 
+    def batches(self, number):
+        examples = self._safe if self.is_alignment[number] else self.examples
+        return [self.batch(indices, examples) for indices in self.steps[number]]
+
     def backward(self, number):
-        state = self.is_alignment[number]
-        examples = self._safe if state else self.examples
-        batches = [self.batch(indices, examples) for indices in self.steps[number]]
-        total = sum(num_response_tokens(batch) for batch in batches)
-        loss = sum(self.descend(self.loss(batch) / total) for batch in batches)
-        return loss + self.pull(number)
+        return super().backward(number) + self.pull(number)
 
     @torch.no_grad()
     def pull(self, number) -> float:

@@ -97,7 +97,7 @@ class RepNoise(Objective):
 
     def backward(self, number):
         step = self.steps[number]
-        batches = [self.batch(indices) for indices in step]
+        batches = self.batches(number)
         total = sum(num_response_tokens(batch) for batch in batches)
         loss = 0.0
         for indices, safe in zip(step, batches, strict=True):

@@ -29,7 +29,7 @@ class Vaccine(Objective):
         self._blocks = attention_modules(model)
 
     def backward(self, number):
-        batches = [self.batch(indices) for indices in self.steps[number]]
+        batches = self.batches(number)
         total = sum(num_response_tokens(batch) for batch in batches)
         shifts = self.shifts(batches, total)
         loss = 0.0

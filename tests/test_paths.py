@@ -1,0 +1,284 @@
+"""Home folders in paths, files that cannot be read, seeds and devices that are none: one line."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from antidote_fast import ActivationNorms, cli, files, prune_model_
+from antidote_fast import checkpoint as ck
+from antidote_fast.convert import convert_masks
+from antidote_fast.errors import DataError, UsageError
+from antidote_fast.pipeline import config as configs
+from antidote_fast.pipeline import config_run, config_sweep, data, flags
+from antidote_fast.pipeline.config_base import StageConfig
+from antidote_fast.pipeline.fleet_manifest import read_manifest_file
+from antidote_fast.pipeline.gates import learn_gates
+from antidote_fast.selection import Selection
+
+NEEDED = {"model_name_or_path": "m", "output_dir": "o"}
+STAGES = {
+    configs.AlignConfig: {"dataset": "d"},
+    configs.FinetuneConfig: {"dataset": "d", "poison_ratio": 0},
+    configs.CalibrateConfig: {"dataset": "d"},
+    configs.PruneConfig: {"dataset": "d"},
+    configs.FleetConfig: {"manifest": "j"},
+    configs.EvaluateConfig: {"harmful_dataset": "d"},
+    config_sweep.SweepConfig: {"dataset": "d", "harmful_dataset": "h", "task_dataset": "t"},
+    config_run.RunConfig: {"finetune": {}, "prune": {}, "evaluate": {}},
+    config_run.ExperimentConfig: {"grid": {}, "finetune": {}, "evaluate": {}},
+}
+
+
+# --- ~ --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, folders):
+    """A home folder with a model and data, which is not the folder that one is in."""
+    made, here = tmp_path / "home", tmp_path / "here"
+    made.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(made))
+    monkeypatch.chdir(here)
+    for name in ("model", "adapter"):
+        (made / name).symlink_to(folders / name)
+    (made / "data.jsonl").write_text('{"instruction": "how to", "output": "two plus"}\n')
+    return made
+
+
+def words(command, **flags_):
+    flags_ |= {"max_seq_length": "60", "device": "cpu", "quiet": None}
+    given = [f"--{name}={value}" if value else f"--{name}" for name, value in flags_.items()]
+    return [command, *given]
+
+
+def test_every_path_of_a_command(home, tmp_path):
+    common = {"model_name_or_path": "~/model", "dataset": "~/data.jsonl"}
+    assert cli.main(words("calibrate", **common, output_dir="~/norms")) == 0
+    made = words("prune", model_name_or_path="~/model", norms="~/norms", output_dir="~/out")
+    assert cli.main([*made, "--preserve_norms=~/norms"]) == 0
+    (home / "prune.yaml").write_text(
+        "model_name_or_path: ~/model\nadapter: ~/adapter\ndataset: ~/data.jsonl\n"
+        "output_dir: ~/pruned\n"
+    )
+    for more in ([], ["--config", "~/prune.yaml"]):
+        config = more or ["--config=~/prune.yaml"]
+        made = ["prune", *config, "--max_seq_length=60", "--device=cpu", "--overwrite", "--quiet"]
+        assert cli.main(made) == 0
+    (home / "jobs.jsonl").write_text(
+        '{"adapter": "~/adapter", "dataset": "~/data.jsonl", "name": "one"}\n'
+    )
+    common = {"model_name_or_path": "~/model", "manifest": "~/jobs.jsonl"}
+    assert cli.main(words("fleet", **common, output_dir="~/fleet")) == 0
+    assert (home / "fleet" / "one" / "adapter_model.safetensors").exists()
+    for folder in ("norms", "out", "pruned"):
+        report = json.loads((home / folder / "report.json").read_text())
+        assert report["config"]["output_dir"] == str(home / folder)
+        assert all("~" not in name for name in report["inputs"])
+        assert any(name.startswith(str(home)) for name in report["inputs"])
+    assert not list((tmp_path / "here").iterdir())  # no folder of the name ~
+
+
+def test_roles_and_files_that_extend_stay(home):
+    config = configs.FinetuneConfig(
+        **NEEDED | {"output_dir": "~/o", "model_name_or_path": "~"},
+        dataset="~/data.jsonl:unsafe",
+        poison_ratio=0,
+    )
+    assert config.dataset == f"{home}/data.jsonl:unsafe"
+    assert (config.output_dir, config.model_name_or_path) == (f"{home}/o", str(home))
+    assert data.local_file(config.dataset) == f"{home}/data.jsonl"
+    (home / "under.yaml").write_text("grid: {seed: [1]}\nstages: ~/made\n")
+    (home / "over.yaml").write_text("extends: ~/under.yaml\n")
+    assert flags.read_yaml(home / "over.yaml") == {"grid": {"seed": [1]}, "stages": "~/made"}
+    config = config_run.ExperimentConfig(
+        **NEEDED, grid={}, finetune={}, evaluate={}, stages="~/made", rows="~/rows.csv"
+    )
+    assert (config.stages, config.rows) == (f"{home}/made", f"{home}/rows.csv")
+    assert configs.DemoConfig(output_dir="~/demo").output_dir == f"{home}/demo"
+
+
+def test_every_path_field_is_known():
+    """Whatever a stage's docstring calls a folder, file or data set is expanded."""
+    from antidote_fast.pipeline import config_base
+
+    texts = {
+        field
+        for stage in (*STAGES, configs.DemoConfig)
+        for field, kind in stage.__annotations__.items()
+        if kind in (str, str | None)
+    }
+    texts |= {f for f, kind in StageConfig.__annotations__.items() if kind is str}
+    others = {"device", "backend", "shard", "max_memory", "lr_scheduler_type", "extends"}
+    assert texts - others == set(config_base._PATHS)
+
+
+def test_nobodys_home_is_no_folder_here():
+    with pytest.raises(UsageError, match=r"output_dir='~nobody-has-this/out': must be a path"):
+        configs.CalibrateConfig(**NEEDED | {"output_dir": "~nobody-has-this/out"}, dataset="d")
+
+
+def test_a_manifest_beside_which_nothing_lies(home, tmp_path):
+    (tmp_path / "jobs.jsonl").write_text('{"adapter": "~/adapter", "dataset": "~/data.jsonl:safe"}')
+    config = configs.FleetConfig(**NEEDED, manifest=str(tmp_path / "jobs.jsonl"))
+    [job] = read_manifest_file(config)
+    assert job.config.adapter == f"{home}/adapter"
+    assert job.config.dataset == f"{home}/data.jsonl:safe"
+
+
+# --- files that cannot be read --------------------------------------------------------------------
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Opening a file of this name fails, as root too, with an error of the system."""
+
+    def make(name, number):
+        import builtins
+
+        def refusing(plain):
+            def call(path, *args, **kwargs):
+                if isinstance(path, (str, os.PathLike)) and Path(path).name == name:
+                    raise OSError(number, os.strerror(number), str(path))
+                return plain(path, *args, **kwargs)
+
+            return call
+
+        monkeypatch.setattr(builtins, "open", refusing(builtins.open))
+        monkeypatch.setattr("io.open", refusing(open))
+        monkeypatch.setattr(os, "open", refusing(os.open))
+
+    return make
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("model.safetensors", {"dataset": "~/data.jsonl"}),
+        ("model.safetensors", {"dataset": "~/data.jsonl", "stream": None}),
+        ("model.safetensors", {"score": "magnitude"}),
+        ("adapter_model.safetensors", {"dataset": "~/data.jsonl", "adapter": "~/adapter"}),
+        ("tokenizer_config.json", {"dataset": "~/data.jsonl"}),
+        ("config.json", {"dataset": "~/data.jsonl"}),
+        ("data.jsonl", {"dataset": "~/data.jsonl"}),
+    ],
+)
+def test_a_file_that_cannot_be_read(home, unreadable, capsys, number, name, more):
+    unreadable(name, number)
+    assert cli.main(words("prune", model_name_or_path="~/model", output_dir="~/out", **more)) == 3
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert name in said
+    assert os.strerror(number) in said
+    assert "unexpected" not in said
+    assert not (home / "out").exists()
+
+
+def test_weights_that_fail_while_they_stream(home, monkeypatch, capsys):
+    """The disk fails in the middle: the state stays, and the file is named."""
+
+    def broken(fd, buffers, position):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    common = {"model_name_or_path": "~/model", "dataset": "~/data.jsonl", "output_dir": "~/out"}
+    assert cli.main(words("prune", **common, stream=None)) == 3
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.endswith("model/model.safetensors: Input/output error")
+    assert (home / ".out.run").exists()
+
+
+def test_a_folder_that_may_not_be_entered(monkeypatch, tmp_path):
+    def refused(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    for read in (ck.resolve_folder, ck.load_model, ck.load_tokenizer, files.open_checkpoint):
+        with pytest.raises(DataError, match=f"{tmp_path}: cannot be read: Permission denied"):
+            read(tmp_path)
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"):
+        ActivationNorms.load(tmp_path / "norms.safetensors")
+
+
+# --- seeds and devices ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [*STAGES, configs.DemoConfig])
+def test_seeds(stage):
+    needed = NEEDED | STAGES.get(stage, {})
+    needed = {"output_dir": "o"} if stage is configs.DemoConfig else needed
+    for seed in (0, 2**63, 2**64 - 1):
+        assert stage(**needed, seed=seed).seed == seed
+    for seed in (-1, 2**64, 10**5000, 1.5, True, "1"):
+        with pytest.raises(
+            UsageError, match=r"^seed=.{1,90}: must be an integer in \[0, 2\*\*64\)"
+        ):
+            stage(**needed, seed=seed)
+
+
+def test_seeds_of_calls():
+    model, tokenizer = tiny.build(), tiny.tokenizer()
+    records = [data.Record("how", "", "two"), data.Record("what", "", "two")]
+    calls = {
+        "prune": lambda s: prune_model_(model, None, Selection(0.5), score="random", seed=s),
+        "split": lambda s: data.split_by_prompt(records, [0.5], s),
+        "mix": lambda s: data.mix(records, [], 0, seed=s),
+        "gates": lambda s: learn_gates(
+            tiny.add_lora(model), tokenizer, records, records, Selection(0.5), seed=s
+        ),
+    }
+    for call in calls.values():
+        for seed in (2**64, -1):
+            with pytest.raises(UsageError, match=rf"seed={seed}: must be an integer in"):
+                call(seed)
+    weights = [{name: p.clone() for name, p in tiny.build().named_parameters()} for _ in range(2)]
+    for one in weights:
+        again = tiny.build()
+        prune_model_(again, None, Selection(0.5), score="random", seed=2**64 - 1)
+        one.update(again.named_parameters())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("device", ["meta", "meta:0"])
+def test_a_device_on_which_nothing_runs(stage, device):
+    with pytest.raises(UsageError, match=f"device='{device}': must be one that computes"):
+        stage(**NEEDED, **STAGES[stage], device=device)
+
+
+# --- old masks ------------------------------------------------------------------------------------
+
+
+def nested():
+    return torch.nested.nested_tensor([torch.eye(3), torch.ones(2, 3)], layout=torch.jagged)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: torch.empty(3, 3, device="meta"), "is on the meta device, and holds no values"),
+        (lambda: torch.eye(3).to_sparse(), "is not a dense tensor"),
+        (lambda: torch.eye(3).to_sparse_csr(), "is not a dense tensor"),
+        (nested, "is not a dense tensor"),
+        (lambda: torch.quantize_per_tensor(torch.eye(3), 1.0, 0, torch.quint8), "not a matrix"),
+        (lambda: torch.zeros(3, 3, dtype=torch.uint8).view(torch.bits8), "which no mask is of"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_that_are_no_masks(tmp_path, make, says):
+    torch.save({"layers.0.w": make()}, tmp_path / "old.pt")
+    with pytest.raises(DataError, match=f"'layers.0.w.weight' .*{says}"):
+        convert_masks(tmp_path / "old.pt", tmp_path / "new.safetensors")
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_a_mask_that_is_a_parameter(tmp_path):
+    torch.save({"w": torch.nn.Parameter(torch.eye(4))}, tmp_path / "old.pt")
+    found = convert_masks(tmp_path / "old.pt", tmp_path / "new.safetensors")
+    assert found == {"masks": 1, "removed": 4, "weights": 16}
