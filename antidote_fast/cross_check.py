@@ -87,9 +87,7 @@ class CrossCheck:
             if kind in self._seen or module is reference or not matrix.numel():
                 continue
             self._seen.add(kind)
-            count = matrix.shape[0]
-            rows = sorted({i * (count - 1) // max(1, MAX_ROWS - 1) for i in range(MAX_ROWS)})
-            rows = torch.tensor(rows, device=matrix.device)
+            rows = _some_rows(matrix)
             part = matrix.detach()[rows]
             kept, base = preserve_norms[place], bases[place]
             base = None if base is None else base.detach()[rows]
@@ -225,6 +223,38 @@ class CrossCheck:
             f"{sample.name}: the {module.NAME} backend does not select what the reference does"
             f"{consequence}; choose another backend, and report this"
         )
+
+
+def check_live(targets, weights):
+    """Whether modules compute with what is pruned, by some rows of the first of each kind.
+
+    Args:
+        targets: of :func:`antidote_fast.targets.find_targets`.
+        weights: {key: tensor that is to be pruned, or was}.
+
+    Raises:
+        AntidoteError: a module's ``weight`` is another tensor, as one that a hook computes.
+    """
+    seen = set()
+    for target in targets:
+        pruned = weights[target.key].detach()
+        kind = type(target.module), target.masked, tuple(pruned.shape), pruned.dtype, pruned.device
+        if kind in seen or not pruned.numel() or pruned.dim() != 2 or pruned.is_meta:
+            continue
+        seen.add(kind)
+        live, rows = target.module.weight.detach(), _some_rows(pruned)
+        live = live.to_local() if hasattr(live, "to_local") else live
+        if live.shape != pruned.shape or not torch.equal(_bits(live[rows]), _bits(pruned[rows])):
+            raise AntidoteError(
+                f"{target.key}: its module ({type(target.module).__name__}) computes with another "
+                "tensor than its parameter; leave it out with ignore"
+            )
+
+
+def _some_rows(matrix):
+    count = matrix.shape[0]
+    rows = sorted({i * (count - 1) // max(1, MAX_ROWS - 1) for i in range(MAX_ROWS)})
+    return torch.tensor(rows, dtype=torch.int64, device=matrix.device)
 
 
 def _keys(part, norm, base=None):

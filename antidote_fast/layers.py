@@ -11,7 +11,7 @@ import torch
 from antidote_fast import _check, interrupts, ops
 from antidote_fast.errors import AntidoteError, DataError, NothingPruned
 from antidote_fast.masks import PackedMask
-from antidote_fast.targets import natural_key
+from antidote_fast.targets import Target, check_names, natural_key
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Layer:
     mask: PackedMask | None = None
     threshold: float = math.nan
     seconds: float | None = None
+    masked: Target | None = None  # whose parameter ``saved`` is a masked copy of
 
     def remove(self, backend):
         """Remove what the mask marks, also from where the weight is saved; may be done twice."""
@@ -42,6 +43,8 @@ class Layer:
         ops.apply_mask_(self.matrix, self.mask, base_weight=self.base, backend=backend)
         if self.copied:
             self.saved.copy_(self.matrix.t() if self.transposed else self.matrix)
+        if self.masked is not None:
+            self.masked.remove(self.mask)
         if self.seconds is not None:
             self.seconds += time.perf_counter() - start
 
@@ -61,6 +64,7 @@ def prepare(
     Raises:
         As :func:`antidote_fast.prune.prune_state_`.
     """
+    check_names(weights)
     layers, skipped = [], {}
     for key in sorted(weights, key=natural_key):
         saved = weights[key]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from antidote_fast import backends, ops
-from antidote_fast.cross_check import CrossCheck, count_bits
+from antidote_fast.cross_check import CrossCheck, check_live, count_bits
 from antidote_fast.errors import DataError, NothingPruned, UsageError
 from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.layers import Layer, check_all, prepare, remove_all
@@ -96,7 +96,17 @@ def prune_model_(
         check_base(given, actual, name)
     weights, world = local_rows(found, named, selection, score, base_weights)
     keys = [target.key for target in found]
+    masked = {target.key: target for target in found if target.masked}
+    if masked and (base_weights is not None or world.size > 1):
+        what = "sharded" if base_weights is None else "pruned with base_weights"
+        raise DataError(
+            f"{next(iter(masked))}: is masked by torch.nn.utils.prune, and cannot be {what}; make "
+            "it permanent first (torch.nn.utils.prune.remove)"
+        )
+    weights |= {key: target.computed() for key, target in masked.items()}
     with world.together():
+        if cross_check:
+            check_live(found, weights)
         chosen = _choose(
             weights,
             _narrowed(norms, keys, targets, ignore),
@@ -112,8 +122,12 @@ def prune_model_(
             base_weights=base_weights,
             scores=scores,
         )
+    for layer in chosen.layers:
+        layer.masked = masked.get(layer.key)
     with world.together():
         report = chosen.remove()
+        if cross_check:
+            check_live(found, weights)
     report = add_up(report, found, world)
     report.coverage = asdict(coverage(model, found))
     return report
