@@ -24,7 +24,7 @@ from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.progress import track
 from antidote_fast.sharded import reshard, run_in_step, runs_in_step
 from antidote_fast.targets import find_targets
-from antidote_fast.undo import Undo, eval_mode, no_grad, undoing
+from antidote_fast.undo import Undo, eval_mode, hook, no_grad, undoing
 from antidote_fast.writing import save_tensors
 
 FORMAT = "antidote_fast.norms"
@@ -155,6 +155,7 @@ class ActivationNorms:
         # Twice, each to the end: an interrupt may come in the midst of the first.
         try:
             try:
+                no_grad(undo)
                 collector = NormCollector(
                     found, aggregation=aggregation, response_only=response_only, backend=backend
                 )
@@ -169,7 +170,6 @@ class ActivationNorms:
                 if fuse:
                     fusion.fuse(model, collector, undo)
                 options = _make_lean(model, undo)
-                no_grad(undo)
                 batches = enumerate(track(batches, "calibrate", progress))
                 batches = (_on_device(batch, device, number) for number, batch in batches)
                 if in_step:
@@ -389,16 +389,7 @@ def _make_lean(model, undo):
     if output is None:
         return options
 
-    def contiguous(_, args):
-        return (args[0].contiguous(), *args[1:])
-
-    def back():
-        for number, hook in list(output._forward_pre_hooks.items()):
-            if hook is contiguous:
-                output._forward_pre_hooks.pop(number, None)
-
-    undo.later(back)
-    output.register_forward_pre_hook(contiguous)
+    hook(undo, output, lambda _, args: (args[0].contiguous(), *args[1:]))
     return options
 
 

@@ -64,7 +64,7 @@ class NormCollector:
         self.num_sequences = self.num_tokens = 0
         self._seen_batches = self._seen_sequences = 0
         self._open = self._idle = self._elsewhere = False
-        self._thread = None  # that called start
+        self._thread = None  # that called open or start
         self._mask = self._shared = None
         self._masks, self._pending = {}, []
         self._allocate()
@@ -85,7 +85,7 @@ class NormCollector:
 
     def open(self):
         """Put the hooks on."""
-        self._open = True
+        self._open, self._thread = True, threading.get_ident()
         for index, target in enumerate(self.targets):
             hook = self._make_hook(index, target)
             hook.collector = self
@@ -99,8 +99,8 @@ class NormCollector:
             module = target.input_module
             for number, hook in list(module._forward_pre_hooks.items()):
                 if getattr(hook, "collector", None) is self:
-                    module._forward_pre_hooks.pop(number, None)
                     module._forward_pre_hooks_with_kwargs.pop(number, None)
+                    module._forward_pre_hooks.pop(number, None)
         self.discard()
 
     def others_on(self, model) -> bool:
@@ -342,7 +342,7 @@ class NormCollector:
 
     def _is_ours(self):
         """Whether a forward is of the thread that collects; else it is not looked at."""
-        if self._open and self._thread in (None, threading.get_ident()):
+        if self._open and self._thread == threading.get_ident():
             return True
         self._elsewhere = self._mask is not None
         return False

@@ -62,3 +62,16 @@ def no_grad(undo):
     before = torch.is_grad_enabled()
     undo.later(lambda: torch.set_grad_enabled(before))
     torch.set_grad_enabled(False)
+
+
+def hook(undo, module, call, *, after=False):
+    """Have a module call this before its forward (``after``: after it) until undone."""
+    hooks = module._forward_hooks if after else module._forward_pre_hooks
+
+    def back():  # not by the handle: there is none where registering was interrupted
+        for number, found in list(hooks.items()):
+            if found is call:
+                hooks.pop(number, None)
+
+    undo.later(back)
+    (module.register_forward_hook if after else module.register_forward_pre_hook)(call)

@@ -9,6 +9,7 @@ import torch
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.pipeline.modules import attention_modules, outputs_seen
 from antidote_fast.progress import track
+from antidote_fast.undo import eval_mode, undoing
 
 
 @contextmanager
@@ -61,12 +62,11 @@ def embedding_drift(model, reference, batches: Sequence[dict], *, progress=False
     if reference is None and not hasattr(model, "disable_adapter"):
         raise UsageError("reference=None: must be a model, unless the model has an adapter")
     aligned = model if reference is None else reference
-    modes = [(each, each.training) for each in {id(m): m for m in (model, aligned)}.values()]
     total = per_token = 0.0
     num_tokens = num_sequences = num_layers = 0
-    try:
-        for each, _ in modes:
-            each.eval()
+    with undoing() as undo:
+        for each in (model, aligned):
+            eval_mode(each, undo)
         with _recorded(model) as ours, _recorded(aligned) as theirs:
             for batch in track(batches, "drift", progress):
                 tuned = _forward(model, ours, batch)
@@ -82,9 +82,6 @@ def embedding_drift(model, reference, batches: Sequence[dict], *, progress=False
                     squares = _token_squares(tuned[i], base[i], mask)
                     total += squares.sum(1).sqrt().sum().item()
                     per_token += squares.sqrt().sum().item()
-    finally:
-        for each, was_training in modes:
-            each.train(was_training)
     if not num_tokens:
         raise DataError("no tokens to measure the embedding drift on")
     if not math.isfinite(total):
