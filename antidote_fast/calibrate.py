@@ -18,13 +18,14 @@ from antidote_fast import fusion
 from antidote_fast.collector import AGGREGATIONS, NormCollector, Seen
 from antidote_fast.commit import new_file
 from antidote_fast.distributed import ALONE
-from antidote_fast.errors import AntidoteError, DataError, printable, readable
+from antidote_fast.errors import AntidoteError, DataError, UsageError, printable, readable
 from antidote_fast.files import read_tensor_file
 from antidote_fast.fingerprint import fingerprint_model
 from antidote_fast.progress import track
 from antidote_fast.sharded import reshard, run_in_step, runs_in_step
 from antidote_fast.targets import find_targets
 from antidote_fast.tokens import fitted, num_embeddings
+from antidote_fast.undo import Undo, eval_mode, hook, no_grad, undoing
 from antidote_fast.writing import save_tensors
 
 FORMAT = "antidote_fast.norms"
@@ -107,9 +108,10 @@ class ActivationNorms:
     ):
         """Run a model over batches and keep the norms of its targets' inputs.
 
-        The model runs in eval mode, without gradients and caches; its mode is restored and the
-        hooks are gone afterwards, whatever happens. A batch that does not fit in the memory of a
-        GPU is split in half and tried again.
+        The model runs in eval mode, without gradients and caches; each module's mode is restored
+        and the hooks are gone afterwards, whatever is raised and wherever. One call at a time may
+        run on a model, and other threads must not change its mode meanwhile. A batch that does not
+        fit in the memory of a GPU is split in half and tried again.
 
         Args:
             model: a transformers model, or a PEFT model.
@@ -133,8 +135,8 @@ class ActivationNorms:
                 run as many forwards as the one with the most batches.
 
         Raises:
-            UsageError: unknown aggregation, ``response_only`` without labels, or ``fuse`` with
-                ``aggregation="mean"``.
+            UsageError: unknown aggregation, ``response_only`` without labels, ``fuse`` with
+                ``aggregation="mean"``, or a model on which norms are being collected already.
             BackendUnavailable: ``fuse`` where Triton kernels cannot run on the model's device.
             DataError: no batch, or no counted token in any; a token id that the model has no
                 embedding for; a layer whose inputs hold NaN or infinity; a layer that got another
@@ -151,27 +153,41 @@ class ActivationNorms:
                 fusion.check_fuse(device.type, aggregation)
         if fingerprint is None:
             fingerprint = fingerprint_model(model)
-        with (
-            NormCollector(
-                found, aggregation=aggregation, response_only=response_only, backend=backend
-            ) as collector,
-            _EvalMode(model),
-            fusion.fused_forwards(model, collector) if fuse else contextlib.nullcontext(),
-            lean_forward(model) as options,
-            torch.no_grad(),
-        ):
-            batches = enumerate(track(batches, "calibrate", progress))
-            known = num_embeddings(model)
-            batches = (_on_device(batch, device, known, number) for number, batch in batches)
-            if in_step:
-                forward = functools.partial(_forward, model, options)
-                run_in_step(batches, collector, forward, world, device)
-                reshard(model)
-            else:
-                with world.together():
-                    for batch in batches:
-                        run_batch(model, collector, batch, options)
-            return collector.norms(fingerprint=fingerprint, world=world)
+        undo = Undo()
+        # Twice, each to the end: an interrupt may come in the midst of the first.
+        try:
+            try:
+                no_grad(undo)
+                collector = NormCollector(
+                    found, aggregation=aggregation, response_only=response_only, backend=backend
+                )
+                undo.later(collector.close)
+                collector.open()
+                if collector.others_on(model):
+                    raise UsageError(
+                        "model: norms are being collected on it already; wait for that, or use a "
+                        "copy of the model"
+                    )
+                eval_mode(model, undo)
+                if fuse:
+                    fusion.fuse(model, collector, undo)
+                options = _make_lean(model, undo)
+                batches = enumerate(track(batches, "calibrate", progress))
+                known = num_embeddings(model)
+                batches = (_on_device(batch, device, known, number) for number, batch in batches)
+                if in_step:
+                    forward = functools.partial(_forward, model, options)
+                    run_in_step(batches, collector, forward, world, device)
+                    reshard(model)
+                else:
+                    with world.together():
+                        for batch in batches:
+                            run_batch(model, collector, batch, options)
+                return collector.norms(fingerprint=fingerprint, world=world)
+            finally:
+                undo.run()
+        finally:
+            undo.run()
 
     def act_norm(self, key, scope="row") -> torch.Tensor:
         """The norm of each input channel of one weight, (K,) fp32.
@@ -353,21 +369,6 @@ def _names(text):
     return names
 
 
-class _EvalMode:
-    """Eval mode inside the block; afterwards every module's own mode again."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __enter__(self):
-        self.modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-
-    def __exit__(self, *exception):
-        for module, mode in self.modes:
-            module.training = mode
-
-
 def _added(mine, theirs):
     if mine is None:
         return None
@@ -382,6 +383,12 @@ def lean_forward(model):
     and torch then multiplies sequence by sequence where the weight is frozen (1.2 s more a batch of
     8 for SmolLM2-135M's output layer in bf16, one Xeon core).
     """
+    with undoing() as undo:
+        yield _make_lean(model, undo)
+
+
+def _make_lean(model, undo):
+    """The keyword arguments of :func:`lean_forward`, whose hook is on until undone."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = inspect.signature(inner.forward).parameters
     options = {"use_cache": False, "logits_to_keep": 1}
@@ -389,13 +396,10 @@ def lean_forward(model):
     get = getattr(inner, "get_output_embeddings", None)
     output = get() if get is not None and "logits_to_keep" in options else None
     if output is None:
-        yield options
-        return
-    handle = output.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    try:
-        yield options
-    finally:
-        handle.remove()
+        return options
+
+    hook(undo, output, lambda _, args: (args[0].contiguous(), *args[1:]))
+    return options
 
 
 def _on_device(batch, device, known, number):

@@ -1,5 +1,7 @@
 """Hooks that sum the squares of what flows into the targets: put on and taken off by one owner."""
 
+import threading
+
 import torch
 from torch.nn import functional
 
@@ -30,6 +32,9 @@ class NormCollector:
     Modules that receive the very same tensor (q/k/v; gate/up; their LoRA A) are reduced once.
     :meth:`ActivationNorms.collect` is this loop with eval mode and error handling.
 
+    Only forwards of the thread that calls :meth:`start` count. Those that other threads run on the
+    same modules meanwhile are theirs alone, and may have a collector of their own.
+
     Args:
         targets: of :func:`antidote_fast.targets.find_targets`.
         aggregation: ``"rms"`` or ``"mean"``, which keeps one norm a sequence as well.
@@ -58,32 +63,54 @@ class NormCollector:
         self._order = None  # of the targets' inputs in a forward
         self.num_sequences = self.num_tokens = 0
         self._seen_batches = self._seen_sequences = 0
-        self._handles = []
-        self._idle = False
+        self._open = self._idle = self._elsewhere = False
+        self._thread = None  # that called open or start
         self._mask = self._shared = None
         self._masks, self._pending = {}, []
         self._allocate()
 
     def __enter__(self):
         try:
-            for index, target in enumerate(self.targets):
-                hook = self._make_hook(index, target)
-                handle = target.input_module.register_forward_pre_hook(hook, with_kwargs=True)
-                self._handles.append(handle)
+            self.open()
+            return self
         except BaseException:
             self.close()
             raise
-        return self
 
     def __exit__(self, *exception):
-        self.close()
+        try:
+            self.close()
+        finally:  # the first may have been interrupted
+            self.close()
+
+    def open(self):
+        """Put the hooks on."""
+        self._open, self._thread = True, threading.get_ident()
+        for index, target in enumerate(self.targets):
+            hook = self._make_hook(index, target)
+            hook.collector = self
+            target.input_module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def close(self):
         """Take the hooks off; what was collected stays."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._open = False
+        for target in self.targets:
+            # Not by handles: of a registration that was interrupted there is none.
+            module = target.input_module
+            for number, hook in list(module._forward_pre_hooks.items()):
+                if getattr(hook, "collector", None) is self:
+                    module._forward_pre_hooks_with_kwargs.pop(number, None)
+                    module._forward_pre_hooks.pop(number, None)
         self.discard()
+
+    def others_on(self, model) -> bool:
+        """Whether another open collector has hooks on a module of ``model``."""
+        hooks = (hook for m in model.modules() for hook in list(m._forward_pre_hooks.values()))
+        found = (getattr(hook, "collector", None) for hook in hooks)
+        return any(
+            isinstance(other, NormCollector) and other is not self and other._open
+            for other in found
+        )
 
     def start(self, batch) -> bool:
         """Say which tokens of the next forward count.
@@ -112,21 +139,28 @@ class NormCollector:
             return False
         self._all_count = self._tokens == mask.numel()
         self._mask, self._shape = mask, mask.shape
+        self._thread = threading.get_ident()
         return True
 
     def idle(self):
         """Say that nothing of the next forward counts; no :meth:`finish` follows it."""
         self.discard()
         self._idle = True
+        self._thread = threading.get_ident()
 
     def finish(self):
         """Add what the last forward gave to the totals.
 
         Raises:
             DataError: an input held NaN or infinity, naming the layer.
+            UsageError: no :meth:`start` before it, or a forward in another thread than start's.
         """
         if self._mask is None:
             raise UsageError("finish: call start(batch) first")
+        if self._elsewhere and not self._pending:
+            raise UsageError(
+                "finish: the forward ran in another thread than start(batch); call both in one"
+            )
         if self.stop_early and self._order is None:
             self._order = [index for index, _ in self._pending]
             if sorted(self._order) != list(range(len(self.targets))):
@@ -154,7 +188,7 @@ class NormCollector:
         if self._pending:
             for flat in self._batch.values():
                 flat.zero_()
-        self._idle = False
+        self._idle = self._elsewhere = False
         self._mask = self._shared = None
         self._masks, self._pending = {}, []
 
@@ -166,7 +200,9 @@ class NormCollector:
             Where it is not known x belongs to no batch, and the hooks say what is wrong.
         """
         tokens = x.shape[:-1]
-        if self._mask is None or tokens not in (self._shape, (self._shape.numel(),)):
+        if self._mask is None or not self._is_ours():
+            return False, None
+        if tokens not in (self._shape, (self._shape.numel(),)):
             return False, None
         if self._all_count:
             return True, None
@@ -277,7 +313,7 @@ class NormCollector:
         # Short, and sums are added to their slots in finish: what runs here runs between two
         # layers, with cold caches.
         def hook(module, args, kwargs):
-            if self._idle:
+            if self._idle or not self._is_ours():
                 return
             x = args[0] if args else next(iter(kwargs.values()))
             self._pending.append((index, sums_of(x)))
@@ -303,6 +339,13 @@ class NormCollector:
             return held[3]
 
         return hook
+
+    def _is_ours(self):
+        """Whether a forward is of the thread that collects; else it is not looked at."""
+        if self._open and self._thread == threading.get_ident():
+            return True
+        self._elsewhere = self._mask is not None
+        return False
 
     def _add_pending(self):
         """Add what the hooks left to the batch's buffers, in one addition a device if it fits."""

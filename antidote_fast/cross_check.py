@@ -2,7 +2,8 @@
 
 A fault in a kernel, a compiler or a device would prune the wrong weights and say nothing. So for
 the first weight of each (shape, dtype, device) of a prune some rows are copied. The backend prunes
-the copy first, before anything is written; after the real call the same rows are looked at again.
+the copy first; the masks of the whole weights are looked at before they are applied, and the rows
+again after that.
 Nothing is sorted: a selection is right if and only if its count is right and every (score, index)
 on one side of it is below every one on the other. Only what is selected by one norm and not by
 another has no such form: there the few copied rows are sorted.
@@ -19,6 +20,8 @@ from antidote_fast.errors import AntidoteError
 from antidote_fast.selection import num_pruned
 
 MAX_ROWS = 4
+_UNWRITTEN = "; nothing was written"
+_WRITTEN = "; the weights in memory are not to be used"
 _LOWEST, _HIGHEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
 
@@ -42,6 +45,8 @@ class _Sample:
     base_bits: torch.Tensor | int = 0
     base: torch.Tensor | None = None
     removed: np.ndarray | None = None  # of the copy
+    weight: torch.Tensor | None = None  # the whole
+    chosen: np.ndarray | None = None  # of these rows, in the whole
 
 
 class CrossCheck:
@@ -68,7 +73,7 @@ class CrossCheck:
             preserve_norms, bases: as :func:`antidote_fast.ops.prune_many_`; lists, or None.
 
         Returns:
-            What :meth:`after` takes.
+            What :meth:`selected` and :meth:`written` take.
 
         Raises:
             AntidoteError: the backend selects otherwise than the reference; nothing is written.
@@ -82,9 +87,7 @@ class CrossCheck:
             if kind in self._seen or module is reference or not matrix.numel():
                 continue
             self._seen.add(kind)
-            count = matrix.shape[0]
-            rows = sorted({i * (count - 1) // max(1, MAX_ROWS - 1) for i in range(MAX_ROWS)})
-            rows = torch.tensor(rows, device=matrix.device)
+            rows = _some_rows(matrix)
             part = matrix.detach()[rows]
             kept, base = preserve_norms[place], bases[place]
             base = None if base is None else base.detach()[rows]
@@ -109,17 +112,19 @@ class CrossCheck:
             self._prune_copies(samples)
         return samples
 
-    def after(self, samples, weights, masks, thresholds):
-        """Look at the copied rows again, now that the weights of the call were pruned.
+    def selected(self, samples, weights, masks, thresholds):
+        """Look at what the call chose of the copied rows.
+
+        Args:
+            samples: of :meth:`before`.
+            weights, masks, thresholds: of the whole call; the weights as they were.
 
         Raises:
-            AntidoteError: naming the weight and the backend.
+            AntidoteError: naming the weight and the backend; nothing is written.
         """
         for sample in samples:
-            mask = masks[sample.place]
-            removed = _removed(mask.bits[sample.rows], mask.shape[1])
-            written = _bits(weights[sample.place].detach()[sample.rows])
-            expected = torch.where(torch.from_numpy(removed), sample.base_bits, sample.bits)
+            mask, sample.weight = masks[sample.place], weights[sample.place]
+            removed = sample.chosen = _removed(mask.bits[sample.rows], mask.shape[1])
             if self.selection.n_m is None and self.selection.scope != "row":
                 edge, largest = thresholds[sample.place], self.selection.largest
                 if sample.kept_keys is None:
@@ -130,12 +135,25 @@ class CrossCheck:
                     ok &= self._counted([mask], sample.kept_keys is not None)
             else:  # a row's selection is its own
                 ok = np.array_equal(removed, sample.removed)
-            if not ok or not torch.equal(written, expected):
-                self._refuse(sample, "; the weights in memory are not to be used")
+            unchanged = torch.equal(_bits(sample.weight.detach()[sample.rows]), sample.bits)
+            if not (ok and unchanged):
+                self._refuse(sample, _WRITTEN if not unchanged else _UNWRITTEN)
         compared = samples[:1] if self.selection.scope == "global" else ()
         for sample in compared:
             if not self._counted(masks, sample.kept_keys is not None):
-                self._refuse(sample, "; the weights in memory are not to be used")
+                self._refuse(sample, _UNWRITTEN)
+
+    def written(self, samples):
+        """Look at the copied rows again, now that the masks were applied.
+
+        Raises:
+            AntidoteError: naming the weight and the backend.
+        """
+        for sample in samples:
+            now = _bits(sample.weight.detach()[sample.rows])
+            chosen = torch.from_numpy(sample.chosen)
+            if not torch.equal(now, torch.where(chosen, sample.base_bits, sample.bits)):
+                self._refuse(sample, _WRITTEN)
 
     def _counted(self, masks, preserving):
         """Whether as many are removed of weights that are compared as the selection means."""
@@ -152,8 +170,11 @@ class CrossCheck:
             self.selection,
             preserve_norms=[sample.preserve_norm for sample in samples],
             base_weights=[sample.base for sample in samples],
+            write=False,
             backend=self.backend,
         )
+        for copy, mask, sample in zip(copies, masks, samples, strict=True):
+            ops.apply_mask_(copy, mask, base_weight=sample.base, backend=self.backend)
         removed = [_removed(mask.bits, mask.shape[1]) for mask in masks]
         scope = self.selection.scope
         if any(sample.kept_keys is not None for sample in samples):
@@ -173,7 +194,7 @@ class CrossCheck:
             base = 0 if sample.base is None else sample.base_bits
             expected = torch.where(torch.from_numpy(chosen), base, _bits(sample.scored))
             if not ok or not torch.equal(_bits(copy), expected):
-                self._refuse(sample, "; nothing was written")
+                self._refuse(sample, _UNWRITTEN)
             sample.removed = chosen
 
     def _differences(self, samples):
@@ -202,6 +223,38 @@ class CrossCheck:
             f"{sample.name}: the {module.NAME} backend does not select what the reference does"
             f"{consequence}; choose another backend, and report this"
         )
+
+
+def check_live(targets, weights):
+    """Whether modules compute with what is pruned, by some rows of the first of each kind.
+
+    Args:
+        targets: of :func:`antidote_fast.targets.find_targets`.
+        weights: {key: tensor that is to be pruned, or was}.
+
+    Raises:
+        AntidoteError: a module's ``weight`` is another tensor, as one that a hook computes.
+    """
+    seen = set()
+    for target in targets:
+        pruned = weights[target.key].detach()
+        kind = type(target.module), target.masked, tuple(pruned.shape), pruned.dtype, pruned.device
+        if kind in seen or not pruned.numel() or pruned.dim() != 2 or pruned.is_meta:
+            continue
+        seen.add(kind)
+        live, rows = target.module.weight.detach(), _some_rows(pruned)
+        live = live.to_local() if hasattr(live, "to_local") else live
+        if live.shape != pruned.shape or not torch.equal(_bits(live[rows]), _bits(pruned[rows])):
+            raise AntidoteError(
+                f"{target.key}: its module ({type(target.module).__name__}) computes with another "
+                "tensor than its parameter; leave it out with ignore"
+            )
+
+
+def _some_rows(matrix):
+    count = matrix.shape[0]
+    rows = sorted({i * (count - 1) // max(1, MAX_ROWS - 1) for i in range(MAX_ROWS)})
+    return torch.tensor(rows, dtype=torch.int64, device=matrix.device)
 
 
 def _keys(part, norm, base=None):

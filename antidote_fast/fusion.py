@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from antidote_fast import backends
 from antidote_fast.errors import BackendUnavailable, UsageError
+from antidote_fast.undo import undoing
 
 BACKEND = "triton"
 # In a decoder layer: a norm, what reads its output, and which projections there do.
@@ -68,22 +69,37 @@ def fused_forwards(model, collector):
     Raises:
         As :func:`check_fuse`.
     """
+    with undoing() as undo:
+        yield fuse(model, collector, undo)
+
+
+def fuse(model, collector, undo) -> int:
+    """What :func:`fused_forwards` does at its beginning; ``undo`` gets its end.
+
+    Args:
+        model, collector: as :func:`fused_forwards`.
+        undo: an :class:`antidote_fast.undo.Undo`.
+
+    Returns:
+        How many modules were fused.
+    """
     backend = check_fuse(next(model.parameters()).device.type, collector.aggregation)
-    replaced = []
-    try:
-        for module, make in find_fusable(model, collector.targets):
-            module.forward = make(module, collector, backend.DEVICE_TYPES)
-            replaced.append(module)
-        if not replaced:
-            warnings.warn(
-                "fuse=True: no RMSNorm or SwiGLU in front of a target can be fused in this model; "
-                "calibrating without",
-                stacklevel=2,
-            )
-        yield len(replaced)
-    finally:
-        for module in replaced:
+    found = find_fusable(model, collector.targets)
+
+    def back():
+        for module, _ in found:
             module.__dict__.pop("forward", None)
+
+    undo.later(back)
+    for module, make in found:
+        module.forward = make(module, collector, backend.DEVICE_TYPES)
+    if not found:
+        warnings.warn(
+            "fuse=True: no RMSNorm or SwiGLU in front of a target can be fused in this model; "
+            "calibrating without",
+            stacklevel=2,
+        )
+    return len(found)
 
 
 def find_fusable(model, targets):
@@ -142,8 +158,8 @@ def _is_swiglu(module):
 
 def _agrees(attempt, cls):
     """Whether a class computes what is expected of it, in two dtypes."""
-    generator = torch.Generator().manual_seed(0)
-    numbers = torch.randn(3, 16, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    numbers = torch.randn(3, 16, generator=generator, dtype=torch.float32, device="cpu")
     try:
         with torch.no_grad():
             return all(attempt(cls, *numbers.to(d)) for d in (torch.float32, torch.bfloat16))

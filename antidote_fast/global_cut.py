@@ -20,7 +20,7 @@ from antidote_fast.masks import PackedMask
 from antidote_fast.progress import track
 from antidote_fast.prune import check_arguments, random_generator
 from antidote_fast.selection import Selection, num_pruned
-from antidote_fast.targets import natural_key
+from antidote_fast.targets import check_names, natural_key
 
 _BINS = 1 << 16
 _INFINITY = 0x7F800000
@@ -145,7 +145,8 @@ def find_cut(
         UsageError: another scope, an unknown score, no norms where the score needs them, a
             selection that needs preserve norms or a base that are not given.
         NothingPruned: no keys.
-        DataError: a weight that is no longer what it was at the first pass.
+        DataError: a weight that is no longer what it was at the first pass; the name of a tensor
+            that a weight is computed from.
     """
     if not isinstance(selection, Selection) or selection.scope != "global":
         raise UsageError(f"selection={selection!r:.80}: must be a Selection of scope='global'")
@@ -154,6 +155,7 @@ def find_cut(
     check_arguments(selection, score, seed, norms, preserve_norms, read_base)
     if not keys:
         raise NothingPruned("nothing to prune: no weights")
+    check_names(keys)
     order = sorted(keys, key=natural_key)
     searches = [_Search(order, selection, norms, score, seed)]
     if preserve_norms is not None:
@@ -178,7 +180,7 @@ class _Search:
     def __init__(self, order, selection, norms, score, seed):
         self._order, self._selection = order, selection
         self._options = norms, score, seed
-        self._upper, self._sizes = torch.zeros(_BINS // 2, dtype=torch.int64), {}
+        self._upper, self._sizes = _counts(), {}
         self._place = self._left = self._edge = None
         self._beyond, self._near = {}, {}
         self.is_over = False
@@ -226,6 +228,10 @@ class _Search:
         return GlobalCut(edge, largest, score, seed, ties, counts, norms, delta)
 
 
+def _counts():
+    return torch.zeros(_BINS // 2, dtype=torch.int64, device="cpu")
+
+
 def _chunks(key, weight, norms, score, seed, base=None):
     """The scores of some rows after another, as int32 in the order of the scores, NaN one value."""
     rows, columns = weight.shape
@@ -237,7 +243,9 @@ def _chunks(key, weight, norms, score, seed, base=None):
     for start in range(0, rows, step):
         part = weight[start : start + step]
         if generator is not None:  # drawn one after another, these are random_scores()
-            scores = torch.rand(part.shape, generator=generator).to(weight.device)
+            scores = torch.rand(
+                part.shape, generator=generator, dtype=torch.float32, device="cpu"
+            ).to(weight.device)
         else:
             scores = part.detach().to(torch.float32, copy=True)
             if base is not None:

@@ -41,3 +41,24 @@ def remembered():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def held_back():
+    """A SIGTERM or SIGINT that comes inside the block is obeyed at its end: for short blocks only.
+
+    Outside of the main thread nothing is held back; Python has no handlers run there.
+    """
+    came, before = [], {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        before = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for number in before:
+            signal.signal(number, lambda signum, frame: came.append(signum))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)

@@ -1,15 +1,17 @@
 """Weights on their way through a prune: every check of them, before the first write."""
 
 import math
+import re
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from antidote_fast import _check
-from antidote_fast.errors import DataError, NothingPruned
+from antidote_fast import _check, interrupts, ops
+from antidote_fast.errors import AntidoteError, DataError, NothingPruned
 from antidote_fast.masks import PackedMask
-from antidote_fast.targets import natural_key
+from antidote_fast.targets import Target, check_names, natural_key
 
 
 @dataclass
@@ -33,11 +35,18 @@ class Layer:
     mask: PackedMask | None = None
     threshold: float = math.nan
     seconds: float | None = None
+    masked: Target | None = None  # whose parameter ``saved`` is a masked copy of
 
-    def write_back(self):
-        """What was pruned in a copy goes where it is saved."""
+    def remove(self, backend):
+        """Remove what the mask marks, also from where the weight is saved; may be done twice."""
+        start = time.perf_counter()
+        ops.apply_mask_(self.matrix, self.mask, base_weight=self.base, backend=backend)
         if self.copied:
             self.saved.copy_(self.matrix.t() if self.transposed else self.matrix)
+        if self.masked is not None:
+            self.masked.remove(self.mask)
+        if self.seconds is not None:
+            self.seconds += time.perf_counter() - start
 
 
 def prepare(
@@ -55,6 +64,7 @@ def prepare(
     Raises:
         As :func:`antidote_fast.prune.prune_state_`.
     """
+    check_names(weights)
     layers, skipped = [], {}
     for key in sorted(weights, key=natural_key):
         saved = weights[key]
@@ -109,14 +119,76 @@ def prepare(
 
 
 def check_all(layers, selection):
-    """What the op refuses (overlaps, strides), for all layers before the first one is written."""
+    """What the op refuses (overlaps, strides), for all layers before the first one is written.
+
+    Raises:
+        DataError: naming the weights.
+    """
     by_device = {}
     for layer in layers:
         by_device.setdefault(layer.matrix.device, []).append(layer)
     for there in by_device.values():
         nothing = [None] * len(there)
         matrices, bases = [x.matrix for x in there], [x.base for x in there]
-        _check.prune_lists(matrices, nothing, selection, nothing, bases, write=True, many=True)
+        try:
+            _check.prune_lists(matrices, nothing, selection, nothing, bases, write=True, many=True)
+        except (TypeError, ValueError) as error:
+
+            def named(match, there=there):
+                return there[int(match[2])].key + (" in base_weights" if match[1] else "")
+
+            text = re.sub(r"(base_)?weights?\[(\d+)\]", named, str(error))
+            raise DataError(text) from None
+    for layer in layers:
+        if layer.copied and _overlaps_itself(layer.saved):
+            raise DataError(
+                f"{layer.key}.stride()={layer.saved.stride()}: must not overlap or be expanded"
+            )
+    if any(layer.copied for layer in layers):  # else those above were the saved ones
+        in_rows = [x for x in layers if x.saved.stride(1) == 1]
+        try:
+            _check.no_overlap([(x.key, x.saved) for x in in_rows], [])
+        except ValueError as error:
+            raise DataError(str(error)) from None
+
+
+def remove_all(layers, backend):
+    """Remove from all layers what their masks mark: from all of them, whatever comes between.
+
+    A signal waits until the last one is done, and any other exception is raised again after that.
+
+    Raises:
+        AntidoteError: a device or its memory failed twice; the message says which layers are done.
+    """
+    left = list(layers)
+
+    def go_on():
+        while left:
+            left[0].remove(backend)
+            del left[0]
+
+    try:
+        with interrupts.held_back():
+            go_on()
+    except BaseException as error:
+        try:
+            go_on()
+        except Exception as again:
+            done = len(layers) - len(left)
+            raise AntidoteError(
+                f"{left[0].key}: could not be written ({type(again).__name__}); {done} of "
+                f"{len(layers)} weights are pruned, those before it in natural order"
+            ) from again
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(f"all {len(layers)} weights are pruned")
+        raise
+
+
+def _overlaps_itself(matrix):
+    (small, size), (large, count) = sorted(zip(matrix.stride(), matrix.shape, strict=True))
+    if matrix.numel() < 2:
+        return False
+    return (size > 1 and small == 0) or (count > 1 and large < small * (size - 1) + 1)
 
 
 def _norm_of(key, matrix, norms, scope, name):

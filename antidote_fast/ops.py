@@ -192,9 +192,18 @@ def prune_many_(
 
 
 def prune_with_report_(
-    weights, act_norms, selection, *, preserve_norms=None, base_weights=None, backend=None
+    weights,
+    act_norms,
+    selection,
+    *,
+    preserve_norms=None,
+    base_weights=None,
+    write=True,
+    backend=None,
 ):
     """:func:`prune_many_` for reports: also says where the selection's edge lies.
+
+    With ``write=False`` the weights are left as they are, and :func:`apply_mask_` may follow.
 
     Returns:
         (masks, thresholds): a PackedMask and a float a weight. The threshold is the smallest score
@@ -206,6 +215,7 @@ def prune_with_report_(
         selection,
         preserve_norms,
         base_weights,
+        write=write,
         want_thresholds=True,
         backend=backend,
     )

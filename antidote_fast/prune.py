@@ -8,15 +8,15 @@ Source of the scores: Antidote, arXiv 2408.09600 (``wanda`` is its |W| * norm; `
 import hashlib
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 
 from antidote_fast import backends, ops
-from antidote_fast.cross_check import CrossCheck, count_bits
+from antidote_fast.cross_check import CrossCheck, check_live, count_bits
 from antidote_fast.errors import DataError, NothingPruned, UsageError
 from antidote_fast.fingerprint import fingerprint_model
-from antidote_fast.layers import check_all, prepare
+from antidote_fast.layers import Layer, check_all, prepare, remove_all
 from antidote_fast.progress import track
 from antidote_fast.prune_report import LayerReport, PruneReport
 from antidote_fast.selection import Selection, check_seed, num_pruned
@@ -45,6 +45,10 @@ def prune_model_(
 ) -> PruneReport:
     """Prune a live model's targets in place, once.
 
+    What is removed is chosen for all weights before the first one is written, as masks of one bit a
+    weight. So an exception (Ctrl-C, no memory) leaves the model as it was, or, if it comes while
+    the masks are applied, with all of its targets pruned: it is raised once they are.
+
     Of a model that FSDP2 shards each rank prunes the rows it holds (row scope), with norms that are
     the same on all ranks; every rank must call. The report is then that of whole weights and the
     same everywhere; masks are those of this rank's rows.
@@ -72,7 +76,8 @@ def prune_model_(
             hold more. Read, never written.
 
     Raises:
-        AntidoteError: the backend does not select what the reference does.
+        AntidoteError: the backend does not select what the reference does, or does not write what
+            it selected; a device that failed while weights were written, with those that are done.
         DataError: norms of another base or of other weights, NaN or infinity in a weight, norms
             of a layer that are all zero; a weight sharded otherwise than by rows; a base weight
             that is not there, of another shape, or whose values the weight's dtype cannot hold; a
@@ -91,8 +96,18 @@ def prune_model_(
         check_base(given, actual, name)
     weights, world = local_rows(found, named, selection, score, base_weights)
     keys = [target.key for target in found]
+    masked = {target.key: target for target in found if target.masked}
+    if masked and (base_weights is not None or world.size > 1):
+        what = "sharded" if base_weights is None else "pruned with base_weights"
+        raise DataError(
+            f"{next(iter(masked))}: is masked by torch.nn.utils.prune, and cannot be {what}; make "
+            "it permanent first (torch.nn.utils.prune.remove)"
+        )
+    weights |= {key: target.computed() for key, target in masked.items()}
     with world.together():
-        report = prune_state_(
+        if cross_check:
+            check_live(found, weights)
+        chosen = _choose(
             weights,
             _narrowed(norms, keys, targets, ignore),
             selection,
@@ -107,6 +122,12 @@ def prune_model_(
             base_weights=base_weights,
             scores=scores,
         )
+    for layer in chosen.layers:
+        layer.masked = masked.get(layer.key)
+    with world.together():
+        report = chosen.remove()
+        if cross_check:
+            check_live(found, weights)
     report = add_up(report, found, world)
     report.coverage = asdict(coverage(model, found))
     return report
@@ -155,6 +176,50 @@ def prune_state_(
     Raises:
         As :func:`prune_model_`; nothing is written then.
     """
+    return _choose(
+        weights,
+        norms,
+        selection,
+        targets=targets,
+        ignore=ignore,
+        score=score,
+        seed=seed,
+        backend=backend,
+        return_masks=return_masks,
+        cross_check=cross_check,
+        preserve_norms=preserve_norms,
+        base_weights=base_weights,
+        scores=scores,
+        transposed=transposed,
+        routed=routed,
+        together=together,
+        cut=cut,
+        progress=progress,
+    ).remove()
+
+
+def _choose(
+    weights,
+    norms,
+    selection,
+    *,
+    score,
+    seed,
+    backend,
+    return_masks,
+    cross_check,
+    preserve_norms,
+    base_weights,
+    scores,
+    transposed,
+    routed,
+    targets=None,
+    ignore=(),
+    together=False,
+    cut=None,
+    progress=False,
+):
+    """What :func:`prune_state_` does before the first write, as a :class:`_Chosen`."""
     start = time.perf_counter()
     check_arguments(selection, score, seed, norms, preserve_norms, base_weights, scores)
     if cut is not None and score == "gate":
@@ -185,18 +250,18 @@ def prune_state_(
         if score == "gate":
             _check_scores(layers, scores)
         modules = {backends.select(backend, layer.matrix.device.type) for layer in layers}
-        calls = _calls(layers, selection.scope, together)
-        # One call refuses by itself before it writes, unless it writes scores.
-        if selection.scope != "global" and (len(calls) > 1 or score in _GIVEN_WHOLE):
-            check_all(layers, selection)
+        check_all(layers, selection)
         guard = CrossCheck(selection, backend) if cross_check else None
-        for call in track(calls, "prune", progress):
+        samples = []
+        for call in track(_calls(layers, selection.scope, together), "prune", progress):
             if cut is not None:
-                _apply_cut(call, cut, backend)
+                for layer in call:
+                    layer.mask = cut.mask(layer.key, layer.matrix, layer.base)
+                    layer.threshold = cut.threshold
             else:
-                _run(call, selection, score, seed, scores, backend, guard)
+                samples += _select(call, selection, score, seed, scores, backend, guard)
     ratio = selection.ratio if selection.n_m is None else selection.n_m[0] / selection.n_m[1]
-    return PruneReport(
+    report = PruneReport(
         score=score,
         scope=selection.scope,
         ratio=ratio,
@@ -204,25 +269,51 @@ def prune_state_(
         n_m=selection.n_m,
         seed=seed,
         backend="+".join(sorted(module.__name__.rsplit(".", 1)[-1] for module in modules)),
-        layers=[_layer_report(layer, selection, ratio) for layer in layers],
+        layers=[],
         skipped=skipped,
-        seconds=time.perf_counter() - start,
+        seconds=0.0,
         preserve_ratio=None if preserve_norms is None else selection.preserve.ratio,
         score_delta=selection.score_delta,
         reverted=base_weights is not None,
         masks={layer.key: layer.mask for layer in layers} if return_masks else None,
     )
+    return _Chosen(layers, selection, backend, report, guard, samples, start)
+
+
+@dataclass
+class _Chosen:
+    """Masks of all weights, none of them applied; ``report`` still lacks the layers."""
+
+    layers: list[Layer]
+    selection: Selection
+    backend: str | None
+    report: PruneReport
+    guard: CrossCheck | None
+    samples: list
+    start: float
+
+    def remove(self) -> PruneReport:
+        """Apply the masks."""
+        report = self.report
+        with torch.no_grad():
+            remove_all(self.layers, self.backend)
+            if self.samples:
+                self.guard.written(self.samples)
+        report.layers = [_layer_report(x, self.selection, report.ratio) for x in self.layers]
+        report.seconds = time.perf_counter() - self.start
+        return report
 
 
 def random_scores(key, shape, seed) -> torch.Tensor:
     """Uniform fp32 scores that depend on (seed, key) alone, the same on every machine."""
-    return torch.rand(shape, generator=random_generator(key, seed))
+    generator = random_generator(key, seed)
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def random_generator(key, seed) -> torch.Generator:
     """What draws the scores of :func:`random_scores`, all at once or some rows after another."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def check_arguments(
@@ -326,48 +417,33 @@ def _calls(layers, scope, together):
     return list(calls.values())
 
 
-def _run(layers, selection, score, seed, scores, backend, guard):
-    """Select and write, for the layers of one call."""
+def _select(layers, selection, score, seed, scores, backend, guard):
+    """Choose what is removed, for the layers of one call; returns the guard's samples of them."""
     start = time.perf_counter()
     names, matrices = [x.key for x in layers], [x.matrix for x in layers]
     scored, norms = matrices, [x.norm for x in layers]
     kept, bases = [x.preserve_norm for x in layers], [x.base for x in layers]
     if score == "random":
         scored = [random_scores(x.key, x.matrix.shape, seed).to(x.matrix.device) for x in layers]
-    elif score == "gate":  # copies: what is selected is written as zero in them
-        scored = [_copied(scores[x.key], x.matrix.device) for x in layers]
-    samples = guard.before(names, scored, norms, matrices, kept, bases) if guard else ()
+    elif score == "gate":
+        scored = [scores[x.key].detach().to(x.matrix.device).contiguous() for x in layers]
+    samples = guard.before(names, scored, norms, matrices, kept, bases) if guard else []
     masks, thresholds = ops.prune_with_report_(
         scored,
         norms,
         selection,
         preserve_norms=kept,
         base_weights=bases if scored is matrices else None,
+        write=False,
         backend=backend,
     )
-    if score in _GIVEN_WHOLE:
-        for matrix, mask, base in zip(matrices, masks, bases, strict=True):
-            ops.apply_mask_(matrix, mask, base_weight=base, backend=backend)
     if samples:
-        guard.after(samples, matrices, masks, thresholds)
+        guard.selected(samples, matrices, masks, thresholds)
     for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
-        layer.write_back()
         layer.mask, layer.threshold = mask, threshold
     if len(layers) == 1 and selection.scope != "global":
         layers[0].seconds = time.perf_counter() - start
-
-
-def _copied(scores, device):
-    return scores.detach().to(device, copy=True, memory_format=torch.contiguous_format)
-
-
-def _apply_cut(layers, cut, backend):
-    """Write what a selection over more weights than these has chosen."""
-    for layer in layers:
-        layer.mask = cut.mask(layer.key, layer.matrix, layer.base)
-        layer.threshold = cut.threshold
-        ops.apply_mask_(layer.matrix, layer.mask, base_weight=layer.base, backend=backend)
-        layer.write_back()
+    return samples
 
 
 def _layer_report(layer, selection, ratio):

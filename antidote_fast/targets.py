@@ -1,6 +1,9 @@
 """Which weights of a model are pruned: found by walking its modules, never by a fixed path.
 
-Embeddings and the output layer are never targets, tied or not.
+Embeddings and the output layer are never targets, tied or not. Of a weight that is computed from
+other tensors (``torch.nn.utils.parametrize``, ``weight_norm``, ``spectral_norm``) a zero cannot be
+kept by writing to one of them: it is refused by name. The exception is ``torch.nn.utils.prune``,
+whose product of original and mask is zero where the original is.
 """
 
 import re
@@ -8,9 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
 from antidote_fast.adapter_config import check_adapter_config
 from antidote_fast.errors import DataError, NothingPruned, UsageError
+from antidote_fast.sharded import is_sharded
 
 ALL_LINEAR = "all-linear"
 _PEFT_PREFIX = "base_model.model."
@@ -22,6 +28,8 @@ _QKV = re.compile(
 )
 _OUTPUT_NAMES = ("lm_head", "embed_out")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Names of tensors that another one is computed from.
+_SOURCE = re.compile(r"(^|\.)(parametrizations\..+|weight_(orig|mask|g|v|u))$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +46,8 @@ class Target:
         routed: True inside a routed expert, which may see no token at all.
         first_factor: for the LoRA B of a DoRA layer, its LoRA A; its input is computed then, as
             DoRA also calls its factors on an identity matrix.
+        masked: True under ``torch.nn.utils.prune``: ``weight`` is the module's ``weight_orig``
+            then, which its ``weight_mask`` is multiplied with; the key is that of the product.
     """
 
     key: str
@@ -47,6 +57,18 @@ class Target:
     input_module: nn.Module
     routed: bool = False
     first_factor: nn.Module | None = None
+    masked: bool = False
+
+    def computed(self) -> torch.Tensor:
+        """The weight that the module computes with: the parameter, or its masked copy."""
+        weight = self.weight.detach()
+        return weight * self.module.weight_mask if self.masked else weight
+
+    def remove(self, mask):
+        """Zero in the parameter what a :class:`PackedMask` (out, in) marks, if it is masked."""
+        removed = mask.to_bool()
+        self.weight.detach().masked_fill_(removed.t() if self.transposed else removed, 0)
+        self.module.weight = self.computed()  # as the next forward will
 
     @property
     def in_features(self) -> int:
@@ -89,7 +111,8 @@ def find_targets(model, targets=None, ignore=()) -> list[Target]:
         UsageError: a pattern that is malformed or matches nothing while others match, or one that
             names a module which cannot be pruned.
         DataError: an adapter that is not understood, merged, disabled or not alone; quantised
-            weights; two targets that share memory.
+            weights; weights that are computed from other tensors, or no plain parameters; two
+            targets that share memory.
     """
     model = getattr(model, "_orig_mod", model)
     wanted = _patterns("targets", targets)
@@ -119,11 +142,19 @@ def find_targets(model, targets=None, ignore=()) -> list[Target]:
     if not adapter:
         _check_not_packed(model, found)
     for target in found:
-        if target.weight.dtype not in _FLOATS:
+        weight = target.weight
+        if weight.dtype not in _FLOATS:
             raise DataError(
-                f"{target.key}: is {target.weight.dtype}; must be float32, bfloat16 or float16"
+                f"{target.key}: is {weight.dtype}; must be float32, bfloat16 or float16"
             )
+        if type(weight) not in (torch.Tensor, nn.Parameter) and not is_sharded(weight):
+            raise DataError(
+                f"{target.key}: is a {type(weight).__name__}; must be a plain parameter"
+            )
+        if weight.dim() != 2:
+            raise DataError(f"{target.key}: has shape {tuple(weight.shape)}; must be a matrix")
     _check_apart(found)
+    _check_no_source(model, found)
     return sorted(found, key=lambda target: natural_key(target.key))
 
 
@@ -142,6 +173,30 @@ def coverage(model, targets) -> Coverage:
                 total += parameter.numel()
                 not_linear.append(name)
     return Coverage(sum(t.weight.numel() for t in targets), total, tuple(not_linear))
+
+
+def first_computed(model) -> str | None:
+    """The first tensor of a live model from which another one is computed; None without any.
+
+    What ``save_pretrained`` writes of such a model no model of its class can load.
+    """
+    adapter = bool(getattr(model, "peft_config", None))  # then its factors alone are saved
+    names = (name for name, _ in model.named_parameters() if not adapter or ".lora_" in name)
+    return next((name for name in names if _SOURCE.search(name)), None)
+
+
+def check_names(keys):
+    """Refuse names of tensors from which a weight is computed.
+
+    Raises:
+        DataError: naming the first one.
+    """
+    for key in keys:
+        if _SOURCE.search(key):
+            raise DataError(
+                f"{key}: is what a weight is computed from, not the weight; make the weight "
+                "permanent first (remove_parametrizations, or torch.nn.utils.prune.remove)"
+            )
 
 
 def select_keys(keys, targets=None, ignore=()) -> list[str]:
@@ -242,12 +297,46 @@ def _linear_targets(model):
     for name, module in model.named_modules():
         if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
             continue
-        if name.rsplit(".", 1)[-1] in _OUTPUT_NAMES or any(module.weight is w for w in outside):
+        weight, masked, problem = _weight_of(name, module)
+        if name.rsplit(".", 1)[-1] in _OUTPUT_NAMES or id(weight) in outside:
             continue
         target = Target(
-            f"{name}.weight", module, module.weight, _is_conv1d(module), module, _is_routed(name)
+            f"{name}.weight",
+            module,
+            weight,
+            _is_conv1d(module),
+            module,
+            _is_routed(name),
+            masked=masked,
         )
-        yield target, [name], None
+        yield target, [name], problem
+
+
+def _weight_of(name, module):
+    """(the tensor to write to, whether a mask is multiplied with it, why there is none or None).
+
+    The module's ``weight`` is not asked for: spectral_norm changes its state with every look.
+    """
+    for tensors in (module._parameters, module._buffers):
+        if tensors.get("weight") is not None:
+            return tensors["weight"], False, None
+    if parametrize.is_parametrized(module, "weight"):
+        kinds = ", ".join(type(part).__name__ for part in module.parametrizations.weight)
+        original = next(module.parametrizations.weight.parameters(), None)
+        return original, False, _not_kept(name, f"{kinds} (torch.nn.utils.parametrize)")
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
+            return module.weight_orig, True, None
+        if getattr(hook, "name", None) == "weight":
+            return None, False, _not_kept(name, f"{type(hook).__name__} (torch.nn.utils)")
+    return None, False, f"{name}: its weight is no parameter, and would not be saved as one"
+
+
+def _not_kept(name, by):
+    return (
+        f"{name}: its weight is computed by {by}, so that zeros in its originals are not zeros in "
+        "it; make it permanent first, or leave it out with ignore"
+    )
 
 
 def _classes(module):
@@ -255,11 +344,13 @@ def _classes(module):
 
 
 def _embedding_weights(model):
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    """Identities of all that embeddings and the output layer are made of."""
+    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     get = getattr(model, "get_output_embeddings", None)
     output = get() if get is not None else None
-    weight = getattr(output, "weight", None)
-    return weights if weight is None else [*weights, weight]
+    if isinstance(output, nn.Module):
+        modules.append(output)
+    return {id(p) for m in modules for p in m.parameters() if p.dim() > 1}
 
 
 def _lora_targets(model, adapter):
@@ -278,8 +369,11 @@ def _lora_targets(model, adapter):
             ("lora_B", second, second if plain else module, None if plain else first),
         ):
             key = f"{saved}.{factor}.weight"
-            target = Target(key, linear, linear.weight, False, source, routed, before)
-            yield target, _names_of_key(key), problem
+            weight, masked, unfit = None, False, None
+            if problem is None:
+                weight, masked, unfit = _weight_of(f"{name}.{factor}", linear)
+            target = Target(key, linear, weight, False, source, routed, before, masked)
+            yield target, _names_of_key(key), problem or unfit
 
 
 def _lora_problem(name, module, adapter):
@@ -358,4 +452,16 @@ def _check_apart(found):
         if first is not target:
             raise DataError(
                 f"{first.key} and {target.key} share one weight; leave one out with ignore"
+            )
+
+
+def _check_no_source(model, found):
+    """Refuse a target from which another module's weight is computed, as a tied one would be."""
+    owners = {id(target.weight): target for target in found if not target.masked}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        target = owners.get(id(parameter))
+        if target is not None and _SOURCE.search(name):
+            raise DataError(
+                f"{target.key}: another weight is computed from it ({name}); leave it out with "
+                "ignore"
             )

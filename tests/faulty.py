@@ -1,5 +1,7 @@
 """Backends with a fault, for tests of what finds it out."""
 
+import torch
+
 from antidote_fast import backends, ops
 from antidote_fast.backends import reference
 
@@ -21,10 +23,14 @@ class Broken:
         reference.prune(weights, *arguments, write=write, bits=bits, thresholds=thresholds)
         for i, weight in enumerate(weights):
             if weight.numel() > self.smallest:
-                self.damage(weight, before[i], bits[i], thresholds[i])
+                written = weight if write else weight.clone()
+                self.damage(written, before[i], bits[i], thresholds[i])
 
-    def apply_mask_(self, *arguments):
-        reference.apply_mask_(*arguments)
+    def apply_mask_(self, weight, bits, base_weight):
+        before = weight.clone()
+        reference.apply_mask_(weight, bits, base_weight)
+        if weight.numel() > self.smallest:
+            self.damage(weight, before, bits.clone(), torch.zeros(1))
 
 
 def install(monkeypatch, damage, **options):

@@ -10,6 +10,7 @@ from antidote_fast.errors import DataError, UsageError
 from antidote_fast.pipeline.modules import attention_modules, outputs_seen
 from antidote_fast.progress import track
 from antidote_fast.tokens import fitted, num_embeddings
+from antidote_fast.undo import eval_mode, undoing
 
 
 @contextmanager
@@ -66,12 +67,11 @@ def embedding_drift(model, reference, batches: Sequence[dict], *, progress=False
     sizes = [size for size in map(num_embeddings, (model, aligned)) if size is not None]
     known = min(sizes, default=None)
     batches = [fitted(batch, known, f"batch {i}") for i, batch in enumerate(batches, 1)]
-    modes = [(each, each.training) for each in {id(m): m for m in (model, aligned)}.values()]
     total = per_token = 0.0
     num_tokens = num_sequences = num_layers = 0
-    try:
-        for each, _ in modes:
-            each.eval()
+    with undoing() as undo:
+        for each in (model, aligned):
+            eval_mode(each, undo)
         with _recorded(model) as ours, _recorded(aligned) as theirs:
             for batch in track(batches, "drift", progress):
                 tuned = _forward(model, ours, batch)
@@ -87,9 +87,6 @@ def embedding_drift(model, reference, batches: Sequence[dict], *, progress=False
                     squares = _token_squares(tuned[i], base[i], mask)
                     total += squares.sum(1).sqrt().sum().item()
                     per_token += squares.sqrt().sum().item()
-    finally:
-        for each, was_training in modes:
-            each.train(was_training)
     if not num_tokens:
         raise DataError("no tokens to measure the embedding drift on")
     if not math.isfinite(total):

@@ -42,6 +42,7 @@ from antidote_fast.selection import Selection, check_seed
 from antidote_fast.sharded import is_sharded
 from antidote_fast.targets import find_targets
 from antidote_fast.tokens import check_examples
+from antidote_fast.undo import eval_mode, undoing
 
 _BETAS, _EPS = (0.9, 0.95), 1e-9
 
@@ -114,7 +115,7 @@ def learn_gates(
     )
     options = {"template": template, "max_seq_length": max_seq_length}
     options["answer_tokens"] = mixture.answer_tokens
-    with _as_it_was(model):
+    with _as_it_was(model) as undo:
         if aligned is None:
             with adapter_off(model):
                 aligned = answer_prompts(
@@ -134,6 +135,7 @@ def learn_gates(
             parameter.requires_grad_(False)
             parameter.grad = None
         gates = [_Gate(layer, by_key[layer.key].weight, selection) for layer in layers]
+        undo.later(lambda: [gate.restore() for gate in gates])  # where that below is interrupted
         for gate in gates:
             gate.weight.requires_grad_(True)
         draw = _drawn(pools, mixture, random.Random(seed))
@@ -276,16 +278,17 @@ def _cycled(pool, rng):
 @contextlib.contextmanager
 def _as_it_was(model):
     """Give modes, gradients and what is trained back at the end, whatever happens."""
-    modes = [(module, module.training) for module in model.modules()]
     trained = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+
+    def back():
         for parameter, requires_grad, gradient in trained:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
+
+    with undoing() as undo:
+        undo.later(back)
+        eval_mode(model, undo)
+        yield undo
 
 
 def _check_values(selection, steps, learning_rate):

@@ -9,6 +9,7 @@ from antidote_fast.errors import DataError, UsageError
 from antidote_fast.pipeline.data import collate, prompt_ids
 from antidote_fast.progress import track
 from antidote_fast.tokens import check_ids, num_embeddings
+from antidote_fast.undo import eval_mode, hook, undoing
 
 MIN_SHARED = 8  # tokens; below it a forward pass of its own costs more than it saves
 
@@ -48,13 +49,9 @@ def _contiguous_head(model):
     if head is None:
         yield
         return
-    handle = head.register_forward_pre_hook(
-        lambda module, args: (args[0].contiguous(), *args[1:]) if args else None
-    )
-    try:
+    with undoing() as undo:
+        hook(undo, head, lambda _, args: (args[0].contiguous(), *args[1:]) if args else None)
         yield
-    finally:
-        handle.remove()
 
 
 def _end_ids(tokenizer, generation_config) -> list[int]:
@@ -135,9 +132,8 @@ def generate(
     device = next(model.parameters()).device
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers = {}
-    was_training = model.training
-    model.eval()
-    try:
+    with undoing() as undo:
+        eval_mode(model, undo)
         with _plain_generation_config(model) as own, _contiguous_head(model):
             end_ids = _end_ids(tokenizer, own)
             pads = [tokenizer.pad_token_id, *end_ids]  # what an answer that has ended goes on with
@@ -159,8 +155,6 @@ def generate(
                     for row in new
                 ]
                 answers.update((p, text.strip()) for p, text in zip(chunk, texts, strict=True))
-    finally:
-        model.train(was_training)
     return [answers[prompt] for prompt in prompts]
 
 

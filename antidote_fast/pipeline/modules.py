@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from antidote_fast.errors import DataError
+from antidote_fast.undo import hook, undoing
 
 _MLP = re.compile(r"mlp|feed_?forward|ffn|moe|expert", re.IGNORECASE)
 
@@ -91,23 +92,19 @@ def outputs_seen(modules: Sequence[tuple[str, nn.Module]], see: Callable):
     """
 
     def hook_of(number):
-        def hook(module, args, output):
+        def called(module, args, output):
             whole = output
             changed = see(number, whole[0] if isinstance(whole, tuple) else whole)
             if changed is None:
                 return None
             return (changed, *whole[1:]) if isinstance(whole, tuple) else changed
 
-        return hook
+        return called
 
-    handles = [
-        module.register_forward_hook(hook_of(number)) for number, (_, module) in enumerate(modules)
-    ]
-    try:
+    with undoing() as undo:
+        for number, (_, module) in enumerate(modules):
+            hook(undo, module, hook_of(number), after=True)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

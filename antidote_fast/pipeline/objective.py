@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from antidote_fast.pipeline.data import IGNORE_INDEX, collate
 from antidote_fast.pipeline.generate import MIN_SHARED, plain_cache
+from antidote_fast.undo import hook, undoing
 
 Step = list[list[int]]
 
@@ -209,12 +210,10 @@ def response_logits(model):
             wanted.pop()
 
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(pick) if head is not None else None
-    try:
+    with undoing() as undo:
+        if head is not None:
+            hook(undo, head, pick)
         yield choose
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
 def autocast(device, dtype):

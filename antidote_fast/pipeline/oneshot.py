@@ -23,7 +23,7 @@ from antidote_fast.pipeline.sources import rows_to_records
 from antidote_fast.prune import PruneReport, prune_model_
 from antidote_fast.safe_open import Watch
 from antidote_fast.sharded import is_sharded
-from antidote_fast.targets import find_targets
+from antidote_fast.targets import find_targets, first_computed
 
 
 def oneshot(
@@ -114,6 +114,12 @@ def _prune_live(model, config, given, tokenizer, world):
             raise UsageError(
                 f"output_dir={config.output_dir!r}: must be left out where the model is sharded; "
                 "save it as you save its checkpoints"
+            )
+        computed = first_computed(model) if config.output_dir else None
+        if computed is not None:
+            raise UsageError(
+                f"output_dir={config.output_dir!r}: must be left out where weights are computed "
+                f"from others ({computed}), which no file of this model can hold"
             )
         if config.output_dir and not world.rank:
             check_output_folder(config.output_dir, config.overwrite)

@@ -64,7 +64,14 @@ class Originals:
         self._saved = [(t.weight, t.weight.detach().clone()) for t in found]
 
     def restore(self):
-        """Write the values back."""
+        """Write the values back: all of them, also where that is interrupted."""
+        try:
+            self._write()
+        except BaseException:
+            self._write()
+            raise
+
+    def _write(self):
         with torch.no_grad():
             for weight, value in self._saved:
                 weight.copy_(value)

@@ -17,6 +17,7 @@ import torch
 
 from antidote_fast.pipeline.modules import by_token, mlp_modules, outputs_kept
 from antidote_fast.pipeline.objective import Objective, num_response_tokens
+from antidote_fast.undo import eval_mode, undoing
 
 
 class LDIFS(Objective):
@@ -51,13 +52,10 @@ class LDIFS(Objective):
                 self._copy(**inputs, use_cache=False)
             return features
         # Before the forward pass that is trained: switching an adapter off and on touches it.
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with undoing() as undo:
+            eval_mode(self.model, undo)
             with self.model.disable_adapter(), outputs_kept(self._blocks) as features:
                 self.hidden(batch)
-        finally:
-            self.model.train(was_training)
         return features
 
 
