@@ -109,8 +109,10 @@ def _acquire(lock, path, busy, wait, make):
 
     for left in reversed(range(20)):
         try:
-            if make and not path.parent.is_dir():
+            if make:
                 path.parent.mkdir(parents=True, exist_ok=True)
+            elif not path.parent.is_dir():  # filelock would make it, and leave it
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
             lock.acquire(timeout=wait)
             return
         except filelock.Timeout:
