@@ -124,6 +124,11 @@ def _put_on(model, adapter, adapter_name, tensors):
     adapted = [_OF_A_MODULE.fullmatch(name) for name in adapter.tensors]
     modules = sorted({match["module"].removeprefix(_PREFIX) for match in adapted if match})
     fields = without_patterns(adapter.config, modules, names, where)
+    saved = tuple(adapter.config.get("modules_to_save") or ())
+    if saved:  # before PEFT copies what they name, which may be the whole base
+        whole = ((n, m) for n, m in model.named_modules() if n.endswith(saved))
+        keys = [f"{_PREFIX}{n}.{key}" for n, m in whole for key, _ in m.named_parameters()]
+        _check_needed(adapter, dict.fromkeys(keys), every=False)
     config = {**adapter.config, **fields, "inference_mode": True}
     config.pop("runtime_config", None)
     import peft
@@ -156,7 +161,8 @@ def _put_on(model, adapter, adapter_name, tensors):
     return live, needed
 
 
-def _check_needed(adapter, needed):
+def _check_needed(adapter, needed, every=True):
+    """Refuse a file that lacks what is needed, or where that is every tensor has others too."""
     where = str(adapter.folder)
     missing = sorted(set(needed) - set(adapter.tensors))
     if missing:
@@ -165,7 +171,7 @@ def _check_needed(adapter, needed):
             "it was made for another base"
         )
     extra = sorted(k for k in adapter.tensors if ".lora_" in k and k not in needed)
-    if extra:
+    if every and extra:
         raise DataError(
             f"{where}: has {len(extra)} tensors that this model has no place for, {extra[0]!r} "
             "first; it was made for another base"

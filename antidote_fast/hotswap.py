@@ -85,8 +85,8 @@ class AdapterSlot:
         """Name of the first of the base's weights that is no longer what was loaded, or None.
 
         Every weight is compared, by a keyed digest of all its bits
-        (:class:`antidote_fast.base_state.Marks`): once an adapter, which is some 0.3 s a GB on one
-        Xeon core, and nothing beside the forwards of a usual calibration.
+        (:class:`antidote_fast.base_state.Marks`). For the 538 MB of SmolLM2-135M in float32 that is
+        0.35 s an adapter, where one forward of 16 x 32 tokens takes 2.6 s (one busy EPYC core).
         """
         name = self._marks.changed()
         self._compared = name is None

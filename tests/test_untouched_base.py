@@ -5,6 +5,7 @@ import shutil
 
 import fleets
 import offenders
+import peft
 import pytest
 import sweeps
 import tiny
@@ -84,6 +85,16 @@ def test_a_load_that_fails_half_way_leaves_the_model(customers, tmp_path):
         ck.load_adapter(model, short)
     assert same_state(state_of(model), before)
     assert all(module.training for module in model.modules())
+
+
+def test_the_base_is_not_copied_for_nothing(customers, tmp_path, monkeypatch):
+    greedy = tmp_path / "greedy"
+    shutil.copytree(customers.adapters / "before", greedy)
+    change = {"modules_to_save": ["model"]}
+    tiny.edit_json(greedy / "adapter_config.json", lambda c: c.update(change))
+    monkeypatch.setattr(peft.LoraModel, "__init__", None)
+    with pytest.raises(DataError, match=r"lacks 26 tensors .*model\.model\.embed_tokens\.weight"):
+        ck.load_adapter(ck.load_model(customers.base), greedy)
 
 
 def test_every_road_refuses_before_any_work(customers, tmp_path, capsys, monkeypatch):
