@@ -66,8 +66,7 @@ def test_every_path_of_a_command(home, tmp_path):
         "model_name_or_path: ~/model\nadapter: ~/adapter\ndataset: ~/data.jsonl\n"
         "output_dir: ~/pruned\n"
     )
-    for more in ([], ["--config", "~/prune.yaml"]):
-        config = ["--config=~/prune.yaml"] if not more else more
+    for config in (["--config=~/prune.yaml"], ["--config", "~/prune.yaml"]):
         made = ["prune", *config, "--max_seq_length=60", "--device=cpu", "--overwrite", "--quiet"]
         assert cli.main(made) == 0
     (home / "jobs.jsonl").write_text(
@@ -237,12 +236,11 @@ def test_seeds_of_calls():
         for seed in (2**64, -1):
             with pytest.raises(UsageError, match=rf"seed={seed}: must be an integer in"):
                 call(seed)
-    weights = [{name: p.clone() for name, p in tiny.build().named_parameters()} for _ in range(2)]
-    for one in weights:
-        again = tiny.build()
-        prune_model_(again, None, Selection(0.5), score="random", seed=2**64 - 1)
-        one.update(again.named_parameters())
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    twins = [tiny.build(), tiny.build()]
+    for twin in twins:
+        prune_model_(twin, None, Selection(0.5), score="random", seed=2**64 - 1)
+    pairs = zip(*(twin.parameters() for twin in twins), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize("stage", STAGES)
