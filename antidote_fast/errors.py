@@ -66,6 +66,12 @@ class NotWritable(DataError):
     passes = True
 
 
+class Unreadable(DataError):
+    """The system does not let this process read a file. Exit code 3."""
+
+    passes = True
+
+
 class NothingPruned(AntidoteError, ValueError):
     """No weight was a target, or no layer could be pruned. Exit code 4."""
 

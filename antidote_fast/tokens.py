@@ -6,7 +6,7 @@ from antidote_fast.errors import DataError
 _CHARACTERS = 32
 # Tokens beyond those wanted: what a cut may have changed lies within the last few.
 _MARGIN = 128
-_MAX_UNBROKEN = 1 << 20
+_MAX_UNBROKEN = 1 << 16
 
 
 def tokenize(text: str, tokenizer, limit: int | None = None, **options) -> list[int]:
@@ -14,7 +14,7 @@ def tokenize(text: str, tokenizer, limit: int | None = None, **options) -> list[
 
     The first ``limit`` ids are those of the whole text, and there are more than ``limit`` only
     where the whole text has more. A long text is cut in front of white space, which no tokenizer's
-    rules reach across but by the margin that is left; one without white space for a million
+    rules reach across but by the margin that is left; one without any for tens of thousands of
     characters is cut there, where a tokenizer that groups digits from the right may group others.
 
     Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from antidote_fast.commit import sync
-from antidote_fast.errors import DataError
+from antidote_fast.errors import DataError, Unreadable
 from antidote_fast.safe_open import open_file
 
 _CODES = {
@@ -36,8 +36,9 @@ def read_tensor(entry) -> torch.Tensor:
         with open_file(entry.file) as file:
             read_into(file.fileno(), bytes_of(tensor), entry.start, entry.file)
     except OSError as error:
-        what = error.strerror or str(error).removeprefix(f"{entry.file}: ")
-        raise DataError(f"{entry.file}: cannot be read: {what}") from None
+        if error.errno is None:
+            raise DataError(str(error)) from None  # it ends early
+        raise Unreadable(f"{entry.file}: cannot be read: {error.strerror}") from None
     return tensor
 
 

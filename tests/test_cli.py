@@ -158,7 +158,7 @@ def test_defaults_reach_the_dataclass_unchanged():
         (["--dense_ratio", "2"], "ratio=2.0: must be in (0, 1]"),
         (["--scope", "column"], "--scope=column: must be one of 'row', 'tensor', 'global'"),
         (["--seed", "1.5"], "--seed=1.5: must be an integer"),
-        (["--seed", "-1"], "seed=-1: must be an integer >= 0"),
+        (["--seed", "-1"], "seed=-1: must be an integer in [0, 2**64)"),
         (["--batch_size", "0"], "batch_size=0: must be greater than 0"),
         (["--paper", "--scope", "tensor"], "scope='tensor': must be row with paper"),
         (["stray"], "stray: prune has no such flag"),

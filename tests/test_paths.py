@@ -180,17 +180,28 @@ def test_a_file_that_cannot_be_read(home, unreadable, capsys, number, name, more
 
 
 def test_weights_that_fail_while_they_stream(home, monkeypatch, capsys):
-    """The disk fails in the middle: the state stays, and the file is named."""
+    """The disk fails in the middle: the file is named, the state stays, and resume goes on."""
+    real, reads = os.preadv, []
 
     def broken(fd, buffers, position):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        reads.append(position)
+        if len(reads) == fails_at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, buffers, position)
 
     monkeypatch.setattr(os, "preadv", broken)
-    common = {"model_name_or_path": "~/model", "dataset": "~/data.jsonl", "output_dir": "~/out"}
-    assert cli.main(words("prune", **common, stream=None)) == 3
+    common = {"model_name_or_path": "~/model", "dataset": "~/data.jsonl", "stream": None}
+    fails_at = None
+    assert cli.main(words("prune", **common, output_dir="~/alone")) == 0
+    fails_at = len(reads)
+    reads.clear()
+    assert cli.main(words("prune", **common, output_dir="~/out")) == 3
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.endswith("model/model.safetensors: Input/output error")
+    assert "model/model.safetensors: cannot be read: Input/output error; " in said
     assert (home / ".out.run").exists()
+    assert cli.main([*words("prune", **common, output_dir="~/out"), "--resume"]) == 0
+    alone, out = (home / name / "model.safetensors" for name in ("alone", "out"))
+    assert alone.read_bytes() == out.read_bytes()
 
 
 def test_a_folder_that_may_not_be_entered(monkeypatch, tmp_path):
@@ -201,8 +212,13 @@ def test_a_folder_that_may_not_be_entered(monkeypatch, tmp_path):
     for read in (ck.resolve_folder, ck.load_model, ck.load_tokenizer, files.open_checkpoint):
         with pytest.raises(DataError, match=f"{tmp_path}: cannot be read: Permission denied"):
             read(tmp_path)
-    monkeypatch.setattr(Path, "is_file", refused)
-    with pytest.raises(DataError, match="cannot be read: Permission denied"):
+    monkeypatch.undo()
+
+    def not_opened(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", not_opened)
+    with pytest.raises(DataError, match="Permission denied"):
         ActivationNorms.load(tmp_path / "norms.safetensors")
 
 
@@ -237,12 +253,11 @@ def test_seeds_of_calls():
         for seed in (2**64, -1):
             with pytest.raises(UsageError, match=rf"seed={seed}: must be an integer in"):
                 call(seed)
-    weights = [{name: p.clone() for name, p in tiny.build().named_parameters()} for _ in range(2)]
-    for one in weights:
-        again = tiny.build()
-        prune_model_(again, None, Selection(0.5), score="random", seed=2**64 - 1)
-        one.update(again.named_parameters())
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    twins = [tiny.build(), tiny.build()]
+    for twin in twins:
+        prune_model_(twin, None, Selection(0.5), score="random", seed=2**64 - 1)
+    pairs = zip(*(twin.parameters() for twin in twins), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize("stage", STAGES)
