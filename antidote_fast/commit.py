@@ -131,14 +131,14 @@ def check_output_folder(path, overwrite=False):
         DataError: naming the folder and what was found in it, or that another job is at work.
         AntidoteError: the disk is full.
     """
-    path = Path(os.path.abspath(path))
-    with os_errors(path, any_number=True):
+    given, path = Path(path), Path(os.path.abspath(path))
+    with os_errors(given, any_number=True):
         if _holds_litter(path):
             with contextlib.suppress(AntidoteError), locked(path):
                 pass
-        check_contents(path, overwrite)
+        check_contents(given, overwrite)
         with locked(path) as place:
-            check_contents(path, overwrite)
+            check_contents(given, overwrite)
             if place.inside or not path.is_dir():  # else the lock has tried whether it can move
                 places.probe(place)
 
@@ -172,12 +172,13 @@ def _holds_litter(path):
 
 
 def check_contents(path, overwrite):
-    """The part of :func:`check_output_folder` that looks at what is there; ``path`` is absolute."""
+    """The part of :func:`check_output_folder` that looks at what is there."""
+    path = Path(path)
     places.check_name(path)
     if path.is_symlink():
         raise DataError(f"output_dir={str(path)!r}: is a symbolic link; give the folder itself")
     if not path.exists():
-        parent = next(p for p in path.parents if p.exists())
+        parent = next(p for p in path.absolute().parents if p.exists())
         if not parent.is_dir():
             raise DataError(f"output_dir={str(path)!r}: {parent} is not a folder")
         if not os.access(parent, os.W_OK):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from antidote_fast import commit, places, resume
+from antidote_fast import places, resume
 from antidote_fast.commit import (
     check_output_folder,
     locked,
@@ -24,7 +24,6 @@ from antidote_fast.commit import (
     verify_folder,
 )
 from antidote_fast.errors import AntidoteError, DataError, Interrupted
-from antidote_fast.pipeline.stage import read_report, replace_report
 
 ROOT = Path(__file__).parents[1]
 FILES = ("a.safetensors", "config.json", "sub/b.txt")
@@ -239,6 +238,16 @@ def test_a_parent_that_is_not_writable():
         os.chmod(parent, 0o755)
 
 
+def test_modes_are_those_of_the_umask(out, monkeypatch):
+    monkeypatch.setattr(os, "rename", fixed(out))
+    before = os.umask(0o027)
+    try:
+        write(out)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((out / "config.json").stat().st_mode) == 0o640
+
+
 MOUNTED = """
     import os, subprocess, sys
     from pathlib import Path
@@ -432,29 +441,6 @@ def test_a_file_that_two_jobs_write(tmp_path):
     assert names(tmp_path) == ["rows.csv"]
 
 
-def test_reports_that_are_replaced_at_once(tmp_path):
-    import dataclasses
-
-    Config = dataclasses.make_dataclass("Config", [("seed", int, 0)])
-    failures = []
-
-    def job():
-        try:
-            for _ in range(10):
-                replace_report(tmp_path, "experiment", Config(), {"x": 1})
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=job) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
-    assert read_report(tmp_path)["x"] == 1
-    assert names(tmp_path) == ["report.json"]
-
-
 def test_the_parent_is_never_listed(tmp_path, monkeypatch):
     """A fleet's job beside 60,000 others takes no longer than one alone."""
     out = tmp_path / "out"
@@ -491,37 +477,3 @@ def test_folders_above_that_another_job_takes_away(tmp_path, monkeypatch):
     monkeypatch.setattr(filelock, "FileLock", Lock)
     write(out)
     assert verify_folder(out) == []
-
-
-# --- bounds ---------------------------------------------------------------------------------------
-
-
-def test_verify_goes_so_deep_and_no_deeper(tmp_path, monkeypatch):
-    from antidote_fast.verify import verify
-
-    with output_folder(tmp_path / "out") as staged:
-        (staged / "masks.txt").write_text("x")
-    (tmp_path / "out" / "loop").symlink_to(tmp_path)
-    assert verify(tmp_path / "out")["problems"] == ["loop: not in COMPLETE.json"]
-    deep = tmp_path / "deep"
-    deep.joinpath(*"d" * 40).mkdir(parents=True)
-    limit = "holds more than 100000 files, or folders more than 32 deep"
-    assert verify(deep)["problems"] == [limit]
-    shutil.move(deep / "d", tmp_path / "out" / "d")
-    assert verify(tmp_path / "out")["problems"] == [limit]
-    with pytest.raises(DataError, match="more than 32 deep"):
-        check_output_folder(tmp_path / "out", overwrite=True)
-    shutil.rmtree(tmp_path / "out" / "d")
-    (tmp_path / "out" / "loop").unlink()
-    monkeypatch.setattr(commit, "_MAX_FILES", 1)
-    assert "more than 1 files" in verify(tmp_path / "out")["problems"][0]
-
-
-def test_modes_are_those_of_the_umask(out, monkeypatch):
-    monkeypatch.setattr(os, "rename", fixed(out))
-    before = os.umask(0o027)
-    try:
-        write(out)
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((out / "config.json").stat().st_mode) == 0o640

@@ -1,10 +1,12 @@
 """report.json: what was read, with which versions, and values that JSON can hold."""
 
+import dataclasses
 import hashlib
 import json
 import mmap
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +91,24 @@ def test_peak_memory_is_of_this_process_alone():
             large[start] = 1
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert 10 << 20 < int(found.stdout) < size
+
+
+def test_reports_that_are_replaced_at_once(tmp_path):
+    Config = dataclasses.make_dataclass("Config", [("seed", int, 0)])
+    failures = []
+
+    def job():
+        try:
+            for _ in range(10):
+                stage.replace_report(tmp_path, "experiment", Config(), {"x": 1})
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=job) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert stage.read_report(tmp_path)["x"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]

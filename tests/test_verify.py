@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from antidote_fast import checkpoint as ck
-from antidote_fast import cli, verify
-from antidote_fast.commit import sha256_file
+from antidote_fast import cli, commit, verify
+from antidote_fast.commit import check_output_folder, output_folder, sha256_file
 from antidote_fast.errors import DataError
 from antidote_fast.pipeline import calibrate, prune
 from antidote_fast.pipeline.config import CalibrateConfig, PruneConfig
@@ -260,3 +260,22 @@ def test_another_tools_file_of_that_name_says_nothing(copy_of):
     (folder / "COMPLETE.json").write_text('{"tool": "antidote-fast", "files": 3}')
     with pytest.raises(DataError, match="is damaged"):
         verify.check_input(folder)
+
+
+def test_verify_goes_so_deep_and_no_deeper(tmp_path, monkeypatch):
+    with output_folder(tmp_path / "out") as staged:
+        (staged / "masks.txt").write_text("x")
+    (tmp_path / "out" / "loop").symlink_to(tmp_path)
+    assert verify.verify(tmp_path / "out")["problems"] == ["loop: not in COMPLETE.json"]
+    deep = tmp_path / "deep"
+    deep.joinpath(*"d" * 40).mkdir(parents=True)
+    limit = "holds more than 100000 files, or folders more than 32 deep"
+    assert verify.verify(deep)["problems"] == [limit]
+    shutil.move(deep / "d", tmp_path / "out" / "d")
+    assert verify.verify(tmp_path / "out")["problems"] == [limit]
+    with pytest.raises(DataError, match="more than 32 deep"):
+        check_output_folder(tmp_path / "out", overwrite=True)
+    shutil.rmtree(tmp_path / "out" / "d")
+    (tmp_path / "out" / "loop").unlink()
+    monkeypatch.setattr(commit, "_MAX_FILES", 1)
+    assert "more than 1 files" in verify.verify(tmp_path / "out")["problems"][0]
