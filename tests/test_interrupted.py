@@ -34,7 +34,7 @@ from antidote_fast.errors import AntidoteError, UsageError
 from antidote_fast.targets import find_targets
 
 COLLECTING = {module.__file__ for module in (calibrate, collector, fusion, undo)}
-PRUNING = {module.__file__ for module in (prune, layers, interrupts)}
+PRUNING = {module.__file__ for module in (prune, layers, interrupts, undo)}
 
 
 class Small(nn.Module):
@@ -316,7 +316,7 @@ def test_pruning_interrupted_at_any_line_is_all_or_nothing(make, scope):
     options = {"targets": "all-linear", "score": "magnitude"}
     prune_model_(model, None, Selection(0.3, scope=scope), **options)
     pruned = [weight.detach().clone() for weight in weights]
-    seen = set()
+    seen, handlers = set(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
     def prune_again():
         with torch.no_grad():
@@ -330,6 +330,8 @@ def test_pruning_interrupted_at_any_line_is_all_or_nothing(make, scope):
         done = [torch.equal(w, p) for w, p in zip(weights, pruned, strict=True)]
         left = [torch.equal(w, o) for w, o in zip(weights, originals, strict=True)]
         assert all(done) or all(left), (number, passed[-1])
+        assert torch.is_grad_enabled(), (number, passed[-1])
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
         seen.add(all(done))
     assert seen == {True, False}
 
