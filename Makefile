@@ -1,5 +1,6 @@
 # make demo   the whole road on a small real model: align, attack, prune, evaluate -> demo-out/
 # make test   style, the sanitizer table and the tests
+# make test-all   these, and what takes hours: fuzzing, and a fleet of 1,000 adapters that is killed
 #
 # Each target works in the virtual environment that is active, and makes .venv where none is.
 # A torch that is there already is kept. On Linux plain `pip install torch` brings CUDA, some
@@ -16,7 +17,7 @@ MARK := $(VENV)/.antidote-fast$(subst /,-,$(CURDIR))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: demo test tests style sanitize fuzz bench gpu-check clean
+.PHONY: demo test test-all tests style sanitize fuzz soak bench gpu-check clean
 
 # A short spin keeps OpenMP usable on busy cores. A training step of the demo, one of two Xeon cores
 # taken by another program: 25 s with libgomp's default, 2.3 s with a spin of 10000; with both cores
@@ -25,6 +26,8 @@ demo: $(MARK)-demo
 	GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-20000} $(PY) -m antidote_fast demo --output_dir demo-out --overwrite
 
 test: style sanitize tests
+
+test-all: test fuzz soak
 
 # Triton's kernels are interpreted without coverage: measuring it takes 2.3 times as long.
 tests: $(MARK)-test
@@ -62,6 +65,15 @@ sanitize: $(MARK)-test
 fuzz: $(MARK)-test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --timeout=0 --hypothesis-profile=fuzz \
 		--hypothesis-show-statistics tests/test_fuzz.py
+
+# A fleet of 1,000 adapters of ten kinds, one in ten hostile, killed at 20 random times and started
+# again: its good outputs are those of `prune` alone. One line of JSON; another SEED, other times.
+SEED ?= 0
+soak: $(MARK)-test
+	rm -rf build/soak && mkdir -p build/soak
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(PY) -W ignore tests/soak.py 1000 20 $(SEED) build/soak
+	rm -rf build/soak
 
 # Those that want a GPU say so and exit with 2.
 bench: $(MARK)-test

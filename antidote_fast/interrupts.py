@@ -43,22 +43,32 @@ def remembered():
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def held_back():
-    """A SIGTERM or SIGINT that comes inside the block is obeyed at its end: for short blocks only.
+def held_back(call):
+    """Call a function; a SIGTERM or SIGINT that comes meanwhile is obeyed after it. For short ones.
 
     Outside of the main thread nothing is held back; Python has no handlers run there.
+
+    Returns:
+        What the function returns.
     """
     came, before = [], {}
     if threading.current_thread() is threading.main_thread():
         handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         before = {number: handler for number, handler in handlers.items() if callable(handler)}
-    try:
-        for number in before:
-            signal.signal(number, lambda signum, frame: came.append(signum))
-        yield
-    finally:
+
+    def restore():
         for number, handler in before.items():
             signal.signal(number, handler)
+
+    # Twice, as whatever is raised may come in the midst of the first: nobody's Ctrl-C gets lost.
+    try:
+        try:
+            for number in before:
+                signal.signal(number, lambda signum, frame: came.append(signum))
+            return call()
+        finally:
+            restore()
+    finally:
+        restore()
         for number in came:
             signal.raise_signal(number)

@@ -168,8 +168,7 @@ def remove_all(layers, backend):
             del left[0]
 
     try:
-        with interrupts.held_back():
-            go_on()
+        interrupts.held_back(go_on)
     except BaseException as error:
         try:
             go_on()

@@ -22,6 +22,7 @@ from antidote_fast.prune_report import LayerReport, PruneReport
 from antidote_fast.selection import Selection, check_seed, num_pruned
 from antidote_fast.sharded import add_up, local_rows, reshard
 from antidote_fast.targets import ALL_LINEAR, coverage, find_targets, natural_key, select_keys
+from antidote_fast.undo import without_grad
 
 SCORES = ("wanda", "magnitude", "random", "gate")
 _GIVEN_WHOLE = ("random", "gate")  # scores that are a matrix of their own, not made of the weight
@@ -198,6 +199,7 @@ def prune_state_(
     ).remove()
 
 
+@without_grad
 def _choose(
     weights,
     norms,
@@ -236,30 +238,29 @@ def _choose(
         check_keys(weights, given.sq_sum, name)
         transposed |= given.transposed
         routed |= given.routed
-    with torch.no_grad():
-        layers, skipped = prepare(
-            weights,
-            norms,
-            selection,
-            score,
-            transposed,
-            routed,
-            preserve_norms=preserve_norms,
-            base_weights=base_weights,
-        )
-        if score == "gate":
-            _check_scores(layers, scores)
-        modules = {backends.select(backend, layer.matrix.device.type) for layer in layers}
-        check_all(layers, selection)
-        guard = CrossCheck(selection, backend) if cross_check else None
-        samples = []
-        for call in track(_calls(layers, selection.scope, together), "prune", progress):
-            if cut is not None:
-                for layer in call:
-                    layer.mask = cut.mask(layer.key, layer.matrix, layer.base)
-                    layer.threshold = cut.threshold
-            else:
-                samples += _select(call, selection, score, seed, scores, backend, guard)
+    layers, skipped = prepare(
+        weights,
+        norms,
+        selection,
+        score,
+        transposed,
+        routed,
+        preserve_norms=preserve_norms,
+        base_weights=base_weights,
+    )
+    if score == "gate":
+        _check_scores(layers, scores)
+    modules = {backends.select(backend, layer.matrix.device.type) for layer in layers}
+    check_all(layers, selection)
+    guard = CrossCheck(selection, backend) if cross_check else None
+    samples = []
+    for call in track(_calls(layers, selection.scope, together), "prune", progress):
+        if cut is not None:
+            for layer in call:
+                layer.mask = cut.mask(layer.key, layer.matrix, layer.base)
+                layer.threshold = cut.threshold
+        else:
+            samples += _select(call, selection, score, seed, scores, backend, guard)
     ratio = selection.ratio if selection.n_m is None else selection.n_m[0] / selection.n_m[1]
     report = PruneReport(
         score=score,
@@ -292,13 +293,13 @@ class _Chosen:
     samples: list
     start: float
 
+    @without_grad
     def remove(self) -> PruneReport:
         """Apply the masks."""
         report = self.report
-        with torch.no_grad():
-            remove_all(self.layers, self.backend)
-            if self.samples:
-                self.guard.written(self.samples)
+        remove_all(self.layers, self.backend)
+        if self.samples:
+            self.guard.written(self.samples)
         report.layers = [_layer_report(x, self.selection, report.ratio) for x in self.layers]
         report.seconds = time.perf_counter() - self.start
         return report

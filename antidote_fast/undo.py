@@ -6,6 +6,7 @@ change was never made, and is done twice: whichever of the two is interrupted, t
 """
 
 import contextlib
+import functools
 
 import torch
 
@@ -62,6 +63,24 @@ def no_grad(undo):
     before = torch.is_grad_enabled()
     undo.later(lambda: torch.set_grad_enabled(before))
     torch.set_grad_enabled(False)
+
+
+def without_grad(function):
+    """A function that runs without gradients; the mode of this thread is as before after it."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        before = torch.is_grad_enabled()
+        try:
+            try:
+                torch.set_grad_enabled(False)
+                return function(*args, **kwargs)
+            finally:
+                torch.set_grad_enabled(before)
+        finally:  # an interrupt may have come in the line above
+            torch.set_grad_enabled(before)
+
+    return call
 
 
 def hook(undo, module, call, *, after=False):

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -42,6 +43,7 @@ from antidote_fast.pipeline import fleet_worker, prune
 IMPORTED = (*LOADED, fleet_worker, transformers)
 MASKS = "masks.safetensors"
 SET_ASIDE, GOES_ON = 5, 75
+_LARGEST_FILE = 64 << 20
 _OPTIONS = {"ratio": 0.3, "batch_size": 2, "save_masks": True}
 
 
@@ -53,7 +55,7 @@ def soak(
     *,
     hostile=tuple(HOSTILE),
     one_in=10,
-    seconds_a_job=2.0,
+    seconds_a_job=1.0,
 ):
     """Run it, and print the summary as one line.
 
@@ -73,7 +75,7 @@ def soak(
     limit = 60 + seconds_a_job * num_adapters
     (root / "tmp").mkdir(parents=True)
     names = _names(num_adapters, num_adapters // one_in, hostile, rng)
-    _forked(lambda: _prepare(root, names, seed), limit)
+    _forked(lambda: _prepare(root, names, seed), limit, largest_file=None)
     before = fingerprint(root)
     good = [name for name, kind in names if kind in KINDS]
     bad = [name for name, kind in names if kind not in KINDS]
@@ -160,13 +162,15 @@ def _fleet(root):
     return cli.main(list(map(str, words)))
 
 
-def _forked(call, limit, number=signal.SIGKILL):
+def _forked(call, limit, number=signal.SIGKILL, largest_file=_LARGEST_FILE):
     """The exit code of a call in a forked process, sent a signal after ``limit`` seconds."""
     pid = os.fork()
     if not pid:
         code = 1
         try:
             os.setsid()
+            if largest_file is not None:  # a giant that is copied after all must not fill the disk
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
             sys.stdout = sys.stderr = io.StringIO()
             torch.set_num_threads(1)
             code = call() or 0

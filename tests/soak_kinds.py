@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 BASE = "qwen2"  # its projections have biases
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SECRET = "the-secret-of-another-customer"
-_LOOKS_AHEAD = "^(?!.*visual).*(?:q_proj|v_proj).*"
 KINDS = {  # options of tiny.add_lora, and "file_dtype"
     "plain": {},
     "rslora": {"use_rslora": True, "lora_alpha": 3},
@@ -23,7 +22,7 @@ KINDS = {  # options of tiny.add_lora, and "file_dtype"
     "bfloat16": {"file_dtype": torch.bfloat16},
     "float16": {"file_dtype": torch.float16},
     "rank": {"r": 6, "exclude_modules": ["v_proj"]},
-    "gaussian": {"init_lora_weights": "gaussian", "target_modules": _LOOKS_AHEAD},
+    "gaussian": {"init_lora_weights": "gaussian", "target_modules": r".*\.(q_proj|v_proj)"},
 }
 _ENDLESS = "(?:[^X]|[^Y])" * 28 + "Z"
 _APPARENT = 4 << 40
@@ -157,6 +156,7 @@ HOSTILE = {  # what is done to the folder of a plain adapter, or the kind that i
     "endless_alpha_pattern": _config(alpha_pattern={_ENDLESS: 4}),
     "endless_targets": _config(target_modules=_ENDLESS),
     "endless_exclude": _config(exclude_modules=_ENDLESS),
+    "looks_ahead": _config(target_modules="^(?!.*visual).*(?:[qkv]_proj).*"),  # not hostile at all
     "sparse_file": _sparse("tokenizer.json"),
     "sparse_unknown_file": _sparse("backup.tar"),
     "sparse_tensor": _sparse_tensor,

@@ -1,0 +1,32 @@
+"""The soak of ``make test-all`` in small: one adapter of each kind, two hostile, killed twice."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kill_sweep
+import soak_kinds
+
+HOSTILE = ("truncated", "link_to_weights")
+
+
+def test_a_small_fleet_that_is_killed_ends_as_if_nothing_had_been(tmp_path):
+    assert len(soak_kinds.KINDS) == 10
+    script = Path(soak_kinds.__file__).with_name("soak.py")
+    words = [sys.executable, "-W", "ignore", script]
+    done = subprocess.run(
+        [*words, "12", "2", "1", tmp_path, "--one_in", "6", "--only", ",".join(HOSTILE)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | kill_sweep.ENVIRONMENT,
+    )
+    assert done.stdout, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["problems"] == []
+    assert found["exit_code"] == 5
+    assert found["runs"] == 3
+    assert found["hostile"] == 2
+    assert found["set_aside"] == sorted(HOSTILE)
