@@ -445,6 +445,23 @@ def test_one_adapter_cannot_fill_the_disk_of_a_fleet(folders, tmp_path):
         assert alone == here
 
 
+def test_data_of_a_fleet_are_hashed_as_they_were_read(folders, tmp_path, monkeypatch):
+    """They are read once for all jobs, and hashed at another time: between both they may change."""
+    data = tmp_path / "harmful.jsonl"
+    shutil.copy(folders.root / "harmful.jsonl", data)
+    real = calibrate.load_data
+
+    def loaded(config, records, name="dataset"):
+        found = real(config, records, name)
+        os.utime(data, ns=(0, 0))  # the contents may be others now
+        return found
+
+    monkeypatch.setattr(calibrate, "load_data", loaded)
+    with pytest.raises(DataError, match=r"harmful\.jsonl: changed while it was in use"):
+        fleet.run(fleets.config(folders, tmp_path / "out", dataset=str(data)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_job_that_wants_too_much_of_the_disk_is_set_aside(folders, tmp_path, monkeypatch):
     real = fleet_worker.write_pruned
 

@@ -35,6 +35,7 @@ from antidote_fast.pipeline.data import local_file
 from antidote_fast.pipeline.estimate import check_memory
 from antidote_fast.pipeline.stage import hash_inputs
 from antidote_fast.prune import prune_state_
+from antidote_fast.safe_open import Watch
 from antidote_fast.targets import find_targets
 from antidote_fast.verify import check_input
 
@@ -317,7 +318,10 @@ class Worker:
         held = self._data.get(key)
         if held is None:
             try:
+                file = local_file(getattr(config, name))
+                watch = Watch() if file is None else self._watch(file)
                 records = calibrate.load_data(config, None, name)
+                watch.check()
                 batches = calibrate.batches_of(config, records, self._tokenizer, self.base.config)
                 on_device = [{k: v.to(self.device) for k, v in b.items()} for b in batches]
                 held = on_device, len(records), batches.num_dropped, batches.num_truncated
@@ -333,7 +337,15 @@ class Worker:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a worker lives as long as its process
     def _hashes_of(self, dataset):
-        return hash_inputs([dataset])
+        watch = self._watch(dataset)
+        hashes = hash_inputs([dataset])
+        watch.check()
+        return hashes
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - as above
+    def _watch(self, dataset):
+        """What a data set was when it was first looked at: read and hashed it must be the same."""
+        return Watch(dataset)
 
 
 def sets_of(config):
