@@ -7,6 +7,7 @@ last.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -28,6 +29,8 @@ from antidote_fast.commit import (
 from antidote_fast.errors import AntidoteError, DataError, Interrupted
 from antidote_fast.places import run_of
 
+# A file that is gone, or a link now: that does not pass.
+_OF_THE_INPUTS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK)
 STATE_VERSION = 1
 MANIFEST_ENTRY = RUN_INPUTS
 KEPT = "what was done is kept, and the same command with --resume goes on"
@@ -172,9 +175,11 @@ def _is_of_the_system(error):
     """Whether a refusal of a disk or of memory is behind an exception, so that it may pass."""
     while error is not None:
         of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if of_memory or (isinstance(error, OSError) and error.errno):
+        of_a_disk = isinstance(error, OSError) and error.errno not in (None, *_OF_THE_INPUTS)
+        if of_memory or of_a_disk:
             return True
-        error = error.__cause__ or error.__context__
+        hidden = error.__suppress_context__
+        error = error.__cause__ or (None if hidden else error.__context__)
     return False
 
 
