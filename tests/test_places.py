@@ -399,6 +399,17 @@ def test_the_state_of_another_run_is_kept(tmp_path):
     assert state.exists()
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_output_that_is_replaced_gives_up_what_was_interrupted(inside, out, monkeypatch):
+    if inside:
+        monkeypatch.setattr(os, "rename", fixed(out))
+    with pytest.raises(Interrupted):
+        interrupt(out, {"a": 1}, {"next": 1})
+    write(out, overwrite=True)
+    assert names(out.parent) == ["out"]
+    assert verify_folder(out) == []
+
+
 def test_a_file_that_a_killed_job_was_writing(tmp_path):
     path = tmp_path / "rows.csv"
 
