@@ -336,7 +336,10 @@ def test_names_that_are_too_long(tmp_path):
     assert names(tmp_path) == sorted(["n" * 246, "e" * 255])
 
 
-@pytest.mark.parametrize("name", [".out.run", ".out.partial", ".a.b.old", ".x.lock", places.HIDDEN])
+@pytest.mark.parametrize(
+    "name",
+    [".out.run", ".out.partial", ".a.b.old", ".x.lock", places.HIDDEN, f"{places.HIDDEN}/ready"],
+)
 def test_names_of_what_lies_beside_an_output(name, tmp_path):
     with pytest.raises(DataError, match="is a name for what lies beside an output"):
         check_output_folder(tmp_path / name)
