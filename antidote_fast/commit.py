@@ -220,7 +220,8 @@ def output_folder(path, overwrite=False, *, progress=False, **manifest_entries):
 
     Args:
         path: the folder to make.
-        overwrite: replace ``path``, if this tool wrote it.
+        overwrite: replace ``path``, if this tool wrote it; at the end the state of a run that was
+            interrupted there is removed.
         progress: as :func:`antidote_fast.progress.track` takes it, while files are hashed.
         manifest_entries: further JSON values for ``COMPLETE.json``.
 
@@ -239,6 +240,8 @@ def output_folder(path, overwrite=False, *, progress=False, **manifest_entries):
                 staged.mkdir()
                 yield staged
                 commit(staged, place, manifest_entries, progress=progress)
+            if overwrite:  # which gives up what an interrupted run has left
+                shutil.rmtree(place.at("run"), ignore_errors=True)
         finally:
             # After an exchange the staged name holds the old folder.
             shutil.rmtree(staged, ignore_errors=True)

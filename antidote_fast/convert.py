@@ -10,6 +10,7 @@ nothing in the file is called). What the file may hold, W being a 0/1 tensor (ou
 """
 
 import argparse
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -50,7 +51,7 @@ def convert_masks(source, destination, *, ones=None, prefix=PREFIX, overwrite=Fa
 
     if ones not in (None, "removed", "kept"):
         raise UsageError(f"ones={ones!r}: must be removed or kept")
-    source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    source, destination = (Path(os.path.expanduser(path)) for path in (source, destination))
     _check_destination(destination, overwrite)
     found = dict(_named(source, _load(source), prefix))
     masks = {name: _packed(source, name, tensor, ones == "kept") for name, tensor in found.items()}

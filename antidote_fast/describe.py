@@ -62,7 +62,7 @@ def inspect_command(argv):
     _refuse_all_but([word for word in argv if word.startswith("-")], ("--json",), "inspect")
     if len(paths) != 1:
         raise UsageError(f"inspect takes one file or folder, {len(paths)} were given")
-    found, problems = inspect(paths[0])
+    found, problems = inspect(os.path.expanduser(paths[0]))
     _show(found, "--json" in argv)
     if problems:
         raise DataError(f"{paths[0]}: not whole: {'; '.join(problems)}")

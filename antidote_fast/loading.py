@@ -46,7 +46,7 @@ def resolve_folder(name_or_path, argument="model_name_or_path") -> Path:
         DataError: neither a folder nor on the hub, or the hub cannot be reached.
     """
     text = os.fspath(name_or_path)
-    folder = Path(text).expanduser()
+    folder = Path(os.path.expanduser(text))
     shown = f"{argument}={text!r}"
     if folder.is_dir():
         return folder
@@ -209,11 +209,12 @@ def pick_device(device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise UsageError(f"device={device!r}: cannot be used: {first_line(error)}") from None
-    return device
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+        why = first_line(error)
+        raise UsageError(f"device={str(device)!r}: cannot be used: {why}") from None
+    return found
 
 
 def pick_dtype(dtype):

@@ -70,7 +70,7 @@ def check_name(path):
     Raises:
         DataError: naming it.
     """
-    if _OURS.fullmatch(path.name):
+    if _OURS.fullmatch(path.name) or HIDDEN in path.parts:
         raise DataError(
             f"output_dir={str(path)!r}: is a name for what lies beside an output while it is made; "
             "give another"

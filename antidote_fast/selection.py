@@ -74,11 +74,12 @@ class Selection:
         return Selection(ratio, scope=self.scope, score_delta=self.score_delta)
 
 
-def check_seed(seed, name="seed") -> None:
-    """Refuse, as UsageError, what is no seed: an integer in [0, 2**64), as torch takes it."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+def check_seed(seed, name="seed") -> int:
+    """The seed as an int; UsageError where it is no integer in [0, 2**64), as torch takes it."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
         shown = repr(seed) if not isinstance(seed, int) or abs(seed) < 10**40 else "a larger number"
         raise UsageError(f"{name}={shown:.80}: must be an integer in [0, 2**64)")
+    return int(seed)
 
 
 def _checked_fraction(name, value):

@@ -7,6 +7,8 @@ _CHARACTERS = 32
 # Tokens beyond those wanted: what a cut may have changed lies within the last few.
 _MARGIN = 128
 _MAX_UNBROKEN = 1 << 16
+# Read of a text whatever it gives: a word of millions of letters may be one unknown token.
+_MAX_READ = 1 << 20
 
 
 def tokenize(text: str, tokenizer, limit: int | None = None, **options) -> list[int]:
@@ -16,6 +18,8 @@ def tokenize(text: str, tokenizer, limit: int | None = None, **options) -> list[
     where the whole text has more. A long text is cut in front of white space, which no tokenizer's
     rules reach across but by the margin that is left; one without any for tens of thousands of
     characters is cut there, where a tokenizer that groups digits from the right may group others.
+    Of one that has fewer tokens than that in its first million characters (more for a large
+    ``limit``), such as blanks or one word, the rest is not read.
 
     Args:
         text: any text.
@@ -23,7 +27,11 @@ def tokenize(text: str, tokenizer, limit: int | None = None, **options) -> list[
         limit: ids that can be used; None reads the whole text.
         options: of the tokenizer's call.
     """
-    size = len(text) if limit is None else _CHARACTERS * (max(limit, 0) + _MARGIN)
+    if limit is not None:
+        size = _CHARACTERS * (max(limit, 0) + _MARGIN)
+        text = text[: max(_MAX_READ, 4 * size)]
+    else:
+        size = len(text)
     while size < len(text):
         head = text[:size]
         parts = head.rsplit(None, 1)

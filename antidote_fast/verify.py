@@ -44,6 +44,15 @@ def verify(folder, progress=False) -> dict:
         [one line each, a file's name first]}``.
     """
     folder = Path(folder)
+    try:
+        return _verify(folder, progress)
+    except OSError as error:  # such as one that may not be entered
+        where = f"{os.path.relpath(error.filename, folder)}: " if error.filename else ""
+        problem = where.removeprefix(".: ") + (error.strerror or str(error))
+        return {"files": 0, "bytes": 0, "hashes": False, "problems": [problem]}
+
+
+def _verify(folder, progress):
     problems = []
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "no such folder"
@@ -178,7 +187,7 @@ def verify_command(argv):
     if not folders:
         raise UsageError("verify takes at least one folder")
     with command_line_progress(quiet="--json" in argv) as progress:
-        found = {folder: verify(folder, progress) for folder in folders}
+        found = {folder: verify(os.path.expanduser(folder), progress) for folder in folders}
     if "--json" in argv:
         tell(json.dumps(found, indent=2))
     else:

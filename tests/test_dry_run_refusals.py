@@ -1,5 +1,6 @@
 """What a stage would refuse, its plan refuses in the same words and with the same exit code."""
 
+import errno
 import os
 
 import pytest
@@ -9,7 +10,7 @@ from stages import fleet_words, last_line, stage_words, tree
 
 from antidote_fast import cli
 from antidote_fast.errors import AntidoteError, DataError
-from antidote_fast.pipeline import estimate, flags, fleet
+from antidote_fast.pipeline import estimate, flags, fleet, measure
 from antidote_fast.pipeline.config import FleetConfig, PruneConfig
 from antidote_fast.pipeline.dry_run import plan
 
@@ -200,3 +201,25 @@ def test_what_is_whole_is_left_with_resume(stage, made, tmp_path, capsys):
     assert "nothing would be done" in capsys.readouterr().out
     assert cli.main([*words, "--dry_run"]) == 3
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_a_plan_takes_little_of_a_small_disk(made, tmp_path, capsys, monkeypatch):
+    sizes = []
+    disk = type("Usage", (), {"free": 1 << 18, "total": 1 << 18})
+    monkeypatch.setattr(measure.shutil, "disk_usage", lambda path: disk)
+    monkeypatch.setattr(measure.os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
+    words = [*stage_words(made, "prune adapter"), "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*words, "--dry_run"]) == 0
+    assert set(sizes) == {(1 << 18) // 8}
+    assert capsys.readouterr().out.startswith("plan of prune")
+
+
+def test_a_disk_that_a_plan_cannot_try(made, tmp_path, capsys, monkeypatch):
+    def full(fd):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(measure.os, "fsync", full)
+    words = [*stage_words(made, "prune adapter"), "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*words, "--dry_run"]) == 1
+    told = f"output_dir={str(tmp_path / 'out')!r}: {os.strerror(errno.EDQUOT)}; nothing was written"
+    assert last_line(capsys.readouterr().err) == f"antidote-fast: {told}"

@@ -5,11 +5,12 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
-from antidote_fast import ActivationNorms, cli, files, prune_model_
+from antidote_fast import ActivationNorms, cli, files, loading, prune_model_, verify
 from antidote_fast import checkpoint as ck
 from antidote_fast.convert import convert_masks
 from antidote_fast.errors import DataError, UsageError
@@ -82,6 +83,19 @@ def test_every_path_of_a_command(home, tmp_path):
         assert all("~" not in name for name in report["inputs"])
         assert any(name.startswith(str(home)) for name in report["inputs"])
     assert not list((tmp_path / "here").iterdir())  # no folder of the name ~
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "convert"])
+def test_the_home_folder_of_plain_commands(command, home, capsys):
+    torch.save({"model.layers.0.q_proj.weight": torch.eye(8)}, home / "old.pt")
+    more = ["--output", "~/new.safetensors"] if command == "convert" else []
+    given = "~/old.pt" if command == "convert" else "~/model"
+    assert cli.main([command, given, *more]) == 0
+    nobodys = given.replace("~", "~nobody-has-this")
+    assert cli.main([command, nobodys, *more, *(["--overwrite"] if more else [])]) == 3
+    seen = capsys.readouterr()
+    assert f"{nobodys}: no such" in seen.out + seen.err
+    assert os.listdir() == []
 
 
 def test_roles_and_files_that_extend_stay(home):
@@ -222,6 +236,21 @@ def test_a_folder_that_may_not_be_entered(monkeypatch, tmp_path):
         ActivationNorms.load(tmp_path / "norms.safetensors")
 
 
+def test_a_folder_that_may_not_be_entered_hides_no_other(folders, monkeypatch, capsys):
+    def refused(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", f"{folder}/COMPLETE.json")
+
+    real = verify.read_manifest
+    closed = str(folders / "adapter")
+    monkeypatch.setattr(
+        verify, "read_manifest", lambda f: (refused if str(f) == closed else real)(f)
+    )
+    assert cli.main(["verify", closed, str(folders / "model")]) == 3
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{closed}: COMPLETE.json: Permission denied"
+    assert second.startswith(f"{folders / 'model'}: nothing missing")
+
+
 # --- seeds and devices ----------------------------------------------------------------------------
 
 
@@ -265,6 +294,26 @@ def test_seeds_of_calls():
 def test_a_device_on_which_nothing_runs(stage, device):
     with pytest.raises(UsageError, match=f"device='{device}': must be one that computes"):
         stage(**NEEDED, **STAGES[stage], device=device)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint64, np.uint8])
+def test_seeds_of_numpy(kind):
+    config = configs.CalibrateConfig(**NEEDED, dataset="d", seed=kind(7))
+    assert (config.seed, type(config.seed)) == (7, int)
+    rows = [data.Record("how", "", str(i)) for i in range(9)]
+    assert data.mix(rows, [], 0, seed=kind(7)) == data.mix(rows, [], 0, seed=7)
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("No module named 'torch.hpu'"), TypeError("no")]
+)
+def test_a_device_whose_backend_is_not_here(error, monkeypatch):
+    def absent(*sizes, device):
+        raise error
+
+    monkeypatch.setattr(torch, "empty", absent)
+    with pytest.raises(UsageError, match=f"^device='hpu': cannot be used: {error}$"):
+        loading.pick_device("hpu")
 
 
 # --- old masks ------------------------------------------------------------------------------------

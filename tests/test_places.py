@@ -336,7 +336,10 @@ def test_names_that_are_too_long(tmp_path):
     assert names(tmp_path) == sorted(["n" * 246, "e" * 255])
 
 
-@pytest.mark.parametrize("name", [".out.run", ".out.partial", ".a.b.old", ".x.lock", places.HIDDEN])
+@pytest.mark.parametrize(
+    "name",
+    [".out.run", ".out.partial", ".a.b.old", ".x.lock", places.HIDDEN, f"{places.HIDDEN}/ready"],
+)
 def test_names_of_what_lies_beside_an_output(name, tmp_path):
     with pytest.raises(DataError, match="is a name for what lies beside an output"):
         check_output_folder(tmp_path / name)
@@ -397,6 +400,17 @@ def test_the_state_of_another_run_is_kept(tmp_path):
         check_output_folder(out)
     assert resume.is_finished(out, {"a": 1})
     assert state.exists()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_output_that_is_replaced_gives_up_what_was_interrupted(inside, out, monkeypatch):
+    if inside:
+        monkeypatch.setattr(os, "rename", fixed(out))
+    with pytest.raises(Interrupted):
+        interrupt(out, {"a": 1}, {"next": 1})
+    write(out, overwrite=True)
+    assert names(out.parent) == ["out"]
+    assert verify_folder(out) == []
 
 
 def test_a_file_that_a_killed_job_was_writing(tmp_path):

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -380,8 +381,8 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("write", WRITES)
 def test_the_system_refuses_and_the_state_is_kept(write, whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("base", "harmful.jsonl"):
-        (tmp_path / name).symlink_to(whole[0] / name)
+    (tmp_path / "base").symlink_to(whole[0] / "base")
+    shutil.copy(whole[0] / "harmful.jsonl", tmp_path)  # a data file is no link
     codes = itertools.cycle([(errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EACCES, 3)])
     number, expected = next(itertools.islice(codes, list(WRITES).index(write), None))
     with monkeypatch.context() as patch:
@@ -399,8 +400,8 @@ def test_the_system_refuses_and_the_state_is_kept(write, whole, tmp_path, monkey
 def test_calibrate_keeps_it_too(whole, tmp_path, monkeypatch, capsys):
     """Here as safetensors tells it, in an exception of its own."""
     monkeypatch.chdir(tmp_path)
-    for name in ("base", "harmful.jsonl"):
-        (tmp_path / name).symlink_to(whole[0] / name)
+    (tmp_path / "base").symlink_to(whole[0] / "base")
+    shutil.copy(whole[0] / "harmful.jsonl", tmp_path)  # a data file is no link
     assert cli.main(words(command="calibrate", output_dir="alone")) == 0
     with monkeypatch.context() as patch:
         refuse(patch, errno.ENOSPC, (ActivationNorms, "save"), 3, SafetensorError)

@@ -358,3 +358,21 @@ def test_a_text_without_white_space_is_cut_somewhere(kind, monkeypatch):
     whole = tokenizer(text)["input_ids"]
     assert len(part) < len(whole) / 3
     assert part[:20] == whole[:20]
+
+
+@pytest.mark.parametrize("text", ["a" * 200_000, " " * 200_000, "a" * 100_000 + " the" * 25_000])
+def test_a_text_of_few_tokens_is_not_read_to_its_end(text, monkeypatch):
+    """To a tokenizer of words a word of any length is one unknown token."""
+    monkeypatch.setattr(tokens, "_MAX_UNBROKEN", 1 << 12)
+    monkeypatch.setattr(tokens, "_MAX_READ", 1 << 15)
+    tokenizer, read = tiny.tokenizer(), []
+
+    def watched(part, **options):
+        read.append(len(part))
+        return tokenizer(part, **options)
+
+    assert tokens.tokenize(text, watched, 20) == tokenizer(text[: 1 << 15])["input_ids"]
+    assert max(read) == 1 << 15
+    read.clear()
+    assert tokens.tokenize(text, watched) == tokenizer(text)["input_ids"]
+    assert read == [200_000]

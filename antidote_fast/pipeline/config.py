@@ -311,4 +311,4 @@ class DemoConfig:
 
     def __post_init__(self):
         expand_paths(self)
-        check_seed(self.seed)
+        object.__setattr__(self, "seed", check_seed(self.seed))

@@ -76,7 +76,7 @@ class StageConfig:
     def __post_init__(self):
         expand_paths(self)
         check_positive(self, "max_seq_length", "batch_size")
-        check_seed(self.seed)
+        object.__setattr__(self, "seed", check_seed(self.seed))
         # torch runs nothing there, and what it would put out is noise.
         no_meta = self.device.partition(":")[0] != "meta"
         check(no_meta, "device", self.device, "one that computes, such as cpu or cuda")

@@ -142,7 +142,7 @@ def split_by_prompt(
         UsageError: fractions out of range.
         DataError: too few distinct prompts, so that a part would be empty.
     """
-    check_seed(seed)
+    seed = check_seed(seed)
     if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
         raise UsageError(f"fractions={list(fractions)!r}: must be above 0 and sum to at most 1")
     keys = list(dict.fromkeys(record.prompt_key for record in records))
@@ -187,7 +187,7 @@ def mix(
         UsageError: poison_ratio or n out of range.
         DataError: fewer records than needed, with the counts.
     """
-    check_seed(seed)
+    seed = check_seed(seed)
     if not 0 <= poison_ratio <= 1:
         raise UsageError(f"poison_ratio={poison_ratio!r}: must be in [0, 1]")
     if n is not None and n < 1:

@@ -104,7 +104,7 @@ def learn_gates(
         AntidoteError: a loss or a gate that is not finite.
     """
     _check_values(selection, steps, learning_rate)
-    check_seed(seed)
+    seed = check_seed(seed)
     device = _check_model(model)
     found = find_targets(model, targets, ignore)
     by_key = {target.key: target for target in found}

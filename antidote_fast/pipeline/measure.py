@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from antidote_fast import ops
+from antidote_fast.commit import os_errors
 from antidote_fast.selection import Selection
 
 _SECONDS = 0.15  # of each measurement, or one turn of it
@@ -186,11 +188,13 @@ def _read_rate(file):
     return _rate(read, size)
 
 
-def _write_rate(folder):
-    folder = Path(folder).absolute()
+def _write_rate(output):
+    folder = Path(output).absolute()
     folder = next(p for p in (folder, *folder.parents) if p.is_dir())
-    data = bytes(_BYTES)
-    with tempfile.TemporaryFile(dir=folder) as handle:  # without a name, gone when closed
+    # A part of what is free: the disk may be small, and others write to it too.
+    data = bytes(max(4096, min(_BYTES, shutil.disk_usage(folder).free // 8)))
+    # Without a name, gone when closed.
+    with os_errors(output, any_number=True), tempfile.TemporaryFile(dir=folder) as handle:
 
         def write():
             handle.seek(0)
