@@ -7,6 +7,7 @@ last.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -168,11 +169,15 @@ def run_folder(path, inputs, *, resume=False, overwrite=False):
                 shutil.rmtree(run.folder, ignore_errors=True)
 
 
+# No errno, or a link or a pipe where a file is read: it would come again.
+_OF_THE_INPUTS = (None, 0, errno.ELOOP, errno.EMLINK, errno.ENOTDIR, errno.ENXIO)
+
+
 def _is_of_the_system(error):
     """Whether a refusal of a disk or of memory is behind an exception, so that it may pass."""
     while error is not None:
         of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if of_memory or (isinstance(error, OSError) and error.errno):
+        if of_memory or (isinstance(error, OSError) and error.errno not in _OF_THE_INPUTS):
             return True
         error = error.__cause__ or error.__context__
     return False

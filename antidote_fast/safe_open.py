@@ -22,7 +22,7 @@ _FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
 # A file of the hub's cache is a link to this place, beside the folder "snapshots".
 _BLOB = re.compile(r"\.\./\.\./blobs/([^/]+)")
 # Of a folder; somebody's log may grow there.
-_READ_BY_STAGES = re.compile(r".*\.(safetensors|json|txt|model|jinja|tiktoken|py|md)|[^.]+")
+READ_BY_STAGES = re.compile(r".*\.(safetensors|json|txt|model|jinja|tiktoken|py|md)|[^.]+")
 _MAX_FILES = 10_000  # of one folder
 # A change within one tick of the system's clock (1 to 10 ms) leaves the time of a file as it was.
 _TICK_NS = 20_000_000
@@ -235,7 +235,7 @@ class Watch:
             path = Path(path)
             if path.is_dir():
                 names = Folder(path).names()
-                files = [path / name for name in names if _READ_BY_STAGES.fullmatch(name)]
+                files = [path / name for name in names if READ_BY_STAGES.fullmatch(name)]
             else:
                 files = [path]
             for file in files:

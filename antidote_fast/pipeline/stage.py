@@ -71,7 +71,11 @@ def hash_inputs(paths, known=None) -> dict:
             continue
         path = Path(path)
         if path.is_file():
-            hashes[str(path)] = sha256_file(path)
+            size = path.stat().st_size
+            small = size <= _MAX_HASHED_TOGETHER  # nothing longer is read
+            hashes[str(path)] = sha256_file(path) if small else f"{size} bytes, {_NOT_HASHED}"
+            continue
+        if not path.is_dir():  # a pipe, which no stage reads
             continue
         manifest = read_manifest(path)
         if manifest is not None:
