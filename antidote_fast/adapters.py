@@ -18,7 +18,7 @@ from antidote_fast.adapter_config import (
 )
 from antidote_fast.base_state import ModuleTree
 from antidote_fast.commit import read_manifest
-from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast.errors import AntidoteError, DataError, printable
 from antidote_fast.files import Checkpoint, open_checkpoint
 from antidote_fast.fingerprint import block_name
 from antidote_fast.loading import first_line, resolve_folder
@@ -163,7 +163,8 @@ def _put_on(model, adapter, adapter_name, tensors):
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise AntidoteError(f"{where}: not enough memory to load it") from error
     except Exception as error:  # whatever a foreign config makes peft raise
-        raise DataError(f"{where}: cannot be put on this model: {first_line(error)}") from error
+        line = printable(first_line(error))  # it may quote the config
+        raise DataError(f"{where}: cannot be put on this model: {line:.300}") from error
     for name in fields:  # as it is saved again
         said = adapter.config.get(name, True if name == "init_lora_weights" else None)
         as_set = isinstance(said, list) and name in ("target_modules", "exclude_modules")
