@@ -267,3 +267,17 @@ def test_a_refusal_of_peft_is_short(folders, adapter, tmp_path):
     change = {"trainable_token_indices": {"x" * 100_000: [1]}}
     tiny.edit_json(adapter / "adapter_config.json", lambda c: c.update(change))
     assert len(reason(folders, tmp_path / "out", adapter=str(adapter))) < 600
+
+
+def test_a_report_of_somebody_else_is_not_shown(adapter, tmp_path, capsys):
+    yours = tmp_path / "report.json"
+    yours.write_text(json.dumps({"schema_version": 1, "stage": "a secret", "config": {}}))
+    assert stage.read_report(tmp_path)["stage"] == "a secret"
+    (adapter / "report.json").symlink_to(yours)
+    assert stage.read_report(adapter) is None
+    (adapter / "COMPLETE.json").unlink()
+    assert cli.main(["inspect", str(adapter)]) == 0
+    assert "secret" not in capsys.readouterr().out
+    (adapter / "report.json").unlink()
+    sparse(adapter / "report.json")
+    assert stage.read_report(adapter) is None
