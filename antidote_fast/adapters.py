@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from antidote_fast.adapter_config import (
+    MAX_RANK,
     check_adapter_config,
     match_modules,
     values_of,
@@ -17,7 +18,7 @@ from antidote_fast.adapter_config import (
 )
 from antidote_fast.base_state import ModuleTree
 from antidote_fast.commit import read_manifest
-from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast.errors import AntidoteError, DataError, printable
 from antidote_fast.files import Checkpoint, open_checkpoint
 from antidote_fast.fingerprint import block_name
 from antidote_fast.loading import first_line, resolve_folder
@@ -32,6 +33,10 @@ _OF_A_MODULE = re.compile(
     r"|lora_embedding_[AB])"
 )
 _OF_TOKENS = ".token_adapter.trainable_tokens_delta"
+_WRAPPERS = ("base_layer", "token_adapter")  # what PEFT puts around a module of the base
+_HEAD = "lm_head.weight"
+_INPUTS = ("model.embed_tokens.weight", "transformer.wte.weight")  # what a head is tied to
+_TIED = ("lm_head", "embed_tokens", "wte")
 
 
 def check_adapter(adapter: Checkpoint, base: Checkpoint):
@@ -47,6 +52,7 @@ def check_adapter(adapter: Checkpoint, base: Checkpoint):
     """
     where = str(adapter.folder)
     check_adapter_config(adapter.config, where)
+    check_sizes(adapter, {name: entry.shape for name, entry in base.tensors.items()})
     check_input(adapter.folder)
     shapes = _factor_shapes(adapter)
     match_modules(adapter.config, _module_names(base.tensors), where)
@@ -55,6 +61,9 @@ def check_adapter(adapter: Checkpoint, base: Checkpoint):
         if name.endswith(".weight") and entry.dtype is not None and len(entry.shape) == 2:
             packed = not entry.dtype.is_floating_point
             base_shapes.setdefault(_tail(name), []).append(None if packed else entry.shape)
+    tied = None if base.find(_HEAD) is not None else _saved_name(base, _HEAD)
+    if tied is not None:
+        base_shapes[_HEAD] = [base.tensors[base.find(tied)].shape]
     for module, (rows, columns) in shapes.items():
         tail = _tail(module.removeprefix(_PREFIX) + ".weight")
         candidates = base_shapes.get(tail)
@@ -67,9 +76,8 @@ def check_adapter(adapter: Checkpoint, base: Checkpoint):
                 f"{where}: adapts {module!r} as {(rows, columns)}, which in the base "
                 f"{base.folder} is {candidates[0]}"
             )
-    _check_all_layers(adapter, base, shapes, base_shapes)
-    _check_sizes(adapter, base)
-    _check_copies(adapter, lambda name: _tensor_of(base, name))
+    _check_all_layers(adapter, base, base_shapes)
+    _check_copies(adapter, lambda name: _tensor_of(base, name), tied is not None)
     _check_fingerprint(adapter, base)
 
 
@@ -100,13 +108,15 @@ def load_adapter(model, adapter, *, adapter_name="default", tensors=None):
     if not adapter.is_adapter:
         raise DataError(f"adapter={where!r}: is a whole model, not a PEFT adapter")
     check_adapter_config(adapter.config, where)
+    check_sizes(adapter, {name: tuple(t.shape) for name, t in model.state_dict().items()})
     check_input(adapter.folder)
     _factor_shapes(adapter)
     offloaded = {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values())
     offloaded = offloaded and any(p.is_meta for p in model.parameters())
     if adapter.config.get("use_dora") and offloaded:
         raise DataError(f"{where}: DoRA needs the base's weights, and some of them are offloaded")
-    _check_copies(adapter, lambda name: model.state_dict().get(name), offloaded)
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    _check_copies(adapter, model.state_dict().get, tied, offloaded)
     tree = ModuleTree(model)
     try:
         live, needed = _put_on(model, adapter, adapter_name, tensors)
@@ -153,7 +163,8 @@ def _put_on(model, adapter, adapter_name, tensors):
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise AntidoteError(f"{where}: not enough memory to load it") from error
     except Exception as error:  # whatever a foreign config makes peft raise
-        raise DataError(f"{where}: cannot be put on this model: {first_line(error)}") from error
+        line = printable(first_line(error))  # it may quote the config
+        raise DataError(f"{where}: cannot be put on this model: {line:.300}") from error
     for name in fields:  # as it is saved again
         said = adapter.config.get(name, True if name == "init_lora_weights" else None)
         as_set = isinstance(said, list) and name in ("target_modules", "exclude_modules")
@@ -178,20 +189,51 @@ def _check_needed(adapter, needed, every=True):
         )
 
 
-def _check_sizes(adapter, base):
-    """Refuse what no part of the base is as large as, before it is read: a sparse file is short on
-    the disk. The factors were compared with the base's layers."""
+def check_sizes(adapter, base):
+    """Refuse what no part of the base is as large as, by the headers: a sparse file is short on
+    the disk, and this is looked at before any of it is read or hashed.
+
+    Args:
+        adapter: its :class:`Checkpoint`.
+        base: {name: shape} of the base's tensors.
+
+    Raises:
+        DataError: naming the tensor.
+    """
+    count = {}
+    for name in base:
+        count[_tail(name)] = count.get(_tail(name), 0) + 1
     # Four-bit weights lie two in a byte, and an adapter's tensors may have eight bytes each.
-    largest = 16 * max(math.prod(entry.shape) for entry in base.tensors.values())
+    largest = 16 * max(map(math.prod, base.values()))
+    longest = 8 * 2 * MAX_RANK * max(max(shape, default=1) for shape in base.values())
+    left = 4 * largest
+    seen = {}
     for key, entry in adapter.tensors.items():
-        if not LORA_FACTOR.fullmatch(key) and entry.end - entry.start > largest:
+        size, name = entry.end - entry.start, key.removeprefix(_PREFIX)
+        factor = LORA_FACTOR.fullmatch(name)
+        most = 16 * math.prod(base[name]) if name in base else longest if factor else largest
+        if size > most:
             raise DataError(
-                f"{adapter.folder}: holds {key!r} of {entry.end - entry.start} bytes, more than "
-                "anything in the base"
+                f"{adapter.folder}: holds {key!r} of {size} bytes, more than anything in the base"
             )
+        if factor:
+            # Names that differ only in front of the layers mean one module.
+            same = factor["factor"], _tail(factor["module"] + ".weight")
+            seen[same] = seen.get(same, 0) + 1
+            if seen[same] > max(1, count.get(same[1], 0)):
+                raise DataError(
+                    f"{adapter.folder}: adapts {same[1]!r} more often than the base has it"
+                )
+        elif name not in base:
+            left -= size
+            if left < 0:
+                raise DataError(
+                    f"{adapter.folder}: with {key!r} it holds more than {4 * largest} bytes that "
+                    "the base has no place for"
+                )
 
 
-def _check_copies(adapter, base_tensor, offloaded=False):
+def _check_copies(adapter, base_tensor, tied, offloaded=False):
     """Refuse tensors that are neither the adapter's nor of its modules_to_save, but for copies.
 
     PEFT would load them into the base itself. It saves the embeddings with an adapter that has them
@@ -199,11 +241,14 @@ def _check_copies(adapter, base_tensor, offloaded=False):
 
     Args:
         base_tensor: gives the base's tensor of a name, or None.
+        tied: the base's output layer is its embedding.
         offloaded: weights on meta are elsewhere. Else a model without weights is a plan, or run
             block by block, and was compared by its files.
     """
     where, config = str(adapter.folder), adapter.config
     saved = tuple(config.get("modules_to_save") or ())
+    if tied and config.get("ensure_weight_tying") and set(saved) & set(_TIED):
+        saved += _TIED  # PEFT trains and saves the two together
     for key in adapter.tensors:
         if _OF_A_MODULE.fullmatch(key):
             continue
@@ -212,7 +257,7 @@ def _check_copies(adapter, base_tensor, offloaded=False):
         parts = key.removeprefix(_PREFIX).split(".")
         if saved and any(".".join(parts[:i]).endswith(saved) for i in range(1, len(parts))):
             continue
-        name = ".".join(part for part in parts if part != "base_layer")
+        name = ".".join(part for part in parts if part not in _WRAPPERS)
         base = base_tensor(name)
         if base is None:
             raise DataError(
@@ -235,11 +280,16 @@ def _check_copies(adapter, base_tensor, offloaded=False):
 
 
 def _tensor_of(base, name):
-    """The base's tensor of a live model's name, or None; tied ones are saved once."""
-    if base.find(name) is None and name == "lm_head.weight":
-        inputs = ("model.embed_tokens.weight", "transformer.wte.weight")
-        name = next((n for n in inputs if base.find(n) is not None), name)
-    return base.read([name])[name] if base.find(name) is not None else None
+    """The base's tensor of a live model's name, or None."""
+    name = _saved_name(base, name)
+    return None if name is None else base.read([name])[name]
+
+
+def _saved_name(base, name):
+    """The name under which the base's files have a live model's tensor; tied ones are saved once.
+    None where they have it not."""
+    names = (name, *_INPUTS) if name == _HEAD else (name,)
+    return next((n for n in names if base.find(n) is not None), None)
 
 
 def _same(tensor, base):
@@ -324,7 +374,7 @@ def _factor_shapes(adapter):
     return shapes
 
 
-def _check_all_layers(adapter, base, shapes, base_shapes):
+def _check_all_layers(adapter, base, base_shapes):
     """Plain names in target_modules mean every layer; fewer means a base with fewer layers."""
     config = adapter.config
     targets = config.get("target_modules")
@@ -332,7 +382,8 @@ def _check_all_layers(adapter, base, shapes, base_shapes):
         return
     if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
         return
-    adapted = {_tail(module.removeprefix(_PREFIX) + ".weight") for module in shapes}
+    modules = (_OF_A_MODULE.fullmatch(name) for name in adapter.tensors)
+    adapted = {_tail(m["module"].removeprefix(_PREFIX) + ".weight") for m in modules if m}
     for tail in sorted(base_shapes):
         module = tail.removesuffix(".weight")
         if any(module.endswith("." + t) for t in targets) and tail not in adapted:
@@ -354,8 +405,17 @@ def _check_fingerprint(adapter, base):
         folder = Path(named)
         if folder.resolve() == base.folder.resolve():
             return
-        recorded = open_checkpoint(folder, trust_remote_code=True).fingerprint()
-    if recorded and actual and recorded != actual:
+        try:
+            named = open_checkpoint(folder, trust_remote_code=True).fingerprint()
+        except DataError:  # what is wrong with it is not the adapter's to learn
+            return
+        if named and actual and named != actual:
+            raise DataError(
+                f"{adapter.folder}: was made for another base model than {base.folder}: its "
+                "base_model_name_or_path is a folder here that holds another (fingerprint differs)"
+            )
+        return
+    if actual and recorded != actual:
         raise DataError(
             f"{adapter.folder}: was made for another base model than {base.folder} (fingerprint "
             f"{recorded}, not {actual})"

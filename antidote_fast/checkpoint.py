@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from antidote_fast.adapters import check_adapter, load_adapter
+from antidote_fast.adapters import check_adapter, check_sizes, load_adapter
 from antidote_fast.commit import MANIFEST, check_output_folder, output_folder, verify_folder
 from antidote_fast.errors import DataError
 from antidote_fast.files import Checkpoint, open_checkpoint
@@ -28,6 +28,7 @@ __all__ = [
     "check_free_space",
     "check_not_quantized",
     "check_output_folder",
+    "check_sizes",
     "copy_checkpoint_files",
     "load_adapter",
     "load_model",

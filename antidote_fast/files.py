@@ -17,7 +17,15 @@ from antidote_fast.commit import read_manifest
 from antidote_fast.errors import DataError, printable, readable
 from antidote_fast.fingerprint import fingerprint
 from antidote_fast.progress import track
-from antidote_fast.safe_open import Folder, Watch, identity, is_file_name, open_file, read_all
+from antidote_fast.safe_open import (
+    Folder,
+    Watch,
+    check_stored,
+    identity,
+    is_file_name,
+    open_file,
+    read_all,
+)
 from antidote_fast.writing import bytes_of, read_into, read_tensor
 
 MODEL_FILE = "model.safetensors"
@@ -253,12 +261,19 @@ def read_tensor_file(path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """
     with open_file(path) as file:
         before = os.fstat(file.fileno())
+        check_stored(before, path)
         entries, metadata = _header_of(file, path)
         tensors = {}
         for name, entry in entries.items():
             if entry.dtype is None:
                 raise DataError(f"{path}: {name!r} is of a dtype that this torch lacks")
-            tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+            try:
+                tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+            except RuntimeError:
+                size = entry.end - entry.start
+                raise DataError(
+                    f"{path}: {name!r} of {size} bytes does not fit in memory"
+                ) from None
             read_into(file.fileno(), bytes_of(tensors[name]), entry.start, path)
         if identity(os.fstat(file.fileno())) != identity(before):
             raise DataError(f"{path}: changed while it was read")

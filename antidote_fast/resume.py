@@ -29,8 +29,6 @@ from antidote_fast.commit import (
 from antidote_fast.errors import AntidoteError, DataError, Interrupted
 from antidote_fast.places import run_of
 
-# A file that is gone, or a link now: that does not pass.
-_OF_THE_INPUTS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK)
 STATE_VERSION = 1
 MANIFEST_ENTRY = RUN_INPUTS
 KEPT = "what was done is kept, and the same command with --resume goes on"
@@ -171,12 +169,15 @@ def run_folder(path, inputs, *, resume=False, overwrite=False):
                 shutil.rmtree(run.folder, ignore_errors=True)
 
 
+# No errno, or a link or a pipe where a file is read: it would come again.
+_OF_THE_INPUTS = (None, 0, errno.ENOENT, errno.ELOOP, errno.EMLINK, errno.ENOTDIR, errno.ENXIO)
+
+
 def _is_of_the_system(error):
     """Whether a refusal of a disk or of memory is behind an exception, so that it may pass."""
     while error is not None:
         of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        of_a_disk = isinstance(error, OSError) and error.errno not in (None, *_OF_THE_INPUTS)
-        if of_memory or of_a_disk:
+        if of_memory or (isinstance(error, OSError) and error.errno not in _OF_THE_INPUTS):
             return True
         hidden = error.__suppress_context__
         error = error.__cause__ or (None if hidden else error.__context__)

@@ -22,8 +22,9 @@ _FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
 # A file of the hub's cache is a link to this place, beside the folder "snapshots".
 _BLOB = re.compile(r"\.\./\.\./blobs/([^/]+)")
 # Of a folder; somebody's log may grow there.
-_READ_BY_STAGES = re.compile(r".*\.(safetensors|json|txt|model|jinja|tiktoken|py|md)|[^.]+")
+READ_BY_STAGES = re.compile(r".*\.(safetensors|json|txt|model|jinja|tiktoken|py|md)|[^.]+")
 _MAX_FILES = 10_000  # of one folder
+_MAX_HOLES = 64 << 20
 # A change within one tick of the system's clock (1 to 10 ms) leaves the time of a file as it was.
 _TICK_NS = 20_000_000
 _TICKS = 5
@@ -205,13 +206,32 @@ def read_all(file, path, max_bytes) -> bytes:
     before = os.fstat(file.fileno())
     if before.st_size > max_bytes:
         raise DataError(f"{path}: larger than {_size(max_bytes)}")
+    check_stored(before, path)
     try:
         data = file.read(before.st_size + 1)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (MemoryError, OverflowError):
+        size = _size(before.st_size)
+        raise DataError(f"{path}: cannot be read: {size} are more than fit in memory") from None
     if len(data) != before.st_size or identity(os.fstat(file.fileno())) != identity(before):
         raise DataError(f"{path}: changed while it was read")
     return data
+
+
+def check_stored(found, path):
+    """Refuse a large file of which next to nothing is stored: its holes would fill the memory.
+
+    Args:
+        found: what ``os.stat`` says of it.
+        path: what an error calls it.
+
+    Raises:
+        DataError: over 64 MiB, and less than a sixteenth of it on the disk.
+    """
+    blocks = getattr(found, "st_blocks", 0)  # 0: a file system that does not tell
+    if found.st_size > _MAX_HOLES and 0 < 512 * blocks < found.st_size // 16:
+        raise DataError(f"{path}: {_size(found.st_size)}, of which next to nothing is stored")
 
 
 class Watch:
@@ -235,7 +255,7 @@ class Watch:
             path = Path(path)
             if path.is_dir():
                 names = Folder(path).names()
-                files = [path / name for name in names if _READ_BY_STAGES.fullmatch(name)]
+                files = [path / name for name in names if READ_BY_STAGES.fullmatch(name)]
             else:
                 files = [path]
             for file in files:

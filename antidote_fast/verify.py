@@ -23,12 +23,14 @@ from antidote_fast.commit import (
 from antidote_fast.errors import AntidoteError, DataError, UsageError, printable, readable
 from antidote_fast.places import HIDDEN
 from antidote_fast.progress import command_line_progress, tell, track
-from antidote_fast.safe_open import identity, open_below, read_file
+from antidote_fast.safe_open import READ_BY_STAGES, identity, open_below, read_file
 
 _USAGE = "usage: antidote-fast verify FOLDER [FOLDER ...] [--json]"
 _NOT_READ = ("README.md", "report.json")
 # What a COMPLETE.json must list where it is there.
 _WEIGHTS = ("*.safetensors", "config.json", "adapter_config.json", "*.index.json")
+_ADAPTER_FILE = "adapter_model.safetensors"
+_MAX_BESIDE = 1 << 30
 _NEVER = "a weight that changed cannot be seen"
 
 
@@ -82,15 +84,20 @@ def _verify(folder, progress):
 
 
 @readable()
-def check_input(folder, progress=False):
+def check_input(folder, progress=False, only=None):
     """Refuse a folder with a ``COMPLETE.json`` whose files are no longer what was written.
 
-    Before anything is computed from them. All files are hashed, however large (half a second a
-    gigabyte, one Xeon core; once a process while they stay as they are), but for those that nothing
-    is computed from. Without a ``COMPLETE.json`` there is nothing to compare with.
+    Before anything is computed from them. The files that a stage may read are hashed, however large
+    (half a second a gigabyte, one Xeon core; once a process while they stay as they are); of others
+    the size is compared. Without a ``COMPLETE.json`` there is nothing to compare with.
+
+    Args:
+        folder: of a model, an adapter or norms.
+        progress: as :func:`antidote_fast.progress.track` takes it.
+        only: the one file of the folder that is read, where it is one.
 
     Raises:
-        DataError: naming the file.
+        DataError: naming the file; an adapter with more than 1 GiB to read beside its weights.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -103,6 +110,8 @@ def check_input(folder, progress=False):
             if path.name not in manifest["files"]:
                 raise DataError(f"{path}: is not in {MANIFEST}; was it added, or was the list cut?")
     files = [item for item in sorted(manifest["files"].items()) if item[0] not in _NOT_READ]
+    is_adapter = os.path.lexists(folder / "adapter_config.json")
+    beside = 0
     for name, entry in track(files, "verify", progress):
         path = folder / name
         try:
@@ -111,6 +120,12 @@ def check_input(folder, progress=False):
                 if found.st_size != entry["bytes"]:
                     told = f"{found.st_size} bytes, not {entry['bytes']} as written"
                     raise DataError(f"{path}: {told}")
+                if not (name == only if only else _is_read(name, is_adapter)):
+                    continue
+                if is_adapter and name != _ADAPTER_FILE:
+                    beside += entry["bytes"]
+                    if beside > _MAX_BESIDE:
+                        raise DataError(f"{path}: with it more than 1 GiB lie beside the weights")
                 digest = _digest(path, identity(found))
         except FileNotFoundError:
             raise DataError(f"{path}: missing; {MANIFEST} lists it") from None
@@ -118,6 +133,13 @@ def check_input(folder, progress=False):
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
         if digest != entry["sha256"]:
             raise DataError(f"{path}: contents changed since it was written ({MANIFEST})")
+
+
+def _is_read(name, is_adapter):
+    """Whether a stage reads a file of a model's folder, or of an adapter's, which has one."""
+    if is_adapter and name.endswith(".safetensors"):
+        return name == _ADAPTER_FILE
+    return READ_BY_STAGES.fullmatch(name) is not None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -318,8 +318,9 @@ def load_data(config, records, name="dataset"):
 def load_norms(path, name="norms"):
     """Norms from a file, or from the folder that calibrate wrote."""
     path = Path(path)
-    check_input(path if path.is_dir() else path.parent)
-    return ActivationNorms.load(path / NORMS_FILE if path.is_dir() else path, name)
+    path = path / NORMS_FILE if path.is_dir() else path
+    check_input(path.parent, only=path.name)
+    return ActivationNorms.load(path, name)
 
 
 def describe_backend(name, device):

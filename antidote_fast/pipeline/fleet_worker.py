@@ -18,6 +18,7 @@ from antidote_fast.calibrate import lean_forward, run_batch
 from antidote_fast.checkpoint import (
     check_adapter,
     check_copied,
+    check_sizes,
     load_model,
     load_tokenizer,
     open_checkpoint,
@@ -71,6 +72,7 @@ class Worker:
         self.backend = calibrate.describe_backend(config.backend, self.device)
         self._base_hashes = hash_inputs([config.model_name_or_path])
         self._data = collections.OrderedDict()
+        self._watches = {}
         self._slot = self._hooks = self._hooked = self._collector = None
         self._usual = _ROOM
 
@@ -138,6 +140,7 @@ class Worker:
         if not adapter.is_adapter:
             raise DataError(f"adapter={config.adapter!r}: is a whole model, not an adapter")
         check_copied(adapter)
+        check_sizes(adapter, {name: entry.shape for name, entry in self.base.tensors.items()})
         check_input(adapter.folder)
         inputs = {**self._base_hashes, **hash_inputs([config.adapter])}
         for name in _SETS:
@@ -241,7 +244,7 @@ class Worker:
         )
         with contextlib.ExitStack() as stack:
             self._collector = stack.enter_context(collector)
-            self._options = stack.enter_context(lean_forward(live))
+            self._options = stack.enter_context(lean_forward(live, found))
             self._hooks = stack.pop_all()
 
     def _write(self, read, known, calibrated):
@@ -269,6 +272,9 @@ class Worker:
             write_pruned(adapter, folder, pruned)
             seconds = {"calibrate": calibrated, "prune": time.perf_counter() - start}
             contents = prune.finish(folder, config, report, known, seconds, inputs=read.inputs)
+            for name in read.data:
+                if file := local_file(getattr(config, name)):
+                    self._watch_of(file).check()
         self._usual = max(self._usual, len(adapter.held))
         return "done", contents, calibrated + time.perf_counter() - start
 
@@ -295,12 +301,14 @@ class Worker:
 
     def _load(self):
         check_memory(self.config, [self.base])
-        return load_model(
+        model = load_model(
             self.base.folder,
             dtype=self.config.dtype,
             device=self.config.device,
             trust_remote_code=self.config.trust_remote_code,
         )
+        self.base.watch.check()  # none of its files changed while it was read
+        return model
 
     @functools.cached_property
     def _tokenizer(self):
@@ -319,7 +327,7 @@ class Worker:
         if held is None:
             try:
                 file = local_file(getattr(config, name))
-                watch = Watch() if file is None else self._watch(file)
+                watch = Watch() if file is None else self._watch_of(file)
                 records = calibrate.load_data(config, None, name)
                 watch.check()
                 batches = calibrate.batches_of(config, records, self._tokenizer, self.base.config)
@@ -336,16 +344,15 @@ class Worker:
         return held
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a worker lives as long as its process
-    def _hashes_of(self, dataset):
-        watch = self._watch(dataset)
-        hashes = hash_inputs([dataset])
-        watch.check()
-        return hashes
+    def _hashes_of(self, file):
+        self._watch_of(file)
+        return hash_inputs([file])
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - as above
-    def _watch(self, dataset):
-        """What a data set was when it was first looked at: read and hashed it must be the same."""
-        return Watch(dataset)
+    def _watch_of(self, file):
+        """What a data file was before this worker first read it, or hashed it."""
+        if file not in self._watches:
+            self._watches[file] = Watch(file)
+        return self._watches[file]
 
 
 def sets_of(config):

@@ -12,7 +12,7 @@ from pathlib import Path
 from antidote_fast.commit import new_file, read_manifest, sha256_file, sha256_of
 from antidote_fast.errors import DataError
 from antidote_fast.memory import peak_device_memory_bytes, peak_memory_bytes
-from antidote_fast.safe_open import Folder
+from antidote_fast.safe_open import Folder, read_file
 
 REPORT = "report.json"
 SCHEMA_VERSION = 1
@@ -20,6 +20,7 @@ SCHEMA_VERSION = 1
 # for each run would cost more than the pruning.
 _MAX_HASHED_BYTES = 256 << 20
 _MAX_HASHED_TOGETHER = 4 << 30
+_MAX_REPORT_BYTES = 256 << 20
 _NOT_HASHED = "not hashed"
 
 
@@ -71,7 +72,11 @@ def hash_inputs(paths, known=None) -> dict:
             continue
         path = Path(path)
         if path.is_file():
-            hashes[str(path)] = sha256_file(path)
+            size = path.stat().st_size
+            small = size <= _MAX_HASHED_TOGETHER  # nothing longer is read
+            hashes[str(path)] = sha256_file(path) if small else f"{size} bytes, {_NOT_HASHED}"
+            continue
+        if not path.is_dir():  # a pipe, which no stage reads
             continue
         manifest = read_manifest(path)
         if manifest is not None:
@@ -163,10 +168,13 @@ def _dumps(value, **options):
 
 
 def read_report(folder) -> dict | None:
-    """The ``report.json`` of a folder, or None where there is none of a version we know."""
+    """The ``report.json`` of a folder, or None where there is none of a version we know.
+
+    A link out of the folder is not followed, and nothing over 256 MiB is read.
+    """
     try:
-        report = json.loads((Path(folder) / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        report = json.loads(read_file(Path(folder) / REPORT, _MAX_REPORT_BYTES).decode("utf-8"))
+    except (OSError, ValueError, RecursionError):  # a DataError is a ValueError
         return None
     if not isinstance(report, dict) or report.get("schema_version") != SCHEMA_VERSION:
         return None
