@@ -412,7 +412,7 @@ def test_inspect_tells_a_folder_that_is_not_whole(tmp_path, capsys):
         (["a", "b"], 2, "inspect takes one file or folder, 2 were given"),
         (["{tmp}/nope"], 3, "no such file or folder"),
         (["{tmp}", "--all"], 2, "--all: inspect takes --json only"),
-        (["{tmp}/text"], 3, "cannot be read as safetensors"),
+        (["{tmp}/text"], 3, "is truncated or not a safetensors file"),
         (["{tmp}/other.safetensors"], 3, "neither norms nor masks of this tool"),
         (["{tmp}"], 3, "neither a model, an adapter, nor written by this tool"),
     ],
