@@ -9,7 +9,7 @@ from pathlib import Path
 import kill_sweep
 import soak_kinds
 
-HOSTILE = ("truncated", "link_to_weights")
+HOSTILE = ("pissa", "endless_targets")
 
 
 def test_a_small_fleet_that_is_killed_ends_as_if_nothing_had_been(tmp_path):
