@@ -194,6 +194,8 @@ class Strange(nn.Linear):
 
 def test_a_module_whose_weight_is_none_of_its_tensors():
     model = nn.ModuleDict({"q_proj": Strange(4, 4)})
+    with torch.no_grad():  # Linear has initialised a copy
+        model["q_proj"]._parameters["weight"].copy_(torch.arange(1.0, 17).view(4, 4))
     with pytest.raises(
         AntidoteError, match=r"^q_proj.weight: its module \(Strange\) computes with"
     ):
