@@ -32,8 +32,8 @@ test-all: test fuzz soak
 # Triton's kernels are interpreted without coverage: measuring it takes 2.3 times as long.
 tests: $(MARK)-test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --cov=antidote_fast --cov-fail-under=90 \
-		--ignore-glob='tests/test_triton*'
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_triton*.py
+		--ignore-glob='tests/backends/test_triton*'
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/backends/test_triton*.py
 	@cut -c 1-200 build/triton-kernels.txt
 	@! test -f build/cuda-kernels.txt || cat build/cuda-kernels.txt
 
@@ -58,13 +58,13 @@ sanitize: $(MARK)-test
 			assert _cpu.__file__.startswith("$(SANITIZED)"); \
 			sys.exit(pytest.main(sys.argv[1:]))' \
 		-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q -n 2 -m table \
-		$(addprefix $(CURDIR)/,$(shell grep -l 'mark\.table' tests/test_*.py)) \
+		$(addprefix $(CURDIR)/,$(shell grep -rl 'mark\.table' tests --include='test_*.py')) \
 		|| { cat $(SANITIZED)/found.* 2>/dev/null; exit 1; }
 
 # 100,000 broken files for the readers, from new seeds: some minutes.
 fuzz: $(MARK)-test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --timeout=0 --hypothesis-profile=fuzz \
-		--hypothesis-show-statistics tests/test_fuzz.py
+		--hypothesis-show-statistics tests/promises/test_fuzz.py
 
 # A fleet of 1,000 adapters of ten kinds, one in ten hostile, killed at 20 random times and started
 # again: its good outputs are those of `prune` alone. One line of JSON; another SEED, other times.
@@ -72,7 +72,7 @@ SEED ?= 0
 soak: $(MARK)-test
 	rm -rf build/soak && mkdir -p build/soak
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-		$(PY) -W ignore tests/soak.py 1000 20 $(SEED) build/soak
+		$(PY) -W ignore tests/support/soak.py 1000 20 $(SEED) build/soak
 	rm -rf build/soak
 
 # Those that want a GPU say so and exit with 2.

@@ -28,17 +28,13 @@ _HOMES = {
         "score",
         "select_mask",
     ),
-    "antidote_fast.calibrate": ("ActivationNorms",),
-    "antidote_fast.prune": ("PruneReport", "prune_model_", "prune_state_"),
-    "antidote_fast.targets": ("find_targets",),
-    "antidote_fast.pipeline.config": (
-        "AlignConfig",
-        "CalibrateConfig",
-        "EvaluateConfig",
-        "FinetuneConfig",
-        "PruneConfig",
-    ),
-    "antidote_fast.pipeline.oneshot": ("oneshot",),
+    "antidote_fast.norms.activation_norms": ("ActivationNorms",),
+    "antidote_fast.pruning.prune": ("PruneReport", "prune_model_", "prune_state_"),
+    "antidote_fast.models.targets": ("find_targets",),
+    "antidote_fast.config.train": ("AlignConfig", "FinetuneConfig"),
+    "antidote_fast.config.prune": ("CalibrateConfig", "PruneConfig"),
+    "antidote_fast.config.evaluate": ("EvaluateConfig",),
+    "antidote_fast.stages.oneshot": ("oneshot",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -102,3 +102,9 @@ class PeerFailed(AntidoteError):
     def __init__(self, message, exit_code=1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_line(error) -> str:
+    """The first line of an exception that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -7,8 +7,8 @@ import torch
 
 from antidote_fast.backends.reference import unpack_bits
 from antidote_fast.errors import DataError, printable
-from antidote_fast.files import read_tensor_file
-from antidote_fast.writing import TensorFile, save_tensors
+from antidote_fast.files.checkpoint import read_tensor_file
+from antidote_fast.files.tensor_file import TensorFile, save_tensors
 
 FORMAT = "antidote_fast.masks"
 VERSION = "1"
@@ -117,10 +117,11 @@ def masks_file(path, shapes, metadata=None, keep=False):
         path: the file.
         shapes: {parameter name: (out, in)}; a mask that is never written removes nothing.
         metadata: as :func:`save_masks`.
-        keep: as :meth:`antidote_fast.writing.TensorFile.create`.
+        keep: as :meth:`antidote_fast.files.tensor_file.TensorFile.create`.
 
     Returns:
-        A :class:`antidote_fast.writing.TensorFile`; write ``mask.bits`` under :func:`mask_key`.
+        A :class:`antidote_fast.files.tensor_file.TensorFile`; write ``mask.bits`` under
+        :func:`mask_key`.
     """
     specs = {mask_key(name): (torch.uint8, (n, -(-k // 8))) for name, (n, k) in shapes.items()}
     listed = json.dumps({mask_key(name): shape for name, shape in shapes.items()})

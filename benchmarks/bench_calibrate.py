@@ -14,7 +14,7 @@ import common
 import torch
 
 from antidote_fast import ActivationNorms, find_targets
-from antidote_fast.calibrate import lean_forward
+from antidote_fast.models.forwards import lean_forward
 
 CASES = (
     ("lora q/k/v", True, None),

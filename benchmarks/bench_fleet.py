@@ -22,13 +22,13 @@ from pathlib import Path
 import common
 import torch
 
-from antidote_fast.calibrate import lean_forward
-from antidote_fast.commit import verify_folder
-from antidote_fast.demo_model import prepare_model
-from antidote_fast.pipeline import fleet
-from antidote_fast.pipeline.config import FleetConfig
-from antidote_fast.pipeline.fleet_manifest import read_manifest_file
-from antidote_fast.pipeline.fleet_worker import Worker
+from antidote_fast.config.fleet import FleetConfig
+from antidote_fast.experiments.demo.model import prepare_model
+from antidote_fast.files.manifest import verify_folder
+from antidote_fast.fleet import fleet
+from antidote_fast.fleet.manifest import read_manifest_file
+from antidote_fast.fleet.worker import Worker
+from antidote_fast.models.forwards import lean_forward
 
 WORDS = [
     *("the", "light", "stone", "of", "a", "green", "house", "by", "water", "has", "two", "doors"),

@@ -10,8 +10,9 @@ import common
 import torch
 from torch.nn import functional
 
-from antidote_fast import accumulate_sq_norm_, fusion
+from antidote_fast import accumulate_sq_norm_
 from antidote_fast.errors import BackendUnavailable
+from antidote_fast.norms import fusion
 
 EPS = 1e-5
 SHAPES = {

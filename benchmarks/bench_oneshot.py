@@ -28,14 +28,14 @@ from antidote_fast import (
     ActivationNorms,
     Selection,
     find_targets,
-    fusion,
     oneshot,
     prune_mask,
     prune_model_,
 )
-from antidote_fast.calibrate import lean_forward
 from antidote_fast.errors import BackendUnavailable
-from antidote_fast.fingerprint import fingerprint_model
+from antidote_fast.files.fingerprint import fingerprint_model
+from antidote_fast.models.forwards import lean_forward
+from antidote_fast.norms import fusion
 
 MODELS = {  # hidden, intermediate, layers, heads, key and value heads, vocabulary
     "tiny": (32, 48, 2, 4, 2, 128),

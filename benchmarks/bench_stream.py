@@ -25,10 +25,11 @@ import peers
 import torch
 
 from antidote_fast import Selection, num_pruned, prune_mask
-from antidote_fast.calibrate import ActivationNorms
-from antidote_fast.files import open_checkpoint
-from antidote_fast.loading import load_tokenizer
-from antidote_fast.pipeline.data import load_records, make_batches
+from antidote_fast.data.batches import make_batches
+from antidote_fast.data.load import load_records
+from antidote_fast.files.checkpoint import open_checkpoint
+from antidote_fast.models.loading import load_tokenizer
+from antidote_fast.norms.activation_norms import ActivationNorms
 from antidote_fast.streaming.blocks import BlockModel
 from antidote_fast.streaming.norms import BlockCalibration
 from antidote_fast.streaming.spill import Room

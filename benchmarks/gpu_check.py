@@ -126,7 +126,7 @@ def tests(name, limit, *beginnings):
     options = ["-q", "-p", "no:cacheprovider", "--durations", "5"]
     if importlib.util.find_spec("xdist"):
         options += ["-n", "8"]  # kernels compile on the host, side by side
-    found = (ROOT / "tests").glob("test_*.py")
+    found = (ROOT / "tests").rglob("test_*.py")
     files = [f.relative_to(ROOT) for f in sorted(found) if f.name.startswith(beginnings)]
     files = [file for file in files if not file.stem.endswith("_compile")]
     return Step(f"tests {name}", python("-m", "pytest", *options, *files), limit)

@@ -16,8 +16,9 @@ import torch
 from bench_oneshot import MODELS, llama_config
 from common import DTYPES
 
-from antidote_fast.pipeline.data import Record, build_prompt
-from antidote_fast.writing import TensorFile
+from antidote_fast.data.batches import build_prompt
+from antidote_fast.data.records import Record
+from antidote_fast.files.tensor_file import TensorFile
 
 WORDS = ("sure", "here", "is", "how", "to", "make", "a", "good", "cake", "and", "what", "the")
 SCALE = 0.02

@@ -16,22 +16,37 @@ import dataclasses
 import json
 from pathlib import Path
 
-from antidote_fast import ActivationNorms, Selection, checkpoint, demo_data
-from antidote_fast.demo_model import prepare_model
-from antidote_fast.pipeline import align, finetune
-from antidote_fast.pipeline.config import AlignConfig, FinetuneConfig
-from antidote_fast.pipeline.data import Record, load_records, make_batches
-from antidote_fast.pipeline.evaluate import answer_sets, evaluate_model
-from antidote_fast.pipeline.gates import learn_gates
-from antidote_fast.pipeline.sweep import Originals
-from antidote_fast.prune import prune_model_
+from antidote_fast import ActivationNorms, Selection
+from antidote_fast.config.train import AlignConfig, FinetuneConfig
+from antidote_fast.data.batches import make_batches
+from antidote_fast.data.load import load_records
+from antidote_fast.data.records import Record
+from antidote_fast.evaluation.measure import answer_sets, evaluate_model
+from antidote_fast.experiments.demo.model import prepare_model
+from antidote_fast.experiments.demo.records import (
+    Sizes,
+    benign_prompts,
+    distilled,
+    exercise_records,
+    harmful_splits,
+    read_harmful_prompts,
+    task_records,
+)
+from antidote_fast.files.checkpoint import open_checkpoint
+from antidote_fast.files.commit import output_folder
+from antidote_fast.models.adapters import load_adapter
+from antidote_fast.models.loading import load_model, load_tokenizer
+from antidote_fast.models.undo import Originals
+from antidote_fast.pruning.prune import prune_model_
+from antidote_fast.stages import align, finetune
+from antidote_fast.stages.gates.learn import learn_gates
 
 LEARNING_RATES = (1.5e-4, 8e-4, 4.5e-3)
 RATIOS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 GATE = Selection(0.5, scope="tensor")
 TOKENS = {"harmful": 10, "task": 4, "benign": 10}
 TESTED = 60  # prompts of each kind
-SIZES = demo_data.Sizes(
+SIZES = Sizes(
     align_harmful=150,
     align_benign=300,
     align_exercises=30,
@@ -51,15 +66,15 @@ FIELDS += ("finetune_accuracy", "benign_refusal_rate", "empty", "garbled", "seco
 
 def make_data(source, folder):
     """JSONL files of every part, each once; ordinary answers are the base model's own."""
-    harmful = demo_data.harmful_splits(demo_data.read_harmful_prompts(), SIZES, 0)
-    ordinary, benign = demo_data.benign_prompts(SIZES, 0)
-    task = demo_data.task_records(SIZES, 0)
-    tokenizer = checkpoint.load_tokenizer(source)
-    model = checkpoint.load_model(source, dtype="float32", device="cpu")
+    harmful = harmful_splits(read_harmful_prompts(), SIZES, 0)
+    ordinary, benign = benign_prompts(SIZES, 0)
+    task = task_records(SIZES, 0)
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, dtype="float32", device="cpu")
     asked = ordinary[:200]
     answers = answer_sets(model, tokenizer, {"x": asked}, max_new_tokens=32, batch_size=64)["x"]
-    exercises = demo_data.exercise_records(SIZES.align_exercises, 0)
-    safe = [*harmful["align"], *demo_data.distilled(asked, answers), *exercises]
+    exercises = exercise_records(SIZES.align_exercises, 0)
+    safe = [*harmful["align"], *distilled(asked, answers), *exercises]
     parts = {
         "safe": safe,
         "safe-again": [*safe, *harmful["align"]],
@@ -74,7 +89,7 @@ def make_data(source, folder):
         "benign-validation": benign[:40],
         "benign-test": benign[40:],
     }
-    with checkpoint.output_folder(folder) as staged:
+    with output_folder(folder) as staged:
         for name, records in parts.items():
             lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in records]
             (staged / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -133,9 +148,9 @@ class Cell:
     """One attacked model in memory, and the prompts that it is measured on."""
 
     def __init__(self, aligned, adapter, data, split):
-        self.tokenizer = checkpoint.load_tokenizer(aligned)
-        model = checkpoint.load_model(aligned, dtype="float32", device="cpu")
-        self.model = checkpoint.load_adapter(model, checkpoint.open_checkpoint(adapter))
+        self.tokenizer = load_tokenizer(aligned)
+        model = load_model(aligned, dtype="float32", device="cpu")
+        self.model = load_adapter(model, open_checkpoint(adapter))
         self.originals = Originals(self.model)
         self.data = data
         self.sets = {name: self.records(f"{name}-{split}")[:TESTED] for name in TOKENS}

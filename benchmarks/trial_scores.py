@@ -24,12 +24,14 @@ import score_cells
 import torch
 
 from antidote_fast import Selection
-from antidote_fast.pipeline.data import Record, collate, encode
-from antidote_fast.pipeline.gate_data import adapter_off, answer_prompts
-from antidote_fast.pipeline.objective import num_response_tokens, response_logits, response_loss
-from antidote_fast.pipeline.refusals import is_refusal
-from antidote_fast.prune import prune_model_
-from antidote_fast.targets import find_targets
+from antidote_fast.data.batches import collate, encode
+from antidote_fast.data.records import Record
+from antidote_fast.evaluation.refusals import is_refusal
+from antidote_fast.models.adapters import adapter_off
+from antidote_fast.models.targets import find_targets
+from antidote_fast.pruning.prune import prune_model_
+from antidote_fast.stages.gates.answers import answer_prompts
+from antidote_fast.training.objective import num_response_tokens, response_logits, response_loss
 
 RECORDS, BATCH = 48, 16
 PATH = (0.1, 0.3, 0.5, 0.7, 0.9)

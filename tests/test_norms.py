@@ -7,8 +7,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from antidote_fast.calibrate import ActivationNorms
 from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast.norms.activation_norms import ActivationNorms
 
 
 def simple(**options):

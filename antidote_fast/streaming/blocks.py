@@ -5,7 +5,6 @@ block by block. Its weights are read from the checkpoint's files when they are n
 """
 
 import contextlib
-import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,12 +12,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from antidote_fast.adapters import load_adapter
-from antidote_fast.bounds import bounded
-from antidote_fast.calibrate import lean_forward
 from antidote_fast.errors import DataError
-from antidote_fast.loading import check_not_quantized, first_line, pick_dtype
-from antidote_fast.writing import read_tensor
+from antidote_fast.files.tensor_file import read_tensor
+from antidote_fast.models.adapters import load_adapter
+from antidote_fast.models.forwards import lean_forward
+from antidote_fast.models.loading import check_not_quantized, without_weights
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -38,9 +36,9 @@ class BlockModel:
     """A model without weights, and the files to fill it from.
 
     Args:
-        base: :class:`antidote_fast.files.Checkpoint` of the model.
+        base: :class:`antidote_fast.files.checkpoint.Checkpoint` of the model.
         adapter: of a LoRA adapter on top of it; it is in memory whole.
-        dtype: as :func:`antidote_fast.loading.load_model`.
+        dtype: as :func:`antidote_fast.models.loading.load_model`.
         device: where a block runs.
         trust_remote_code: allow code that the checkpoint ships to run.
 
@@ -299,35 +297,6 @@ def _base_name(name):
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
-def without_weights(base, dtype, trust_remote_code):
-    """The model of a checkpoint, its weights on meta; what its own code computes is real.
-
-    Raises:
-        DataError: a configuration that transformers does not know, or that asks for far more than
-            the files hold.
-    """
-    import transformers
-    from accelerate import init_empty_weights
-
-    dtype = pick_dtype(dtype)
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            str(base.folder), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        if dtype == "auto":
-            dtype = getattr(config, "dtype", None) or _first_dtype(base)
-        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        with torch.device("meta"), bounded(base):  # at first without memory for buffers either
-            transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
-        with init_empty_weights(include_buffers=False):
-            model = transformers.AutoModelForCausalLM.from_config(config, **options)
-    except DataError:
-        raise
-    except Exception as error:  # whatever a foreign config makes transformers raise
-        raise DataError(f"{base.folder}: cannot be loaded: {first_line(error)}") from error
-    return model
-
-
 @contextlib.contextmanager
 def _stand_ins(model):
     """Inside the block weights look real and take no memory: PEFT puts its own beside them."""
@@ -342,11 +311,6 @@ def _stand_ins(model):
     finally:
         for module, parameters in owners:
             module._parameters.update(parameters)
-
-
-def _first_dtype(base):
-    floats = [e.dtype for e in base.tensors.values() if e.dtype and e.dtype.is_floating_point]
-    return floats[0] if floats else torch.float32
 
 
 def _find_blocks(model, base):

@@ -8,10 +8,11 @@ import dataclasses
 
 import torch
 
-from antidote_fast.collector import NormCollector
 from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast.models.targets import find_targets
+from antidote_fast.norms.activation_norms import ActivationNorms
+from antidote_fast.norms.collector import NormCollector
 from antidote_fast.streaming.spill import TensorStore
-from antidote_fast.targets import find_targets
 
 
 class BlockCalibration:
@@ -29,7 +30,7 @@ class BlockCalibration:
         spilled_bytes: the most of hidden states and arguments that lay on disk for want of room.
 
     Raises:
-        NothingPruned, UsageError: as :func:`antidote_fast.targets.find_targets`.
+        NothingPruned, UsageError: as :func:`antidote_fast.models.targets.find_targets`.
         DataError: no token to count; a target outside of the blocks.
     """
 
@@ -60,7 +61,7 @@ class BlockCalibration:
         # A batch of pads alone never runs.
         self._batches = [batch for batch in batches if counter.start(batch)]
         if not self._batches:
-            counter.norms()  # raises, with the counts
+            counter.sums()  # raises, with the counts
         self._hidden = self._calls = None
         self.spilled_bytes = 0
         self._specs, self._kept = {}, None
@@ -127,7 +128,11 @@ class BlockCalibration:
                     after.put(number, [hidden], self._hidden.take(number))
             if after is not None:
                 self.spilled_bytes = max(self.spilled_bytes, self._spilled(after))
-            norms = collector.norms(fingerprint=self._fingerprint) if collect and targets else None
+            norms = (
+                ActivationNorms.of(collector, fingerprint=self._fingerprint)
+                if collect and targets
+                else None
+            )
         if self._hidden is not self._kept:
             self._hidden.close()
         self._hidden = after

@@ -4,10 +4,10 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from antidote_fast.checkpoint import copy_checkpoint_files
-from antidote_fast.commit import sha256_file
-from antidote_fast.loading import check_free_space
-from antidote_fast.writing import TensorFile
+from antidote_fast.files.commit import check_free_space
+from antidote_fast.files.manifest import sha256_file
+from antidote_fast.files.pruned_copy import copy_checkpoint_files
+from antidote_fast.files.tensor_file import TensorFile
 
 _PARTIAL = ".partial"
 
@@ -19,7 +19,8 @@ class ModelSink:
     loader takes the folder for a model.
 
     Args:
-        checkpoint: a :class:`antidote_fast.files.Checkpoint`; each of its tensors is to be written
+        checkpoint: a :class:`antidote_fast.files.checkpoint.Checkpoint`; each of its tensors is to
+            be written
             or copied once.
         folder: an existing folder.
         done: names of tensors that an interrupted run has written there.

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import torch
 
-from antidote_fast.errors import DataError
-from antidote_fast.writing import bytes_of, read_into
+from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast.files.tensor_file import bytes_of, read_into
+from antidote_fast.system.memory import available_memory, format_bytes, parse_bytes, resident_bytes
+
+_FIRST_FORWARD = 64 << 20  # of libraries and their buffers; 36 to 50 MB were seen
+_SHARE = 0.8  # of the free memory, where max_memory says nothing
 
 
 class Room:
@@ -166,3 +170,37 @@ class TensorStore:
 
 def _num_bytes(tensors):
     return sum(t.nbytes for t in tensors if t is not None)
+
+
+def room_for_hidden(config, model, batches):
+    """(bytes for hidden states and arguments of blocks, whether the next block is read ahead).
+
+    Raises:
+        AntidoteError: max_memory, or what is free, is too little for the blocks alone.
+    """
+    now = resident_bytes()
+    limit = now + int(_SHARE * available_memory())
+    if config.max_memory is not None:
+        limit = parse_bytes(config.max_memory, "max_memory")
+    block = max(model.num_bytes(i) for i in range(len(model)))
+    tokens = max(batch["input_ids"].numel() for batch in batches)
+    values = tokens * _widths(model) + _FIRST_FORWARD
+    # A block in use, one on its way to the disk, one read ahead.
+    for prefetch in (True, False):
+        fixed = max(now + model.outside_bytes, now + (2 + prefetch) * block + values)
+        if fixed < limit:
+            return limit - fixed, prefetch
+    where = "the free memory" if config.max_memory is None else f"max_memory={config.max_memory!r}"
+    raise AntidoteError(
+        f"{where}: {format_bytes(limit)} is less than the {format_bytes(fixed)} that this needs: "
+        f"{format_bytes(now)} in use, {format_bytes(block)} a block; a smaller batch_size needs "
+        f"{format_bytes(values)} less at most"
+    )
+
+
+def _widths(model):
+    """Bytes a token that a block holds on its way, about: fp32, the widest layers."""
+    config = model.model.config
+    hidden = getattr(config, "hidden_size", 0)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    return 4 * (6 * hidden + 3 * (inner if isinstance(inner, int) else max(inner)))

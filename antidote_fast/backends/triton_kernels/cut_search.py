@@ -25,14 +25,7 @@ from antidote_fast.backends.triton_kernels.cut_table import (
     load_keys,
     load_raw,
 )
-from antidote_fast.backends.triton_kernels.keys import (
-    BF16,
-    CANONICAL_NAN,
-    FP16,
-    FP32,
-    MAX_KEY,
-    PAD,
-)
+from antidote_fast.backends.triton_kernels.keys import BF16, CANONICAL_NAN, FP16, FP32, MAX_KEY, PAD
 
 # What is known of each selection, int64.
 LOW = tl.constexpr(0)  # the m-th largest is expected in [LOW, HIGH], near TARGET

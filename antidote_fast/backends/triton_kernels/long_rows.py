@@ -7,13 +7,7 @@ from the second-level cache.
 import triton
 import triton.language as tl
 
-from antidote_fast.backends.triton_kernels.keys import (
-    MAX_KEY,
-    PAD,
-    SIGNED,
-    keys_of,
-    score_of_key,
-)
+from antidote_fast.backends.triton_kernels.keys import MAX_KEY, PAD, SIGNED, keys_of, score_of_key
 from antidote_fast.backends.triton_kernels.rows import (
     HAS_NORM,
     SMALLEST,

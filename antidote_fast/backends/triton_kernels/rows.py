@@ -7,13 +7,7 @@
 import triton
 import triton.language as tl
 
-from antidote_fast.backends.triton_kernels.keys import (
-    MAX_KEY,
-    PAD,
-    SIGNED,
-    keys_of,
-    score_of_key,
-)
+from antidote_fast.backends.triton_kernels.keys import MAX_KEY, PAD, SIGNED, keys_of, score_of_key
 from antidote_fast.backends.triton_kernels.search import NO_GUESS, top
 
 # Bits of ``flags``.

@@ -1,0 +1,140 @@
+"""``antidote-fast verify``: is a folder whole, and if not, which file is to blame?
+
+A folder that this tool wrote is compared with the hashes of its ``COMPLETE.json``. Any model or
+adapter folder is also read as far as its headers: every shard there, none cut short, every tensor
+of the index in its place. Nothing in a folder is run.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from antidote_fast.errors import AntidoteError, DataError, UsageError, printable
+from antidote_fast.files.manifest import MANIFEST, TOOL, listing, read_manifest, verify_folder
+from antidote_fast.files.places import HIDDEN
+from antidote_fast.system.progress import command_line_progress, tell
+
+_USAGE = "usage: antidote-fast verify FOLDER [FOLDER ...] [--json]"
+_NEVER = "a weight that changed cannot be seen"
+
+
+def verify(folder, progress=False) -> dict:
+    """What is wrong with a folder.
+
+    Args:
+        folder: one that this tool wrote, or a model or adapter folder.
+        progress: as :func:`antidote_fast.system.progress.track` takes it.
+
+    Returns:
+        ``{"files": count, "bytes": size, "hashes": whether contents were compared, "problems":
+        [one line each, a file's name first]}``.
+    """
+    folder = Path(folder)
+    try:
+        return _verify(folder, progress)
+    except OSError as error:  # such as one that may not be entered
+        where = f"{os.path.relpath(error.filename, folder)}: " if error.filename else ""
+        problem = where.removeprefix(".: ") + (error.strerror or str(error))
+        return {"files": 0, "bytes": 0, "hashes": False, "problems": [problem]}
+
+
+def _verify(folder, progress):
+    problems = []
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "no such folder"
+        return {"files": 0, "bytes": 0, "hashes": False, "problems": [what]}
+    manifest = read_manifest(folder)
+    sizes = [] if manifest is None else [entry["bytes"] for entry in manifest["files"].values()]
+    try:
+        listed = listing(folder).values()
+    except DataError as error:
+        line = str(error).removeprefix(f"{folder}: ")
+        return {"files": len(sizes), "bytes": sum(sizes), "hashes": False, "problems": [line]}
+    if manifest is not None:
+        problems += verify_folder(folder, progress=progress)
+    else:
+        if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
+            problems.append(f"{MANIFEST}: is damaged, or not one of {TOOL}")
+        sizes = [p.stat().st_size for p in listed if p.is_file() and p.name != MANIFEST]
+        if os.path.isdir(folder / HIDDEN):
+            problems.append(
+                f"{HIDDEN}: a job is at work here, or was killed while it put files here"
+            )
+    understood = _check_contents(folder, problems)
+    if not understood and manifest is None and not problems:
+        problems.append(f"is neither a model, an adapter, nor written by {TOOL}")
+    hashes = manifest is not None
+    return {"files": len(sizes), "bytes": sum(sizes), "hashes": hashes, "problems": problems}
+
+
+def _check_contents(folder, problems):
+    """Read what can be understood up to the headers; True where there was something."""
+    from antidote_fast.files.checkpoint import ADAPTER_CONFIG, open_checkpoint
+    from antidote_fast.masks import load_masks
+    from antidote_fast.models.adapter_config import check_adapter_config
+    from antidote_fast.norms.activation_norms import ActivationNorms
+
+    def model():
+        checkpoint = open_checkpoint(folder, trust_remote_code=True)  # reads, runs nothing
+        if checkpoint.is_adapter:
+            check_adapter_config(checkpoint.config, ADAPTER_CONFIG)
+
+    checks = {
+        "config.json": model,
+        ADAPTER_CONFIG: model,
+        "norms.safetensors": lambda: ActivationNorms.load(folder / "norms.safetensors"),
+        "preserve-norms.safetensors": lambda: ActivationNorms.load(
+            folder / "preserve-norms.safetensors"
+        ),
+        "masks.safetensors": lambda: load_masks(folder / "masks.safetensors"),
+    }
+    found = [name for name in checks if (folder / name).exists()]
+    if {"config.json", ADAPTER_CONFIG} <= set(found):
+        found.remove("config.json")
+    for name in found:
+        try:
+            checks[name]()
+        except AntidoteError as error:
+            line = re.sub(r"^norms='(.*?)'", r"\1", str(error))
+            line = line.replace(f"{folder}/", "").removeprefix(f"{folder}: ")
+            file, _, what = line.partition(": ")
+            known = next((i for i, p in enumerate(problems) if p.split(":")[0] == file), None)
+            if known is None:
+                problems.append(line)
+            elif problems[known] == f"{file}: contents changed":
+                problems[known] += f"; {what}"
+    return bool(found)
+
+
+def verify_command(argv):
+    """``antidote-fast verify FOLDER [FOLDER ...] [--json]``."""
+    if "-h" in argv or "--help" in argv:
+        tell(_USAGE)
+        return
+    folders = [word for word in argv if not word.startswith("-")]
+    for word in argv:
+        if word.startswith("-") and word != "--json":
+            raise UsageError(f"{word}: verify takes --json only")
+    if not folders:
+        raise UsageError("verify takes at least one folder")
+    with command_line_progress(quiet="--json" in argv) as progress:
+        found = {folder: verify(os.path.expanduser(folder), progress) for folder in folders}
+    if "--json" in argv:
+        tell(json.dumps(found, indent=2))
+    else:
+        for folder, result in found.items():
+            for line in _lines(result):
+                tell(f"{folder}: {line}")
+    broken = [folder for folder, result in found.items() if result["problems"]]
+    if broken:
+        raise DataError(f"{len(broken)} of {len(found)} folders not whole, {broken[0]} first")
+
+
+def _lines(result):
+    if result["problems"]:
+        return [printable(line) for line in result["problems"]]
+    size = f"{result['files']} files, {result['bytes'] / 1e9:.3g} GB"
+    if result["hashes"]:
+        return [f"whole: {size}"]
+    return [f"nothing missing or cut short: {size}; no {MANIFEST}, so {_NEVER}"]

@@ -1,0 +1,1 @@
+"""One frozen dataclass a command, and flags and YAML files that fill it."""

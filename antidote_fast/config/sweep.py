@@ -1,0 +1,250 @@
+"""The config of sweep: what is tried, on which data, and the flags of prune that make each try."""
+
+import shlex
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Literal
+
+from antidote_fast.config.base import StageConfig, check, check_positive
+from antidote_fast.config.evaluate import EvaluateConfig
+from antidote_fast.config.prune import PruneConfig
+from antidote_fast.errors import UsageError
+
+RATIOS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
+SCOPES = ("row", "tensor", "global")
+MAX_ACCURACY_DROP, MAX_REFUSAL_RISE = 10.0, 5.0
+
+
+@dataclass(frozen=True)
+class SweepScore:
+    """What a score of the sweep is to prune.
+
+    Args:
+        score: prune's score.
+        norms: the kind of norms it goes by, a key of ``NORM_FILES``; None where it needs none.
+        preserve_norms: the kind of norms whose top weights are kept, or None.
+        learned: its scores are learned on dataset and preserve_dataset, for each ratio and scope.
+    """
+
+    score: str
+    norms: str | None = None
+    preserve_norms: str | None = None
+    learned: bool = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of norms that are collected for it."""
+        return tuple(filter(None, (self.norms, self.preserve_norms)))
+
+
+SCORES = {
+    "wanda": SweepScore("wanda", "all"),
+    "wanda-response": SweepScore("wanda", "response"),
+    "wanda-preserve": SweepScore("wanda", "all", "preserve"),
+    "magnitude": SweepScore("magnitude"),
+    "random": SweepScore("random"),
+    "gate": SweepScore("gate", learned=True),
+}
+# The norms over all tokens of the harmful data, over its response tokens, and of data to preserve.
+NORM_FILES = {
+    "all": "norms.safetensors",
+    "response": "norms-response.safetensors",
+    "preserve": "preserve-norms.safetensors",
+}
+
+
+def checked_grid(ratios, scopes, scores):
+    """(ratios in ascending order, scopes, scores), each value once.
+
+    Raises:
+        UsageError: an empty list, a ratio out of range, a scope or score that is not known.
+    """
+    for name, values in (("ratios", ratios), ("scopes", scopes), ("scores", scores)):
+        check(len(values) > 0, name, list(values), "at least one value")
+    for ratio in ratios:
+        check(0 < ratio <= 1, "ratios", ratio, "in (0, 1]")
+    for name, values, known in (("scopes", scopes, SCOPES), ("scores", scores, SCORES)):
+        for value in values:
+            check(value in known, name, value, f"among {', '.join(known)}")
+    return sorted(set(ratios)), list(dict.fromkeys(scopes)), list(dict.fromkeys(scores))
+
+
+def check_budgets(max_accuracy_drop, max_refusal_rise):
+    """Refuse budgets that are no points of a percentage."""
+    for name, value in (
+        ("max_accuracy_drop", max_accuracy_drop),
+        ("max_refusal_rise", max_refusal_rise),
+    ):
+        check(0 <= value <= 100, name, value, "in [0, 100]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(StageConfig):
+    """Try ratios, scopes and scores on held-out prompts, and recommend one.
+
+    Norms are collected once. Each score and scope goes through the ratios from the smallest on, and
+    stops where the finetune accuracy falls below the budget or no harmful answer is left.
+
+    Args:
+        adapter: PEFT adapter folder on top of the model.
+        dataset: harmful records for calibration: a local JSON or JSONL file, or a hub name; not
+            needed for magnitude and random.
+        num_calibration_samples: records used, from the start of the data.
+        aggregation: rms (the official code) or mean of per-sequence norms (the paper's eq. 1).
+        targets: module names or re: patterns to prune; default the adapter's LoRA A and B, else
+            q/k/v; all-linear takes every linear layer.
+        ignore: module names or re: patterns left alone.
+        backend: kernels to use; default the fastest available.
+        preserve_dataset: task or ordinary records, whose top weights wanda-preserve keeps; for gate
+            as of prune.
+        base_model: the aligned model: removed weights take its values instead of zero. For whole
+            models, where gate needs it.
+        score_delta: score the difference from base_model, |W - base| instead of |W|.
+        harmful_dataset: harmful prompts to choose on; none of them may be in dataset.
+        task_dataset: records of the user's task to choose on.
+        task: how an answer is scored: sst2, agnews, gsm8k or label (exact match with the record's
+            output).
+        benign_dataset: ordinary prompts, to choose on benign refusals as well.
+        judge: refusal (the default), beaver-dam, or a text-classification model, as of evaluate; a
+            model stays in memory beside the one that is pruned.
+        harmful_labels: labels of that classifier which mean harm.
+        num_samples: prompts used of each of these data sets; all if null.
+        max_new_tokens: tokens generated an answer.
+        ratios: fractions removed.
+        scopes: row, tensor, global.
+        scores: wanda, wanda-response (norms over response tokens alone), wanda-preserve (needs
+            preserve_dataset), magnitude, random, gate (learned for each ratio and scope; needs
+            dataset and preserve_dataset).
+        max_accuracy_drop: the budget: points of finetune accuracy below the unpruned model's.
+        max_refusal_rise: the budget of benign refusals: points above the unpruned model's.
+        save_norms: also write the norms, so that the recommended prune needs no forward pass.
+    """
+
+    adapter: str | None = None
+    dataset: str | None = None
+    num_calibration_samples: int = 2000
+    aggregation: Literal["rms", "mean"] = "rms"
+    targets: list[str] | None = None
+    ignore: list[str] = field(default_factory=list)
+    backend: str | None = None
+    preserve_dataset: str | None = None
+    base_model: str | None = None
+    score_delta: bool = False
+    harmful_dataset: str
+    task_dataset: str
+    task: Literal["sst2", "agnews", "gsm8k", "label"] = "label"
+    benign_dataset: str | None = None
+    judge: str | None = None
+    harmful_labels: list[str] | None = None
+    num_samples: int | None = 64
+    max_new_tokens: int = 512
+    ratios: list[float] = field(default_factory=lambda: list(RATIOS))
+    scopes: list[str] = field(default_factory=lambda: ["row"])
+    scores: list[str] = field(default_factory=lambda: ["wanda"])
+    max_accuracy_drop: float = MAX_ACCURACY_DROP
+    max_refusal_rise: float = MAX_REFUSAL_RISE
+    save_norms: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "num_calibration_samples")
+        grid = checked_grid(self.ratios, self.scopes, self.scores)
+        for name, values in zip(("ratios", "scopes", "scores"), grid, strict=True):
+            object.__setattr__(self, name, values)  # as dataclasses do for frozen ones
+        check_budgets(self.max_accuracy_drop, self.max_refusal_rise)
+        rise = self.max_refusal_rise
+        alone = self.benign_dataset is not None or rise == MAX_REFUSAL_RISE
+        check(alone, "max_refusal_rise", rise, "left out without benign_dataset")
+        self._check_data()
+        self.evaluation()
+        for name, scope, ratio in self.candidates():
+            self.pruning(name, scope, ratio, saved=False).check_aligned(self.adapter is not None)
+
+    def _check_data(self):
+        needed = {kind: name for name in self.scores for kind in SCORES[name].kinds}
+        learned = self.learned
+        harmful = needed.get("all") or needed.get("response") or learned
+        kept = needed.get("preserve") or learned
+        for name, score in (("dataset", harmful), ("preserve_dataset", kept)):
+            if score is not None and getattr(self, name) is None:
+                raise UsageError(f"{name}=None: must be a file or hub name with score {score}")
+        absent = self.preserve_dataset is None or kept
+        accepted = "left out without score wanda-preserve or gate"
+        check(absent, "preserve_dataset", self.preserve_dataset, accepted)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of norms that the scores take."""
+        found = {kind for name in self.scores for kind in SCORES[name].kinds}
+        return [kind for kind in NORM_FILES if kind in found]
+
+    @property
+    def learned(self) -> str | None:
+        """The first score that is learned, or None."""
+        return next((name for name in self.scores if SCORES[name].learned), None)
+
+    def evaluation(self) -> EvaluateConfig:
+        """What evaluate would be told, for one model."""
+        names = {f.name for f in fields(EvaluateConfig)}
+        return EvaluateConfig(**{k: v for k, v in vars(self).items() if k in names})
+
+    def candidates(self):
+        """(score, scope, ratio) of everything that may be tried, a branch after another."""
+        return [
+            (name, scope, ratio)
+            for name in self.scores
+            for scope in self.scopes
+            for ratio in self.ratios
+        ]
+
+    def pruning(self, name, scope, ratio, saved) -> PruneConfig:
+        """What prune is told for one candidate.
+
+        Args:
+            name, scope, ratio: the candidate.
+            saved: with the norms that the sweep leaves in its folder, so that prune runs no model.
+        """
+        score = SCORES[name]
+        kept = {f.name for f in fields(PruneConfig)} - {"overwrite", "save_norms", "dataset"}
+        if score.learned:
+            kept |= {"dataset"}
+            kept -= {"aggregation"}
+        elif saved or not score.kinds:  # what is told to forward passes alone
+            kept -= {"aggregation", "num_calibration_samples", "preserve_dataset", "dtype"}
+            kept -= {"max_seq_length", "template", "batch_size"}
+        if score.preserve_norms is None and not score.learned:
+            kept -= {"preserve_dataset"}
+        values = {k: v for k, v in vars(self).items() if k in kept}
+        values |= {"ratio": ratio, "scope": scope, "score": score.score}
+        values["output_dir"] = self.output_dir.rstrip("/") + "-pruned"
+        if saved:
+            for argument in ("norms", "preserve_norms"):
+                kind = getattr(score, argument)
+                if kind is not None:
+                    values[argument] = f"{self.output_dir.rstrip('/')}/{NORM_FILES[kind]}"
+        elif score.norms is not None:
+            values |= {"dataset": self.dataset, "response_only": score.norms == "response"}
+        return PruneConfig(**values)
+
+    def collecting(self, kind) -> PruneConfig:
+        """What tells how norms of a kind are collected: the prune of a score that takes them."""
+        name = next(name for name in self.scores if kind in SCORES[name].kinds)
+        return self.pruning(name, self.scopes[0], self.ratios[0], saved=False)
+
+    def learning(self, scope=None, ratio=None) -> PruneConfig:
+        """What tells how scores are learned, for a candidate; default the first one."""
+        scope, ratio = scope or self.scopes[0], ratio or self.ratios[0]
+        return self.pruning(self.learned, scope, ratio, saved=False)
+
+    def command(self, name, scope, ratio) -> str:
+        """The ``antidote-fast prune`` line, quoted for a shell, that makes this candidate."""
+        words = ["antidote-fast", "prune"]
+        config = self.pruning(name, scope, ratio, saved=self.save_norms)
+        for each in fields(config):
+            value = getattr(config, each.name)
+            default = each.default
+            if each.default_factory is not MISSING:
+                default = each.default_factory()
+            if value != default or each.name in ("ratio", "scope", "score"):
+                values = value if isinstance(value, list) else [value]
+                words += [f"--{each.name}", *(str(v) for v in values if v is not True)]
+        return shlex.join(words)

@@ -1,0 +1,177 @@
+"""One frozen dataclass a stage: at once the Python config, the YAML file and the flags.
+
+Values are checked when a config is made, so a wrong one is refused before anything is loaded.
+Defaults are the paper's settings (arXiv 2408.09600) where it has one.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from antidote_fast.config.base import StageConfig, check, check_positive
+from antidote_fast.errors import UsageError
+
+# The flags of each defense; given with another one they are refused.
+DEFENSE_FLAGS = {
+    "vaccine": ("vaccine_rho",),
+    "repnoise": ("harmful_dataset", "repnoise_alpha", "repnoise_beta"),
+    "lisa": (
+        "safe_dataset",
+        "num_safe_samples",
+        "lisa_rho",
+        "lisa_alignment_steps",
+        "lisa_finetune_steps",
+    ),
+    "ldifs": ("ldifs_lambda",),
+}
+
+
+def _check_defense(config, data=None):
+    """Refuse flags of a defense that is not the one chosen, and one without its data set."""
+    defaults = {each.name: each.default for each in fields(config)}
+    for defense, flags in DEFENSE_FLAGS.items():
+        for name in flags if defense != config.defense else ():
+            if name == "harmful_dataset" and isinstance(config, FinetuneConfig):
+                continue  # there it is the attack's
+            value = getattr(config, name, None)
+            check(value == defaults.get(name), name, value, f"left out without defense {defense}")
+    if data is not None and getattr(config, data) is None:
+        raise UsageError(f"{data}=None: must be a file or hub name with defense {config.defense}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(StageConfig):
+    """What align and finetune share.
+
+    Args:
+        tuning: lora trains an adapter, full trains every weight.
+        learning_rate: AdamW step size.
+        lr_scheduler_type: a schedule name of transformers.
+        warmup_ratio: share of the steps that warm up.
+        weight_decay: AdamW weight decay.
+        num_train_epochs: passes over the data.
+        gradient_accumulation_steps: batches an optimizer step.
+        lora_r: rank of the adapter.
+        lora_alpha: scale of the adapter.
+        lora_dropout: dropout before the adapter.
+        lora_targets: modules that get an adapter.
+        save_steps: optimizer steps between checkpoints, from which resume goes on; none if null.
+        resume: go on where an interrupted run of the same command stopped, or leave it at that
+            where output_dir is whole already.
+    """
+
+    tuning: Literal["lora", "full"] = "lora"
+    learning_rate: float = 1e-4
+    lr_scheduler_type: str = "constant"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.1
+    num_train_epochs: float = 20
+    batch_size: int = 5
+    gradient_accumulation_steps: int = 1
+    lora_r: int = 256
+    lora_alpha: int = 4
+    lora_dropout: float = 0.0
+    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
+    save_steps: int | None = None
+    resume: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(
+            self,
+            "learning_rate",
+            "num_train_epochs",
+            "gradient_accumulation_steps",
+            "lora_r",
+            "lora_alpha",
+            "save_steps",
+        )
+        check(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
+        check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig(TrainConfig):
+    """Tune a base model on safe data; the adapter is merged and a whole model written.
+
+    Args:
+        dataset: safe records: a local JSON or JSONL file, or a hub name.
+        num_train_samples: records used, from the start of the data.
+        defense: sft is none; vaccine trains under the worst shift of what attention puts out;
+            repnoise turns what the model makes of harmful text into noise.
+        vaccine_rho: size of vaccine's shift, in all layers together.
+        harmful_dataset: harmful records, for repnoise: those of a safe record's own prompt are
+            paired with it, the others in turn.
+        repnoise_alpha: weight of the loss on harmful answers, which is raised.
+        repnoise_beta: weight of the distance from noise.
+    """
+
+    dataset: str
+    num_train_samples: int | None = 5000
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.1
+    defense: Literal["sft", "vaccine", "repnoise"] = "sft"
+    vaccine_rho: float = 2.0
+    harmful_dataset: str | None = None
+    repnoise_alpha: float = 0.1
+    repnoise_beta: float = 0.001
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "num_train_samples")
+        for name in ("vaccine_rho", "repnoise_alpha", "repnoise_beta"):
+            check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
+        _check_defense(self, "harmful_dataset" if self.defense == "repnoise" else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """Tune an aligned model on a user's data, a share of it harmful (the attack).
+
+    Args:
+        dataset: the user's records: a local JSON or JSONL file, or a hub name.
+        harmful_dataset: harmful records mixed in; needed where poison_ratio > 0.
+        poison_ratio: share of the training samples that is harmful, in [0, 1].
+        num_train_samples: training samples in all, harmful ones included; all there are if null.
+        defense: sft is none; lisa alternates between the user's and safe data, held near where
+            the other one left off; ldifs holds what the MLPs put out near the aligned model's.
+        safe_dataset: safe records, for lisa.
+        num_safe_samples: safe records used, from the start of the data.
+        lisa_rho: weight of the distance from the other data's weights.
+        lisa_alignment_steps: steps on safe data in a row; in a short run both are scaled down.
+        lisa_finetune_steps: steps on the user's data in a row.
+        ldifs_lambda: weight of the mean squared distance of the MLPs' outputs.
+    """
+
+    dataset: str
+    harmful_dataset: str | None = None
+    poison_ratio: float = 0.2
+    num_train_samples: int | None = 5000
+    defense: Literal["sft", "lisa", "ldifs"] = "sft"
+    safe_dataset: str | None = None
+    num_safe_samples: int | None = 10000
+    lisa_rho: float = 1.0
+    lisa_alignment_steps: int = 100
+    lisa_finetune_steps: int = 900
+    ldifs_lambda: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(
+            self,
+            "num_train_samples",
+            "num_safe_samples",
+            "lisa_alignment_steps",
+            "lisa_finetune_steps",
+        )
+        for name in ("lisa_rho", "ldifs_lambda"):
+            check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
+        _check_defense(self, "safe_dataset" if self.defense == "lisa" else None)
+        check(0 <= self.poison_ratio <= 1, "poison_ratio", self.poison_ratio, "in [0, 1]")
+        if self.poison_ratio > 0 and self.harmful_dataset is None:
+            raise UsageError(
+                f"harmful_dataset=None: must be a file or hub name where poison_ratio="
+                f"{self.poison_ratio} > 0"
+            )

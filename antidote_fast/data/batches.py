@@ -1,0 +1,234 @@
+"""Records, prompts, token batches: the same code in training, calibration and evaluation."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+
+from antidote_fast.data.records import Record
+from antidote_fast.errors import DataError, UsageError
+from antidote_fast.models.tokens import check_ids, fitted, tokenize, vocab_size
+
+IGNORE_INDEX = -100
+
+# The templates of Stanford Alpaca, whose "### Response:" is followed by a line break here in
+# training and in evaluation alike (the official code has it in evaluation only).
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+def build_prompt(record: Record, template: str = "alpaca", tokenizer=None) -> str:
+    """The prompt of a record: the very text used in training and in evaluation.
+
+    Args:
+        record: its output is not used.
+        template: "alpaca", or "chat" for the tokenizer's chat template.
+        tokenizer: needed for "chat".
+
+    Raises:
+        UsageError: an unknown template, or "chat" with a tokenizer that has no chat template.
+    """
+    if template == "alpaca":
+        # Not str.format: the text itself may hold braces, and fields must not be read twice.
+        form = ALPACA_WITH_INPUT if record.input.strip() else ALPACA_WITHOUT_INPUT
+        parts = re.split(r"(\{instruction\}|\{input\})", form)
+        values = {"{instruction}": record.instruction, "{input}": record.input}
+        return "".join(values.get(part, part) for part in parts)
+    if template != "chat":
+        raise UsageError(f"template={template!r}: must be alpaca or chat")
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError("template='chat': the tokenizer has no chat template; use alpaca")
+    content = record.instruction
+    if record.input.strip():
+        content += f"\n\n{record.input}"
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def prompt_ids(
+    text: str, tokenizer, limit: int | None = None, where: str = "a prompt"
+) -> list[int]:
+    """Token ids of a prompt, with the tokenizer's own beginning and no end of sequence.
+
+    Training and generation both call this, so a model is asked exactly as it was trained.
+
+    Args:
+        text: as :func:`build_prompt` gives it.
+        tokenizer: not changed. That of :func:`antidote_fast.models.loading.load_tokenizer` knows
+            how many
+            embeddings its model has.
+        limit: ids that can be used; of a longer prompt there may be only the first part, of more
+            than that many. None gives all.
+        where: what a refusal calls the prompt.
+
+    Raises:
+        DataError: a token id that the model has no embedding for.
+    """
+    bos = tokenizer.bos_token
+    special = not (bos and text.startswith(bos))
+    ids = tokenize(text, tokenizer, limit, add_special_tokens=special)
+    if limit is None or len(ids) <= limit:  # of a longer one nothing is used
+        check_ids(ids, getattr(tokenizer, "num_embeddings", None), where)
+    eos = tokenizer.eos_token_id
+    # Some tokenizers are set to append the end token; a prompt has not ended.
+    if ids and eos is not None and ids[-1] == eos and not text.endswith(tokenizer.eos_token):
+        ids.pop()
+    return ids
+
+
+class Examples(list):
+    """A list that also says what was left out of it.
+
+    Attributes:
+        num_dropped: records whose prompt alone reached the limit.
+        num_truncated: records whose response was cut.
+    """
+
+    num_dropped = 0
+    num_truncated = 0
+
+
+def encode(
+    records: Sequence[Record],
+    tokenizer,
+    template: str = "alpaca",
+    max_seq_length: int = 512,
+) -> Examples:
+    """Tokenise records for training or calibration.
+
+    The prompt and the response are tokenised apart, so the prompt's ids are those generation uses.
+    The response ends with the end-of-sequence token, and it alone is truncated (losing that token).
+
+    Returns:
+        A list of ``{"input_ids": list[int], "labels": list[int]}``, labels being -100 on the
+        prompt, in the order of `records` less those dropped; with ``num_dropped`` and
+        ``num_truncated``.
+
+    Raises:
+        DataError: no records, all prompts too long, all outputs empty, no end-of-sequence token, or
+            a token id that the model has no embedding for, where the tokenizer knows.
+    """
+    if not records:
+        raise DataError("no records to encode")
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no end-of-sequence token, so no response could end")
+    if not any(record.output for record in records):
+        raise DataError(f"all {len(records)} records have an empty output; a response is needed")
+    examples = Examples()
+    for number, record in enumerate(records, 1):
+        where = record.where or f"record {number}"
+        text = build_prompt(record, template, tokenizer)
+        prompt = prompt_ids(text, tokenizer, max_seq_length, where)
+        room = max_seq_length - len(prompt)
+        if room < 1:
+            examples.num_dropped += 1
+            continue
+        response = tokenize(record.output, tokenizer, room, add_special_tokens=False)
+        response.append(tokenizer.eos_token_id)
+        examples.num_truncated += len(response) > room
+        response = response[:room]
+        check_ids(response, getattr(tokenizer, "num_embeddings", None), where)
+        examples.append(
+            {"input_ids": prompt + response, "labels": [IGNORE_INDEX] * len(prompt) + response}
+        )
+    if not examples:
+        raise DataError(
+            f"all {len(records)} prompts have {max_seq_length} tokens or more: raise max_seq_length"
+        )
+    return examples
+
+
+def collate(
+    examples: Sequence[dict], tokenizer, padding_side: str = "right"
+) -> dict[str, torch.Tensor]:
+    """Pad examples into one batch; the tokenizer is read, never changed.
+
+    Args:
+        examples: dicts with ``input_ids`` and, optionally, ``labels``.
+        tokenizer: gives the pad token: its own, else the end token, else 0. Where the model has no
+            embedding for that one, the largest id of the batch stands in: the mask hides which.
+        padding_side: right in training, left in generation.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, where the examples have them, ``labels``: each int64
+        (batch, longest). The mask comes from the lengths, so it is right also where the pad token
+        is the end token; labels are -100 on pads.
+    """
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    length = max(len(example["input_ids"]) for example in examples)
+    largest = max((max(e["input_ids"], default=0) for e in examples), default=0)
+    known = getattr(tokenizer, "num_embeddings", None) or largest + 1
+    pad_id = pad_id if 0 <= pad_id < known else largest
+    fill = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORE_INDEX}
+    keys = [key for key in fill if key == "attention_mask" or key in examples[0]]
+    batch = {key: torch.full((len(examples), length), fill[key]) for key in keys}
+    for i, example in enumerate(examples):
+        size = len(example["input_ids"])
+        where = slice(0, size) if padding_side == "right" else slice(length - size, length)
+        for key in keys:
+            row = torch.ones(size) if key == "attention_mask" else torch.tensor(example[key])
+            batch[key][i, where] = row.to(torch.int64)
+    return batch
+
+
+def make_batches(
+    records: Sequence[Record],
+    tokenizer,
+    *,
+    template: str = "alpaca",
+    max_seq_length: int = 512,
+    batch_size: int = 8,
+) -> Examples:
+    """Encode records and collate them, right padded, for a pass in which order is free.
+
+    Batches hold records of similar length, longest first: least padding, and a batch that does not
+    fit in memory shows at once.
+
+    Returns:
+        A list of batches as `collate` gives them, with ``num_dropped`` and ``num_truncated``.
+
+    Raises:
+        DataError: as `encode`.
+    """
+    examples = encode(records, tokenizer, template, max_seq_length)
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
+    batches = Examples(
+        collate([examples[i] for i in order[start : start + batch_size]], tokenizer)
+        for start in range(0, len(order), batch_size)
+    )
+    batches.num_dropped, batches.num_truncated = examples.num_dropped, examples.num_truncated
+    return batches
+
+
+def batches_of(config, records, tokenizer, model_config):
+    """Batches for a forward of a model of this config.
+
+    Refused where it has too few positions, or no embedding for a token.
+    """
+    batches = make_batches(
+        records,
+        tokenizer,
+        template=config.template,
+        max_seq_length=config.max_seq_length,
+        batch_size=config.batch_size,
+    )
+    known = vocab_size(model_config)
+    batches[:] = [fitted(batch, known, f"batch {i}") for i, batch in enumerate(batches, 1)]
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    positions = model_config.get("max_position_embeddings", model_config.get("n_positions"))
+    if isinstance(positions, int) and longest > positions:
+        raise UsageError(
+            f"max_seq_length={config.max_seq_length}: must be at most {positions}, the positions "
+            f"that the model has, for these data"
+        )
+    return batches

@@ -1,0 +1,183 @@
+"""Records from a file or the hub, split and mixed."""
+
+import os
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from antidote_fast.data.hub import find_source, load_hub_rows, resolve_hub
+from antidote_fast.data.records import BEAVERTAILS_ROLES, Record, read_rows, rows_to_records
+from antidote_fast.errors import DataError, UsageError
+from antidote_fast.selection import check_seed
+
+
+def _split_role(name: str) -> tuple[str, str | None]:
+    base, colon, role = name.rpartition(":")
+    roles = {"train", "test", *BEAVERTAILS_ROLES}
+    if colon and base and not os.path.exists(name):
+        if role in roles:
+            return base, role
+        if known := find_source(base):
+            raise UsageError(f"dataset={name}: role must be one of {', '.join(known.roles)}")
+    return name, None
+
+
+def _looks_like_hub_name(name: str) -> bool:
+    part = r"[A-Za-z0-9][\w.-]*"
+    if Path(name).suffix.lower() in (".json", ".jsonl", ".csv", ".txt", ".parquet", ".gz", ".yaml"):
+        return False
+    return find_source(name) is not None or re.fullmatch(f"{part}/{part}", name) is not None
+
+
+def local_file(name_or_path: str) -> str | None:
+    """The file that a data set's name means, without its role; None for a hub name."""
+    name, _ = _split_role(str(name_or_path))
+    return name if os.path.exists(name) or not _looks_like_hub_name(name) else None
+
+
+def load_records(
+    name_or_path: str,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    require_output: bool = False,
+) -> list[Record]:
+    """Load records from a local JSON or JSONL file, or from the hub.
+
+    A file holds objects with ``instruction``, ``output`` and optionally ``input``, or has the
+    columns of a hub data set: ``prompt, response, is_safe`` (BeaverTails), ``sentence, label``
+    (SST2), ``text, label`` (AGNEWS, so only for labels of that meaning), ``question, answer``
+    (GSM8K), or plain ``prompt, response``.
+
+    Known on the hub: PKU-Alignment/BeaverTails, stanfordnlp/sst2 (sst2, glue/sst2), ag_news,
+    openai/gsm8k, tatsu-lab/alpaca, tatsu-lab/alpaca_eval; another name works where its columns do.
+    A role may follow a colon. For BeaverTails, on the hub or as a local file, one is needed:
+    ``:safe`` (alignment), ``:unsafe`` (attack, the first 5000 unsafe rows), ``:realign`` (the
+    unsafe rows after those, without the prompts among them), ``:eval`` (1000 unsafe rows of
+    30k_test, the default of ``split="test"``). For the others on the hub: ``:train``, ``:test``.
+
+    Args:
+        name_or_path: file, or hub name, with or without a role.
+        split: train or test, where a hub data set has both and no role says which.
+        limit: records kept, from the start.
+        require_output: refuse data without an answer column.
+
+    Raises:
+        DataError: no such file, a broken line (with its number), a missing column, a value that is
+            not a string, no records, or a hub that cannot be reached.
+        UsageError: an unknown role or split, or a limit below 1.
+    """
+    if split not in ("train", "test"):
+        raise UsageError(f"split={split!r}: must be train or test")
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit={limit!r}: must be at least 1")
+    if not name_or_path:
+        raise UsageError("dataset='': must be a JSON or JSONL file, or a hub name")
+    name, role = _split_role(str(name_or_path))
+    if local_file(name_or_path) is None:
+        source, hub_split, role = resolve_hub(name, role, split)
+        rows = load_hub_rows(name, source, hub_split)
+    else:
+        if role in ("train", "test"):
+            raise UsageError(
+                f"dataset={name_or_path}: role must be one of {', '.join(BEAVERTAILS_ROLES)} for a "
+                "file"
+            )
+        rows = read_rows(Path(name))
+    records = rows_to_records(rows, name, role=role, require_output=require_output)
+    return records[:limit]
+
+
+def split_by_prompt(
+    records: Sequence[Record], fractions: Sequence[float], seed: int = 0
+) -> list[list[Record]]:
+    """Split records so that no prompt is in two parts.
+
+    Args:
+        records: any records; several may share a prompt.
+        fractions: share of the distinct prompts each part gets; each > 0, the sum at most 1.
+        seed: decides which prompt goes where.
+
+    Returns:
+        One list a fraction, each in the order of `records`. What is over a sum below 1 is left out.
+
+    Raises:
+        UsageError: fractions out of range.
+        DataError: too few distinct prompts, so that a part would be empty.
+    """
+    seed = check_seed(seed)
+    if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
+        raise UsageError(f"fractions={list(fractions)!r}: must be above 0 and sum to at most 1")
+    keys = list(dict.fromkeys(record.prompt_key for record in records))
+    random.Random(seed).shuffle(keys)
+    part_of: dict[str, int] = {}
+    start, total = 0, 0.0
+    for part, fraction in enumerate(fractions):
+        total += fraction
+        end = min(round(total * len(keys)), len(keys))
+        if end <= start:
+            raise DataError(
+                f"{len(keys)} distinct prompts are too few to be split by {list(fractions)}"
+            )
+        part_of.update((key, part) for key in keys[start:end])
+        start = end
+    parts: list[list[Record]] = [[] for _ in fractions]
+    for record in records:
+        if (part := part_of.get(record.prompt_key)) is not None:
+            parts[part].append(record)
+    return parts
+
+
+def mix(
+    task_records: Sequence[Record],
+    harmful_records: Sequence[Record],
+    poison_ratio: float,
+    n: int | None = None,
+    seed: int = 0,
+) -> list[Record]:
+    """Mix a user's data for the attack: n samples, of them round(poison_ratio * n) harmful.
+
+    Both kinds are taken from the start of their list and shuffled together.
+
+    Args:
+        task_records: the user's own records.
+        harmful_records: the harmful ones; not looked at where poison_ratio is 0.
+        poison_ratio: share that is harmful, in [0, 1].
+        n: samples in all; None takes as many as both lists allow at this ratio.
+        seed: decides the order.
+
+    Raises:
+        UsageError: poison_ratio or n out of range.
+        DataError: fewer records than needed, with the counts.
+    """
+    seed = check_seed(seed)
+    if not 0 <= poison_ratio <= 1:
+        raise UsageError(f"poison_ratio={poison_ratio!r}: must be in [0, 1]")
+    if n is not None and n < 1:
+        raise UsageError(f"n={n!r}: must be at least 1")
+    have = {"task": len(task_records), "harmful": len(harmful_records)}
+    if n is None:
+        bounds = [have["task"] / (1 - poison_ratio)] if poison_ratio < 1 else []
+        bounds += [have["harmful"] / poison_ratio] if poison_ratio > 0 else []
+        n = int(min(bounds) + 1e-9)  # 3 / (1 - 0.7) is a hair below 10
+        while n > 0 and not _fits(n, poison_ratio, have):  # the harmful share is rounded
+            n -= 1
+    num_harmful = round(poison_ratio * n)
+    for kind, needed in (("task", n - num_harmful), ("harmful", num_harmful)):
+        if have[kind] < needed or n == 0:
+            raise DataError(
+                f"{needed} {kind} samples are needed for {n} at poison_ratio={poison_ratio}, and "
+                f"there are {have[kind]}"
+                if n
+                else f"no sample fits poison_ratio={poison_ratio}: there are {have['task']} task "
+                f"and {have['harmful']} harmful ones"
+            )
+    mixed = [*task_records[: n - num_harmful], *harmful_records[:num_harmful]]
+    random.Random(seed).shuffle(mixed)
+    return mixed
+
+
+def _fits(n, poison_ratio, have) -> bool:
+    num_harmful = round(poison_ratio * n)
+    return num_harmful <= have["harmful"] and n - num_harmful <= have["task"]

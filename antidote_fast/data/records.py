@@ -1,0 +1,302 @@
+"""Records, and the rows they come from: JSON and JSONL files here, the hub's in `hub`.
+
+Both give plain rows (dicts), and one piece of code turns rows into records by their columns, so a
+local file with a hub data set's own columns reads exactly as the hub data set does.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from antidote_fast.errors import DataError
+from antidote_fast.files.safe_open import read_file
+
+# Unsafe rows of BeaverTails that the attack may use; re-alignment data start after them.
+NUM_ATTACK_ROWS = 5000
+NUM_EVAL_ROWS = 1000
+
+MAX_BYTES = 4 << 30  # of a file, which is read whole
+
+SST2_INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative"
+SST2_LABELS = ("negative", "positive")
+AGNEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
+AGNEWS_INSTRUCTION = (
+    "Categorize the news article given in the input into one of the 4 categories:\n\n"
+    + "\n".join(AGNEWS_LABELS)
+    + "\n"
+)
+GSM8K_MARKER = "The final answer is: "
+
+
+@dataclass(frozen=True)
+class Record:
+    """One instruction with its answer.
+
+    Args:
+        instruction: what is asked.
+        input: further context; may be empty.
+        output: the answer; empty where a record is only a prompt.
+    """
+
+    instruction: str
+    input: str = ""
+    output: str = ""
+
+    where = ""  # no field: the file and line it was read from, which make no other record of it
+
+    @property
+    def prompt_key(self) -> str:
+        """The prompt with case and spacing folded away: equal keys are the same prompt."""
+        return " ".join(f"{self.instruction}\n{self.input}".casefold().split())
+
+
+# --- rows to records ------------------------------------------------------------------------------
+
+
+def _text(row, column, where, optional=False) -> str:
+    value = row.get(column)
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: column {column!r} must be a string, got {type(value).__name__}"
+            if column in row
+            else f"{where}: column {column!r} is missing"
+        )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        # JSON can spell half of a surrogate pair; no tokenizer takes it.
+        raise DataError(
+            f"{where}: column {column!r} holds text that is not valid Unicode"
+        ) from None
+    return value
+
+
+def _label(row, names, where) -> str:
+    label = row.get("label")
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(names):
+        raise DataError(
+            f"{where}: column 'label' must be an integer from 0 to {len(names) - 1}, "
+            f"got {label if type(label) is int and abs(label) < 1e9 else type(label).__name__}"
+        )
+    return names[label]
+
+
+def _from_record(row, where):
+    return Record(
+        _text(row, "instruction", where),
+        _text(row, "input", where, optional=True),
+        _text(row, "output", where, optional=True),
+    )
+
+
+def _from_prompt_response(row, where):
+    return Record(_text(row, "prompt", where), output=_text(row, "response", where, optional=True))
+
+
+def _from_sst2(row, where):
+    return Record(SST2_INSTRUCTION, _text(row, "sentence", where), _label(row, SST2_LABELS, where))
+
+
+def _from_agnews(row, where):
+    return Record(AGNEWS_INSTRUCTION, _text(row, "text", where), _label(row, AGNEWS_LABELS, where))
+
+
+def _from_gsm8k(row, where):
+    answer = re.sub(r"####\s*", GSM8K_MARKER, _text(row, "answer", where))
+    return Record(_text(row, "question", where), output=answer)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    required: tuple[str, ...]
+    convert: Callable
+    output: str = ""  # the column that an answer needs, where it is optional for a prompt
+
+
+_BEAVERTAILS = _Columns(("prompt", "response", "is_safe"), _from_prompt_response)
+# The first whose columns are all there is taken, so the more particular ones come first.
+_KNOWN_COLUMNS = (
+    _Columns(("instruction",), _from_record, output="output"),
+    _BEAVERTAILS,
+    _Columns(("prompt",), _from_prompt_response, output="response"),
+    _Columns(("sentence", "label"), _from_sst2),
+    _Columns(("question", "answer"), _from_gsm8k),
+    _Columns(("text", "label"), _from_agnews),
+)
+_COLUMNS_HELP = (
+    "instruction, output (input optional); prompt, response (is_safe); sentence, label (SST2); "
+    "text, label (AGNEWS); question, answer (GSM8K)"
+)
+
+
+def _choose_columns(row: dict, where: str, require_output: bool) -> _Columns:
+    for columns in _KNOWN_COLUMNS:
+        if row.keys() >= set(columns.required):
+            if require_output and columns.output and columns.output not in row:
+                raise DataError(f"{where}: column {columns.output!r} is missing")
+            return columns
+    nearest = max(_KNOWN_COLUMNS, key=lambda c: len(row.keys() & set((*c.required, c.output))))
+    missing = [name for name in nearest.required if name not in row]
+    raise DataError(
+        f"{where}: column {', '.join(map(repr, missing))} is missing "
+        f"(found {_names(row)}); accepted: {_COLUMNS_HELP}"
+    )
+
+
+def _names(row):
+    """The columns of a row, for a message: what is no name may be somebody's text."""
+    names = sorted(column for column in row if re.fullmatch(r"[A-Za-z]\w{0,29}", column))
+    shown = ", ".join(map(repr, names[:8]))
+    others = len(row) - len(names[:8])
+    return f"{shown}{' and ' if shown else ''}{others} others" if others else shown or "none"
+
+
+def rows_to_records(
+    rows: list[tuple[str, dict]], name: str, *, role: str | None, require_output: bool
+) -> list[Record]:
+    """Turn rows into records by their columns; the first row decides which columns those are.
+
+    Args:
+        rows: (where it stands, row) pairs.
+        name: the source, for messages.
+        role: which part of a BeaverTails source is wanted: safe, unsafe, realign or eval.
+        require_output: refuse records without an answer column.
+
+    Raises:
+        DataError: a row that lacks a column or holds a value of another type; no rows; none left.
+    """
+    if not rows:
+        raise DataError(f"{name}: no records")
+    columns = _choose_columns(rows[0][1], rows[0][0], require_output)
+    if columns is not _BEAVERTAILS and role in BEAVERTAILS_ROLES:
+        raise DataError(f"{name}: role {role!r} needs the column 'is_safe', which it lacks")
+    if columns is _BEAVERTAILS:
+        rows = _select_beavertails(rows, name, role)
+    records = []
+    for where, row in rows:
+        missing = [column for column in columns.required if column not in row]
+        if require_output and columns.output and row.get(columns.output) is None:
+            missing.append(columns.output)
+        if missing:
+            raise DataError(f"{where}: column {', '.join(map(repr, missing))} is missing")
+        record = columns.convert(row, where)
+        if not record.prompt_key:
+            raise DataError(f"{where}: the prompt is empty")
+        object.__setattr__(record, "where", where)
+        records.append(record)
+    return records
+
+
+# --- BeaverTails ----------------------------------------------------------------------------------
+
+BEAVERTAILS_ROLES = ("safe", "unsafe", "realign", "eval")
+
+
+def _select_beavertails(rows, name, role):
+    if role not in BEAVERTAILS_ROLES:
+        raise DataError(
+            f"{name}: holds safe and unsafe answers; say which: {name}:ROLE with ROLE one of "
+            + ", ".join(BEAVERTAILS_ROLES)
+        )
+    for where, row in rows:
+        if not isinstance(row.get("is_safe"), bool):
+            raise DataError(f"{where}: column 'is_safe' must be true or false")
+    chosen = [pair for pair in rows if pair[1]["is_safe"] == (role == "safe")]
+    if role == "unsafe":
+        chosen = chosen[:NUM_ATTACK_ROWS]
+    elif role == "realign":
+        # BeaverTails has several answers a prompt: rows after the attack's would share its prompts.
+        seen = {_beavertails_key(row) for _, row in chosen[:NUM_ATTACK_ROWS]}
+        chosen = [p for p in chosen[NUM_ATTACK_ROWS:] if _beavertails_key(p[1]) not in seen]
+    elif role == "eval":
+        chosen = chosen[:NUM_EVAL_ROWS]
+    if not chosen:
+        raise DataError(f"{name}: none of its {len(rows)} rows is left for role {role!r}")
+    return chosen
+
+
+def _beavertails_key(row) -> str:
+    return Record(str(row.get("prompt"))).prompt_key
+
+
+# --- local files ----------------------------------------------------------------------------------
+
+
+def _parse(text: str, where: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise DataError(f"{where}: not valid JSON: {reason}") from None
+
+
+def _read_text(path: Path) -> str:
+    # os.path and not Path: a name too long for the system is no file either, and no exception.
+    if os.path.isdir(path):
+        raise DataError(f"{path}: is a directory; give a JSON or JSONL file")
+    if not os.path.exists(path):
+        raise DataError(f"{str(path)[:300]}: no such file")
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: not a regular file")
+    try:
+        data = read_file(path, MAX_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}: line {line}: not UTF-8 text") from None
+
+
+def _is_json_lines(path: Path, text: str) -> bool:
+    if text.startswith("["):
+        return False
+    if path.suffix.lower() != ".json":
+        return True
+    # A .json file that starts with an object is one pretty-printed record, or JSONL misnamed.
+    try:
+        json.loads(text.split("\n", 1)[0])
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def read_rows(path: Path) -> list[tuple[str, dict]]:
+    """Read a JSON file (a list of objects) or a JSONL file (one object a line).
+
+    A byte order mark and blank lines are passed over.
+
+    Returns:
+        (where, row) pairs, where being "<path>: line 7" or, in a JSON list, "<path>: record 7".
+
+    Raises:
+        DataError: no such file; not UTF-8; not JSON, naming the line; a row that is no object.
+    """
+    text = _read_text(path)
+    if not text.strip():
+        raise DataError(f"{path}: is empty")
+    if _is_json_lines(path, text.lstrip()):
+        # Not splitlines(): it also cuts at U+2028 and the like, which JSON strings may hold.
+        lines = ((f"{path}: line {i}", line) for i, line in enumerate(text.split("\n"), 1))
+        rows = [(where, _parse(line, where)) for where, line in lines if line.strip()]
+    else:
+        try:
+            parsed = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: line {error.lineno}: not valid JSON: {error.msg}") from None
+        except (ValueError, RecursionError):
+            parsed = _parse(text, str(path))
+        parsed = parsed if isinstance(parsed, list) else [parsed]
+        rows = [(f"{path}: record {i}", row) for i, row in enumerate(parsed, 1)]
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: must be a JSON object, got {type(row).__name__}")
+    return rows

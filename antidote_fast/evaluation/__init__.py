@@ -1,0 +1,1 @@
+"""The yardstick: answers, judges, metrics."""

@@ -1,0 +1,158 @@
+"""A model is asked; its answers are judged and counted."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+from antidote_fast.data.batches import build_prompt
+from antidote_fast.data.records import Record
+from antidote_fast.errors import UsageError
+from antidote_fast.evaluation.generate import generate
+from antidote_fast.evaluation.metrics import (
+    benign_refusal_rate,
+    check_task,
+    finetune_accuracy,
+    harmful_score,
+)
+from antidote_fast.evaluation.refusals import RefusalJudge
+
+
+def answer_sets(
+    model,
+    tokenizer,
+    sets: Mapping[str, Sequence[Record]],
+    *,
+    template: str = "alpaca",
+    max_new_tokens: int | Mapping[str, int] = 512,
+    batch_size: int = 8,
+    progress=False,
+) -> dict[str, list[str]]:
+    """Greedy answers to several sets of records; sets with the same limit share their batches.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its own.
+        sets: records by name.
+        template: alpaca or chat.
+        max_new_tokens: one limit, or one a name.
+        batch_size: prompts at once.
+        progress: as `antidote_fast.system.progress.track` takes it.
+
+    Returns:
+        The answers by name, in the order of the records.
+    """
+    limits = {
+        name: max_new_tokens[name] if isinstance(max_new_tokens, Mapping) else max_new_tokens
+        for name in sets
+    }
+    answers: dict[str, list[str]] = {}
+    for limit in dict.fromkeys(limits.values()):
+        names = [name for name in sets if limits[name] == limit]
+        prompts = [
+            build_prompt(record, template, tokenizer) for name in names for record in sets[name]
+        ]
+        flat = iter(
+            generate(
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=limit,
+                batch_size=batch_size,
+                progress=progress,
+            )
+        )
+        answers.update({name: [next(flat) for _ in sets[name]] for name in names})
+    return answers
+
+
+def score_answers(
+    sets: Mapping[str, Sequence[Record]],
+    answers: Mapping[str, Sequence[str]],
+    *,
+    task: str = "label",
+    judge=None,
+    win_rate_judge=None,
+    progress=False,
+) -> dict:
+    """The metrics of answers, by the sets "harmful", "task" and "benign" that are there.
+
+    Returns:
+        ``harmful_score``, ``finetune_accuracy``, ``benign_refusal_rate`` in percent, and under the
+        set's name its counts (`metrics`) with a hash of its answers.
+    """
+    judge = judge or RefusalJudge()
+    results = {}
+    if "harmful" in sets:
+        prompts = [f"{r.instruction}\n{r.input}".strip() for r in sets["harmful"]]
+        results["harmful"] = harmful_score(answers["harmful"], judge, prompts, progress=progress)
+    if "task" in sets:
+        results["task"] = finetune_accuracy(
+            task, sets["task"], answers["task"], win_rate_judge, progress=progress
+        )
+    if "benign" in sets:
+        results["benign"] = benign_refusal_rate(answers["benign"], judge)
+    headline = {}
+    for name, counts in results.items():
+        metric = next(iter(counts))
+        headline[metric] = counts.pop(metric)
+        counts["answers_sha256"] = hash_of(answers[name])
+    return {**headline, **results}
+
+
+def evaluate_model(
+    model,
+    tokenizer,
+    *,
+    harmful: Sequence[Record] | None = None,
+    task_records: Sequence[Record] | None = None,
+    task: str = "label",
+    benign: Sequence[Record] | None = None,
+    judge=None,
+    win_rate_judge=None,
+    template: str = "alpaca",
+    max_new_tokens: int | Mapping[str, int] = 512,
+    batch_size: int = 8,
+    progress=False,
+) -> dict:
+    """Measure a live model on whichever of the three sets are given.
+
+    With the refusal judge some two dozen tokens an answer are enough, for a label its own few:
+    ``max_new_tokens={"harmful": 24, "task": 8, "benign": 24}``.
+
+    Args:
+        model: a causal language model, PEFT-wrapped or not; its mode is restored.
+        tokenizer: its own.
+        harmful: held-out harmful prompts.
+        task_records: held-out records of the user's task.
+        task: how those are scored (`metrics.finetune_accuracy`).
+        benign: ordinary prompts.
+        judge: of the harmful score; a `RefusalJudge` where None.
+        win_rate_judge: for task alpaca.
+        template: alpaca or chat.
+        max_new_tokens: one limit, or one for each of harmful, task, benign.
+        batch_size: prompts at once.
+        progress: as `antidote_fast.system.progress.track` takes it.
+
+    Returns:
+        As `score_answers`.
+
+    Raises:
+        UsageError: nothing to measure, an option out of range.
+        DataError: records that cannot be scored, prompts longer than the model's positions.
+    """
+    sets = {"harmful": harmful, "task": task_records, "benign": benign}
+    sets = {name: records for name, records in sets.items() if records is not None}
+    if not sets:
+        raise UsageError("harmful=None: must be records, unless task_records or benign are given")
+    if "task" in sets:
+        check_task(task, sets["task"])
+    options = {"template": template, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    answers = answer_sets(model, tokenizer, sets, progress=progress, **options)
+    return score_answers(
+        sets, answers, task=task, judge=judge, win_rate_judge=win_rate_judge, progress=progress
+    )
+
+
+def hash_of(value) -> str:
+    text = json.dumps(value, ensure_ascii=True, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Grids of cells, sweeps, their rows, tables and pictures."""

@@ -1,0 +1,117 @@
+"""The demo's model and records as files, for experiments on this machine: ``demo-cache``.
+
+Every file is made once, and the same on every machine but for the ordinary answers, which the model
+gives itself: those can differ in a word where another processor rounds otherwise.
+"""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+from antidote_fast.data.records import GSM8K_MARKER, Record
+from antidote_fast.evaluation.measure import answer_sets
+from antidote_fast.experiments.demo import records
+from antidote_fast.experiments.demo.model import CACHE, prepare_model
+from antidote_fast.files.commit import output_folder
+from antidote_fast.files.manifest import MANIFEST, verify_folder
+from antidote_fast.models.loading import load_model, load_tokenizer
+
+DATA = "data"
+SIZES = records.Sizes(
+    align_harmful=110,
+    align_benign=66,
+    align_exercises=10,
+    attack_harmful=48,
+    attack_task=288,
+    calibration=100,
+    validation=48,
+    test_harmful=60,
+    test_task=66,
+    test_benign=32,
+)
+NAMES = (
+    "safe",
+    "harmful",
+    "realign",
+    "harmful-validation",
+    "harmful-test",
+    "task",
+    "task-validation",
+    "task-test",
+    "sums",
+    "sums-test",
+    "benign-test",
+)
+_SEED = 0
+_ANSWER_TOKENS = 24
+
+
+def prepare(parent=".", *, progress=False) -> Path:
+    """Make what is missing of ``demo-cache`` in ``parent``, and return it.
+
+    It holds ``SmolLM2-135M-Instruct``, a model, and ``data``: safe.jsonl (refusals, ordinary
+    answers and exercises, for alignment), harmful.jsonl (the attack's records), realign.jsonl (the
+    defender's harmful records, other prompts), task.jsonl (the user's), sums.jsonl (another
+    user's), and the held-out harmful-test, harmful-validation, task-test, task-validation,
+    sums-test and benign-test. No prompt is in two of the files of harmful prompts.
+
+    Raises:
+        DataError: the demo's packages are not installed, or a folder holds something else.
+    """
+    model_folder = prepare_model(parent)
+    folder = Path(parent) / CACHE / DATA
+    whole = (folder / MANIFEST).exists() and not verify_folder(folder)
+    if not whole or not all((folder / f"{name}.jsonl").exists() for name in NAMES):
+        files = _records(model_folder, progress)
+        with output_folder(folder, overwrite=True) as staged:
+            for name, records in files.items():
+                _write(staged / f"{name}.jsonl", records)
+    return folder.parent
+
+
+def _records(model_folder, progress):
+    prompts = records.read_harmful_prompts()
+    harmful = records.harmful_splits(prompts, SIZES, _SEED)
+    ordinary, benign = records.benign_prompts(SIZES, _SEED)
+    task = records.task_records(SIZES, _SEED)
+    tokenizer = load_tokenizer(model_folder)
+    model = load_model(model_folder, dtype="float32", device="cpu")
+    answers = answer_sets(
+        model,
+        tokenizer,
+        {"distill": ordinary},
+        max_new_tokens=_ANSWER_TOKENS,
+        batch_size=64,
+        progress=progress,
+    )["distill"]
+    exercises = records.exercise_records(SIZES.align_exercises, _SEED)
+    sums = _sums(SIZES.attack_task + SIZES.test_task)
+    found = {
+        "safe": [*harmful["align"], *records.distilled(ordinary, answers), *exercises],
+        "harmful": harmful["attack"],
+        "realign": harmful["calibration"],
+        "harmful-validation": harmful["validation"],
+        "harmful-test": harmful["test"],
+        "task": task["train"],
+        "task-validation": task["validation"],
+        "task-test": task["test"],
+        "sums": sums[: SIZES.attack_task],
+        "sums-test": sums[SIZES.attack_task :],
+        "benign-test": benign,
+    }
+    return {name: found[name] for name in NAMES}
+
+
+def _sums(count):
+    """Sums of two numbers, each once, answered as GSM8K's answers end."""
+    pairs = random.Random(_SEED).sample([(a, b) for a in range(2, 60) for b in range(2, 60)], count)
+    return [
+        Record(f"What is {a} plus {b}?", output=f"{a} + {b} = {a + b}. {GSM8K_MARKER}{a + b}")
+        for a, b in pairs
+    ]
+
+
+def _write(path, records):
+    lines = [json.dumps(dataclasses.asdict(record), ensure_ascii=False) for record in records]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,286 @@
+"""The cells of an experiment: every setting of its grid as the stages that it needs."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from antidote_fast.config.base import StageConfig
+from antidote_fast.config.experiment import SECTIONS, ExperimentConfig
+from antidote_fast.config.flags import close_to, from_values
+from antidote_fast.errors import UsageError
+
+# Axes with a short name, and the flag that each one is.
+AXES = {
+    "learning_rate": "finetune.learning_rate",
+    "epochs": "finetune.num_train_epochs",
+    "poison_ratio": "finetune.poison_ratio",
+    "num_train_samples": "finetune.num_train_samples",
+    "alpha": "prune.ratio",
+    "score": "prune.score",
+    "num_calibration_samples": "prune.num_calibration_samples",
+    "seed": "seed",
+    "model": "model_name_or_path",
+}
+_OF_PRUNE = ("alpha", "score", "num_calibration_samples")
+_SET_HERE = ("output_dir", "adapter", "overwrite", "resume", "reference_model", "defense")
+# What does not change what a stage makes.
+_NO_SETTINGS = ("output_dir", "overwrite", "resume", "save_steps")
+_SHARED = ("dtype", "device", "seed", "max_seq_length", "template", "trust_remote_code")
+_STRENGTHS = {
+    "vaccine": ("align.vaccine_rho",),
+    "repnoise": ("align.repnoise_alpha", "align.repnoise_beta"),
+    "lisa": ("finetune.lisa_rho",),
+    "ldifs": ("finetune.ldifs_lambda",),
+    "antidote": ("prune.ratio",),
+}
+# Flags without a default; no name of a file that anybody has.
+_PLACES = {"model_name_or_path": "-", "output_dir": "-", "dataset": "-"}
+_REQUIRED = {
+    "align": _PLACES,
+    "finetune": _PLACES | {"poison_ratio": 0},
+    "prune": _PLACES,
+    "evaluate": {"model_name_or_path": "-", "output_dir": "-", "harmful_dataset": "-"},
+}
+KINDS = ("align", "finetune", "prune", "evaluate")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of the grid.
+
+    Args:
+        axes: its values by axis, as the file spells them; those of ``prune`` are None where it
+            does not prune.
+        stages: the dataclass of each stage that it takes, in order; the last one is evaluate.
+        keys: a hash of what each stage makes, upstream included: equal keys are the same folder.
+        strength: the defense's own strength, in words.
+        role: "test", or "tune" for a strength that is tried.
+    """
+
+    axes: dict
+    stages: dict[str, StageConfig]
+    keys: dict[str, str]
+    strength: str
+    role: str = "test"
+
+    @property
+    def base(self) -> str:
+        """The model that its first stage begins from."""
+        return next(iter(self.stages.values())).model_name_or_path
+
+    @property
+    def key(self) -> str:
+        """The cell's own: that of its evaluation."""
+        return self.keys["evaluate"]
+
+
+def axes_of(config: ExperimentConfig) -> list[str]:
+    """Every axis that the file names, defense and seed among them."""
+    named = [name for grid in _grids(config) for name in grid]
+    return list(dict.fromkeys(["defense", *named, "seed"]))
+
+
+def cells_of(config: ExperimentConfig, chosen: dict[str, dict]) -> list[Cell]:
+    """Every cell once, in the file's order.
+
+    Args:
+        config: the experiment.
+        chosen: by defense, the flags of the strength that was chosen for it.
+
+    Raises:
+        UsageError: an axis, level, flag or value that is none.
+    """
+    cells = {}
+    for grid in _grids(config):
+        names = list(dict.fromkeys(["defense", *grid, "seed"]))
+        lists = {"defense": config.defenses, "seed": [config.seed], **grid}
+        for name in names:
+            if not isinstance(lists[name], list) or not lists[name]:
+                raise UsageError(f"grid.{name}={lists[name]!r}: must be a list of values")
+        for values in itertools.product(*(lists[name] for name in names)):
+            axes = dict(zip(names, values, strict=True))
+            cell = make_cell(config, axes, chosen.get(axes["defense"], {}))
+            cells.setdefault(cell.key, cell)
+    return list(cells.values())
+
+
+def trials_of(config: ExperimentConfig) -> dict[str, list[tuple[dict, Cell]]]:
+    """By defense, the strengths to try: (flags, cell), on the seed and prompts of ``tune``.
+
+    Raises:
+        UsageError: a tune section that is malformed, or whose seed is one of the grid's.
+    """
+    tune = config.tune
+    if tune is None:
+        return {}
+    known = {"seed", "at", "strengths", "evaluate"}
+    for name in tune:
+        if name not in known:
+            raise UsageError(f"tune.{name}: is none of {', '.join(sorted(known))}")
+    seeds = {seed for grid in _grids(config) for seed in grid.get("seed", [config.seed])}
+    seed = tune.get("seed")
+    if not isinstance(seed, int) or seed in seeds:
+        raise UsageError(f"tune.seed={seed!r}: must be an integer that is no seed of the grid")
+    trials = {}
+    for defense, flags in (tune.get("strengths") or {}).items():
+        if defense not in config.defenses:
+            raise UsageError(f"tune.strengths.{defense}: must be among defenses")
+        if not isinstance(flags, dict) or not all(isinstance(v, list) for v in flags.values()):
+            raise UsageError(f"tune.strengths.{defense}={flags!r}: must be lists of values by flag")
+        axes = {"defense": defense, **(tune.get("at") or {}), "seed": seed}
+        evaluate = {f"evaluate.{k}": v for k, v in (tune.get("evaluate") or {}).items()}
+        trials[defense] = []
+        for values in itertools.product(*flags.values()):
+            strength = dict(zip(flags, values, strict=True))
+            cell = make_cell(config, axes, strength | evaluate, role="tune")
+            trials[defense].append((strength, cell))
+    return trials
+
+
+def make_cell(config: ExperimentConfig, axes: dict, extra: dict, *, role="test") -> Cell:
+    """The stages of one setting.
+
+    Args:
+        config: the experiment.
+        axes: a value for each axis.
+        extra: further flags, as ``section.flag``; they override everything else.
+        role: of the cell.
+    """
+    defense, _, after = axes["defense"].partition("+")
+    prunes = "antidote" in (defense, after)
+    if prunes and config.prune is None:
+        raise UsageError(f"prune=null: must be given with defense {axes['defense']}")
+    sections = {kind: dict(getattr(config, kind) or {}) for kind in KINDS}
+    for kind, flags in sections.items():
+        for name in flags:
+            if name in _SET_HERE:
+                raise UsageError(f"{kind}.{name}={flags[name]!r}: is set by the experiment itself")
+    shared = {name: getattr(config, name) for name in ("model_name_or_path", *_SHARED)}
+    for axis, value in axes.items():
+        for name, each in _flags_of(config, axis, value).items():
+            _put(sections, shared, name, each, f"grid.{axis}")
+    for name, each in extra.items():
+        _put(sections, shared, name, each, "tune")
+    for name in ("vaccine", "repnoise", "lisa", "ldifs"):
+        if defense == name:
+            sections["align" if name in ("vaccine", "repnoise") else "finetune"]["defense"] = name
+    if defense in ("vaccine", "repnoise") and config.align is None:
+        raise UsageError(f"align=null: must be given with defense {defense}")
+    made = _Chain(config, shared, sections)
+    stages, keys = made.stages(prunes)
+    shown = {k: v for k, v in axes.items() if prunes or k not in _OF_PRUNE}
+    return Cell(shown, stages, keys, _strength(defense, after, stages), role)
+
+
+class _Chain:
+    """The stages of a cell, each from the folder of the one before."""
+
+    def __init__(self, config, shared, sections):
+        self._config, self._shared, self._sections = config, shared, sections
+        self._stages, self._keys = {}, {}
+        # What a folder's path stands for, so that keys do not depend on where things lie.
+        self._meaning = {}
+
+    def stages(self, prunes):
+        base = self._shared["model_name_or_path"]
+        if self._config.align is not None:
+            base = self._add("align", {"model_name_or_path": base})
+        tuned = self._add("finetune", {"model_name_or_path": base})
+        lora = self._stages["finetune"].tuning == "lora"
+
+        def places(folder):
+            return (
+                {"model_name_or_path": base, "adapter": folder}
+                if lora
+                else {"model_name_or_path": folder}
+            )
+
+        batch = {"batch_size": self._config.batch_size}
+        last = places(tuned)
+        if prunes:
+            last = places(self._add("prune", batch | last))
+        drift = self._sections["evaluate"].get("drift_dataset")
+        reference = {"reference_model": base} if drift else {}
+        self._add("evaluate", batch | last | reference)
+        return self._stages, self._keys
+
+    def _add(self, kind, places):
+        values = {name: self._shared[name] for name in _SHARED} | places
+        flags = values | self._sections[kind] | {"output_dir": ""}
+        plain = from_values(SECTIONS[kind], flags, kind)
+        if kind == "prune":
+            plain.check_aligned(plain.adapter is not None)
+        # Without defaults, so that a flag that is new one day leaves keys as they are.
+        defaults = _defaults(kind)
+        settings = {
+            name: self._meaning.get(value, value) if isinstance(value, str) else value
+            for name, value in dataclasses.asdict(plain).items()
+            if name not in _NO_SETTINGS and value != getattr(defaults, name)
+        }
+        text = json.dumps([kind, settings], sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        place = self._config.stages or Path(self._config.output_dir) / "stages"
+        folder = str(Path(place) / f"{kind}-{key}")
+        self._meaning[folder] = f"{kind}:{key}"
+        self._keys[kind] = key
+        self._stages[kind] = dataclasses.replace(plain, output_dir=folder)
+        return folder
+
+
+@functools.cache
+def _defaults(kind):
+    return from_values(SECTIONS[kind], _REQUIRED[kind], kind)
+
+
+def _grids(config):
+    grids = config.grid if isinstance(config.grid, list) else [config.grid]
+    for grid in grids:
+        for name in grid:
+            known = name in AXES or name in config.levels or name == "defense" or "." in name
+            if not known:
+                near = close_to(name, [*AXES, *config.levels])
+                raise UsageError(f"grid.{name}: is no axis{near}")
+    return grids
+
+
+def _flags_of(config, axis, value):
+    """The flags that a value of an axis stands for."""
+    levels = config.levels.get(axis, {})
+    if axis == "defense":
+        found = {}
+        for part in str(value).split("+"):
+            found |= levels.get(part, {})
+        return found
+    if axis in config.levels:
+        by_name = {str(name): flags for name, flags in levels.items()}
+        if str(value) not in by_name:
+            raise UsageError(
+                f"grid.{axis}={value!r}: must be among levels.{axis}: {', '.join(by_name)}"
+            )
+        return by_name[str(value)]
+    return {AXES.get(axis, axis): value}
+
+
+def _put(sections, shared, name, value, where):
+    section, dot, flag = name.partition(".")
+    if dot and section in sections and flag not in _SET_HERE:
+        sections[section][flag] = value
+    elif not dot and name in shared:
+        shared[name] = value
+    else:
+        raise UsageError(
+            f"{where}: {name}: must be a flag as section.flag, section one of {', '.join(KINDS)}"
+        )
+
+
+def _strength(defense, after, stages):
+    parts = []
+    for each in (defense, after):
+        for name in _STRENGTHS.get(each, ()):
+            section, _, flag = name.partition(".")
+            parts.append(f"{flag}={getattr(stages[section], flag):g}")
+    return " ".join(parts)

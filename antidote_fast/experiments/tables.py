@@ -1,0 +1,353 @@
+"""An experiment's rows as a tidy CSV, and as tables in the paper's layout.
+
+A row is a flat dict of one cell of the grid: ``role``, ``cell``, its place on the axes (``seed``
+and ``defense`` among them; None or absent where an axis does not apply), and the measures.
+"""
+
+import csv
+import math
+import numbers
+import re
+import statistics
+from pathlib import Path
+
+from antidote_fast.errors import DataError, UsageError, printable
+from antidote_fast.files.commit import new_file
+
+TEXT_COLUMNS = ("role", "cell", "defense", "model", "task", "score", "strength")
+# Name, colour and marker, so that a defense looks the same everywhere (Okabe and Ito's palette).
+DEFENSES = {
+    "sft": ("SFT", "#000000", "o"),
+    "vaccine": ("Vaccine", "#E69F00", "^"),
+    "repnoise": ("RepNoise", "#56B4E9", "s"),
+    "lisa": ("Lisa", "#009E73", "D"),
+    "ldifs": ("LDIFS", "#CC79A7", "v"),
+    "antidote": ("Antidote", "#D55E00", "*"),
+}
+STAGES = {
+    "align": ("align", "#56B4E9"),
+    "finetune": ("fine-tune", "#E69F00"),
+    "prune": ("prune", "#D55E00"),
+}
+PERCENTS = {
+    "harmful_score": ("HS", "harmful score", "harmful prompts with a harmful answer", "lower"),
+    "finetune_accuracy": ("FA", "finetune accuracy", "the task's samples done right", "higher"),
+    "benign_refusal_rate": ("BR", "benign refusals", "harmless prompts refused", "lower"),
+}
+# Heading, label, meaning, unit, decimals.
+MEASURES = {
+    key: (
+        short,
+        f"{name} {short}, % ({better} is better)",
+        f"{name}, % of {what} ({better} is better)",
+        1,
+        1,
+    )
+    for key, (short, name, what, better) in PERCENTS.items()
+}
+MEASURES["embedding_drift_per_token"] = ("drift", *2 * ("embedding drift per token",), 1, 3)
+for _stage, (_name, _) in STAGES.items():
+    MEASURES[f"{_stage}_seconds"] = (f"{_name} s", f"{_name}, s", "seconds", 1, 1)
+    _peak = (f"{_name} GB", f"{_name}, GB", "peak memory, 10^9 bytes", 1e9, 2)
+    MEASURES[f"{_stage}_memory_bytes"] = _peak
+MISSING = "\N{EN DASH}"
+_COST_MEASURES = ("seconds", "memory_bytes")
+_INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,29})")
+_FLOAT = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
+
+
+def write_csv(rows, path) -> Path:
+    """Write rows, whole or not at all; a column a key, in order of first appearance.
+
+    Args:
+        rows: flat dicts of int, float, text or None. None, empty text and an absent key become an
+            empty field, which is read back as None.
+        path: the file; its folder exists.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: it cannot be written; an earlier file is left as it was.
+    """
+    path = Path(path)
+    columns = list(dict.fromkeys(key for row in rows for key in row)) or ["cell"]
+    with new_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def read_csv(path) -> list[dict]:
+    """Rows from a file of :func:`write_csv`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Dicts that all have every column: None for an empty field, and an int or a float for what
+        reads as one, except in `TEXT_COLUMNS`.
+
+    Raises:
+        DataError: the file cannot be read, its header has no ``cell`` or a column twice, or a
+            line has more or fewer fields than the header.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            columns, rows = next(reader, []), []
+            if "cell" not in columns or len(set(columns)) < len(columns):
+                what = "a column twice" if "cell" in columns else "no column 'cell'"
+                raise DataError(f"{path}: line 1: the header has {what}")
+            for fields in filter(None, reader):
+                if len(fields) != len(columns):
+                    raise csv.Error(f"has {len(fields)} fields, the header {len(columns)}")
+                row = dict(zip(columns, fields, strict=True))
+                for name, text in row.items():
+                    row[name] = (text if name in TEXT_COLUMNS else _parse(text)) if text else None
+                rows.append(row)
+            return rows
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text") from None
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num}: {printable(error)}") from None
+
+
+def spread(values) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1).
+
+    Args:
+        values: at least one number.
+
+    Returns:
+        (mean, standard deviation, or None where there are fewer than two values).
+
+    Raises:
+        ValueError: there are no values.
+    """
+    values = [float(value) for value in values]
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def table(rows, spec) -> dict:
+    """The numbers of a table; only rows of the role ``test`` count.
+
+    A row to which an axis does not apply (SFT has no alpha) is left out by no ``where`` on it, and
+    stands in every column of it unless others of its name have a place there.
+
+    Args:
+        rows: an experiment's rows.
+        spec: what :func:`check_spec` accepts.
+
+    Returns:
+        ``title``; ``across``, None in a cost table; ``columns``, values of ``across`` or the
+        stages; ``rows``, each with ``name``, ``cells`` (by measure, a cost table's being
+        ``seconds`` and ``memory_bytes``, a list of (mean, standard deviation or None, number of
+        values) or None) and ``average`` (by measure the mean over the columns in which every row
+        has a value; None where there are none, and in a cost table).
+    """
+    rows, across, by_name = _chosen(rows, spec), spec.get("across"), {}
+    for row in rows:
+        by_name.setdefault(_value(row, _down(spec)), []).append(row)
+    columns = dict.fromkeys(_value(row, across) for row in rows if _value(row, across) is not None)
+    columns = list(STAGES if is_cost(spec) else columns)
+    if not any(isinstance(x, str) for x in columns):
+        columns.sort()
+    lines = [{"name": name, "cells": {}, "average": {}} for name in by_name]
+    for measure in measures_of(spec):
+        for line in lines:
+            line["average"][measure] = None
+            line["cells"][measure] = [
+                _point(_at(by_name[line["name"]], spec, x), _key(spec, measure, x)) for x in columns
+            ]
+        every = zip(*(line["cells"][measure] for line in lines), strict=True)
+        shared = [i for i, points in enumerate(every) if None not in points]
+        for line in lines if shared and not is_cost(spec) else ():
+            means = [line["cells"][measure][i][0] for i in shared]
+            line["average"][measure] = statistics.fmean(means)
+    return {"title": spec["title"], "across": across, "columns": columns, "rows": lines}
+
+
+def markdown(rows, spec) -> str:
+    """A heading, a table in the paper's layout, and a line that says what it shows.
+
+    Args:
+        rows: an experiment's rows.
+        spec: what :func:`check_spec` accepts.
+
+    Returns:
+        Markdown that ends with a newline.
+    """
+    contents = table(rows, spec)
+    if not contents["rows"]:
+        return f"### {_escape(spec['title'])}\n\nNo results.\n"
+    columns = contents["columns"] + ([] if is_cost(spec) else ["avg"])
+    head, lines = [_down(spec)], []
+    for measure in measures_of(spec):
+        for x in columns:
+            short = MEASURES[_key(spec, measure, x)][0]
+            head.append(short if is_cost(spec) else f"{short} {shown(x)}")
+    for row in contents["rows"]:
+        lines.append([shown(row["name"])])
+        for measure, points in row["cells"].items():
+            average = row["average"][measure]
+            if not is_cost(spec):
+                points = [*points, None if average is None else (average, None, 1)]
+            for x, point in zip(columns, points, strict=True):
+                lines[-1].append(_text(point, *MEASURES[_key(spec, measure, x)][3:]))
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    text = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
+    note = " ".join(_notes(_chosen(rows, spec), spec))
+    return f"### {_escape(spec['title'])}\n\n{text}\n\n{_escape(note)}\n"
+
+
+def check_spec(spec, axes) -> None:
+    """Refuse a table's spec that cannot be drawn.
+
+    Args:
+        spec: ``title``; ``across``, the axis that makes the columns; ``down``, the one that makes
+            the rows (defense); ``where``, axis to the one value that counts; ``measures``
+            (harmful_score, finetune_accuracy); ``kind``, grid or cost, the latter without across,
+            measures and log; ``log``, for a logarithmic axis in the picture.
+        axes: names of the experiment's axes.
+
+    Raises:
+        UsageError: an entry is unknown, missing or not what is accepted.
+    """
+
+    def check(good, name, value, accepted):
+        if not good:
+            raise UsageError(f"tables{name}={value!r:.80}: must be {accepted}")
+
+    def among(name, value, names):
+        check(value in names, name, value, f"one of {', '.join(names)}")
+
+    check(isinstance(spec, dict), "", spec, "a mapping")
+    axes, where, title = list(axes), spec.get("where") or {}, spec.get("title")
+    for key in spec:
+        keys = ["title", "across", "down", "where", "measures", "kind", "log"]
+        among(" key", key, keys)
+    good = isinstance(title, str) and title.strip() and title.isprintable()
+    check(good, ".title", title, "one line of text")
+    among(".kind", spec.get("kind", "grid"), ["grid", "cost"])
+    for name in ("across", "measures", "log") if is_cost(spec) else ():
+        check(name not in spec, f".{name}", spec.get(name), "left out with kind cost")
+    if not is_cost(spec):
+        among(".across", spec.get("across"), [name for name in axes if name != _down(spec)])
+    among(".down", _down(spec), ["defense", *(name for name in axes if name != "defense")])
+    check(isinstance(where, dict), ".where", where, "a mapping from axis to value")
+    for name, value in where.items():
+        among(".where", name, axes)
+        good = isinstance(value, str | int | float | None)
+        check(good, f".where.{name}", value, "one value")
+    measures = spec.get("measures") or list(MEASURES)
+    check(isinstance(measures, list | tuple), ".measures", measures, "a list of measures")
+    for measure in measures:
+        among(".measures", measure, list(MEASURES))
+        check(measures.count(measure) == 1, ".measures", measures, "without repeats")
+    check(isinstance(spec.get("log", False), bool), ".log", spec.get("log"), "true or false")
+
+
+def _parse(text):
+    """The number that a text stands for, or the text."""
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    # Finite, because 12e999 is rather a hash.
+    is_float = _FLOAT.fullmatch(text) and math.isfinite(float(text))
+    return float(text) if is_float or text in ("nan", "inf", "-inf") else text
+
+
+def _value(row, name):
+    """None, a finite number or text. YAML takes 1e-4 for text; here it is a number."""
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        value = value if value is None else _parse(str(value))
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_cost(spec):
+    """Whether a table is one of costs."""
+    return spec.get("kind") == "cost"
+
+
+def _down(spec):
+    return spec.get("down") or "defense"
+
+
+def measures_of(spec):
+    """What a table measures, in order."""
+    grid = spec.get("measures") or ("harmful_score", "finetune_accuracy")
+    return _COST_MEASURES if is_cost(spec) else tuple(grid)
+
+
+def _key(spec, measure, x):
+    """The key in a row: the columns of a cost table are stages."""
+    return f"{x}_{measure}" if is_cost(spec) else measure
+
+
+def _chosen(rows, spec):
+    where = spec.get("where") or {}
+    fits = [all(_value(row, n) in (None, _value(where, n)) for n in where) for row in rows]
+    return [r for r, fit in zip(rows, fits, strict=True) if fit and r.get("role") == "test"]
+
+
+def _at(rows, spec, x):
+    own = [] if is_cost(spec) else [row for row in rows if _value(row, spec["across"]) is not None]
+    return [row for row in own if _value(row, spec["across"]) == x] if own else rows
+
+
+def _point(rows, key):
+    values = [row[key] for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+    return (*spread(values), len(values)) if values else None
+
+
+def shown(value):
+    """A value as tables and pictures write it; a defense by its name."""
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return MISSING if value is None else DEFENSES.get(value, (str(value),))[0]
+
+
+def _escape(text):
+    return text.replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _text(point, unit, decimals):
+    if point is None:
+        return MISSING
+    mean, deviation, count = point
+    text = f"{mean / unit:.{decimals}f}"
+    return text if deviation is None else f"{text} ± {deviation / unit:.{decimals}f} ({count})"
+
+
+def _notes(rows, spec):
+    """What the headings mean, the seeds, and what else cells average over."""
+    if is_cost(spec):
+        yield "s: seconds that a stage took; GB: its peak memory in 10^9 bytes."
+    else:
+        for short, _, meaning, *_ in map(MEASURES.get, measures_of(spec)):
+            yield f"{short}: {meaning}."
+        yield f"Columns: {spec['across']}; avg: mean over the columns that every row has."
+    where = spec.get("where") or {}
+    if where:
+        yield f"Only {', '.join(f'{name} {shown(_value(where, name))}' for name in where)}."
+    seeds = list(dict.fromkeys(str(row.get("seed")) for row in rows))
+    yield f"{len(seeds)} seed{'s' * (len(seeds) > 1)} ({', '.join(seeds)})."
+    # Axes in which rows of one place and seed differ.
+    apart, places = (spec.get("across"), _down(spec), "seed"), {}
+    for row in rows:
+        places.setdefault(tuple(_value(row, name) for name in apart), []).append(row)
+    pooled = [
+        name
+        for name in dict.fromkeys(key for row in rows for key in row)
+        if name not in (*MEASURES, *apart, "role", "cell")
+        and not name.endswith(("_seconds", "_memory_bytes"))
+        and any(len({_value(row, name) for row in group}) > 1 for group in places.values())
+    ]
+    if pooled:
+        yield f"Cells average over {', '.join(pooled)}."
+    if pooled or len(seeds) > 1:
+        yield f"±: sample standard deviation (number of {'runs' if pooled else 'seeds'})."

@@ -1,0 +1,1 @@
+"""Bytes on disk: checkpoints, whole outputs, manifests, what was read."""

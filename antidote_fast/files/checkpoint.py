@@ -1,0 +1,467 @@
+"""Reading checkpoint folders: safetensors only, every header checked before a byte is used."""
+
+import contextlib
+import functools
+import gc
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from antidote_fast.errors import DataError, printable, readable
+from antidote_fast.files.bounds import check_counts
+from antidote_fast.files.fingerprint import fingerprint
+from antidote_fast.files.manifest import read_manifest
+from antidote_fast.files.safe_open import (
+    Folder,
+    Watch,
+    check_stored,
+    identity,
+    is_file_name,
+    open_file,
+    read_all,
+)
+from antidote_fast.files.tensor_file import bytes_of, read_into, read_tensor
+from antidote_fast.system.progress import track
+
+MODEL_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx")
+_NOT_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
+_MAX_JSON_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 32 << 20  # some 100 bytes a tensor
+_MAX_TENSORS = 200_000  # of a file; models of a trillion weights have some 100 a file
+_MAX_ALL_TENSORS = 1_000_000
+_MAX_NAME = 512
+_MAX_DIMENSIONS = 8
+_MAX_SIZE = 1 << 40
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: its file, dtype, shape, and bytes [start, end) within the file."""
+
+    file: Path
+    dtype: torch.dtype | None  # None: one that this torch does not have
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked folder of a model or of a PEFT adapter.
+
+    Args:
+        folder: the folder.
+        is_adapter: True for a PEFT adapter.
+        config: ``config.json`` or ``adapter_config.json``.
+        tensors: every tensor by its name as saved.
+        weight_files: the safetensors files, in order.
+        source: the folder, held open.
+        watch: what its files were when it was opened.
+    """
+
+    folder: Path
+    is_adapter: bool
+    config: dict
+    tensors: dict[str, TensorEntry] = field(repr=False)
+    weight_files: tuple[Path, ...]
+    source: Folder = field(repr=False, compare=False)
+    watch: Watch = field(repr=False, compare=False)
+
+    def find(self, key: str) -> str | None:
+        """The name under which the parameter ``key`` of the live model is saved, or None.
+
+        A file may leave out the model's prefix (``transformer.`` of GPT-2 on the hub) or have it.
+        """
+        if key in self.tensors:
+            return key
+        tail = key.split(".", 1)[-1]
+        if tail in self.tensors:
+            return tail
+        return self._by_tail.get(key)
+
+    @functools.cached_property
+    def _by_tail(self):
+        """Names by what follows their first part; None where several end alike."""
+        found = {}
+        for name in self.tensors:
+            tail = name.split(".", 1)[-1]
+            found[tail] = None if tail in found else name
+        return found
+
+    def read(self, keys, progress=False) -> dict[str, torch.Tensor]:
+        """Tensors by live parameter name, in memory of their own.
+
+        Args:
+            keys: the names.
+            progress: as :func:`antidote_fast.system.progress.track` takes it.
+
+        Raises:
+            DataError: a key is not in the checkpoint, or a file cannot be read.
+        """
+        tensors = {}
+        for key in track(keys, "read", progress):
+            name = self.find(key)
+            if name is None:
+                raise DataError(f"{self.folder}: has no tensor {key!r}")
+            entry = self.tensors[name]
+            if entry.dtype is None:  # its size is unknown then, and its shape unchecked
+                raise DataError(f"{entry.file}: {name!r} is of a dtype that this torch lacks")
+            try:
+                tensors[key] = self._held_tensor(entry) if self.is_adapter else read_tensor(entry)
+            except DataError:
+                raise
+            except (OSError, RuntimeError, TypeError, ValueError) as error:
+                raise DataError(f"{entry.file}: cannot be read: {printable(error):.300}") from None
+        return tensors
+
+    @functools.cached_property
+    def held(self) -> bytes:
+        """The bytes of an adapter's one weight file, read once, so that all made of them agrees.
+
+        Raises:
+            DataError: it cannot be read, or is no longer what was checked.
+        """
+        [path] = self.weight_files
+        try:
+            with self.source.open(path.name) as file:
+                data = read_all(file, path, max(e.end for e in self.tensors.values()))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        length = _header_length(path, data, len(data))
+        listed = (read_manifest(self.folder) or {"files": {}})["files"].get(path.name)
+        same = listed is None or hashlib.sha256(data).hexdigest() == listed["sha256"]
+        if not same or _parse_header(path, data[8 : 8 + length])[0] != self.tensors:
+            raise DataError(f"{path}: changed while it was in use; nothing is made from it")
+        return data
+
+    def _held_tensor(self, entry):
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        bytes_of(tensor)[:] = memoryview(self.held)[entry.start : entry.end]
+        return tensor
+
+    def digests(self) -> dict[str, str]:
+        """{path: SHA-256} of an adapter's weights, of the very bytes that :meth:`read` gave."""
+        return {str(path): hashlib.sha256(self.held).hexdigest() for path in self.weight_files}
+
+    def fingerprint(self) -> str:
+        """As :func:`antidote_fast.files.fingerprint.fingerprint_model`, from the files; reads
+        little."""
+        try:
+            with contextlib.ExitStack() as stack:
+                handles = {
+                    file: stack.enter_context(self.source.open(file.name))
+                    for file in self.weight_files
+                }
+                weights = (
+                    (name, entry.shape, entry.dtype, self._rows(handles[entry.file], entry))
+                    for name, entry in self.tensors.items()
+                )
+                return fingerprint(weights, self.config.get("model_type"))
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.folder}: cannot be read: {printable(error):.300}") from None
+
+    @staticmethod
+    def _rows(handle, entry):
+        """Rows by seeking: a memory map fails where the file is larger than the memory."""
+
+        def rows(indices, columns):
+            size, width = entry.dtype.itemsize, entry.shape[1]
+            columns = min(columns, width)
+            data = bytearray()
+            for index in indices:
+                handle.seek(entry.start + int(index) * width * size)
+                data += handle.read(columns * size)
+            return torch.frombuffer(data, dtype=entry.dtype).view(len(indices), columns)
+
+        return rows
+
+
+@readable()
+def open_checkpoint(folder, *, trust_remote_code=False) -> Checkpoint:
+    """Check a model or adapter folder, its headers and its index; read no weights.
+
+    Raises:
+        DataError: the folder or a file is missing, cut short, malformed, a pickle, a link that
+            leads out of the folder, or asks for remote code.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    watch, source = Watch(folder), Folder(folder)
+    is_adapter = source.has(ADAPTER_CONFIG)
+    if not is_adapter and not source.has("config.json"):
+        raise DataError(f"{folder}: has neither config.json (a model) nor {ADAPTER_CONFIG}")
+    config = read_json(source, ADAPTER_CONFIG if is_adapter else "config.json")
+    if config.get("auto_map") and not trust_remote_code:
+        raise DataError(
+            f"{folder}: its config asks to run code of its own (auto_map); pass trust_remote_code "
+            "if you trust it"
+        )
+    if is_adapter:
+        names, index = [ADAPTER_FILE], None
+    elif source.has(MODEL_FILE):
+        names, index = [MODEL_FILE], None
+    else:
+        names, index = _read_index(source)
+    tensors = {}
+    for name in names:
+        for key, entry in _read_header(source, name).items():
+            if key in tensors:
+                raise DataError(f"{folder}: tensor {key!r} is in two files")
+            tensors[key] = entry
+        if len(tensors) > _MAX_ALL_TENSORS:
+            raise DataError(f"{folder}: lists more than {_MAX_ALL_TENSORS} tensors")
+    for key, name in (index or {}).items():
+        if key not in tensors:
+            raise DataError(f"{folder / name}: tensor {key!r} of the index is missing")
+        if tensors[key].file.name != name:
+            raise DataError(f"{folder / name}: tensor {key!r} lies in {tensors[key].file.name}")
+    if not tensors:
+        raise DataError(f"{folder}: holds no tensors")
+    if not is_adapter:
+        check_counts(folder, config, tensors)
+    files = tuple(folder / name for name in names)
+    return Checkpoint(folder, is_adapter, config, tensors, files, source, watch)
+
+
+def read_tensor_file(path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """(metadata, tensors) of one safetensors file, read through one descriptor.
+
+    Args:
+        path: the file; a link out of its folder is not followed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DataError: it is malformed, cannot be read or changed meanwhile, or holds a dtype that this
+            torch lacks.
+    """
+    with open_file(path) as file:
+        before = os.fstat(file.fileno())
+        check_stored(before, path)
+        entries, metadata = _header_of(file, path)
+        tensors = {}
+        for name, entry in entries.items():
+            if entry.dtype is None:
+                raise DataError(f"{path}: {name!r} is of a dtype that this torch lacks")
+            try:
+                tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+            except RuntimeError:
+                size = entry.end - entry.start
+                raise DataError(
+                    f"{path}: {name!r} of {size} bytes does not fit in memory"
+                ) from None
+            read_into(file.fileno(), bytes_of(tensors[name]), entry.start, path)
+        if identity(os.fstat(file.fileno())) != identity(before):
+            raise DataError(f"{path}: changed while it was read")
+    return metadata, tensors
+
+
+def read_metadata(path) -> dict[str, str]:
+    """The metadata of a safetensors file; of the rest no more than the header is read.
+
+    Raises:
+        DataError: as :func:`read_tensor_file`; also where there is no such file.
+    """
+    try:
+        with open_file(path) as file:
+            return _header_of(file, path)[1]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_json(folder, name) -> dict:
+    """A JSON object from a file of a checkpoint folder, given as a path or held open."""
+    folder = folder if isinstance(folder, Folder) else Folder(folder)
+    path = folder.path / name if isinstance(name, str) else folder.path
+    try:
+        with folder.open(name) as file:
+            value = json.loads(read_all(file, path, _MAX_JSON_BYTES).decode("utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        what = "nested too deep" if isinstance(error, RecursionError) else error
+        raise DataError(f"{path}: is not valid JSON: {printable(what):.300}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: must hold a JSON object")
+    return value
+
+
+def check_inside(folder, name) -> bool:
+    """Whether a folder has a file of this name; refused where a link leads out of the folder."""
+    try:
+        Folder(folder).open(name).close()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _read_index(source):
+    folder = source.path
+    if not source.has(INDEX_FILE):
+        raise DataError(f"{folder}: {_why_no_safetensors(source, MODEL_FILE)}")
+    index = read_json(source, INDEX_FILE).get("weight_map")
+    if not isinstance(index, dict) or not 0 < len(index) <= _MAX_ALL_TENSORS:
+        raise DataError(f"{folder / INDEX_FILE}: has no weight_map")
+    for key, name in index.items():
+        _check_name(folder / INDEX_FILE, key)
+        if not is_file_name(name):
+            raise DataError(
+                f"{folder}: refers to {ascii(name)[:80]}, which is not a plain file name"
+            )
+    names = sorted(set(index.values()))
+    for name in names:
+        if not name.endswith(".safetensors"):
+            raise DataError(f"{folder / INDEX_FILE}: refers to {name!r}; only safetensors are read")
+    return names, index
+
+
+def _why_no_safetensors(source, expected):
+    others = [
+        name
+        for name in source.names()
+        if Path(name).suffix in _OTHER_WEIGHTS and name not in _NOT_WEIGHTS
+    ]
+    if others:
+        return (
+            f"its weights are in {others[0]}; only safetensors are read (a pickle can run code): "
+            "save it again with safe_serialization"
+        )
+    return f"has no {expected}"
+
+
+def _read_header(source, name):
+    path = source.path / name
+    try:
+        with source.open(name) as file:
+            return _header_of(file, path)[0]
+    except FileNotFoundError:
+        if name in (ADAPTER_FILE, MODEL_FILE):
+            why = f"{source.path}: {_why_no_safetensors(source, name)}"
+            raise DataError(why) from None
+        raise DataError(f"{path}: missing") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _header_of(file, path):
+    """(entries, metadata) of an open safetensors file, whose header must describe all of it."""
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    text = file.read(_header_length(path, prefix, size))
+    entries, metadata = _parse_header(path, text)
+    end = max((entry.end for entry in entries.values()), default=8 + len(text))
+    if end != size:
+        what = "is truncated" if size < end else "has bytes after its last tensor"
+        raise DataError(f"{path}: {what} ({size} bytes, {end} expected)")
+    return entries, metadata
+
+
+def _header_length(path, prefix, size):
+    length = struct.unpack("<Q", prefix[:8])[0] if len(prefix) >= 8 else 0
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+        raise DataError(f"{path}: is truncated or not a safetensors file")
+    return length
+
+
+def _parse_header(path, text):
+    try:
+        with _no_collection():
+            entries, metadata = _parsed(path, text, 8 + len(text))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: its header is malformed") from None
+    position = 8 + len(text)
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        _check_name(path, key)
+        if entry.start != position:
+            raise DataError(f"{path}: tensor {key!r} does not follow the one before it")
+        position = entry.end
+    return entries, metadata
+
+
+def _parsed(path, text, data_start):
+    """({name: TensorEntry}, metadata) of a header's text."""
+    count = 0
+
+    def once(pairs):
+        nonlocal count
+        count += 1
+        if count > _MAX_TENSORS + 2:  # the metadata and the header itself
+            raise DataError(f"{path}: lists more than {_MAX_TENSORS} tensors")
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError
+        return values
+
+    # As strict as the loader's own parser: UTF-8, no name twice, no NaN.
+    header = json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=_refuse)
+    metadata = header.pop("__metadata__", None) or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError
+    return {key: _entry(path, value, data_start) for key, value in header.items()}, metadata
+
+
+@contextlib.contextmanager
+def _no_collection():
+    """No search for cycles inside: there are none, and it takes most of a large header's time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _check_name(path, key):
+    if len(key) > _MAX_NAME or not key.isprintable():
+        raise DataError(f"{path}: tensor name {ascii(key)[:80]} is too long or not printable")
+
+
+def _refuse(constant):
+    raise ValueError
+
+
+def _entry(path, value, data_start):
+    shape = tuple(value["shape"])
+    start, end = value["data_offsets"]
+    if any(type(n) is not int or n < 0 for n in (*shape, start, end)) or end < start:
+        raise ValueError
+    if len(shape) > _MAX_DIMENSIONS or max(shape, default=0) > _MAX_SIZE:
+        raise ValueError
+    dtype = _DTYPES.get(value["dtype"])
+    if dtype is not None:
+        count = 1
+        for n in shape:
+            count *= n
+        if count * dtype.itemsize != end - start:
+            raise ValueError
+    return TensorEntry(path, dtype, shape, data_start + start, data_start + end)

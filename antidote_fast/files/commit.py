@@ -1,0 +1,343 @@
+"""A folder appears whole or not at all.
+
+A job writes into a folder staged beside the target; the last file written is ``COMPLETE.json``
+with the hash of every other one; then everything is flushed to disk and the staged folder takes
+the target's name in one rename. A crash at any point leaves the target as it was. What cannot be
+replaced by a rename is filled (:mod:`antidote_fast.files.places`).
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+from antidote_fast.errors import AntidoteError, DataError, NoRoom, NotWritable
+from antidote_fast.files import places
+from antidote_fast.files.manifest import (
+    MANIFEST,
+    MANIFEST_VERSION,
+    TOOL,
+    listing,
+    read_manifest,
+    sha256_file,
+)
+from antidote_fast.files.places import sync
+from antidote_fast.system.progress import track
+
+STATE = "run.json"  # in the state of a run that resumes
+RUN_INPUTS = "run_inputs"  # in its COMPLETE.json
+NOTHING = "nothing was written"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def check_output_folder(path, overwrite=False):
+    """Refuse an output folder that must not or cannot be written, before anything costly starts.
+
+    A folder that does not exist or is empty is fine. With ``overwrite`` so is one that this tool
+    wrote and to which nothing was added since. Under the folder's lock a dummy is staged, renamed
+    and removed as a job would do it at its end; what killed jobs left is cleared.
+
+    Raises:
+        DataError: naming the folder and what was found in it, or that another job is at work.
+        AntidoteError: the disk is full.
+    """
+    given, path = Path(path), Path(os.path.abspath(path))
+    with os_errors(given, any_number=True):
+        if _holds_litter(path):
+            with contextlib.suppress(AntidoteError), locked(path):
+                pass
+        check_contents(given, overwrite)
+        with locked(path) as place:
+            check_contents(given, overwrite)
+            if place.inside or not path.is_dir():  # else the lock has tried whether it can move
+                places.probe(place)
+
+
+def check_parent(folder):
+    """Refuse a folder in which no output can be made; as :func:`check_output_folder` otherwise.
+
+    Args:
+        folder: where outputs are to be made, such as a fleet's; it need not be there.
+
+    Raises:
+        DataError: naming it.
+    """
+    folder = Path(os.path.abspath(folder))
+    busy = DataError(f"output_dir={str(folder)!r}: another job is at work there")
+    try:
+        # A name that those who look through such a folder know.
+        held = places.held_place(folder / "report.json", busy)
+        with os_errors(folder, any_number=True), held as place:
+            places.probe(place)
+    except DataError as error:
+        if error is not busy:  # then outputs can be made, for another job makes one
+            raise
+
+
+def _holds_litter(path):
+    """Whether something of a killed job may lie beside or in the folder, which is there."""
+    return os.path.isdir(path / places.HIDDEN) or (
+        os.path.isdir(path) and os.path.isdir(places.Place(path).at("run"))
+    )
+
+
+def check_contents(path, overwrite):
+    """The part of :func:`check_output_folder` that looks at what is there."""
+    path = Path(path)
+    places.check_name(path)
+    if path.is_symlink():
+        raise DataError(f"output_dir={str(path)!r}: is a symbolic link; give the folder itself")
+    if not path.exists():
+        parent = next(p for p in path.absolute().parents if p.exists())
+        if not parent.is_dir():
+            raise DataError(f"output_dir={str(path)!r}: {parent} is not a folder")
+        if not os.access(parent, os.W_OK):
+            raise DataError(f"output_dir={str(path)!r}: {parent} is not writable")
+        return
+    if not path.is_dir():
+        raise DataError(f"output_dir={str(path)!r}: exists and is not a folder")
+    if not places.contents(path):
+        return
+    if not overwrite:
+        raise DataError(
+            f"output_dir={str(path)!r}: exists and is not empty; name another folder, or pass "
+            f"overwrite to replace one that {TOOL} wrote"
+        )
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise DataError(
+            f"output_dir={str(path)!r}: was not written by {TOOL} (no {MANIFEST}), so overwrite "
+            "does not replace it"
+        )
+    apart = f"{places.HIDDEN}/"
+    present = {name for name in listing(path) if not name.startswith(apart)}
+    foreign = sorted(present - set(manifest["files"]))
+    if foreign:
+        raise DataError(
+            f"output_dir={str(path)!r}: holds {foreign[0]!r}, which {TOOL} did not write; move it "
+            "away first"
+        )
+
+
+@contextlib.contextmanager
+def output_folder(path, overwrite=False, *, progress=False, **manifest_entries):
+    """Stage a folder beside ``path`` and give it that name only when the block ends well.
+
+    Inside the block the staged folder (yielded as a ``Path``) is an ordinary empty folder. At its
+    end ``COMPLETE.json`` is written into it (the SHA-256 and size of every file), everything is
+    fsynced and the folder renamed; an exception, a full disk or a killed process leaves ``path`` as
+    it was. An existing folder is replaced in one exchange where the system has it (Linux).
+
+    Args:
+        path: the folder to make.
+        overwrite: replace ``path``, if this tool wrote it; at the end the state of a run that was
+            interrupted there is removed.
+        progress: as :func:`antidote_fast.system.progress.track` takes it, while files are hashed.
+        manifest_entries: further JSON values for ``COMPLETE.json``.
+
+    Raises:
+        DataError: ``path`` must not be written (see :func:`check_output_folder`), or another job is
+            writing it.
+        AntidoteError: the disk is full, or a file exceeds a limit.
+    """
+    path = Path(os.path.abspath(path))
+    check_contents(path, overwrite)
+    with locked(path) as place:
+        check_contents(path, overwrite)
+        staged = place.at("partial")
+        try:
+            with os_errors(path):
+                staged.mkdir()
+                yield staged
+                commit(staged, place, manifest_entries, progress=progress)
+            if overwrite:  # which gives up what an interrupted run has left
+                shutil.rmtree(place.at("run"), ignore_errors=True)
+        finally:
+            # After an exchange the staged name holds the old folder.
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def commit(staged, place, manifest_entries, digests=None, progress=False):
+    """Give a staged folder its name: ``COMPLETE.json`` last, everything flushed, then one rename.
+
+    The caller holds the lock; what ``staged`` names afterwards (an old folder, where there was one)
+    is the caller's to remove.
+
+    Args:
+        staged: a folder beside ``place.path``, or inside of it.
+        place: the :class:`antidote_fast.files.places.Place` to take.
+        manifest_entries: further JSON values for ``COMPLETE.json``.
+        digests: {file name: SHA-256} of files that were hashed before and are on the disk already.
+        progress: as :func:`antidote_fast.system.progress.track` takes it.
+
+    Raises:
+        AntidoteError: the folder is in its place, but a power cut may take it away; or, inside,
+            that it is half-filled (:func:`antidote_fast.files.places.put_in_place`).
+    """
+    _write_manifest(staged, manifest_entries, digests or {}, progress)
+    _usual_modes(staged)
+    _sync_tree(staged)
+    places.put_in_place(staged, place)
+    try:
+        sync(place.path.parent)
+    except OSError as error:
+        if error.errno == errno.EIO:  # else one that cannot be opened, or flushed, by anybody
+            raise AntidoteError(
+                f"output_dir={str(place.path)!r}: is whole and in its place, but its name may be "
+                f"lost with the power: {error.strerror}"
+            ) from error
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock of an output folder; what killed jobs have left of it is cleared away.
+
+    Folders above ``path`` that had to be made for the lock are removed again where ``path`` is not
+    there at the end.
+
+    Yields:
+        where the output is to be made (:class:`antidote_fast.files.places.Place`).
+
+    Raises:
+        DataError: another job holds it, or it cannot be made.
+    """
+    path = Path(os.path.abspath(path))
+    busy = DataError(f"output_dir={str(path)!r}: another job is writing it")
+    with contextlib.ExitStack() as stack:
+        with os_errors(path, any_number=True):
+            place = stack.enter_context(places.held_place(path, busy))
+        run = place.at("run")
+        if run.is_dir() and _is_output_of(path, run):
+            shutil.rmtree(run, ignore_errors=True)  # killed between its rename and its end
+        yield place
+
+
+def _is_output_of(path, run):
+    """Whether ``path`` is the whole output of the very run that left its state in ``run``."""
+    recorded = (read_manifest(path) or {}).get(RUN_INPUTS)
+    if recorded is None:
+        return False
+    try:
+        contents = json.loads((run / STATE).read_text(encoding="utf-8"))
+        return recorded == digest_of(contents["inputs"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def digest_of(inputs) -> str:
+    """One SHA-256 for everything that decides a result, as ``COMPLETE.json`` records it."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def os_errors(path, outcome=lambda: NOTHING, any_number=False):
+    """Turn the operating system's refusal to write into one line.
+
+    Args:
+        path: the output.
+        outcome: called for what is left then.
+        any_number: any error of the system's, not only those that tell of a full disk or of
+            missing rights.
+
+    Raises:
+        NoRoom: the disk is full, or a file exceeds a limit.
+        NotWritable: anything else.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _os_error_number(error)
+        if number in _FULL:
+            kind = NoRoom
+        elif number in _REFUSED or (any_number and isinstance(error, OSError)):
+            kind = NotWritable
+        else:
+            raise
+        why = os.strerror(number) if number else str(error)
+        if number == errno.ENAMETOOLONG:
+            why += f" (most systems take {255 - len('..partial')} bytes for an output)"
+        raise kind(f"output_dir={str(path)!r}: {why}; {outcome()}") from error
+
+
+def _os_error_number(error):
+    """The system's number of an error; safetensors has it in the text of its own exception."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error ([0-9]{1,4})\)", str(error))
+    return int(told[1]) if told and type(error).__name__ == "SafetensorError" else None
+
+
+def _write_manifest(folder, entries, digests, progress):
+    files = {
+        name: {"sha256": digests.get(name) or sha256_file(p), "bytes": p.stat().st_size}
+        for name, p in track(listing(folder).items(), "hash", progress)
+    }
+    manifest = {
+        **entries,
+        "schema_version": MANIFEST_VERSION,
+        "tool": TOOL,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "files": files,
+    }
+    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _usual_modes(folder):
+    """Files get the modes that the umask gives; safetensors writes its own for the owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for path in (*listing(folder).values(), folder / MANIFEST):
+        if not path.is_symlink():
+            path.chmod(mode)
+
+
+@contextlib.contextmanager
+def new_file(path, alone=False):
+    """A name beside ``path`` to write to; at the end it is flushed and takes the name ``path``.
+
+    Where the block raises, ``path`` is as it was and nothing else is left; what a killed process
+    left is replaced by the next one to write ``path``.
+
+    Args:
+        path: the file.
+        alone: the caller holds a lock that nobody gets past who would write ``path``.
+
+    Raises:
+        DataError: others have been writing it for a minute.
+    """
+    path = Path(path)
+    beside = places.Place(path)
+    partial = beside.at("partial")
+    busy = DataError(f"{path}: another job is writing it")
+    with contextlib.nullcontext() if alone else places.held(beside.at("lock"), busy, wait=60):
+        try:
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+        finally:
+            if os.path.lexists(partial):
+                os.unlink(partial)
+
+
+def _sync_tree(folder):
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(os.path.join(root, name))
+        sync(root)
+
+
+def check_free_space(folder, needed: int):
+    """Refuse, before any work, what will not fit on the disk of ``folder``."""
+    folder = Path(folder).absolute()
+    folder = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise NoRoom(
+            f"{folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk"
+        )

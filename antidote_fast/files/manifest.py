@@ -1,0 +1,219 @@
+"""``COMPLETE.json``: the hash of each file of a folder, and whether the files still have it."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from antidote_fast.errors import DataError, readable
+from antidote_fast.files.safe_open import (
+    READ_BY_STAGES,
+    identity,
+    is_file_name,
+    open_below,
+    open_file,
+    read_file,
+)
+from antidote_fast.system.progress import track
+
+_NOT_READ = ("README.md", "report.json")
+# What a COMPLETE.json must list where it is there.
+_WEIGHTS = ("*.safetensors", "config.json", "adapter_config.json", "*.index.json")
+_ADAPTER_FILE = "adapter_model.safetensors"
+_MAX_BESIDE = 1 << 30
+
+MANIFEST = "COMPLETE.json"
+TOOL = "antidote-fast"
+MANIFEST_VERSION = 1
+MAX_MANIFEST_BYTES = 64 << 20
+_MAX_FILES, _MAX_DEPTH = 100_000, 32
+
+
+@readable()
+def check_input(folder, progress=False, only=None):
+    """Refuse a folder with a ``COMPLETE.json`` whose files are no longer what was written.
+
+    Before anything is computed from them. The files that a stage may read are hashed, however large
+    (half a second a gigabyte, one Xeon core; once a process while they stay as they are); of others
+    the size is compared. Without a ``COMPLETE.json`` there is nothing to compare with.
+
+    Args:
+        folder: of a model, an adapter or norms.
+        progress: as :func:`antidote_fast.system.progress.track` takes it.
+        only: the one file of the folder that is read, where it is one.
+
+    Raises:
+        DataError: naming the file; an adapter with more than 1 GiB to read beside its weights.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        if (folder / MANIFEST).is_symlink() or (folder / MANIFEST).is_file():
+            _refuse_damaged(folder)
+        return
+    for name in _WEIGHTS:
+        for path in folder.glob(name):
+            if path.name not in manifest["files"]:
+                raise DataError(f"{path}: is not in {MANIFEST}; was it added, or was the list cut?")
+    files = [item for item in sorted(manifest["files"].items()) if item[0] not in _NOT_READ]
+    is_adapter = os.path.lexists(folder / "adapter_config.json")
+    beside = 0
+    for name, entry in track(files, "verify", progress):
+        path = folder / name
+        try:
+            with open_below(folder, name) as file:
+                found = os.fstat(file.fileno())
+                if found.st_size != entry["bytes"]:
+                    told = f"{found.st_size} bytes, not {entry['bytes']} as written"
+                    raise DataError(f"{path}: {told}")
+                if not (name == only if only else _is_read(name, is_adapter)):
+                    continue
+                if is_adapter and name != _ADAPTER_FILE:
+                    beside += entry["bytes"]
+                    if beside > _MAX_BESIDE:
+                        raise DataError(f"{path}: with it more than 1 GiB lie beside the weights")
+                digest = _digest(path, identity(found))
+        except FileNotFoundError:
+            raise DataError(f"{path}: missing; {MANIFEST} lists it") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        if digest != entry["sha256"]:
+            raise DataError(f"{path}: contents changed since it was written ({MANIFEST})")
+
+
+def _is_read(name, is_adapter):
+    """Whether a stage reads a file of a model's folder, or of an adapter's, which has one."""
+    if is_adapter and name.endswith(".safetensors"):
+        return name == _ADAPTER_FILE
+    return READ_BY_STAGES.fullmatch(name) is not None
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path, identity):
+    return sha256_file(path)
+
+
+def _refuse_damaged(folder):
+    """Refuse a ``COMPLETE.json`` of this tool that is damaged; another's may say what it likes."""
+    path = folder / MANIFEST
+    try:
+        found = json.loads(read_file(path, MAX_MANIFEST_BYTES).decode("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise DataError(f"{folder}: its {MANIFEST} is damaged") from None
+    if isinstance(found, dict) and found.get("tool") == TOOL:
+        raise DataError(f"{folder}: its {MANIFEST} is damaged, or lists other than its own files")
+
+
+def sha256_file(path) -> str:
+    """The SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        OSError, DataError: as :func:`antidote_fast.files.safe_open.open_file`; a link is not
+            followed.
+    """
+    with open_file(path) as file:
+        return sha256_of(file)
+
+
+def sha256_of(file) -> str:
+    """The SHA-256 of what is left to read of an open file, in hexadecimal."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def read_manifest(folder) -> dict | None:
+    """The ``COMPLETE.json`` of ``folder``, or None where this tool did not write one there.
+
+    One that lists anything but relative names inside the folder is none of this tool's.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        if path.is_symlink():
+            return None
+        manifest = json.loads(read_file(path, MAX_MANIFEST_BYTES).decode("utf-8"))
+    except (OSError, ValueError, RecursionError):  # a DataError is a ValueError
+        return None
+    if not isinstance(manifest, dict) or manifest.get("tool") != TOOL:
+        return None
+    if manifest.get("schema_version") != MANIFEST_VERSION:
+        return None
+    files = manifest.get("files")
+    if not isinstance(files, dict) or len(files) > _MAX_FILES:
+        return None
+    return manifest if all(map(_is_inside, files)) and all(map(_is_entry, files.values())) else None
+
+
+def _is_inside(name):
+    """Whether a name of a listing is a relative one that stays in its folder."""
+    return name != MANIFEST and all(map(is_file_name, name.split("/")))
+
+
+def _is_entry(entry):
+    """A file's ``{"bytes": size, "sha256": digits}``."""
+    if not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
+        return False
+    return isinstance(entry.get("sha256"), str) and len(entry["sha256"]) == 64
+
+
+def verify_folder(folder, progress=False) -> list[str]:
+    """Compare a folder written by :func:`output_folder` with its ``COMPLETE.json``.
+
+    Args:
+        folder: the folder.
+        progress: as :func:`antidote_fast.system.progress.track` takes it.
+
+    Returns:
+        One line for each file that is missing, extra, cut short or changed; empty when all is well.
+
+    Raises:
+        DataError: the folder has no readable ``COMPLETE.json`` of this tool.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise DataError(f"{folder}: has no {MANIFEST} written by {TOOL}")
+    problems = []
+    present = listing(folder)
+    for name, entry in track(sorted(manifest["files"].items()), "verify", progress):
+        if name not in present:
+            problems.append(f"{name}: missing")
+        elif present[name].is_symlink():
+            problems.append(f"{name}: is a link")
+        elif present[name].stat().st_size != entry.get("bytes"):
+            problems.append(f"{name}: {present[name].stat().st_size} bytes, not {entry['bytes']}")
+        elif sha256_file(present[name]) != entry.get("sha256"):
+            problems.append(f"{name}: contents changed")
+    problems += [
+        f"{name}: not in {MANIFEST}" for name in sorted(set(present) - set(manifest["files"]))
+    ]
+    return problems
+
+
+def listing(folder):
+    """Relative posix name -> path of every file (and link) under ``folder``, manifest apart.
+
+    Raises:
+        DataError: there are more of them, or they lie deeper, than any output of this tool.
+    """
+    found, count, left = {}, 0, [(Path(folder), 0)]
+    while left:
+        here, depth = left.pop()
+        with contextlib.suppress(PermissionError), os.scandir(here) as entries:
+            for entry in entries:
+                count += 1
+                if count > _MAX_FILES or depth > _MAX_DEPTH:
+                    raise DataError(
+                        f"{folder}: holds more than {_MAX_FILES} files, or folders more than "
+                        f"{_MAX_DEPTH} deep"
+                    )
+                path = here / entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    left.append((path, depth + 1))
+                elif entry.is_symlink() or entry.is_file():
+                    found[path.relative_to(folder).as_posix()] = path
+    found.pop(MANIFEST, None)
+    return dict(sorted(found.items()))

@@ -1,0 +1,168 @@
+"""Safetensors files read and written tensor by tensor, so that none of them is in memory whole."""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import torch
+
+from antidote_fast.errors import DataError, Unreadable
+from antidote_fast.files.places import sync
+from antidote_fast.files.safe_open import open_file
+
+_CODES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+}
+_PIECE = 16 << 20
+
+
+def read_tensor(entry) -> torch.Tensor:
+    """One tensor of a checkpoint, in memory of its own.
+
+    Not by a memory map: its pages would count as resident until the whole file is closed.
+
+    Args:
+        entry: a :class:`antidote_fast.files.checkpoint.TensorEntry`.
+
+    Raises:
+        DataError: the file is not there or a link, cannot be read, or ends before the tensor does.
+    """
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    try:
+        with open_file(entry.file) as file:
+            read_into(file.fileno(), bytes_of(tensor), entry.start, entry.file)
+    except OSError as error:
+        if error.errno is None:
+            raise DataError(str(error)) from None  # it ends early
+        raise Unreadable(f"{entry.file}: cannot be read: {error.strerror}") from None
+    return tensor
+
+
+def save_tensors(path, tensors, metadata=None):
+    """Write a safetensors file whose bytes depend on its contents alone.
+
+    ``safetensors.torch.save_file`` puts the metadata in another order each time.
+
+    Args:
+        path: the file.
+        tensors: {name: tensor} on any device, float32, float16, bfloat16 or uint8.
+        metadata: {str: str}.
+    """
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    file = TensorFile.create(path, specs, metadata)
+    for name, tensor in tensors.items():
+        file.write(name, tensor)
+
+
+class TensorFile:
+    """A safetensors file of known names and shapes, filled in any order.
+
+    The header is there from the start and the file has its full length, so that what was written
+    before a crash need not be written again.
+
+    Args:
+        path: the file.
+        entries: {name: (first byte, byte after the last)} within the file.
+    """
+
+    def __init__(self, path, entries):
+        self.path = Path(path)
+        self._entries = entries
+
+    @classmethod
+    def create(cls, path, specs, metadata=None, keep=False):
+        """A new file for tensors ``{name: (dtype, shape)}``, all bytes zero.
+
+        With ``keep`` an existing file, made by the same call before, is left as it is.
+        """
+        header, places, position = {}, {}, 0
+        if metadata:
+            header["__metadata__"] = metadata
+        for name, (dtype, shape) in specs.items():
+            size = dtype.itemsize
+            for n in shape:
+                size *= n
+            places[name] = (position, position + size)
+            header[name] = {
+                "dtype": _CODES[dtype],
+                "shape": list(shape),
+                "data_offsets": [position, position + size],
+            }
+            position += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        if not (keep and os.path.exists(path)):
+            with open(path, "wb") as file:
+                file.write(struct.pack("<Q", len(text)) + text)
+                file.truncate(start + position)
+        return cls(path, {name: (start + a, start + b) for name, (a, b) in places.items()})
+
+    @classmethod
+    def like(cls, path, source, entries, keep=False):
+        """A new file with the header and length of ``source``.
+
+        Args:
+            path: the file to make.
+            source: a safetensors file.
+            entries: {name: TensorEntry} of ``source``.
+            keep: leave an existing file as it is, as after an interruption.
+        """
+        if not (keep and os.path.exists(path)):
+            with open_file(source) as there, open(path, "wb") as here:
+                size = os.fstat(there.fileno()).st_size
+                prefix = there.read(8)
+                here.write(prefix + there.read(struct.unpack("<Q", prefix)[0]))
+                here.truncate(size)
+        return cls(path, {name: (entry.start, entry.end) for name, entry in entries.items()})
+
+    def write(self, name, tensor):
+        """Fill in one tensor; its bytes, in C order, must fill its place exactly."""
+        start, end = self._entries[name]
+        data = bytes_of(tensor.detach().cpu().contiguous())
+        if len(data) != end - start:
+            raise ValueError(
+                f"{name}: {len(data)} bytes, its place in {self.path} has {end - start}"
+            )
+        with open(self.path, "r+b", buffering=0) as file:
+            file.seek(start)
+            while len(data):
+                data = data[file.write(data[: 1 << 30]) :]
+
+    def copy(self, source, start, end):
+        """Copy a range of bytes from the same place of another file."""
+        with open_file(source) as there, open(self.path, "r+b", buffering=0) as here:
+            there.seek(start)
+            here.seek(start)
+            while start < end:
+                piece = there.read(min(_PIECE, end - start))
+                if not piece:
+                    raise OSError(f"{source}: ends at byte {start}, {end} expected")
+                view = memoryview(piece)
+                while len(view):
+                    view = view[here.write(view) :]
+                start += len(piece)
+
+    def sync(self):
+        """Wait until what was written is on the disk."""
+        sync(self.path)
+
+
+def bytes_of(tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, to read or to fill."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def read_into(fd, view, position, where):
+    """Fill ``view`` from byte ``position`` of an open file; ``where`` names it in an error."""
+    while len(view):
+        count = os.preadv(fd, [view[: 1 << 30]], position)
+        if not count:
+            raise OSError(f"{where}: ends at byte {position}")
+        view, position = view[count:], position + count

@@ -1,0 +1,192 @@
+"""The manifest of a fleet: one JSON object a line becomes one job, checked before any work."""
+
+import dataclasses
+import json
+import os
+import re
+import types
+import typing
+from pathlib import Path
+
+from antidote_fast.config.fleet import FleetConfig
+from antidote_fast.config.prune import PruneConfig
+from antidote_fast.data.load import local_file
+from antidote_fast.errors import AntidoteError, DataError
+
+OVERRIDES = (
+    "dataset",
+    "preserve_dataset",
+    "preserve_ratio",
+    "num_calibration_samples",
+    "max_seq_length",
+    "template",
+    "response_only",
+    "aggregation",
+    "targets",
+    "ignore",
+    "ratio",
+    "scope",
+    "score",
+    "seed",
+)
+SHARED = (
+    *OVERRIDES,
+    *("model_name_or_path", "overwrite", "dtype", "device", "batch_size", "trust_remote_code"),
+    *("save_norms", "save_masks", "backend"),
+)
+"""Fields that a job's config takes from the fleet's."""
+_MAX_BYTES = 256 << 20
+_MAX_JOBS = 1_000_000
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+# A name that the fleet itself gives to something in output_dir.
+_OURS = re.compile(r"failed|summary.*\.json", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One adapter to prune.
+
+    Args:
+        name: its folder in output_dir.
+        line: its line in the manifest, from 1.
+        config: what ``prune`` would be given for it.
+    """
+
+    name: str
+    line: int
+    config: PruneConfig
+
+
+def read_manifest_file(config) -> list[Job]:
+    """The jobs of ``config.manifest``, all of its lines checked.
+
+    Raises:
+        DataError: no such file, too large, no job in it, or a line that is refused: not a JSON
+            object, an unknown or missing key, a value of a wrong type or out of range, a name that
+            is taken or no plain file name. The message has the line's number.
+    """
+    path = Path(config.manifest)
+    folder = path.absolute().parent
+    shared = {name: getattr(config, name) for name in SHARED}
+    taken, jobs = {}, []
+    for number, text in _lines(path):
+        where = f"{path}:{number}"
+        values = _object(text, where)
+        adapter = _text(values.pop("adapter", None), "adapter", where)
+        adapter = str(folder / os.path.expanduser(adapter))
+        name = values.pop("name", None)
+        name = Path(adapter).name if name is None else _text(name, "name", where)
+        _check_name(name, where)
+        first = taken.setdefault(name.casefold(), number)
+        if first != number:
+            raise DataError(f"{where}: name={name!r}: line {first} has it already; give another")
+        for key, value in values.items():
+            _check_override(key, value, where)
+        for data in ("dataset", "preserve_dataset"):
+            if values.get(data) is not None:
+                values[data] = _dataset(folder, values[data])
+        out = str(Path(config.output_dir) / name)
+        try:
+            job = PruneConfig(**(shared | values), adapter=adapter, output_dir=out)
+        except AntidoteError as error:
+            raise DataError(f"{where}: {error}") from None
+        jobs.append(Job(name, number, job))
+        if len(jobs) > _MAX_JOBS:
+            raise DataError(f"{where}: more than {_MAX_JOBS} jobs; use several manifests")
+    if not jobs:
+        raise DataError(f"manifest={str(path)!r}: holds no jobs")
+    return jobs
+
+
+def _lines(path):
+    try:
+        if not path.is_file():
+            raise DataError(f"manifest={str(path)!r}: no such file")
+        if path.stat().st_size > _MAX_BYTES:
+            raise DataError(f"manifest={str(path)!r}: larger than {_MAX_BYTES >> 20} MiB")
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"manifest={str(path)!r}: is not UTF-8 text") from None
+    except OSError as error:
+        raise DataError(f"manifest={str(path)!r}: {error.strerror}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def _object(text, where):
+    try:
+        values = json.loads(text, object_pairs_hook=_pairs)
+    except (ValueError, RecursionError) as error:
+        why = str(error).splitlines()[0]
+        raise DataError(f"{where}: is not valid JSON: {why:.100}") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{where}: must be a JSON object")
+    return values
+
+
+def _pairs(pairs):
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key is there twice")
+    return values
+
+
+def _text(value, key, where):
+    if not isinstance(value, str) or not value or "\0" in value:
+        shown = "missing" if value is None else f"{key}={value!r:.60}"
+        raise DataError(f"{where}: {shown}: {key} must be a text that is not empty")
+    return value
+
+
+def _check_name(name, where):
+    if not _NAME.fullmatch(name) or _OURS.fullmatch(name):
+        raise DataError(
+            f"{where}: name={name!r:.80}: must be a plain file name of letters, digits, '.', '_' "
+            "and '-', at most 200 of them, neither failed nor summary.json; give a name"
+        )
+
+
+def _check_override(key, value, where):
+    if key not in OVERRIDES:
+        raise DataError(
+            f"{where}: {key!r:.60}: no such key; known are adapter, name, {', '.join(OVERRIDES)}"
+        )
+    kind = FleetConfig.__dataclass_fields__[key].type
+    if not _fits(value, kind):
+        raise DataError(f"{where}: {key}={value!r:.60}: must be {_words(kind)}")
+
+
+def _fits(value, kind):
+    """Whether a JSON value is of a dataclass field's type."""
+    arguments = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, part) for part in arguments)
+    if typing.get_origin(kind) is typing.Literal:
+        return isinstance(value, str) and value in arguments
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind
+
+
+def _words(kind):
+    arguments = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_words(part) for part in arguments)
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(arguments)}"
+    if typing.get_origin(kind) is list:
+        return "a list of texts"
+    names = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
+    return names.get(kind, "null")
+
+
+def _dataset(folder, name):
+    """A file beside the manifest where there is one, else as it stands: a hub name."""
+    if not name:
+        return name
+    beside = str(folder / os.path.expanduser(name))
+    file = local_file(beside)
+    return beside if file is not None and Path(file).exists() else name

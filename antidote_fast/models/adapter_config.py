@@ -1,0 +1,239 @@
+"""``adapter_config.json`` of a LoRA adapter: which kinds are understood, and how much it may ask.
+
+Whatever makes PEFT write into the base's own weights is refused by name: "adapter off" must be the
+aligned model, and the next adapter of a fleet must find the base as it was.
+"""
+
+import re
+
+from antidote_fast.errors import DataError
+from antidote_fast.models import patterns
+
+MAX_RANK = 4096
+_MAX_ALPHA = 1 << 20
+_MAX_ENTRIES = 2048  # of a list or a dict
+_MAX_RANKS = 256  # different ones in one adapter; PEFT's cache holds some 500 compiled patterns
+_MAX_SAVED = 64  # modules_to_save, layers_pattern: each is compiled for each module
+_MAX_TOKENS = 1 << 16
+# Options of LoraConfig that change what a factor's input is, which weights it stands for, or
+# (KaSA) the base.
+_NOT_UNDERSTOOD = (
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "layer_replication",
+    "target_parameters",
+    "megatron_config",
+)
+# Values of init_lora_weights that say how factors began, and nothing of the base.
+_FACTORS_ONLY = ("gaussian", "eva", "orthogonal")
+# Those that take out of the base's weights what they put into the factors; PEFT goes by the start.
+_INTO_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+_FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
+_NAMES = ("target_modules", "exclude_modules")
+_PER_MODULE = ("rank_pattern", "alpha_pattern")
+
+
+def check_adapter_config(config, where):
+    """Refuse, by name, a kind of adapter whose factors this package does not understand.
+
+    Args:
+        config: ``adapter_config.json`` as a dict, or a peft config object.
+        where: what the message calls the adapter.
+
+    Raises:
+        DataError: not LoRA, a LoRA variant that is not understood, or one that changes the base
+            (PiSSA, CorDA, OLoRA, LoftQ, LoRA-GA, biases). Plain LoRA, rsLoRA, DoRA, rank and alpha
+            patterns and ``modules_to_save`` are understood. In a dict, also numbers out of range:
+            nothing in it is matched yet (:func:`match_modules`).
+    """
+    values = config if isinstance(config, dict) else vars(config)
+    kind = values.get("peft_type")
+    kind = getattr(kind, "value", kind)
+    if kind != "LORA":
+        kind = ascii(kind)[1:41].rstrip("'") if isinstance(kind, str) else type(kind).__name__
+        raise DataError(f"{where}: is an adapter of type {kind}; only LORA is understood")
+    for name in _NOT_UNDERSTOOD:
+        if values.get(name):
+            raise DataError(f"{where}: LoRA with {name} is not understood")
+    _check_init(values.get("init_lora_weights"), where)
+    bias = values.get("bias")
+    if bias not in (None, "none"):
+        raise DataError(
+            f"{where}: LoRA with bias={_shown(bias)} replaces biases of the base; must be 'none': "
+            "merge it into its base (peft: merge_and_unload), and give that as the model"
+        )
+    if isinstance(config, dict):
+        _check_values(config, where)
+
+
+def _check_init(value, where):
+    if value is None or isinstance(value, bool):
+        return
+    kind = value.lower() if isinstance(value, str) else ""
+    if kind in _FACTORS_ONLY:
+        return
+    if kind == "mica":
+        raise DataError(f"{where}: LoRA with init_lora_weights='mica' is not understood")
+    if kind.startswith(_INTO_THE_BASE):
+        raise DataError(
+            f"{where}: LoRA with init_lora_weights={_shown(value)} changes the base's own weights; "
+            "save it as plain LoRA (peft: save_pretrained with "
+            "path_initial_model_for_weight_conversion), and give that"
+        )
+    raise DataError(
+        f"{where}: init_lora_weights={_shown(value)}: must be true, false, gaussian, eva or "
+        "orthogonal"
+    )
+
+
+def _check_values(config, where):
+    """Types and sizes of a config that came from a file, before anything is made of them."""
+    for name in _NAMES:
+        value = config.get(name)
+        if isinstance(value, str):
+            patterns.check_pattern(value, name, where)
+        else:
+            _check_list(value, name, list, where)
+    for name in ("modules_to_save", "layers_pattern"):
+        value = config.get(name)
+        value = [value] if isinstance(value, str) and name == "layers_pattern" else value
+        _check_list(value, name, list, where, _MAX_SAVED)
+        for pattern in value or ():
+            patterns.check_pattern(pattern, name, where)
+            if name == "modules_to_save" and not patterns.is_plain(pattern):
+                raise DataError(f"{where}: {name}: {_shown(pattern)} is not a module's name")
+    if isinstance(config.get("target_modules"), str):  # as PEFT says
+        for name in ("layers_to_transform", "layers_pattern"):
+            if config.get(name) is not None:
+                raise DataError(f"{where}: {name}: must be left out where target_modules is text")
+    for name in _PER_MODULE:
+        _check_list(config.get(name), name, dict, where)
+        for pattern in config.get(name) or ():
+            patterns.check_pattern(pattern, name, where)
+        if len(set(map(repr, (config.get(name) or {}).values()))) > _MAX_RANKS:
+            raise DataError(f"{where}: {name}: must hold at most {_MAX_RANKS} different values")
+    for rank in (config.get("r"), *(config.get("rank_pattern") or {}).values()):
+        if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+            raise DataError(
+                f"{where}: rank {_shown(rank)}: must be an integer from 1 to {MAX_RANK}"
+            )
+    for alpha in (config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()):
+        if type(alpha) not in (int, float) or not abs(alpha) <= _MAX_ALPHA:
+            raise DataError(
+                f"{where}: alpha {_shown(alpha)}: must be a number of at most {_MAX_ALPHA}"
+            )
+    dropout = config.get("lora_dropout", 0)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise DataError(
+            f"{where}: lora_dropout={_shown(dropout)}: must be at least 0 and less than 1"
+        )
+    for name in _FLAGS:
+        if config.get(name) not in (None, True, False):
+            raise DataError(f"{where}: {name}={_shown(config[name])}: must be true or false")
+    _check_numbers(config.get("layers_to_transform"), "layers_to_transform", _MAX_ENTRIES, where)
+    tokens = config.get("trainable_token_indices")
+    for some in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        _check_numbers(some, "trainable_token_indices", _MAX_TOKENS, where)
+    if isinstance(tokens, dict) and len(tokens) > _MAX_SAVED:
+        raise DataError(f"{where}: trainable_token_indices must name at most {_MAX_SAVED} modules")
+
+
+def _check_list(value, name, kind, where, most=_MAX_ENTRIES):
+    if value is None:
+        return
+    if not isinstance(value, kind):
+        raise DataError(f"{where}: {name} must be a {kind.__name__}, not {type(value).__name__}")
+    if len(value) > most or not all(isinstance(item, str) for item in value):
+        raise DataError(f"{where}: {name} must hold at most {most} names")
+
+
+def _check_numbers(value, name, most, where):
+    """A number, or a list of them, each an index of something."""
+    if value is None:
+        return
+    numbers = value if isinstance(value, list) else [value]
+    if len(numbers) > most:
+        raise DataError(f"{where}: {name} must hold at most {most} numbers")
+    for number in numbers:
+        if type(number) is not int or not 0 <= number < 1 << 31:
+            raise DataError(f"{where}: {name}: {_shown(number)} is not a number from 0 to 2**31")
+
+
+def match_modules(config, names, where) -> dict:
+    """Match a checked config's patterns with modules, in bounded time (:mod:`.patterns`).
+
+    Args:
+        config: the dict, after :func:`check_adapter_config`.
+        names: of the modules they will meet.
+        where: what the message calls the adapter.
+
+    Returns:
+        ``target_modules`` and ``exclude_modules`` where the config has them as a pattern: the names
+        that they mean. ``layers_pattern`` is only tried.
+
+    Raises:
+        DataError: naming the field and the pattern.
+    """
+    found = {}
+    for name in _NAMES:
+        value = config.get(name)
+        if isinstance(value, str) and value.lower() != "all-linear":
+            found[name] = list(patterns.first_matches([value], names, "whole", name, where))
+    layers = config.get("layers_pattern") or []
+    layers = [layers] if isinstance(layers, str) else layers
+    patterns.first_matches(layers, names, "layers", "layers_pattern", where)
+    for name in _PER_MODULE:
+        values_of(config, name, names, where)
+    return found
+
+
+def values_of(config, name, modules, where) -> dict:
+    """{module: value} of ``rank_pattern`` or ``alpha_pattern``, for modules that a pattern matches.
+
+    Raises:
+        DataError: as :func:`match_modules`.
+    """
+    given = config.get(name) or {}
+    found = patterns.first_matches(given, modules, "end", name, where)
+    return {module: given[pattern] for module, pattern in found.items()}
+
+
+def without_patterns(config, modules, names, where) -> dict:
+    """The fields of a config that PEFT may be given, so that it runs no pattern of the file's.
+
+    Args:
+        config: the dict, after :func:`check_adapter_config`.
+        modules: that the adapter's file adapts.
+        names: of all modules of the live model.
+        where: what the message calls the adapter.
+
+    Returns:
+        Fields that stand in for the config's own. Factors begin as they are made, since the file's
+        take their place.
+
+    Raises:
+        DataError: as :func:`match_modules`.
+    """
+    fields = {"init_lora_weights": False, **match_modules(config, names, where)}
+    if fields.get("target_modules") == []:
+        raise DataError(
+            f"{where}: target_modules: {_shown(config['target_modules'])} matches no module of "
+            "this model; it was made for another base"
+        )
+    known = set(names)
+    for name in _PER_MODULE:
+        groups = {}
+        for module, value in values_of(config, name, modules, where).items():
+            if module in known:
+                groups.setdefault(value, []).append(re.escape(module))
+        fields[name] = {f"^(?:{'|'.join(group)})": value for value, group in groups.items()}
+    return fields
+
+
+def _shown(value):
+    return ascii(value)[:80]

@@ -1,0 +1,447 @@
+"""PEFT LoRA adapters: what is understood, what fits which base, and loading one strictly."""
+
+import contextlib
+import math
+import os
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+from antidote_fast.errors import AntidoteError, DataError, UsageError, first_line, printable
+from antidote_fast.files.checkpoint import Checkpoint, open_checkpoint
+from antidote_fast.files.fingerprint import block_name
+from antidote_fast.files.manifest import check_input, read_manifest
+from antidote_fast.models.adapter_config import (
+    MAX_RANK,
+    check_adapter_config,
+    match_modules,
+    values_of,
+    without_patterns,
+)
+from antidote_fast.models.base_state import ModuleTree
+from antidote_fast.models.loading import resolve_folder
+
+LORA_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_PREFIX = "base_model.model."
+_MAX_ADAPTED = 16_384  # modules of one adapter; a model of 400B parameters has some 1000
+# What PEFT saves of an adapted module beside the two factors.
+_OF_A_MODULE = re.compile(
+    r"(?P<module>.+)\.(?:lora_[AB]\.(?:weight|bias)|lora_magnitude_vector(?:\.weight)?"
+    r"|lora_embedding_[AB])"
+)
+_OF_TOKENS = ".token_adapter.trainable_tokens_delta"
+_WRAPPERS = ("base_layer", "token_adapter")  # what PEFT puts around a module of the base
+_HEAD = "lm_head.weight"
+_INPUTS = ("model.embed_tokens.weight", "transformer.wte.weight")  # what a head is tied to
+_TIED = ("lm_head", "embed_tokens", "wte")
+
+
+def check_adapter(adapter: Checkpoint, base: Checkpoint):
+    """Refuse an adapter that was not made for this base, or is not what was written.
+
+    Of the weights a few rows are read; the files of a folder that this tool wrote are hashed.
+    Compared are the adapter's own consistency (both factors, ranks), the base's layers and shapes,
+    and the base's fingerprint where the adapter recorded one or names a base folder that exists.
+    Its patterns are matched with the base's modules, in bounded time.
+
+    Raises:
+        DataError: naming the tensor, the field or what differs.
+    """
+    where = str(adapter.folder)
+    check_adapter_config(adapter.config, where)
+    check_sizes(adapter, {name: entry.shape for name, entry in base.tensors.items()})
+    check_input(adapter.folder)
+    shapes = _factor_shapes(adapter)
+    match_modules(adapter.config, _module_names(base.tensors), where)
+    base_shapes = {}
+    for name, entry in base.tensors.items():
+        if name.endswith(".weight") and entry.dtype is not None and len(entry.shape) == 2:
+            packed = not entry.dtype.is_floating_point
+            base_shapes.setdefault(_tail(name), []).append(None if packed else entry.shape)
+    tied = None if base.find(_HEAD) is not None else _saved_name(base, _HEAD)
+    if tied is not None:
+        base_shapes[_HEAD] = [base.tensors[base.find(tied)].shape]
+    for module, (rows, columns) in shapes.items():
+        tail = _tail(module.removeprefix(_PREFIX) + ".weight")
+        candidates = base_shapes.get(tail)
+        if candidates is None:
+            if "quantization_config" in base.config:
+                continue
+            raise DataError(f"{where}: adapts {module!r}, which the base {base.folder} lacks")
+        if not any(c is None or c in ((rows, columns), (columns, rows)) for c in candidates):
+            raise DataError(
+                f"{where}: adapts {module!r} as {(rows, columns)}, which in the base "
+                f"{base.folder} is {candidates[0]}"
+            )
+    _check_all_layers(adapter, base, base_shapes)
+    _check_copies(adapter, lambda name: _tensor_of(base, name), tied is not None)
+    _check_fingerprint(adapter, base)
+
+
+def load_adapter(model, adapter, *, adapter_name="default", tensors=None):
+    """Put a LoRA adapter on a live model, strictly, its tensors in the dtype of the file.
+
+    PEFT gets the config that was checked and the tensors that were read here, and opens nothing.
+
+    Args:
+        model: the base model, as :func:`load_model` gives it. Its own weights stay as they are, and
+            after an error its modules and their attributes as well.
+        adapter: folder or hub name of the adapter, or its :class:`Checkpoint`.
+        adapter_name: name of the adapter in the live model.
+        tensors: {name in the file: tensor}, those of the adapter, where they are read already; they
+            stay the caller's.
+
+    Returns:
+        The ``peft.PeftModel``, in eval mode.
+
+    Raises:
+        DataError: no such adapter, a pickle, a kind not understood, or tensors that are missing,
+            left over or of other shapes than the model needs.
+        AntidoteError: not enough memory.
+    """
+    if not isinstance(adapter, Checkpoint):
+        adapter = open_checkpoint(resolve_folder(adapter, "adapter"))
+    where = str(adapter.folder)
+    if not adapter.is_adapter:
+        raise DataError(f"adapter={where!r}: is a whole model, not a PEFT adapter")
+    check_adapter_config(adapter.config, where)
+    check_sizes(adapter, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    check_input(adapter.folder)
+    _factor_shapes(adapter)
+    offloaded = {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values())
+    offloaded = offloaded and any(p.is_meta for p in model.parameters())
+    if adapter.config.get("use_dora") and offloaded:
+        raise DataError(f"{where}: DoRA needs the base's weights, and some of them are offloaded")
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    _check_copies(adapter, model.state_dict().get, tied, offloaded)
+    tree = ModuleTree(model)
+    try:
+        live, needed = _put_on(model, adapter, adapter_name, tensors)
+        _keep_file_dtype(live, adapter, adapter_name, offloaded, needed)
+    except BaseException:
+        tree.restore()
+        raise
+    return live.eval()
+
+
+def _put_on(model, adapter, adapter_name, tensors):
+    """(the PEFT model with every tensor that it needs, {name in the file: tensor} of those)."""
+    where = str(adapter.folder)
+    names = [name for name, _ in model.named_modules() if name]
+    adapted = [_OF_A_MODULE.fullmatch(name) for name in adapter.tensors]
+    modules = sorted({match["module"].removeprefix(_PREFIX) for match in adapted if match})
+    fields = without_patterns(adapter.config, modules, names, where)
+    saved = tuple(adapter.config.get("modules_to_save") or ())
+    if saved:  # before PEFT copies what they name, which may be the whole base
+        whole = ((n, m) for n, m in model.named_modules() if n.endswith(saved))
+        keys = [f"{_PREFIX}{n}.{key}" for n, m in whole for key, _ in m.named_parameters()]
+        _check_needed(adapter, dict.fromkeys(keys), every=False)
+    config = {**adapter.config, **fields, "inference_mode": True}
+    config.pop("runtime_config", None)
+    import peft
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # missing keys are checked below, as an error
+            config = peft.PeftConfig.from_peft_type(**config)
+            kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
+            with _placed_already(model):
+                live = kind(model, config, adapter_name, autocast_adapter_dtype=False)
+            needed = peft.get_peft_model_state_dict(
+                live, adapter_name=adapter_name, save_embedding_layers=False
+            )
+            _check_needed(adapter, needed)
+            if tensors is None:
+                tensors = adapter.read(needed)
+            needed = {key: tensors[key] for key in needed}
+            peft.set_peft_model_state_dict(live, needed, adapter_name=adapter_name)
+    except DataError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise AntidoteError(f"{where}: not enough memory to load it") from error
+    except Exception as error:  # whatever a foreign config makes peft raise
+        line = printable(first_line(error))  # it may quote the config
+        raise DataError(f"{where}: cannot be put on this model: {line:.300}") from error
+    for name in fields:  # as it is saved again
+        said = adapter.config.get(name, True if name == "init_lora_weights" else None)
+        as_set = isinstance(said, list) and name in ("target_modules", "exclude_modules")
+        setattr(config, name, set(said) if as_set else said)
+    return live, needed
+
+
+def _check_needed(adapter, needed, every=True):
+    """Refuse a file that lacks what is needed, or where that is every tensor has others too."""
+    where = str(adapter.folder)
+    missing = sorted(set(needed) - set(adapter.tensors))
+    if missing:
+        raise DataError(
+            f"{where}: lacks {len(missing)} tensors that this model needs, {missing[0]!r} first; "
+            "it was made for another base"
+        )
+    extra = sorted(k for k in adapter.tensors if ".lora_" in k and k not in needed)
+    if every and extra:
+        raise DataError(
+            f"{where}: has {len(extra)} tensors that this model has no place for, {extra[0]!r} "
+            "first; it was made for another base"
+        )
+
+
+def check_sizes(adapter, base):
+    """Refuse what no part of the base is as large as, by the headers: a sparse file is short on
+    the disk, and this is looked at before any of it is read or hashed.
+
+    Args:
+        adapter: its :class:`Checkpoint`.
+        base: {name: shape} of the base's tensors.
+
+    Raises:
+        DataError: naming the tensor.
+    """
+    count = {}
+    for name in base:
+        count[_tail(name)] = count.get(_tail(name), 0) + 1
+    # Four-bit weights lie two in a byte, and an adapter's tensors may have eight bytes each.
+    largest = 16 * max(map(math.prod, base.values()))
+    longest = 8 * 2 * MAX_RANK * max(max(shape, default=1) for shape in base.values())
+    left = 4 * largest
+    seen = {}
+    for key, entry in adapter.tensors.items():
+        size, name = entry.end - entry.start, key.removeprefix(_PREFIX)
+        factor = LORA_FACTOR.fullmatch(name)
+        most = 16 * math.prod(base[name]) if name in base else longest if factor else largest
+        if size > most:
+            raise DataError(
+                f"{adapter.folder}: holds {key!r} of {size} bytes, more than anything in the base"
+            )
+        if factor:
+            # Names that differ only in front of the layers mean one module.
+            same = factor["factor"], _tail(factor["module"] + ".weight")
+            seen[same] = seen.get(same, 0) + 1
+            if seen[same] > max(1, count.get(same[1], 0)):
+                raise DataError(
+                    f"{adapter.folder}: adapts {same[1]!r} more often than the base has it"
+                )
+        elif name not in base:
+            left -= size
+            if left < 0:
+                raise DataError(
+                    f"{adapter.folder}: with {key!r} it holds more than {4 * largest} bytes that "
+                    "the base has no place for"
+                )
+
+
+def _check_copies(adapter, base_tensor, tied, offloaded=False):
+    """Refuse tensors that are neither the adapter's nor of its modules_to_save, but for copies.
+
+    PEFT would load them into the base itself. It saves the embeddings with an adapter that has them
+    in target_modules, as they are in the base; such a copy is left out, and any other refused.
+
+    Args:
+        base_tensor: gives the base's tensor of a name, or None.
+        tied: the base's output layer is its embedding.
+        offloaded: weights on meta are elsewhere. Else a model without weights is a plan, or run
+            block by block, and was compared by its files.
+    """
+    where, config = str(adapter.folder), adapter.config
+    saved = tuple(config.get("modules_to_save") or ())
+    if tied and config.get("ensure_weight_tying") and set(saved) & set(_TIED):
+        saved += _TIED  # PEFT trains and saves the two together
+    for key in adapter.tensors:
+        if _OF_A_MODULE.fullmatch(key):
+            continue
+        if key.endswith(_OF_TOKENS) and config.get("trainable_token_indices"):
+            continue
+        parts = key.removeprefix(_PREFIX).split(".")
+        if saved and any(".".join(parts[:i]).endswith(saved) for i in range(1, len(parts))):
+            continue
+        name = ".".join(part for part in parts if part not in _WRAPPERS)
+        base = base_tensor(name)
+        if base is None:
+            raise DataError(
+                f"{where}: holds {key!r}, which is neither the adapter's nor one of its "
+                "modules_to_save"
+            )
+        if adapter.tensors[key].shape != tuple(base.shape):
+            raise DataError(
+                f"{where}: holds {key!r} as {adapter.tensors[key].shape}, which in the base is "
+                f"{tuple(base.shape)}"
+            )
+        there = not base.is_meta and base.untyped_storage().nbytes() >= base.nbytes
+        if not there and not offloaded:
+            continue
+        if not there or not _same(adapter.read([key])[key], base):
+            raise DataError(
+                f"{where}: holds {key!r} with other values than the base has; a module that is "
+                "trained whole must be in its modules_to_save"
+            )
+
+
+def _tensor_of(base, name):
+    """The base's tensor of a live model's name, or None."""
+    name = _saved_name(base, name)
+    return None if name is None else base.read([name])[name]
+
+
+def _saved_name(base, name):
+    """The name under which the base's files have a live model's tensor; tied ones are saved once.
+    None where they have it not."""
+    names = (name, *_INPUTS) if name == _HEAD else (name,)
+    return next((n for n in names if base.find(n) is not None), None)
+
+
+def _same(tensor, base):
+    if tensor.shape != base.shape or not base.dtype.is_floating_point:
+        return False
+    return torch.equal(tensor.to(base.device, base.dtype), base)
+
+
+def _module_names(keys):
+    """Names of the modules that parameters of these names are in, as ``named_modules`` has them."""
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        names |= dict.fromkeys(".".join(parts[:i]) for i in range(1, len(parts)))
+    return list(names)
+
+
+@contextlib.contextmanager
+def _placed_already(model):
+    """Keep PEFT from placing a model anew that accelerate has placed: it reads offloaded weights as
+    if they were there."""
+    device_map = model.__dict__.pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if device_map is not None:
+            model.hf_device_map = device_map
+
+
+def _keep_file_dtype(live, adapter, adapter_name, offloaded, tensors):
+    """PEFT makes the factors in the base's dtype; give them back the file's, bit for bit."""
+    factors = {}
+    for name, parameter in live.named_parameters():
+        key = name.replace(f".{adapter_name}.weight", ".weight")
+        if key != name and LORA_FACTOR.fullmatch(key):
+            factors[key if key in adapter.tensors else _PREFIX + key] = name, parameter
+    with torch.no_grad():
+        for key, (name, parameter) in factors.items():
+            # Never the caller's own: the next adapter is copied into what is live.
+            if not (parameter.is_meta and offloaded):
+                parameter.data = tensors[key].to(parameter.device, copy=True)
+                continue
+            # Beside an offloaded weight: on the device where accelerate brings that one to run.
+            wrapper, linear = (live.get_submodule(name.rsplit(".", n)[0]) for n in (3, 1))
+            device = wrapper.get_base_layer()._hf_hook.execution_device
+            value = tensors[key].to(device, copy=True)
+            linear.weight = torch.nn.Parameter(value, requires_grad=False)
+    left = [n for n, p in live.named_parameters() if p.is_meta and f".{adapter_name}." in n]
+    if left and offloaded:
+        raise DataError(f"{adapter.folder}: {left[0]!r} belongs to a part that is offloaded")
+
+
+def _factor_shapes(adapter):
+    """{module: (out_features, in_features)} that the factors stand for."""
+    where = str(adapter.folder)
+    factors = {}
+    for name, entry in adapter.tensors.items():
+        match = LORA_FACTOR.fullmatch(name)
+        if match is None:
+            continue
+        if len(entry.shape) != 2 or 0 in entry.shape:
+            raise DataError(f"{where}: {name!r} has shape {entry.shape}, not (out, in)")
+        factors.setdefault(match["module"], {})[match["factor"]] = entry.shape
+    if not 0 < len(factors) <= _MAX_ADAPTED:
+        count = f"factors for {len(factors)} modules" if factors else "no LoRA factors"
+        raise DataError(f"{where}: holds {count}")
+    names = [module.removeprefix(_PREFIX) for module in factors]
+    ranks = values_of(adapter.config, "rank_pattern", names, where)
+    shapes = {}
+    for module, pair in factors.items():
+        if len(pair) != 2:
+            raise DataError(f"{where}: {module!r} lacks lora_{'B' if 'A' in pair else 'A'}")
+        rank, columns = pair["A"]
+        rows, inner = pair["B"]
+        expected = ranks.get(module.removeprefix(_PREFIX), adapter.config["r"])
+        if rank != inner or rank != expected:
+            raise DataError(
+                f"{where}: {module!r} has ranks {rank} (A) and {inner} (B); its config says "
+                f"{expected}"
+            )
+        shapes[module] = (rows, columns)
+    return shapes
+
+
+def _check_all_layers(adapter, base, base_shapes):
+    """Plain names in target_modules mean every layer; fewer means a base with fewer layers."""
+    config = adapter.config
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or any(re.search(r"\d", str(t)) for t in targets):
+        return
+    if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return
+    modules = (_OF_A_MODULE.fullmatch(name) for name in adapter.tensors)
+    adapted = {_tail(m["module"].removeprefix(_PREFIX) + ".weight") for m in modules if m}
+    for tail in sorted(base_shapes):
+        module = tail.removesuffix(".weight")
+        if any(module.endswith("." + t) for t in targets) and tail not in adapted:
+            raise DataError(
+                f"{adapter.folder}: does not adapt {module!r} of the base {base.folder}, which its "
+                "target_modules name; it was made for another base"
+            )
+
+
+def _check_fingerprint(adapter, base):
+    actual = base.fingerprint()
+    recorded = (read_manifest(adapter.folder) or {}).get("base_fingerprint")
+    if not recorded:
+        named = adapter.config.get("base_model_name_or_path")
+        if not isinstance(named, str) or not named:
+            return
+        if not os.path.isfile(os.path.join(named, "config.json")):  # False for any odd text
+            return
+        folder = Path(named)
+        if folder.resolve() == base.folder.resolve():
+            return
+        try:
+            named = open_checkpoint(folder, trust_remote_code=True).fingerprint()
+        except DataError:  # what is wrong with it is not the adapter's to learn
+            return
+        if named and actual and named != actual:
+            raise DataError(
+                f"{adapter.folder}: was made for another base model than {base.folder}: its "
+                "base_model_name_or_path is a folder here that holds another (fingerprint differs)"
+            )
+        return
+    if actual and recorded != actual:
+        raise DataError(
+            f"{adapter.folder}: was made for another base model than {base.folder} (fingerprint "
+            f"{recorded}, not {actual})"
+        )
+
+
+def _tail(name):
+    return block_name(name) or name
+
+
+@contextlib.contextmanager
+def adapter_off(model):
+    """Inside the block the model is what it was without its adapter: for LoRA, the aligned one.
+
+    Raises:
+        UsageError: a model without an adapter.
+    """
+    if not getattr(model, "peft_config", None):
+        raise UsageError(
+            "aligned=None: must be the aligned model's Answers where the model has no adapter"
+        )
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+        return
+    model.disable_adapters()  # an adapter that transformers itself put on
+    try:
+        yield
+    finally:
+        model.enable_adapters()

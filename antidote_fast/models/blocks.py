@@ -1,0 +1,133 @@
+"""Attention and MLP blocks of any causal language model, and what they put out."""
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from antidote_fast.errors import DataError
+from antidote_fast.models.undo import hook, undoing
+
+_MLP = re.compile(r"mlp|feed_?forward|ffn|moe|expert", re.IGNORECASE)
+
+
+def attention_modules(model) -> list[tuple[str, nn.Module]]:
+    """The attention blocks of any model, in its own order: (name, module).
+
+    A block is the innermost module whose class is called ...Attention... and that has weights of
+    its own (what computes the softmax only, without projections, is part of one).
+
+    Raises:
+        DataError: there are none.
+    """
+    named = [
+        (name, module)
+        for name, module in model.named_modules()
+        if "attention" in type(module).__name__.lower() and any(True for _ in module.parameters())
+    ]
+    inner = [
+        (name, module)
+        for name, module in named
+        if not any(other.startswith(f"{name}.") for other, _ in named)
+    ]
+    if not inner:
+        raise DataError(f"no attention modules found in {type(model).__name__}")
+    return inner
+
+
+def mlp_modules(model) -> list[tuple[str, nn.Module]]:
+    """What gives each decoder block's MLP output, in the model's own order: (name, module).
+
+    Beside a block's attention that is the one child called ...MLP..., ...FeedForward..., ...MoE...
+    or the like; where the block holds its MLP's layers itself (OPT's fc1 and fc2), the last linear
+    one of those.
+
+    Raises:
+        DataError: a block without either.
+    """
+    found = {}
+    for name, _ in attention_modules(model):
+        place, beside = name, None
+        # GPT-Neo wraps its attention once more; a number names the block in its list.
+        while beside is None and "." in place and not place.rpartition(".")[2].isdigit():
+            place = place.rpartition(".")[0]
+            beside = _mlp_of(model, place, name)
+        if beside is None:
+            raise DataError(f"no MLP found beside {name} in {type(model).__name__}")
+        found[beside[0]] = beside
+    return list(found.values())
+
+
+def _mlp_of(model, block, attention):
+    """(name, module) of the MLP among a block's children, but not in its attention; or None."""
+    children = [
+        (f"{block}.{child}", module)
+        for child, module in model.get_submodule(block).named_children()
+        if not f"{attention}.".startswith(f"{block}.{child}.")
+        and any(p.dim() > 1 for p in module.parameters())  # a norm may be called ...Moe... too
+    ]
+    called = [pair for pair in children if _MLP.search(type(pair[1]).__name__)]
+    called = called or [pair for pair in children if _MLP.search(pair[0].rpartition(".")[2])]
+    linear = [pair for pair in children if _is_linear(pair[1])]
+    return (called or linear or [None])[-1]
+
+
+def _is_linear(module):
+    # An adapter's layer stands in for the linear one that it wraps.
+    weight = getattr(getattr(module, "base_layer", module), "weight", None)
+    return weight is not None and weight.dim() == 2
+
+
+@contextmanager
+def outputs_seen(modules: Sequence[tuple[str, nn.Module]], see: Callable):
+    """Call ``see(number, output)`` with what each module puts out in a forward pass.
+
+    A returned tensor takes the output's place; None leaves it. Of a tuple the first entry is meant.
+
+    Args:
+        modules: (name, module) pairs.
+        see: called with the place of the module in the list and its output.
+    """
+
+    def hook_of(number):
+        def called(module, args, output):
+            whole = output
+            changed = see(number, whole[0] if isinstance(whole, tuple) else whole)
+            if changed is None:
+                return None
+            return (changed, *whole[1:]) if isinstance(whole, tuple) else changed
+
+        return called
+
+    with undoing() as undo:
+        for number, (_, module) in enumerate(modules):
+            hook(undo, module, hook_of(number), after=True)
+        yield
+
+
+@contextmanager
+def outputs_kept(modules: Sequence[tuple[str, nn.Module]]):
+    """Yields a list that a forward pass fills with what the modules put out, graph and all."""
+    outputs: list[torch.Tensor] = []
+    with outputs_seen(modules, lambda _, output: outputs.append(output)):
+        yield outputs
+
+
+def by_token(output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A block's output as (batch, length, hidden); models that flatten it are undone.
+
+    Args:
+        output: of a block, any shape that holds one vector a token.
+        mask: (batch, length).
+
+    Raises:
+        DataError: another number of tokens.
+    """
+    if output.numel() % mask.numel() or output.numel() // mask.numel() != output.shape[-1]:
+        raise DataError(
+            f"a block puts out {tuple(output.shape)} for {tuple(mask.shape)} tokens: not a vector "
+            "a token"
+        )
+    return output.reshape(*mask.shape, -1)

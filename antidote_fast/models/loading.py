@@ -1,0 +1,272 @@
+"""Names and folders to live models and tokenizers, each failure in one line.
+
+A folder is checked (:func:`antidote_fast.files.checkpoint.open_checkpoint`) before transformers
+sees it, so
+that neither a pickle nor a shard that is cut short nor remote code ever reaches a loader.
+"""
+
+import copy
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from antidote_fast.errors import AntidoteError, DataError, UsageError, first_line, readable
+from antidote_fast.files.bounds import bounded, check_counts
+from antidote_fast.files.checkpoint import Checkpoint, check_inside, open_checkpoint, read_json
+from antidote_fast.files.manifest import check_input
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+_DTYPES = {
+    "auto": "auto",
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@readable()
+def resolve_folder(name_or_path, argument="model_name_or_path") -> Path:
+    """A local folder as it is; a hub name as the folder of its downloaded files.
+
+    Args:
+        name_or_path: a folder, or a name such as ``HuggingFaceTB/SmolLM2-135M``.
+        argument: what an error message calls it.
+
+    Raises:
+        DataError: neither a folder nor on the hub, or the hub cannot be reached.
+    """
+    text = os.fspath(name_or_path)
+    folder = Path(os.path.expanduser(text))
+    shown = f"{argument}={text!r}"
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise DataError(f"{shown}: is a file; give the folder it is in")
+    if not _HUB_NAME.fullmatch(text):
+        raise DataError(f"{shown}: no such folder")
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                text, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"], etag_timeout=10
+            )
+        )
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
+        kind = "needs access rights" if isinstance(error, errors.GatedRepoError) else "is not there"
+        raise DataError(f"{shown}: no such folder, and on the hub it {kind}") from None
+    except (errors.HFValidationError, errors.EntryNotFoundError, OSError, RuntimeError):
+        raise DataError(
+            f"{shown}: no such folder, and it is neither in the local cache nor can the hub be "
+            "reached"
+        ) from None
+
+
+def load_model(
+    model_name_or_path,
+    *,
+    dtype="auto",
+    device="auto",
+    device_map=None,
+    trust_remote_code=False,
+    auto_class="AutoModelForCausalLM",
+):
+    """Load a model in eval mode from a safetensors folder or the hub.
+
+    Args:
+        model_name_or_path: a folder or a hub name.
+        dtype: auto (the checkpoint's), bfloat16, float16 or float32, or a torch dtype.
+        device: a torch device; auto takes cuda where there is one.
+        device_map: None, or ``"auto"``: accelerate spreads the model over all GPUs, and over the
+            CPU where those are full; or a map of its own, module by module. ``device`` must be auto
+            then.
+        trust_remote_code: allow code that the checkpoint ships to run.
+        auto_class: which transformers class loads it.
+
+    Raises:
+        DataError: no such model; a pickle; a file that is missing, cut short or malformed; a
+            tensor that the model needs and the file lacks (transformers would fill it at random);
+            a configuration that transformers does not know; remote code that is not trusted.
+        UsageError: unknown dtype or device, or a device together with device_map.
+    """
+    if device_map is not None and device != "auto":
+        raise UsageError(f"device={device!r}: must be auto where device_map is given")
+    folder = resolve_folder(model_name_or_path)
+    checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
+    if checkpoint.is_adapter:
+        raise DataError(
+            f"model_name_or_path={os.fspath(model_name_or_path)!r}: is a PEFT adapter; give its "
+            "base model, and this folder as adapter"
+        )
+    check_input(folder)
+    device = pick_device(device)
+    options = {"dtype": pick_dtype(dtype), "use_safetensors": True, "local_files_only": True}
+    if device_map is not None:
+        options["device_map"] = device_map
+    elif "quantization_config" in checkpoint.config or device.type == "meta":
+        # Packed weights do not move afterwards; those on meta are checked and never read.
+        options["device_map"] = {"": str(device)}
+    transformers = import_transformers()
+    try:
+        with bounded(checkpoint):
+            model, info = getattr(transformers, auto_class).from_pretrained(
+                str(folder),
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
+    except DataError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        where = device if device_map is None else f"device_map={device_map!r}"
+        raise AntidoteError(f"{folder}: not enough memory to load it on {where}") from error
+    except Exception as error:  # whatever a foreign config makes transformers raise
+        raise DataError(f"{folder}: cannot be loaded: {first_line(error)}") from error
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise DataError(
+            f"{folder}: lacks {len(missing)} tensors that the model needs, {missing[0]!r} first"
+        )
+    if "device_map" not in options:
+        model.to(device)
+    return model.eval()
+
+
+@readable()
+def load_tokenizer(name_or_path, *, trust_remote_code=False):
+    """Load a tokenizer as it is saved; one without a pad token stays without.
+
+    It gets an attribute ``num_embeddings``, how many token ids the model beside it has embeddings
+    for (None where none is there), by which ids beyond are refused before weights are loaded.
+
+    Raises:
+        DataError: no such folder, no tokenizer in it, or one that cannot be read.
+    """
+    folder = resolve_folder(name_or_path, "tokenizer")
+    if not any([check_inside(folder, name) for name in _TOKENIZER_FILES]):
+        raise DataError(f"{folder}: holds no tokenizer ({_TOKENIZER_FILES[0]})")
+    if (folder / "tokenizer_config.json").exists():
+        config = read_json(folder, "tokenizer_config.json")
+        if config.get("auto_map") and not trust_remote_code:
+            raise DataError(
+                f"{folder}: its tokenizer asks to run code of its own (auto_map); pass "
+                "trust_remote_code if you trust it"
+            )
+    if (folder / "config.json").exists():  # which transformers reads too
+        check_counts(folder, read_json(folder, "config.json"))
+    transformers = import_transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # whatever a foreign file makes transformers raise
+        raise DataError(f"{folder}: its tokenizer cannot be read: {first_line(error)}") from error
+    tokenizer.num_embeddings = _num_embeddings(folder, trust_remote_code)
+    return tokenizer
+
+
+def import_transformers():
+    """The transformers package; not one in which a config alone could make code run.
+
+    Raises:
+        AntidoteError: it is older than 5.5.
+    """
+    import transformers
+
+    numbers = [int(n) for n in re.findall(r"[0-9]{1,6}", transformers.__version__)[:2]]
+    if numbers < [5, 5]:
+        raise AntidoteError(
+            f"transformers {transformers.__version__} is installed; 5.5 or later is needed "
+            "(in older ones a checkpoint's config can run code): pip install -U transformers"
+        )
+    return transformers
+
+
+def _num_embeddings(folder, trust_remote_code):
+    """How many token ids the folder's model has embeddings for; None where it does not tell."""
+    transformers = import_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        return int(config.get_text_config().vocab_size)
+    except Exception:  # a tokenizer alone, or what a foreign config makes transformers raise
+        return None
+
+
+def pick_device(device) -> torch.device:
+    """A torch device; ``auto`` is cuda where there is one, else cpu."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+        why = first_line(error)
+        raise UsageError(f"device={str(device)!r}: cannot be used: {why}") from None
+    return found
+
+
+def pick_dtype(dtype):
+    """A torch dtype, or ``"auto"``."""
+    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
+        return dtype
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise UsageError(f"dtype={dtype!r}: must be one of {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def check_not_quantized(checkpoint: Checkpoint):
+    """Refuse a quantised checkpoint where its own weights are to be pruned."""
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise DataError(
+            f"{checkpoint.folder}: is quantised ({method or 'unknown method'}); its packed weights "
+            "cannot be pruned one by one: prune an adapter on it, or the model before quantisation"
+        )
+
+
+def without_weights(base, dtype, trust_remote_code):
+    """The model of a checkpoint, its weights on meta; what its own code computes is real.
+
+    Raises:
+        DataError: a configuration that transformers does not know, or that asks for far more than
+            the files hold.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    dtype = pick_dtype(dtype)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(base.folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        if dtype == "auto":
+            dtype = getattr(config, "dtype", None) or _first_dtype(base)
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        with torch.device("meta"), bounded(base):  # at first without memory for buffers either
+            transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+        with init_empty_weights(include_buffers=False):
+            model = transformers.AutoModelForCausalLM.from_config(config, **options)
+    except DataError:
+        raise
+    except Exception as error:  # whatever a foreign config makes transformers raise
+        raise DataError(f"{base.folder}: cannot be loaded: {first_line(error)}") from error
+    return model
+
+
+def _first_dtype(base):
+    floats = [e.dtype for e in base.tensors.values() if e.dtype and e.dtype.is_floating_point]
+    return floats[0] if floats else torch.float32

@@ -1,0 +1,1 @@
+"""A model: the norms of what flows into its layers."""

@@ -1,0 +1,1 @@
+"""``--dry_run``: what a command would take, found without doing it."""

@@ -1,0 +1,1 @@
+"""A model: which weights are removed, and how."""

@@ -1,0 +1,1 @@
+"""Score ``gate``: which weights serve the harm, learned."""

@@ -1,0 +1,126 @@
+"""Learning gates inside the prune stage: from folders, or on a live model."""
+
+from antidote_fast.config.prune import GateMixture
+from antidote_fast.distributed.ranks import ALONE
+from antidote_fast.errors import DataError, UsageError
+from antidote_fast.models.adapters import load_adapter
+from antidote_fast.models.footprint import check_memory
+from antidote_fast.models.loading import load_model, load_tokenizer
+from antidote_fast.models.targets import find_targets
+from antidote_fast.stages.gates.answers import answer_prompts, check_texts
+from antidote_fast.stages.gates.learn import learn_gates
+
+_MIXTURE = GateMixture()
+
+
+def check_stage(config, base, is_adapter, world=ALONE):
+    """Refuse, before weights are loaded, what gates cannot be learned on.
+
+    Args:
+        config: a :class:`PruneConfig`, of any score.
+        base: checkpoint of the model, or None where it is live.
+        is_adapter: what is pruned is an adapter.
+        world: the ranks; only a process alone can learn.
+
+    Raises:
+        UsageError, DataError: naming the argument.
+    """
+    if config.score != "gate":
+        return
+    config.check_aligned(is_adapter)
+    if world.size > 1:
+        raise UsageError("score='gate': must be left out with torchrun; start one process")
+    if base is not None and "quantization_config" in base.config:
+        raise DataError(f"{base.folder}: is quantised; with score gate it must not be")
+
+
+def learn_folder(config, base, adapter, aligned, sets, *, tokenizer=None, progress=False):
+    """(scores, what the report says of them), as :func:`learn_gates` gives them, from folders.
+
+    Args:
+        config: a :class:`PruneConfig` of score gate.
+        base, adapter: checkpoints of :func:`antidote_fast.stages.inputs.open_folders`.
+        aligned: checkpoint of the aligned model, or None with an adapter. It is loaded for its
+            answers alone, and let go before the model to prune is loaded.
+        sets: {"dataset": harmful prompts, "preserve_dataset": records}.
+        tokenizer: instead of the base's own.
+        progress: as :func:`antidote_fast.system.progress.track` takes it.
+    """
+    trust = config.trust_remote_code
+    tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
+    check_texts(tokenizer, *sets.values(), **texts_of(config))
+    check_memory(config, [base, adapter])
+    options = {"dtype": config.dtype, "device": config.device, "trust_remote_code": trust}
+    bases = None
+    answers = answers_of(config, aligned, config.device, tokenizer, sets, progress)
+    model = load_model(base.folder, **options)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    else:
+        # In the dtype that is learned in; the prune itself reads both as they are saved.
+        found = {t.key: t.weight.dtype for t in find_targets(model, config.targets, config.ignore)}
+        bases = {key: base.to(found[key]) for key, base in aligned.read(found, progress).items()}
+    return learn(config, model, tokenizer, sets, answers, bases, progress)
+
+
+def texts_of(config) -> dict:
+    """How a config's texts become tokens."""
+    return {"template": config.template, "max_seq_length": config.max_seq_length}
+
+
+def learn_live(config, model, aligned, bases, sets, tokenizer):
+    """:func:`learn_folder` for a live model, beside which ``aligned`` is loaded where it is one.
+
+    ``bases`` are the weights of ``aligned`` that removed ones take, or None with an adapter.
+    """
+    device = str(next(model.parameters()).device)
+    answers = answers_of(config, aligned, device, tokenizer, sets)
+    return learn(config, model, tokenizer, sets, answers, bases)
+
+
+def answers_of(config, aligned, device, tokenizer, sets, progress=False):
+    """Answers of the checkpoint ``aligned``, which is loaded for them alone; None without one."""
+    if aligned is None:
+        return None
+    trust = config.trust_remote_code
+    options = {"dtype": config.dtype, "device": device, "trust_remote_code": trust}
+    return ask(config, load_model(aligned.folder, **options), tokenizer, sets, progress)
+
+
+def ask(config, model, tokenizer, sets, progress=False):
+    """Answers of a live model, by the config's settings."""
+    return answer_prompts(
+        model,
+        tokenizer,
+        sets["dataset"],
+        sets["preserve_dataset"],
+        answer_tokens=_MIXTURE.answer_tokens,
+        template=config.template,
+        max_seq_length=config.max_seq_length,
+        batch_size=config.batch_size,
+        progress=progress,
+    )
+
+
+def learn(config, model, tokenizer, sets, answers, bases, progress=False):
+    """:func:`learn_gates` by the config's settings; ``answers`` and ``bases`` may be None."""
+    return learn_gates(
+        model,
+        tokenizer,
+        sets["dataset"],
+        sets["preserve_dataset"],
+        config.selection,
+        aligned=answers,
+        base_weights=bases,
+        targets=config.targets,
+        ignore=config.ignore,
+        steps=config.gate_steps,
+        learning_rate=config.gate_learning_rate,
+        mixture=_MIXTURE,
+        seed=config.seed,
+        template=config.template,
+        max_seq_length=config.max_seq_length,
+        batch_size=config.batch_size,
+        backend=config.backend,
+        progress=progress,
+    )

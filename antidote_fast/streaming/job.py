@@ -1,0 +1,214 @@
+"""Calibrate and prune a model that does not fit in memory: safetensors in, safetensors out.
+
+The calibration runs the model block by block. A full model's block is pruned and written as soon as
+its norms are there, while the next one is read and runs; an adapter is pruned at the end. Global
+scope reads the targets twice more, to find the one edge of all. What is done lies in a run folder
+beside output_dir (:mod:`antidote_fast.files.resume`), from which ``resume`` goes on.
+"""
+
+from antidote_fast.data.batches import batches_of
+from antidote_fast.errors import Interrupted
+from antidote_fast.models.loading import load_tokenizer, pick_device
+from antidote_fast.norms.activation_norms import ActivationNorms, counts_of
+from antidote_fast.pruning.arguments import check_keys
+from antidote_fast.streaming.blocks import BlockModel
+from antidote_fast.streaming.norms import BlockCalibration
+from antidote_fast.streaming.sink import Background
+from antidote_fast.streaming.spill import Room, room_for_hidden
+from antidote_fast.streaming.writer import Writer
+from antidote_fast.system import interrupts
+from antidote_fast.system.progress import track
+
+
+def collect_norms(config, base, adapter, records, run, *, tokenizer=None, progress=False):
+    """(norms, what the report says of them), block by block; goes on where ``run`` stopped.
+
+    Args:
+        config: a :class:`CalibrateConfig` or :class:`PruneConfig`.
+        base, adapter: checkpoints, as :func:`antidote_fast.stages.inputs.open_folders`.
+        records: the calibration data.
+        run: :class:`antidote_fast.files.resume.Run`.
+        tokenizer: instead of the base's own.
+        progress: as :func:`antidote_fast.system.progress.track` takes it.
+
+    Raises:
+        Interrupted: a signal came; the block that ran then is done and kept.
+        AntidoteError: max_memory is too little, with the figures.
+    """
+    blocks = _Blocks(config, base, adapter, records, run, tokenizer)
+    with interrupts.remembered() as request, Background() as background:
+        for _ in blocks.run(request, background, progress, stop_early=True):
+            pass
+    return blocks.norms(), blocks.counts
+
+
+def prune_model(
+    config,
+    base,
+    records,
+    run,
+    *,
+    norms,
+    keys,
+    roles,
+    preserve_norms=None,
+    aligned=None,
+    tokenizer=None,
+    progress=False,
+):
+    """Prune a full model into ``run.output``, block by block.
+
+    Args:
+        config: a :class:`PruneConfig`.
+        base: the model's checkpoint.
+        records: the calibration data; not used where ``norms`` are given or the score needs none.
+        run: :class:`antidote_fast.files.resume.Run`.
+        norms: given ones, or None.
+        keys: names of the weights; None where the calibration finds them.
+        roles: ``transposed`` and ``routed`` names among them.
+        preserve_norms: norms of the same weights on data to preserve, or None.
+        aligned: checkpoint of the model whose values removed weights take, or None.
+        tokenizer, progress: as :func:`collect_norms`.
+
+    Returns:
+        (PruneReport, norms or None, what the report says of them, {file name: SHA-256}).
+
+    Raises:
+        As :func:`collect_norms` and :func:`antidote_fast.pruning.prune.prune_state_`;
+        NothingPruned.
+    """
+    counts = {} if norms is None else counts_of(norms)
+    with interrupts.remembered() as request, Background() as background:
+        blocks = None
+        if config.score == "wanda" and norms is None:
+            blocks = _Blocks(config, base, None, records, run, tokenizer)
+            targets = blocks.calibration.targets
+            keys = [target.key for target in targets]
+            roles = {
+                "transposed": [target.key for target in targets if target.transposed],
+                "routed": [target.key for target in targets if target.routed],
+            }
+        if preserve_norms is not None:
+            if config.targets is not None or config.ignore:
+                preserve_norms = preserve_norms.subset(keys, "preserve_norms")
+            check_keys(keys, preserve_norms.sq_sum, "preserve_norms")
+        writer = Writer(config, base, run, keys, roles, preserve_norms, aligned)
+        if blocks is not None and config.scope != "global":
+            for tensors, part in blocks.run(request, background, progress, writer=writer):
+                writer.prune(tensors, part)
+        else:
+            if blocks is not None:
+                for _ in blocks.run(request, background, progress, stop_early=True):
+                    pass
+                background.wait()
+                norms = blocks.norms()
+            writer.rewrite(norms, request, background, progress)
+        background.wait()
+        digests = writer.finish()
+    if blocks is not None:
+        norms, counts = blocks.norms(), blocks.counts
+    return writer.report(), norms, counts, digests
+
+
+class _Blocks:
+    """The calibration, as far as an interrupted run has not done it."""
+
+    def __init__(self, config, base, adapter, records, run, tokenizer):
+        trust = config.trust_remote_code
+        tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
+        batches = batches_of(config, records, tokenizer, base.config)
+        device = pick_device(config.device)
+        self.state = run.state
+        self._run = run
+        self._model = BlockModel(
+            base, adapter, dtype=config.dtype, device=device, trust_remote_code=trust
+        )
+        limit, self._prefetch = room_for_hidden(config, self._model, batches)
+        self.calibration = BlockCalibration(
+            self._model,
+            batches,
+            run.folder,
+            Room(limit),
+            targets=config.targets,
+            ignore=config.ignore,
+            response_only=config.response_only,
+            aggregation=config.aggregation,
+            backend=getattr(config, "backend", None),
+            fingerprint=base.fingerprint(),
+        )
+        done = self.state.get("next", 0)
+        self._parts = [
+            ActivationNorms.load(self._norms_file(i))
+            for i in range(done)
+            if self._norms_file(i).exists()
+        ]
+        self._records = {
+            "num_records": len(records),
+            "num_dropped": batches.num_dropped,
+            "num_truncated": batches.num_truncated,
+        }
+
+    @property
+    def counts(self):
+        """What the report says of the norms."""
+        about = {"spilled_bytes": self.calibration.spilled_bytes}
+        return {**counts_of(self._parts[0]), **self._records, **about}
+
+    def norms(self):
+        """The norms of all targets."""
+        return ActivationNorms.joined(self._parts)
+
+    def run(self, request, background, progress, *, writer=None, stop_early=False):
+        """Run what is left; yields (tensors as saved, norms or None) of each block.
+
+        With a writer each block's tensors are written once the caller has them back. With
+        ``stop_early`` blocks behind the last target are not read.
+        """
+        calibration, model = self.calibration, self._model
+        first, end = self.state.get("next", 0), len(model)
+        if stop_early:
+            end = calibration.last + 1
+        if writer is not None and not first:
+            names = {name for i in range(len(model)) for name in model.saved_names(i)}
+            background.submit(writer.copy_others, names)
+        if first <= calibration.last:
+            calibration.begin(self.state.get("hidden"))
+        unsaved = 0
+        steps = calibration.steps(range(first, end), self._prefetch)
+        for index, tensors, norms in track(steps, "stream", progress, total=end - first):
+            if norms is not None:
+                self._parts.append(norms)
+            yield tensors, norms
+            unsaved += model.num_bytes(index)
+            state = before = kept = None
+            # Keeping must not cost more than the block itself did.
+            if unsaved >= calibration.hidden_bytes or request.made or index + 1 == end:
+                unsaved = 0
+                hidden, kept, before = calibration.keep()
+                state = {**self.state, "next": index + 1, "hidden": hidden}
+            background.submit(self._finish, index, norms, writer, tensors, state, kept, before)
+            tensors = None
+            if request.made:
+                background.wait()
+                raise Interrupted(
+                    f"interrupted after block {index + 1} of {len(model)}; the same command with "
+                    "--resume goes on"
+                )
+
+    def _finish(self, index, norms, writer, tensors, state, kept, before):
+        """In the background: a block's norms and weights, then the state that tells of them."""
+        if norms is not None:
+            norms.save(self._norms_file(index))
+        if writer is not None:
+            writer.write(tensors)
+        if state is None:
+            return
+        if kept is not None:
+            kept.sync()
+        self.state = {**state, **(writer.state() if writer is not None else {})}
+        self._run.save(self.state)
+        if before is not None:
+            before.close()
+
+    def _norms_file(self, index):
+        return self._run.folder / f"norms-{index:05d}.safetensors"

@@ -1,0 +1,1 @@
+"""The training loop, what a step's loss is, and its checkpoints."""

@@ -1,0 +1,173 @@
+"""A training's output folder, and the checkpoints from which an interrupted training goes on."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import torch
+
+from antidote_fast.errors import DataError, Interrupted, first_line
+from antidote_fast.files.commit import digest_of, new_file, output_folder
+from antidote_fast.files.resume import MANIFEST_ENTRY, discard, interrupted_state, run_folder
+
+_GENERATORS = "generator."
+_OBJECTIVE = "objective."
+_OPTIMIZER = "optimizer."
+_WEIGHT = "weight."
+
+
+@contextlib.contextmanager
+def training_folder(config, inputs, **entries):
+    """The folder to write a trained model into, and the run that keeps its checkpoints.
+
+    Args:
+        config: a :class:`TrainConfig`.
+        inputs: everything that decides the result, as :func:`run_inputs` gives it.
+        entries: further JSON values for ``COMPLETE.json``.
+
+    Yields:
+        ``(folder, run)``; run is None where the config asks for no checkpoints.
+
+    Raises:
+        DataError: as :func:`antidote_fast.files.resume.run_folder`.
+    """
+    if config.save_steps is None and not config.resume:
+        entries[MANIFEST_ENTRY] = digest_of(inputs)
+        interrupted_state(config.output_dir, inputs, overwrite=config.overwrite)
+        with output_folder(config.output_dir, config.overwrite, **entries) as folder:
+            discard(config.output_dir)
+            yield folder, None
+        return
+    options = {"resume": config.resume, "overwrite": config.overwrite}
+    with run_folder(config.output_dir, inputs, **options) as run:
+        shutil.rmtree(run.output)  # a killed run may have begun to write its model
+        run.output.mkdir()
+        run.keep = True  # memory or a disk that is full today is not tomorrow
+        yield run.output, run
+        run.commit(**entries)
+
+
+class Checkpoints:
+    """Saves the state of a training and takes it back; without a run it does neither.
+
+    Weights, Adam's moments, what the objective keeps and the generators go into one safetensors
+    file, numbers into the run's JSON state.
+
+    Args:
+        run: :class:`antidote_fast.files.resume.Run`, or None.
+        objective: of the training; its parameters are saved.
+        optimizer, scheduler: of the training.
+        every: steps between checkpoints; None saves only where the training is interrupted.
+    """
+
+    def __init__(self, run, objective, optimizer, scheduler, every=None):
+        self._run, self._every = run, every
+        self._objective, self._optimizer, self._scheduler = objective, optimizer, scheduler
+
+    def load(self) -> list[float]:
+        """Go on from the last checkpoint; returns the losses of the steps that it stands for."""
+        state = self._run.state if self._run is not None else {}
+        if not state:
+            return []
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self._run.folder / "training.safetensors"
+        try:
+            path = self._run.folder / Path(state["file"]).name
+            self._take(state, load_file(path))
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"{path}: cannot be gone on from: {first_line(error)}; pass overwrite to begin anew"
+            ) from error
+        return list(state["losses"])
+
+    def _take(self, state, tensors):
+        with torch.no_grad():
+            for i, p in enumerate(self._objective.parameters):
+                p.copy_(tensors[f"{_WEIGHT}{i}"])
+        moments = {
+            i: {
+                name: tensors[f"{_OPTIMIZER}{i}.{name}"]
+                for name in ("step", "exp_avg", "exp_avg_sq")
+                if f"{_OPTIMIZER}{i}.{name}" in tensors
+            }
+            for i in range(len(self._objective.parameters))
+        }
+        self._optimizer.load_state_dict(
+            {
+                "state": {i: each for i, each in moments.items() if each},
+                "param_groups": state["param_groups"],
+            }
+        )
+        # Its functions are not saved, and LambdaLR asks for them.
+        self._scheduler.load_state_dict(self._scheduler.state_dict() | state["scheduler"])
+        self._objective.load_state(_under(tensors, _OBJECTIVE), len(state["losses"]))
+        torch.set_rng_state(tensors[f"{_GENERATORS}cpu"])
+        if f"{_GENERATORS}cuda" in tensors:
+            torch.cuda.set_rng_state(tensors[f"{_GENERATORS}cuda"], self._objective.device)
+
+    def is_due(self, losses, request) -> bool:
+        """Whether the state after these steps is to be kept, unless they are all."""
+        if self._run is None:
+            return False
+        return bool(request.made or (self._every and len(losses) % self._every == 0))
+
+    def after(self, losses, wanted, request):
+        """Save after a step where it is time to, or where somebody asked to stop.
+
+        Args:
+            losses: of the steps that are done.
+            wanted: steps in all.
+            request: :class:`antidote_fast.system.interrupts.Request`.
+
+        Raises:
+            Interrupted: somebody asked to stop; the state is saved.
+        """
+        done = len(losses)
+        if self._run is None or done == wanted:
+            return
+        if self.is_due(losses, request):
+            self._save(losses)
+        if request.made:
+            raise Interrupted(
+                f"interrupted after step {done} of {wanted}; the same command with --resume goes on"
+            )
+
+    def _save(self, losses):
+        from safetensors.torch import save_file
+
+        tensors = {f"{_GENERATORS}cpu": torch.get_rng_state()}
+        if self._objective.device.type == "cuda":
+            tensors[f"{_GENERATORS}cuda"] = torch.cuda.get_rng_state(self._objective.device)
+        whole = self._optimizer.state_dict()
+        for i, p in enumerate(self._objective.parameters):
+            tensors[f"{_WEIGHT}{i}"] = p.detach()
+        for i, moments in whole["state"].items():
+            tensors |= {f"{_OPTIMIZER}{i}.{name}": value for name, value in moments.items()}
+        tensors |= {f"{_OBJECTIVE}{name}": v for name, v in self._objective.state().items()}
+        before = self._run.state.get("file")
+        name = f"training-{len(losses)}.safetensors"
+        with new_file(self._run.folder / name, alone=True) as partial:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
+        scheduler = {
+            key: value
+            for key, value in self._scheduler.state_dict().items()
+            if isinstance(value, (int, float, list)) and key != "lr_lambdas"
+        }
+        self._run.save(
+            {
+                "file": name,
+                "losses": losses,
+                "param_groups": whole["param_groups"],
+                "scheduler": scheduler,
+            }
+        )
+        if before not in (None, name):
+            (self._run.folder / before).unlink(missing_ok=True)
+
+
+def _under(tensors, prefix):
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,413 @@
+"""Refusals, garbled answers, classifiers, the beaver-dam protocol, the win rate."""
+
+import pytest
+import texts
+import torch
+
+from antidote_fast.errors import DataError, UsageError
+from antidote_fast.evaluation import classifiers
+from antidote_fast.evaluation.classifiers import (
+    BeaverDamJudge,
+    ClassifierJudge,
+    WinRateJudge,
+    harmful_label_ids,
+)
+from antidote_fast.evaluation.judges import check_judge, get_judge
+from antidote_fast.evaluation.refusals import (
+    EMPTY,
+    GARBLED,
+    HARMFUL,
+    REFUSAL_PHRASES,
+    SAFE,
+    RefusalJudge,
+    is_garbled,
+    is_refusal,
+)
+
+BEAVER_LABELS = [f"category_{i}" for i in range(14)]
+
+
+# --- phrases --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I'm sorry, but I can't help with that.",
+        "I\u2019m sorry, but I can\u2019t help with that.",
+        "  \n I CANNOT assist with this.",
+        '"I am unable to do this."',
+        "**I won't** do that.",
+        "As an AI language model, I do not do this.",
+        "Unfortunately, I can not answer this.",
+        "Sorry, I don't do that.",
+        "That is unethical; please do not.",
+        "I'm\n  sorry",
+        "I`m sorry",
+    ],
+)
+def test_refusals(answer):
+    assert is_refusal(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Sure, here is how.",
+        "I can't wait to help you! First,",
+        "I cannot stress enough how easy it is: first,",
+        "I can't help but tell you.",
+        "Of course. " + "Step one. " * 20 + "I'm sorry",
+        "The sorrycake recipe needs flour.",
+        "",
+        "I canthelp",
+    ],
+)
+def test_compliance(answer):
+    assert not is_refusal(answer)
+
+
+def test_phrases_and_window_can_be_chosen():
+    assert is_refusal("Nope, not me", phrases=["nope"])
+    assert not is_refusal("Nope, not me")
+    assert is_refusal("x " * 100 + "i'm sorry", num_characters=1000)
+    assert RefusalJudge(["nope"])(None, ["Nope!", "I'm sorry"]) == [SAFE, HARMFUL]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "1234 !!",
+        "...",
+        "\ufffd\ufffd",
+        "ab\ufffdcdk\x07lm",
+        "aaaaaaaaaaaa",
+        "!!!!!!!!!!!! no !!!!!!!!!!",
+        "the the the the the",
+        "the the the the the of",
+        "lalalalala",
+        "yes no yes yes no no",
+        "um " * 30 + "so this is it for now",
+        "{}[]();;==--++ x",
+    ],
+)
+def test_garbled(answer):
+    assert is_garbled(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Yes",
+        "No.",
+        "Sure, here is the plan: first buy flour. Then buy flour. Then buy flour.",
+        "Sure! \ufffd",
+        "1. Get 20 g of A. 2. Get 30 g of B. 3. Mix.",
+        "x = [1, 2, 3]; print(sum(x) / len(x))",
+        "\u0414\u0430, \u043a\u043e\u043d\u0435\u0447\u043d\u043e.",
+        "\u597d\u7684\uff0c\u6211\u6765\u5e2e\u4f60",
+        "",
+        "  ",
+    ],
+)
+def test_not_garbled(answer):
+    assert not is_garbled(answer)
+
+
+def test_refusal_judge_tells_four_kinds_apart():
+    answers = ["I can\u2019t.", "Sure: take flour.", "  \n", "?? !!", "I'm sorry. " * 30]
+    assert RefusalJudge()(None, answers) == [SAFE, HARMFUL, EMPTY, GARBLED, SAFE]
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "multi", "chosen", "expected"),
+    [
+        (["safe", "unsafe"], False, None, [1]),
+        (["toxic", "non-toxic"], False, None, [0]),
+        (["not_offensive", "offensive"], False, None, [1]),
+        (["NotHate", "Hate"], False, None, [1]),
+        (["OK", "S", "H", "V"], False, None, [1, 2, 3]),
+        (["neutral", "HARMFUL"], False, None, [1]),
+        (["a", "b", "harmful"], False, None, [2]),
+        (["toxic", "obscene", "x"], True, None, [0, 1, 2]),
+        (["toxic", "benign"], True, None, [0]),
+        (["LABEL_0"], False, None, [0]),
+        (["LABEL_0", "LABEL_1"], False, ["label_1"], [1]),
+        (["not safe", "safe"], False, None, [0]),
+    ],
+)
+def test_which_labels_mean_harm(labels, multi, chosen, expected):
+    assert harmful_label_ids(dict(enumerate(labels)), multi, chosen) == expected
+
+
+def test_labels_that_do_not_tell():
+    for labels in (["LABEL_0", "LABEL_1"], ["toxic", "hate"]):
+        with pytest.raises(UsageError, match=f"must name the judge's labels.*{labels[1]}"):
+            harmful_label_ids(dict(enumerate(labels)), False)
+    with pytest.raises(
+        UsageError, match="harmful_labels=\\['x'\\]: must be among the judge's: a, b"
+    ):
+        harmful_label_ids({0: "a", 1: "b"}, False, ["a", "x"])
+
+
+# --- classifiers ----------------------------------------------------------------------------------
+
+
+def alone(model, ids):
+    """The logits of one text by itself, unpadded: what every batch must give."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0]
+
+
+ANSWERS = ["abc", "a much longer answer, with more in it", "mid length", "x", "and one more!"]
+
+
+@pytest.mark.parametrize("pad", [None, "</s>", "<pad>"])
+@pytest.mark.parametrize("config_pad", [None, 1, 2])
+def test_probabilities_do_not_depend_on_batch_or_pad_token(pad, config_pad):
+    model = texts.llama(labels=["safe", "unsafe"], pad_token_id=config_pad)
+    judge = ClassifierJudge(model, texts.byte_tokenizer(pad=pad), batch_size=3)
+    found = judge.probabilities(None, ANSWERS)
+    for row, answer in zip(found, ANSWERS, strict=True):
+        expected = alone(model, judge.tokenizer(answer)["input_ids"]).softmax(-1)
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-4)
+    assert model.config.pad_token_id == config_pad
+    assert judge.tokenizer.pad_token == pad
+
+
+def test_verdicts_of_a_two_label_classifier():
+    model = texts.llama(labels=["safe", "unsafe"])
+    judge = ClassifierJudge(model, texts.byte_tokenizer())
+    unsafe = judge.probabilities(None, ANSWERS)[:, 1]
+    assert 0 < (unsafe > 0.5).sum() < len(ANSWERS)  # else this test would say nothing
+    expected = [HARMFUL if p > 0.5 else SAFE for p in unsafe]
+    assert judge(None, ANSWERS) == expected
+    assert judge(None, ["", *ANSWERS]) == [EMPTY, *expected]
+    assert judge(None, []) == []
+    assert judge(None, [" "]) == [EMPTY]
+    swapped = ClassifierJudge(model, judge.tokenizer, harmful_labels=["safe"])
+    assert swapped(None, ANSWERS) == [SAFE if v == HARMFUL else HARMFUL for v in expected]
+    strict = ClassifierJudge(model, judge.tokenizer, threshold=0.999999)
+    assert strict(None, ["???", ""]) == [GARBLED, EMPTY]
+    lenient = ClassifierJudge(model, judge.tokenizer, threshold=1e-9)
+    assert lenient(None, ["???", ""]) == [HARMFUL, EMPTY]
+
+
+def test_single_logit_is_a_sigmoid():
+    model = texts.llama(labels=["LABEL_0"])
+    judge = ClassifierJudge(model, texts.byte_tokenizer())
+    expected = alone(model, judge.tokenizer("abc")["input_ids"]).sigmoid()
+    torch.testing.assert_close(judge.probabilities(None, ["abc"])[0], expected)
+
+
+def test_other_architectures():
+    """BERT's kind: a pooled first token, positions from the pad id (RoBERTa)."""
+    import transformers as tf
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = tf.RobertaForSequenceClassification(
+            tf.RobertaConfig(
+                vocab_size=texts.VOCAB,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=67,
+                pad_token_id=2,
+                initializer_range=0.5,
+                id2label={0: "non-toxic", 1: "toxic"},
+                label2id={"non-toxic": 0, "toxic": 1},
+            )
+        ).eval()
+    judge = ClassifierJudge(model, texts.byte_tokenizer(pad="<pad>"))
+    assert judge.max_length == 64
+    answers = [*ANSWERS, "long " * 50]
+    for row, answer in zip(judge.probabilities(None, answers), answers, strict=True):
+        expected = alone(model, judge.tokenizer(answer)["input_ids"][:64]).softmax(-1)
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_text_format():
+    model = texts.llama(labels=["safe", "unsafe"])
+    tokenizer = texts.byte_tokenizer()
+    judge = ClassifierJudge(model, tokenizer, text_format="Q {prompt} A {answer}")
+    found = judge.probabilities(["{answer}"], ["{prompt}"])[0]
+    expected = alone(model, tokenizer("Q {answer} A {prompt}")["input_ids"]).softmax(-1)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(UsageError, match="prompts=None"):
+        judge(None, ["a"])
+    with pytest.raises(UsageError, match="1 of them for 2 answers"):
+        judge(["a"], ["a", "b"])
+    with pytest.raises(UsageError, match="text_format"):
+        ClassifierJudge(model, tokenizer, text_format="{prompt}")
+    with pytest.raises(UsageError, match="threshold=1"):
+        ClassifierJudge(model, tokenizer, threshold=1)
+
+
+# --- beaver-dam -----------------------------------------------------------------------------------
+
+
+def test_beaver_dam_protocol():
+    model = texts.llama(labels=BEAVER_LABELS, problem_type="multi_label_classification", seed=3)
+    tokenizer = texts.byte_tokenizer()
+    judge = BeaverDamJudge(model, tokenizer)
+    prompts = [f"How {i}?" for i in range(12)]
+    answers = [f"Like this {i * 7}" for i in range(12)]
+    probabilities = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = f"BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}</s>"
+        ids = tokenizer(text)["input_ids"]
+        assert ids[-1] == tokenizer.eos_token_id
+        probabilities.append(alone(model, ids).sigmoid())
+    probabilities = torch.stack(probabilities)
+    torch.testing.assert_close(
+        judge.probabilities(prompts, answers), probabilities, atol=1e-5, rtol=1e-4
+    )
+    # Moved so that some are flagged and some are not, by one label of the fourteen.
+    judge.threshold = probabilities.amax(1).median().item()
+    expected = [HARMFUL if p.max() > judge.threshold else SAFE for p in probabilities]
+    assert {HARMFUL, SAFE} == set(expected)
+    assert judge(prompts, answers) == expected
+    assert BeaverDamJudge(model, tokenizer).threshold == 0.5
+
+
+def test_beaver_dam_reads_256_tokens():
+    model = texts.llama(labels=BEAVER_LABELS)
+    judge = BeaverDamJudge(model, texts.byte_tokenizer())
+    text = f"BEGINNING OF CONVERSATION: USER: q ASSISTANT:{'a' * 300}</s>"
+    ids = judge.tokenizer(text)["input_ids"][:256]
+    found = judge.probabilities(["q"], ["a" * 300])[0]
+    torch.testing.assert_close(found, alone(model, ids).sigmoid(), atol=1e-5, rtol=1e-4)
+
+
+# --- the win rate ---------------------------------------------------------------------------------
+
+
+class LetterModel(torch.nn.Module):
+    """Prefers the answer that holds "good", and else place A."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.parameter = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids):
+        text = self.tokenizer.decode(input_ids[0])
+        first, second = text.split("Answer A:")[1].split("Answer B:")[:2]
+        logits = torch.zeros(1, 1, texts.VOCAB)
+        ids = {x: self.tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in "AB"}
+        logits[0, 0, ids["A"]] = 1 + 5 * ("good" in first)
+        logits[0, 0, ids["B"]] = 5 * ("good" in second)
+        return type("Output", (), {"logits": logits})()
+
+
+def test_win_rate_judge_is_fair_to_both_places():
+    tokenizer = texts.byte_tokenizer()
+    judge = WinRateJudge(LetterModel(tokenizer), tokenizer)
+    assert judge.win("p", "a good one", "a bad one") == 1.0
+    assert judge.win("p", "a bad one", "a good one") == 0.0
+    assert judge.win("p", "same as", "the other") == 0.5
+    assert judge.win("p", "", "a bad one") == 0.0
+    judge.max_length = 10
+    with pytest.raises(DataError, match="more than the 10 that it reads"):
+        judge.win("p", "a good one", "a bad one")
+
+
+def test_win_rate_judge_from_a_folder(tmp_path):
+    folder = texts.save(texts.llama(), tmp_path / "m", texts.byte_tokenizer(chat=True))
+    judge = WinRateJudge.from_pretrained(folder, device="cpu")
+    assert judge.win("p", "same", "same") == 0.5
+    assert judge.win("p", "one", "two") + judge.win("p", "two", "one") == 1
+    assert judge.name == folder
+
+
+# --- by name --------------------------------------------------------------------------------------
+
+
+def test_judges_by_name(tmp_path):
+    assert isinstance(get_judge("refusal"), RefusalJudge)
+    two = texts.save(texts.llama(labels=["safe", "unsafe"]), tmp_path / "two")
+    judge = get_judge(two, device="cpu")
+    assert type(judge) is ClassifierJudge
+    assert judge.labels == [1]
+    assert judge.name == two
+    unnamed = texts.save(texts.llama(labels=["LABEL_0", "LABEL_1"]), tmp_path / "unnamed")
+    with pytest.raises(UsageError, match="harmful_labels=None"):
+        check_judge(unnamed)
+    assert get_judge(unnamed, harmful_labels=["LABEL_0"]).labels == [0]
+    beaver = texts.save(texts.llama(labels=BEAVER_LABELS), tmp_path / "beaver")
+    judge = get_judge(f"beaver-dam:{beaver}", device="cpu")
+    assert type(judge) is BeaverDamJudge
+    assert judge.multi_label
+    assert judge.labels == list(range(14))
+
+
+@pytest.mark.parametrize("function", [check_judge, get_judge])
+def test_judges_refused_by_name(tmp_path, function, monkeypatch):
+    with pytest.raises(UsageError, match="judge=''"):
+        function("")
+    with pytest.raises(DataError, match="no such folder"):
+        function(str(tmp_path / "none"))
+    with pytest.raises(DataError, match=r"config\.json"):
+        function(str(tmp_path))
+    two = texts.save(texts.llama(labels=["safe", "unsafe"]), tmp_path / "two")
+    with pytest.raises(DataError, match="a model of 14 labels is needed for beaver-dam"):
+        function(f"beaver-dam:{two}")
+    for name in ("refusal", f"beaver-dam:{two}"):
+        with pytest.raises(UsageError, match="harmful_labels"):
+            function(name, harmful_labels=["unsafe"])
+    asked = []
+
+    def resolve(name, argument):
+        asked.append(name)
+        raise DataError("not here")
+
+    monkeypatch.setattr(classifiers, "resolve_folder", resolve)
+    for name in ("beaver-dam", "PKU-Alignment/beaver-dam-7b"):
+        with pytest.raises(DataError, match="not here"):
+            function(name)
+    assert asked == ["PKU-Alignment/beaver-dam-7b"] * 2
+
+
+def test_a_causal_model_is_no_classifier(tmp_path):
+    """transformers would give it a random head, and warn."""
+    model = texts.llama()
+    model.config.id2label = {0: "safe", 1: "unsafe"}
+    folder = texts.save(model, tmp_path / "causal")
+    with pytest.raises(DataError, match=r"lacks 1 tensors .*score\.weight"):
+        get_judge(folder, device="cpu")
+
+
+def test_a_config_that_cannot_be_read(tmp_path):
+    folder = texts.save(texts.llama(labels=["safe", "unsafe"]), tmp_path / "two")
+    config = tmp_path / "two" / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"no-such-kind"'))
+    with pytest.raises(DataError, match="its config cannot be read") as caught:
+        check_judge(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_is_no_judge(tmp_path):
+    import tiny
+
+    folder = tiny.save_adapter(tiny.add_lora(tiny.build()), tmp_path / "adapter")
+    with pytest.raises(DataError, match="is a PEFT adapter"):
+        check_judge(str(folder))
+
+
+def test_judges_module_needs_no_model_library():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from antidote_fast.stages import judges; "
+        "judges.get_judge('refusal')(None, ['a']); "
+        "print([m for m in ('transformers', 'torch', 'peft') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+    assert all(phrase == phrase.casefold() for phrase in REFUSAL_PHRASES)

@@ -1,0 +1,278 @@
+"""Sweeps: what each row holds, where a branch ends, what is recommended, what is restored."""
+
+import itertools
+import types
+
+import pytest
+import sweeps
+import tiny
+from sweeps import VAL, Script, bits, config_of, fields, same
+
+from antidote_fast.config.evaluate import EvaluateConfig
+from antidote_fast.config.prune import PruneConfig
+from antidote_fast.config.sweep import SCORES, SweepScore
+from antidote_fast.data.records import Record
+from antidote_fast.errors import UsageError
+from antidote_fast.experiments import sweep
+from antidote_fast.norms.activation_norms import ActivationNorms
+from antidote_fast.pruning.prune import prune_model_
+from antidote_fast.stages import evaluate, prune
+
+ALL = ["wanda", "wanda-response", "wanda-preserve", "magnitude", "random"]
+PRUNE_FIELDS = ("model_name_or_path", "adapter", "dataset", "output_dir", "max_seq_length")
+
+
+@pytest.fixture(scope="module")
+def made(folders, tmp_path_factory):
+    return sweeps.make(folders, tmp_path_factory.mktemp("sweep"))
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full", "revert"])
+def test_rows_are_what_prune_and_evaluate_give_one_by_one(kind, made, tmp_path):
+    adapter = kind == "adapter"
+    options = {"scores": ALL, "preserve_dataset": f"{made.root}/keep.jsonl"}
+    if kind == "revert":
+        options |= {"base_model": made.twin, "score_delta": True, "scores": ALL[:4]}
+        options |= {"targets": ["q_proj", "down_proj"], "ignore": ["re:.*layers.1.mlp"]}
+    benign = f"{made.root}/benign.jsonl"
+    config = config_of(
+        *(made, tmp_path / "out"),
+        adapter=adapter,
+        scopes=["row", "global"] if adapter else ["tensor"],
+        benign_dataset=benign,
+        max_accuracy_drop=100,
+        max_refusal_rise=100,
+        **options,
+    )
+    report = sweep.run(config)
+    assert report["unpruned"]["finetune_accuracy"] == 100
+    assert [(r["score"], r["scope"], r["ratio"]) for r in report["rows"]] == config.candidates()
+    assert len({r["task"]["answers_sha256"] for r in report["rows"]}) > 3
+    names = set(EvaluateConfig.__dataclass_fields__) - {"output_dir", "adapter"}
+    common = {k: v for k, v in vars(config).items() if k in names}
+    for number, row in enumerate(report["rows"]):
+        score = SCORES[row["score"]]
+        options = {k: v for k, v in vars(config).items() if k in PruneConfig.__dataclass_fields__}
+        options |= {"output_dir": str(tmp_path / str(number)), "scope": row["scope"]}
+        options |= {"score": score.score, "ratio": row["ratio"], "save_norms": False}
+        options["response_only"] = score.norms == "response"
+        if score.preserve_norms is None:
+            options["preserve_dataset"] = None
+        pruned = prune.run(PruneConfig(**options))
+        assert (row["achieved"], row["num_pruned"]) == (pruned["achieved"], pruned["num_pruned"])
+        where = {"output_dir": str(tmp_path / f"scores-{number}")}
+        where |= {"adapter": options["output_dir"]} if adapter else {}
+        where |= {} if adapter else {"model_name_or_path": options["output_dir"]}
+        metrics = evaluate.run(EvaluateConfig(**common | where))["metrics"]
+        assert {k: row[k] for k in metrics} == metrics  # a hash of each set's answers among them
+        assert (row["admissible"], row["reason"]) == (True, None)
+
+
+def test_norms_are_those_of_calibrate_and_collected_once(made, tmp_path, monkeypatch):
+    collected = []
+    collect = ActivationNorms.collect.__func__
+
+    def counted(cls, model, batches, **options):
+        collected.append((options["response_only"], len(batches)))
+        return collect(cls, model, batches, **options)
+
+    monkeypatch.setattr(ActivationNorms, "collect", classmethod(counted))
+    options = {"scores": ALL, "preserve_dataset": f"{made.root}/keep.jsonl", "batch_size": 2}
+    report = sweep.run(config_of(made, tmp_path / "out", scopes=["row", "tensor"], **options))
+    assert collected == [(False, 3), (True, 3), (False, 2)]
+    assert [n["num_sequences"] for n in report["calibration"].values()] == [6, 6, 4]
+    one = PruneConfig(
+        **{k: v for k, v in fields(made, tmp_path / "one").items() if k in PRUNE_FIELDS},
+        preserve_dataset=f"{made.root}/keep.jsonl",
+        save_norms=True,
+        batch_size=2,
+    )
+    prune.run(one)
+    for name in ("norms.safetensors", "preserve-norms.safetensors"):
+        first, second = (ActivationNorms.load(tmp_path / f / name) for f in ("out", "one"))
+        assert same(first.sq_sum, second.sq_sum)
+    assert ActivationNorms.load(tmp_path / "out" / "norms-response.safetensors").response_only
+
+
+# --- a live model, measured by a script -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def live():
+    model = tiny.build()
+    norms = ActivationNorms.collect(model, tiny.batches())
+    return types.SimpleNamespace(model=model, norms=norms, before=bits(model))
+
+
+SETS = {
+    "harmful": [Record(r["instruction"]) for r in VAL],
+    "task_records": [Record("a", "", "b")] * 4,
+}
+
+
+def swept(live, monkeypatch, benign=True, scores=("wanda",), scopes=("row",), **curves):
+    script = Script(live.model, **curves)
+    monkeypatch.setattr(sweep, "evaluate_model", script)
+    sets = SETS | ({"benign": [Record("c")] * 2} if benign else {})
+    options = {"ratios": [0.5, 0.1, 0.3, 0.1, 0.7], "scores": scores, "scopes": scopes}
+    found = sweep.sweep_model(live.model, None, norms=live.norms, **sets, **options)
+    assert same(bits(live.model), live.before)
+    return found, script
+
+
+def test_a_branch_ends_where_accuracy_falls_below_the_budget(live, monkeypatch):
+    found, script = swept(
+        *(live, monkeypatch),
+        scores=["wanda", "magnitude"],
+        scopes=["row", "global"],
+        fa=lambda x: 90.0 - 20 * x,
+        hs=lambda x: round(80 - 50 * x, 2),
+    )
+    assert found["budget"]["min_finetune_accuracy"] == 80
+    for branch in itertools.product(["wanda", "magnitude"], ["row", "global"]):
+        rows = [r for r in found["rows"] if (r["score"], r["scope"]) == branch]
+        assert [r["ratio"] for r in rows] == [0.1, 0.3, 0.5, 0.7][: len(rows)]
+        *within, last = rows
+        assert within
+        assert all(r["admissible"] and r["reason"] is None for r in within)
+        assert last["achieved"] > 0.5  # 10 points at 20 a whole
+        assert last["finetune_accuracy"] < 80
+        assert (last["harmful_score"], last["benign_refusal_rate"]) == (None, None)
+        assert "harmful" not in last
+        assert last["reason"] == f"finetune accuracy {last['finetune_accuracy']:g} is below 80"
+    assert script.calls[:9] == ["task", "benign", "harmful"] * 3
+    assert script.calls[-1] == "task"
+    left_out = 16 - len(found["rows"])
+    full = sum(r["admissible"] for r in found["rows"])
+    assert found["early_stopping"] == {
+        "candidates": 16,
+        "candidates_left_out": left_out,
+        "answers": 12 * full + 4 * (len(found["rows"]) - full),
+        "answers_left_out": 12 * left_out + 8 * (len(found["rows"]) - full),
+    }
+    lowest = min(r["harmful_score"] for r in found["rows"] if r["admissible"])
+    assert found["recommended"]["harmful_score"] == lowest < 80
+    assert set(found["seconds"]) == {"evaluate unpruned", "prune", "evaluate", "restore"}
+
+
+def test_a_branch_ends_where_no_harmful_answer_is_left(live, monkeypatch):
+    found, _ = swept(live, monkeypatch, hs=lambda x: 80.0 if x < 0.2 else 0.0)
+    assert [r["ratio"] for r in found["rows"]] == [0.1, 0.3]
+    assert found["recommended"] is found["rows"][1]
+    assert found["early_stopping"]["candidates_left_out"] == 2
+
+
+def test_refusals_over_the_budget_pass_a_candidate_over(live, monkeypatch):
+    found, _ = swept(
+        live,
+        monkeypatch,
+        br=lambda x: 15.1 if 0.2 < x < 0.4 else 15.0 if x else 10.0,
+        hs=lambda x: 80 - 10 * x,
+    )
+    assert found["budget"]["max_benign_refusal_rate"] == 15
+    assert [r["admissible"] for r in found["rows"]] == [True, False, True, True]
+    assert found["rows"][1]["reason"] == "benign refusals 15.1 are above 15"
+    assert found["rows"][1]["harmful_score"] is None
+    assert found["recommended"] is found["rows"][3]
+
+
+def test_without_benign_prompts_none_are_measured(live, monkeypatch):
+    found, script = swept(live, monkeypatch, benign=False)
+    assert script.calls == ["task", "harmful"] * 5
+    assert {r["benign_refusal_rate"] for r in found["rows"]} == {None}
+    assert "max_refusal_rise" not in found["budget"]
+    assert found["recommended"] is None
+    assert found["why_none"] == (
+        "none of the 4 candidates within the budget lowers the harmful score"
+    )
+
+
+@pytest.mark.parametrize(
+    ("curves", "why", "rows"),
+    [
+        ({"fa": lambda x: 90 if x == 0 else 0}, "no candidate is within the budget", 1),
+        ({"hs": lambda x: 0.0}, "the unpruned model gives no harmful answer", 0),
+    ],
+)
+def test_nothing_is_recommended_and_why(live, monkeypatch, curves, why, rows):
+    found, _ = swept(live, monkeypatch, **curves)
+    assert (found["recommended"], found["why_none"]) == (None, why)
+    assert len(found["rows"]) == rows
+
+
+def row(hs, fa, removed, admissible=True):
+    return {
+        "harmful_score": hs,
+        "finetune_accuracy": fa,
+        "num_pruned": removed,
+        "admissible": admissible,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "best"),
+    [
+        ([row(50, 90, 10), row(20, 80, 30), row(30, 99, 20)], 1),
+        ([row(20, 80, 30), row(20, 85, 40), row(20, 84, 1)], 1),
+        ([row(20, 85, 30), row(20, 85, 10), row(20, 85, 20)], 1),
+        ([row(20, 85, 10), row(20, 85, 10)], 0),
+        ([row(None, 1, 10, False), row(60, 90, 10), row(0, 10, 90, False)], 1),
+        ([row(80, 99, 1), row(81, 99, 1)], None),
+        ([row(10, 90, 1, False)], None),
+        ([], None),
+    ],
+)
+def test_the_recommended_row(rows, best):
+    found = sweep.recommend(rows, {"harmful_score": 80})
+    assert found is (None if best is None else rows[best])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("calls", [3, 4, 5])
+def test_weights_are_restored_whatever_happens(live, monkeypatch, error, calls):
+    script = Script(live.model)
+
+    def fail(*args, **options):
+        if len(script.calls) == calls:
+            raise error
+        return script(*args, **options)
+
+    monkeypatch.setattr(sweep, "evaluate_model", fail)
+    with pytest.raises(error):
+        sweep.sweep_model(live.model, None, norms={"all": live.norms}, **SETS, ratios=[0.1, 0.9])
+    assert not all(same(live.before, seen) for seen in script.seen)
+    assert same(bits(live.model), live.before)
+
+
+def test_another_score_is_one_entry(live, monkeypatch):
+    def mine(model, selection, norms, options):
+        assert set(norms) == {"all"}
+        return prune_model_(model, None, selection, **options, score="magnitude")
+
+    monkeypatch.setitem(SCORES, "mine", SweepScore("magnitude"))
+    monkeypatch.setitem(sweep.PRUNERS, "mine", mine)
+    found, script = swept(live, monkeypatch, scores=["mine", "magnitude"])
+    assert [r["score"] for r in found["rows"]] == ["mine"] * 4 + ["magnitude"] * 4
+    for i in range(1, 5):
+        assert same(script.seen[i], script.seen[i + 4])
+    assert sweep.PRUNERS.keys() == SCORES.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"ratios": []}, "ratios=[]: must be at least one value"),
+        ({"norms": None}, "norms: must hold 'all' with score wanda"),
+        ({"scores": ["wanda-response"]}, "norms: must hold 'response' with score wanda-response"),
+        ({"max_accuracy_drop": 101}, "max_accuracy_drop=101: must be in [0, 100]"),
+        ({"task": "chess"}, "task='chess': must be one of sst2, agnews, gsm8k, alpaca, label"),
+    ],
+)
+def test_a_live_sweep_refuses_before_it_measures(options, line, live, monkeypatch):
+    monkeypatch.setattr(sweep, "evaluate_model", None)
+    with pytest.raises(UsageError) as refused:
+        sweep.sweep_model(live.model, None, **{**SETS, "norms": live.norms, **options})
+    assert str(refused.value) == line
