@@ -1,9 +1,13 @@
 """PackedMask: which weights are removed, one bit a weight; saved, loaded and combined."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from antidote_fast.backends.reference import unpack_bits
 from antidote_fast.errors import DataError, printable
@@ -27,11 +31,11 @@ class PackedMask:
         TypeError, ValueError: where bits and shape do not fit each other.
     """
 
-    bits: torch.Tensor
+    bits: Tensor
     shape: tuple[int, int]
 
-    def __post_init__(self):
-        if not isinstance(self.bits, torch.Tensor) or self.bits.dtype != torch.uint8:
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, Tensor) or self.bits.dtype != torch.uint8:
             raise TypeError(f"bits={_brief(self.bits)}: must be a uint8 tensor")
         shape = tuple(int(s) for s in self.shape)
         if len(shape) != 2 or min(shape) < 0:
@@ -43,7 +47,7 @@ class PackedMask:
             )
         object.__setattr__(self, "shape", shape)
 
-    def to_bool(self):
+    def to_bool(self) -> Tensor:
         """Bool (N, K), True = removed."""
         return unpack_bits(self.bits, self.shape[1])
 
@@ -52,27 +56,29 @@ class PackedMask:
         counts = torch.tensor([bin(i).count("1") for i in range(256)], device=self.bits.device)
         return int(sum(counts[rows.long()].sum() for rows in self.bits.split(4096)))
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "PackedMask":
         """The same mask on another device."""
         return PackedMask(self.bits.to(device), self.shape)
 
-    def __or__(self, other):
+    def __or__(self, other: "PackedMask") -> "PackedMask":
         return self._combined(other, torch.bitwise_or)
 
-    def __and__(self, other):
+    def __and__(self, other: "PackedMask") -> "PackedMask":
         return self._combined(other, torch.bitwise_and)
 
-    def __sub__(self, other):
+    def __sub__(self, other: "PackedMask") -> "PackedMask":
         return self._combined(other, lambda a, b: a & ~b)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, PackedMask):
             return NotImplemented
         return self.shape == other.shape and torch.equal(self.bits, other.bits.to(self.bits.device))
 
     __hash__ = None
 
-    def _combined(self, other, op):
+    def _combined(
+        self, other: "PackedMask", op: Callable[[Tensor, Tensor], Tensor]
+    ) -> "PackedMask":
         if not isinstance(other, PackedMask):
             return NotImplemented
         if other.shape != self.shape:
@@ -83,12 +89,12 @@ class PackedMask:
             )
         return PackedMask(op(self.bits, other.bits), self.shape)
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Write this mask alone to a safetensors file."""
         save_masks(path, {"": self})
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> "PackedMask":
         """Read a mask written by :meth:`save`."""
         masks, _ = load_masks(path)
         if list(masks) != [""]:
@@ -96,7 +102,9 @@ class PackedMask:
         return masks[""]
 
 
-def save_masks(path, masks, metadata=None):
+def save_masks(
+    path: str | Path, masks: Mapping[str, PackedMask], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write masks to one safetensors file: ``<name>.mask`` uint8, the shapes in the metadata.
 
     Args:
@@ -110,7 +118,12 @@ def save_masks(path, masks, metadata=None):
     save_tensors(path, tensors, {**(metadata or {}), **extra})
 
 
-def masks_file(path, shapes, metadata=None, keep=False):
+def masks_file(
+    path: str | Path,
+    shapes: Mapping[str, tuple[int, int]],
+    metadata: Mapping[str, str] | None = None,
+    keep: bool = False,
+) -> TensorFile:
     """As :func:`save_masks`, for masks that come one by one and do not fit in memory together.
 
     Args:
@@ -129,7 +142,7 @@ def masks_file(path, shapes, metadata=None, keep=False):
     return TensorFile.create(path, specs, {**(metadata or {}), **extra}, keep)
 
 
-def load_masks(path):
+def load_masks(path: str | Path) -> tuple[dict[str, PackedMask], dict[str, str]]:
     """Read ``({parameter name: PackedMask}, metadata)`` from a file of :func:`save_masks`.
 
     Raises:
@@ -165,16 +178,16 @@ def load_masks(path):
     return masks, metadata
 
 
-def mask_key(name) -> str:
+def mask_key(name: str) -> str:
     """The name of a weight's mask in a file of masks."""
     return f"{name}.mask" if name else "mask"
 
 
-def _check_pad_bits(path, key, mask):
+def _check_pad_bits(path: str | Path, key: str, mask: PackedMask) -> None:
     used = mask.shape[1] % 8
     if used and mask.bits.numel() and bool((mask.bits[:, -1] >> used).any()):
         raise DataError(f"{path}: {key} has bits set past its {mask.shape[1]} columns")
 
 
-def _brief(value):
-    return f"{value.dtype} tensor" if isinstance(value, torch.Tensor) else repr(value)
+def _brief(value: Any) -> str:
+    return f"{value.dtype} tensor" if isinstance(value, Tensor) else repr(value)

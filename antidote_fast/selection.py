@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from typing import Any
 
 from antidote_fast.errors import UsageError
 
@@ -33,7 +34,7 @@ class Selection:
     preserve_ratio: float | None = field(default=None, kw_only=True)
     score_delta: bool = field(default=False, kw_only=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("largest", "score_delta"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
@@ -48,7 +49,7 @@ class Selection:
         elif self.ratio is None:
             raise ValueError("ratio=None: must be a number in [0, 1] unless n_m is given")
 
-    def _check_n_m(self):
+    def _check_n_m(self) -> None:
         pair = self.n_m
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"n_m={pair!r}: must be a pair of integers (n, m)")
@@ -74,7 +75,7 @@ class Selection:
         return Selection(ratio, scope=self.scope, score_delta=self.score_delta)
 
 
-def check_seed(seed, name="seed") -> int:
+def check_seed(seed: Any, name: str = "seed") -> int:
     """The seed as an int; UsageError where it is no integer in [0, 2**64), as torch takes it."""
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
         shown = repr(seed) if not isinstance(seed, int) or abs(seed) < 10**40 else "a larger number"
@@ -82,7 +83,7 @@ def check_seed(seed, name="seed") -> int:
     return int(seed)
 
 
-def _checked_fraction(name, value):
+def _checked_fraction(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r}: must be a number in [0, 1]")
     value = float(value)

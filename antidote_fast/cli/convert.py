@@ -13,6 +13,7 @@ import argparse
 import os
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from antidote_fast.errors import AntidoteError, DataError, UsageError
@@ -27,7 +28,14 @@ _MAX_INDEX_BYTES = 64 << 20  # of what is not tensors
 _ADAPTER_NAME = re.compile(r"\.(lora_[AB])\.(?!weight$)[^.]+(?=\.weight$|$)")
 
 
-def convert_masks(source, destination, *, ones=None, prefix=PREFIX, overwrite=False) -> dict:
+def convert_masks(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    ones: str | None = None,
+    prefix: str = PREFIX,
+    overwrite: bool = False,
+) -> dict:
     """Read masks from a file of ``torch.save`` and write them as :func:`save_masks` does.
 
     Args:
@@ -172,7 +180,7 @@ def _packed(path, name, tensor, ones_kept):
     return PackedMask(torch.cat(bits or [empty]), tuple(tensor.shape))
 
 
-def convert_command(argv):
+def convert_command(argv: Sequence[str]) -> None:
     """``antidote-fast convert OLD.pt --output NEW.safetensors``."""
     parser = _Parser(prog="antidote-fast convert", description=__doc__.split("\n", 1)[0])
     parser.add_argument("old", help="a file of masks that torch.save wrote")

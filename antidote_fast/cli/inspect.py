@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from antidote_fast.errors import DataError, UsageError, printable
@@ -44,7 +45,7 @@ def _kernels(cpu):
         return str(error)
 
 
-def env_command(argv):
+def env_command(argv: Sequence[str]) -> None:
     """``antidote-fast env [--json]``."""
     if "-h" in argv or "--help" in argv:
         tell("usage: antidote-fast env [--json]")
@@ -53,7 +54,7 @@ def env_command(argv):
     _show(environment(), "--json" in argv)
 
 
-def inspect_command(argv):
+def inspect_command(argv: Sequence[str]) -> None:
     """``antidote-fast inspect PATH [--json]``."""
     if "-h" in argv or "--help" in argv:
         tell("usage: antidote-fast inspect PATH [--json]")
@@ -68,7 +69,7 @@ def inspect_command(argv):
         raise DataError(f"{paths[0]}: not whole: {'; '.join(problems)}")
 
 
-def inspect(path) -> tuple[dict, list[str]]:
+def inspect(path: str | Path) -> tuple[dict, list[str]]:
     """What is at ``path``, and what is wrong with it.
 
     Args:

@@ -8,18 +8,19 @@ of the index in its place. Nothing in a folder is run.
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from antidote_fast.errors import AntidoteError, DataError, UsageError, printable
 from antidote_fast.files.manifest import MANIFEST, TOOL, listing, read_manifest, verify_folder
 from antidote_fast.files.places import HIDDEN
-from antidote_fast.system.progress import command_line_progress, tell
+from antidote_fast.system.progress import Progress, command_line_progress, tell
 
 _USAGE = "usage: antidote-fast verify FOLDER [FOLDER ...] [--json]"
 _NEVER = "a weight that changed cannot be seen"
 
 
-def verify(folder, progress=False) -> dict:
+def verify(folder: str | Path, progress: Progress = False) -> dict:
     """What is wrong with a folder.
 
     Args:
@@ -107,7 +108,7 @@ def _check_contents(folder, problems):
     return bool(found)
 
 
-def verify_command(argv):
+def verify_command(argv: Sequence[str]) -> None:
     """``antidote-fast verify FOLDER [FOLDER ...] [--json]``."""
     if "-h" in argv or "--help" in argv:
         tell(_USAGE)

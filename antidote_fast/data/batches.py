@@ -1,13 +1,19 @@
 """Records, prompts, token batches: the same code in training, calibration and evaluation."""
 
+from __future__ import annotations
+
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.models.tokens import check_ids, fitted, tokenize, vocab_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
 
@@ -24,7 +30,9 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 
-def build_prompt(record: Record, template: str = "alpaca", tokenizer=None) -> str:
+def build_prompt(
+    record: Record, template: str = "alpaca", tokenizer: PreTrainedTokenizerBase | None = None
+) -> str:
     """The prompt of a record: the very text used in training and in evaluation.
 
     Args:
@@ -54,7 +62,7 @@ def build_prompt(record: Record, template: str = "alpaca", tokenizer=None) -> st
 
 
 def prompt_ids(
-    text: str, tokenizer, limit: int | None = None, where: str = "a prompt"
+    text: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, where: str = "a prompt"
 ) -> list[int]:
     """Token ids of a prompt, with the tokenizer's own beginning and no end of sequence.
 
@@ -98,7 +106,7 @@ class Examples(list):
 
 def encode(
     records: Sequence[Record],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     template: str = "alpaca",
     max_seq_length: int = 512,
 ) -> Examples:
@@ -147,7 +155,7 @@ def encode(
 
 
 def collate(
-    examples: Sequence[dict], tokenizer, padding_side: str = "right"
+    examples: Sequence[dict], tokenizer: PreTrainedTokenizerBase, padding_side: str = "right"
 ) -> dict[str, torch.Tensor]:
     """Pad examples into one batch; the tokenizer is read, never changed.
 
@@ -183,7 +191,7 @@ def collate(
 
 def make_batches(
     records: Sequence[Record],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     template: str = "alpaca",
     max_seq_length: int = 512,
@@ -210,7 +218,12 @@ def make_batches(
     return batches
 
 
-def batches_of(config, records, tokenizer, model_config):
+def batches_of(
+    config: Any,
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: Mapping[str, Any],
+) -> Examples:
     """Batches for a forward of a model of this config.
 
     Refused where it has too few positions, or no embedding for a token.

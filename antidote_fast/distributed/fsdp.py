@@ -4,22 +4,32 @@
 on one rank as a whole and row scope needs to ask nobody. Every rank calls what is here alike.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from antidote_fast.distributed.ranks import ALONE, World
 from antidote_fast.errors import AntidoteError, DataError, UsageError
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def is_sharded(tensor) -> bool:
+    from antidote_fast.selection import Selection
+
+
+def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor: spread over ranks, or a copy on each."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")
 
 
-def reshard(model):
+def reshard(model: nn.Module) -> None:
     """Give every parameter its shard back where FSDP2 left it whole after a forward.
 
     Raises:
@@ -37,7 +47,13 @@ def _is_fsdp(module):
     return hasattr(module, "reshard") and hasattr(module, "unshard")
 
 
-def local_rows(targets, norms, selection, score, base_weights=None):
+def local_rows(
+    targets: Sequence[Any],
+    norms: Mapping[str, Any],
+    selection: Selection,
+    score: str,
+    base_weights: Any = None,
+) -> tuple[dict[str, Tensor], World]:
     """What of the targets this rank prunes, every check made that needs more than one rank.
 
     Args:
@@ -88,7 +104,7 @@ def local_rows(targets, norms, selection, score, base_weights=None):
     return weights, world
 
 
-def add_up(report, targets, world):
+def add_up(report: Any, targets: Sequence[Any], world: World) -> Any:
     """Make the figures of a report of :func:`local_rows` those of whole weights, on every rank.
 
     ``report.masks`` stay those of this rank's rows.
@@ -127,7 +143,7 @@ def add_up(report, targets, world):
     return report
 
 
-def shard_world(targets) -> World:
+def shard_world(targets: Sequence[Any]) -> World:
     """The ranks over which the rows of the targets are spread; this one alone if none are.
 
     Raises:
@@ -147,7 +163,7 @@ def shard_world(targets) -> World:
     return ALONE
 
 
-def runs_in_step(model, targets, world) -> bool:
+def runs_in_step(model: nn.Module, targets: Sequence[Any], world: World) -> bool:
     """Whether forwards of a model are collectives, as FSDP2 makes them.
 
     Raises:
@@ -168,7 +184,13 @@ def runs_in_step(model, targets, world) -> bool:
     return True
 
 
-def run_in_step(batches, collector, run, world, device):
+def run_in_step(
+    batches: Iterable[Mapping[str, Any]],
+    collector: Any,
+    run: Callable[[Mapping[str, Any]], object],
+    world: World,
+    device: torch.device,
+) -> None:
     """Forwards of a sharded model: as many on every rank, for each of them is a collective.
 
     A rank that has no more batches goes along with one token that is not counted.
@@ -211,7 +233,11 @@ def run_in_step(batches, collector, run, world, device):
             raise
 
 
-def sampled_rows(parameters, pick, columns) -> dict:
+def sampled_rows(
+    parameters: Sequence[tuple[str, Tensor]],
+    pick: Callable[[tuple[int, ...]], list[int]],
+    columns: int,
+) -> dict:
     """A few rows of sharded matrices, the same on every rank, in one collective.
 
     Args:

@@ -1,13 +1,17 @@
 """A model is asked; its answers are judged and counted."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from antidote_fast.data.batches import build_prompt
 from antidote_fast.data.records import Record
 from antidote_fast.errors import UsageError
 from antidote_fast.evaluation.generate import generate
+from antidote_fast.evaluation.judges import Judge
 from antidote_fast.evaluation.metrics import (
     benign_refusal_rate,
     check_task,
@@ -15,17 +19,23 @@ from antidote_fast.evaluation.metrics import (
     harmful_score,
 )
 from antidote_fast.evaluation.refusals import RefusalJudge
+from antidote_fast.system.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from antidote_fast.evaluation.classifiers import WinRateJudge
 
 
 def answer_sets(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     sets: Mapping[str, Sequence[Record]],
     *,
     template: str = "alpaca",
     max_new_tokens: int | Mapping[str, int] = 512,
     batch_size: int = 8,
-    progress=False,
+    progress: Progress = False,
 ) -> dict[str, list[str]]:
     """Greedy answers to several sets of records; sets with the same limit share their batches.
 
@@ -70,9 +80,9 @@ def score_answers(
     answers: Mapping[str, Sequence[str]],
     *,
     task: str = "label",
-    judge=None,
-    win_rate_judge=None,
-    progress=False,
+    judge: Judge | None = None,
+    win_rate_judge: WinRateJudge | None = None,
+    progress: Progress = False,
 ) -> dict:
     """The metrics of answers, by the sets "harmful", "task" and "benign" that are there.
 
@@ -100,19 +110,19 @@ def score_answers(
 
 
 def evaluate_model(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     harmful: Sequence[Record] | None = None,
     task_records: Sequence[Record] | None = None,
     task: str = "label",
     benign: Sequence[Record] | None = None,
-    judge=None,
-    win_rate_judge=None,
+    judge: Judge | None = None,
+    win_rate_judge: WinRateJudge | None = None,
     template: str = "alpaca",
     max_new_tokens: int | Mapping[str, int] = 512,
     batch_size: int = 8,
-    progress=False,
+    progress: Progress = False,
 ) -> dict:
     """Measure a live model on whichever of the three sets are given.
 
@@ -153,6 +163,6 @@ def evaluate_model(
     )
 
 
-def hash_of(value) -> str:
+def hash_of(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=True, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -3,11 +3,19 @@
 A config is a few bytes, and a model is built from it before any weight is looked at.
 """
 
+from __future__ import annotations
+
 import contextlib
 import math
 import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from antidote_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from antidote_fast.files.checkpoint import Checkpoint, TensorEntry
 
 _COUNT = re.compile(r"(?:\w*_)?(?:layers?|blocks?|experts|heads?|labels|classes|stages|depths?)")
 _HARMLESS = 1024  # layers, heads or labels; max_window_layers may be more than there are layers
@@ -17,7 +25,9 @@ _TIMES_BUILT, _MORE_TENSORS, _MORE_VALUES = 8, 250, 64 << 20
 _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "linspace")
 
 
-def check_counts(where, config, tensors=None):
+def check_counts(
+    where: str | Path, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry] | None = None
+) -> None:
     """Refuse counts that no model of these files has, before transformers reads the config.
 
     transformers makes lists of as many entries as there are layers, labels or heads.
@@ -52,7 +62,7 @@ def check_counts(where, config, tensors=None):
 
 
 @contextlib.contextmanager
-def bounded(checkpoint):
+def bounded(checkpoint: Checkpoint) -> Iterator[None]:
     """Inside the block this thread makes no model on meta that is far larger than a checkpoint.
 
     Raises:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from antidote_fast.files.safe_open import (
     read_all,
 )
 from antidote_fast.files.tensor_file import bytes_of, read_into, read_tensor
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -111,7 +112,7 @@ class Checkpoint:
             found[tail] = None if tail in found else name
         return found
 
-    def read(self, keys, progress=False) -> dict[str, torch.Tensor]:
+    def read(self, keys: Iterable[str], progress: Progress = False) -> dict[str, torch.Tensor]:
         """Tensors by live parameter name, in memory of their own.
 
         Args:
@@ -202,7 +203,7 @@ class Checkpoint:
 
 
 @readable()
-def open_checkpoint(folder, *, trust_remote_code=False) -> Checkpoint:
+def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """Check a model or adapter folder, its headers and its index; read no weights.
 
     Raises:
@@ -249,7 +250,7 @@ def open_checkpoint(folder, *, trust_remote_code=False) -> Checkpoint:
     return Checkpoint(folder, is_adapter, config, tensors, files, source, watch)
 
 
-def read_tensor_file(path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def read_tensor_file(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """(metadata, tensors) of one safetensors file, read through one descriptor.
 
     Args:
@@ -281,7 +282,7 @@ def read_tensor_file(path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     return metadata, tensors
 
 
-def read_metadata(path) -> dict[str, str]:
+def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file; of the rest no more than the header is read.
 
     Raises:
@@ -294,7 +295,7 @@ def read_metadata(path) -> dict[str, str]:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_json(folder, name) -> dict:
+def read_json(folder: str | Path | Folder, name: str) -> dict:
     """A JSON object from a file of a checkpoint folder, given as a path or held open."""
     folder = folder if isinstance(folder, Folder) else Folder(folder)
     path = folder.path / name if isinstance(name, str) else folder.path
@@ -313,7 +314,7 @@ def read_json(folder, name) -> dict:
     return value
 
 
-def check_inside(folder, name) -> bool:
+def check_inside(folder: str | Path, name: str) -> bool:
     """Whether a folder has a file of this name; refused where a link leads out of the folder."""
     try:
         Folder(folder).open(name).close()

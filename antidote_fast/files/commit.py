@@ -14,7 +14,9 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from antidote_fast.errors import AntidoteError, DataError, NoRoom, NotWritable
 from antidote_fast.files import places
@@ -27,7 +29,7 @@ from antidote_fast.files.manifest import (
     sha256_file,
 )
 from antidote_fast.files.places import sync
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
 STATE = "run.json"  # in the state of a run that resumes
 RUN_INPUTS = "run_inputs"  # in its COMPLETE.json
@@ -36,7 +38,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def check_output_folder(path, overwrite=False):
+def check_output_folder(path: str | Path, overwrite: bool = False) -> None:
     """Refuse an output folder that must not or cannot be written, before anything costly starts.
 
     A folder that does not exist or is empty is fine. With ``overwrite`` so is one that this tool
@@ -59,7 +61,7 @@ def check_output_folder(path, overwrite=False):
                 places.probe(place)
 
 
-def check_parent(folder):
+def check_parent(folder: str | Path) -> None:
     """Refuse a folder in which no output can be made; as :func:`check_output_folder` otherwise.
 
     Args:
@@ -87,7 +89,7 @@ def _holds_litter(path):
     )
 
 
-def check_contents(path, overwrite):
+def check_contents(path: str | Path, overwrite: bool) -> None:
     """The part of :func:`check_output_folder` that looks at what is there."""
     path = Path(path)
     places.check_name(path)
@@ -126,7 +128,13 @@ def check_contents(path, overwrite):
 
 
 @contextlib.contextmanager
-def output_folder(path, overwrite=False, *, progress=False, **manifest_entries):
+def output_folder(
+    path: str | Path,
+    overwrite: bool = False,
+    *,
+    progress: Progress = False,
+    **manifest_entries: Any,
+) -> Iterator[Path]:
     """Stage a folder beside ``path`` and give it that name only when the block ends well.
 
     Inside the block the staged folder (yielded as a ``Path``) is an ordinary empty folder. At its
@@ -163,7 +171,13 @@ def output_folder(path, overwrite=False, *, progress=False, **manifest_entries):
             shutil.rmtree(staged, ignore_errors=True)
 
 
-def commit(staged, place, manifest_entries, digests=None, progress=False):
+def commit(
+    staged: Path,
+    place: places.Place,
+    manifest_entries: Mapping[str, Any],
+    digests: Mapping[str, str] | None = None,
+    progress: Progress = False,
+) -> None:
     """Give a staged folder its name: ``COMPLETE.json`` last, everything flushed, then one rename.
 
     The caller holds the lock; what ``staged`` names afterwards (an old folder, where there was one)
@@ -195,7 +209,7 @@ def commit(staged, place, manifest_entries, digests=None, progress=False):
 
 
 @contextlib.contextmanager
-def locked(path):
+def locked(path: str | Path) -> Iterator[places.Place]:
     """Hold the lock of an output folder; what killed jobs have left of it is cleared away.
 
     Folders above ``path`` that had to be made for the lock are removed again where ``path`` is not
@@ -230,13 +244,15 @@ def _is_output_of(path, run):
         return False
 
 
-def digest_of(inputs) -> str:
+def digest_of(inputs: Any) -> str:
     """One SHA-256 for everything that decides a result, as ``COMPLETE.json`` records it."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def os_errors(path, outcome=lambda: NOTHING, any_number=False):
+def os_errors(
+    path: str | Path, outcome: Callable[[], str] = lambda: NOTHING, any_number: bool = False
+) -> Iterator[None]:
     """Turn the operating system's refusal to write into one line.
 
     Args:
@@ -298,7 +314,7 @@ def _usual_modes(folder):
 
 
 @contextlib.contextmanager
-def new_file(path, alone=False):
+def new_file(path: str | Path, alone: bool = False) -> Iterator[Path]:
     """A name beside ``path`` to write to; at the end it is flushed and takes the name ``path``.
 
     Where the block raises, ``path`` is as it was and nothing else is left; what a killed process
@@ -332,7 +348,7 @@ def _sync_tree(folder):
         sync(root)
 
 
-def check_free_space(folder, needed: int):
+def check_free_space(folder: str | Path, needed: int) -> None:
     """Refuse, before any work, what will not fit on the disk of ``folder``."""
     folder = Path(folder).absolute()
     folder = next(p for p in (folder, *folder.parents) if p.exists())

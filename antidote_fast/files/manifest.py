@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 from antidote_fast.errors import DataError, readable
 from antidote_fast.files.safe_open import (
@@ -16,7 +17,7 @@ from antidote_fast.files.safe_open import (
     open_file,
     read_file,
 )
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
 _NOT_READ = ("README.md", "report.json")
 # What a COMPLETE.json must list where it is there.
@@ -32,7 +33,7 @@ _MAX_FILES, _MAX_DEPTH = 100_000, 32
 
 
 @readable()
-def check_input(folder, progress=False, only=None):
+def check_input(folder: str | Path, progress: Progress = False, only: str | None = None) -> None:
     """Refuse a folder with a ``COMPLETE.json`` whose files are no longer what was written.
 
     Before anything is computed from them. The files that a stage may read are hashed, however large
@@ -106,7 +107,7 @@ def _refuse_damaged(folder):
         raise DataError(f"{folder}: its {MANIFEST} is damaged, or lists other than its own files")
 
 
-def sha256_file(path) -> str:
+def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal.
 
     Raises:
@@ -117,7 +118,7 @@ def sha256_file(path) -> str:
         return sha256_of(file)
 
 
-def sha256_of(file) -> str:
+def sha256_of(file: BinaryIO) -> str:
     """The SHA-256 of what is left to read of an open file, in hexadecimal."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
@@ -125,7 +126,7 @@ def sha256_of(file) -> str:
     return digest.hexdigest()
 
 
-def read_manifest(folder) -> dict | None:
+def read_manifest(folder: str | Path) -> dict | None:
     """The ``COMPLETE.json`` of ``folder``, or None where this tool did not write one there.
 
     One that lists anything but relative names inside the folder is none of this tool's.
@@ -159,7 +160,7 @@ def _is_entry(entry):
     return isinstance(entry.get("sha256"), str) and len(entry["sha256"]) == 64
 
 
-def verify_folder(folder, progress=False) -> list[str]:
+def verify_folder(folder: str | Path, progress: Progress = False) -> list[str]:
     """Compare a folder written by :func:`output_folder` with its ``COMPLETE.json``.
 
     Args:
@@ -193,7 +194,7 @@ def verify_folder(folder, progress=False) -> list[str]:
     return problems
 
 
-def listing(folder):
+def listing(folder: str | Path) -> dict[str, Path]:
     """Relative posix name -> path of every file (and link) under ``folder``, manifest apart.
 
     Raises:

@@ -5,6 +5,8 @@ file is opened by its plain name, relative to the folder's descriptor, and looke
 descriptor; and a job compares before it commits (:class:`Watch`).
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os
@@ -13,6 +15,7 @@ import stat
 import time
 import weakref
 from pathlib import Path
+from typing import BinaryIO
 
 from antidote_fast.errors import DataError
 
@@ -30,7 +33,7 @@ _TICK_NS = 20_000_000
 _TICKS = 5
 
 
-def is_file_name(name) -> bool:
+def is_file_name(name: object) -> bool:
     """Whether a text is a plain file name: no folder in it, printable, at most 255 bytes."""
     if not isinstance(name, str) or not name or not name.isprintable() or name in (".", ".."):
         return False
@@ -47,7 +50,7 @@ class Folder:
         DataError: no such folder, or it cannot be read.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
             self._hold(os.open(self.path, _FOLDER))
@@ -59,7 +62,7 @@ class Folder:
         self._fd = fd
         weakref.finalize(self, os.close, fd)
 
-    def inner(self, name) -> "Folder":
+    def inner(self, name: str) -> Folder:
         """A folder inside this one, which is no link.
 
         Raises:
@@ -74,7 +77,7 @@ class Folder:
             raise DataError(f"{found.path}: is not a folder, or a link out of its folder") from None
         return found
 
-    def open(self, name):
+    def open(self, name: str) -> BinaryIO:
         """A regular file of the folder, opened to read bytes.
 
         A link is followed to a file beside it, or from a snapshot of the hub's cache to the cache's
@@ -107,7 +110,7 @@ class Folder:
             raise DataError(f"{path}: is not a regular file")
         return os.fdopen(fd, "rb")
 
-    def has(self, name) -> bool:
+    def has(self, name: str) -> bool:
         """Whether there is anything of this name."""
         try:
             os.stat(name, dir_fd=self._fd, follow_symlinks=False)
@@ -115,7 +118,7 @@ class Folder:
             return False
         return True
 
-    def is_folder(self, name) -> bool:
+    def is_folder(self, name: str) -> bool:
         """Whether a name is that of a folder inside this one, and no link."""
         try:
             found = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
@@ -156,7 +159,7 @@ class Folder:
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
-def open_file(path):
+def open_file(path: str | Path) -> BinaryIO:
     """A regular file that a caller names, opened to read bytes, by the rules of :class:`Folder`.
 
     Raises:
@@ -166,7 +169,7 @@ def open_file(path):
     return Folder(path.parent).open(path.name)
 
 
-def open_below(folder, name):
+def open_below(folder: str | Path, name: str) -> BinaryIO:
     """As :meth:`Folder.open`, for a relative name that may have folders in it.
 
     Raises:
@@ -181,7 +184,7 @@ def open_below(folder, name):
     return place.open(last)
 
 
-def read_file(path, max_bytes) -> bytes:
+def read_file(path: str | Path, max_bytes: int) -> bytes:
     """All bytes of a file that a caller names.
 
     Raises:
@@ -192,7 +195,7 @@ def read_file(path, max_bytes) -> bytes:
         return read_all(file, path, max_bytes)
 
 
-def read_all(file, path, max_bytes) -> bytes:
+def read_all(file: BinaryIO, path: str | Path, max_bytes: int) -> bytes:
     """All bytes of an open file, as they were at one time.
 
     Args:
@@ -219,7 +222,7 @@ def read_all(file, path, max_bytes) -> bytes:
     return data
 
 
-def check_stored(found, path):
+def check_stored(found: os.stat_result, path: str | Path) -> None:
     """Refuse a large file of which next to nothing is stored: its holes would fill the memory.
 
     Args:
@@ -247,7 +250,7 @@ class Watch:
         DataError: a folder of too many files, or a file that is being written at this moment.
     """
 
-    def __init__(self, *paths):
+    def __init__(self, *paths: str | Path | None) -> None:
         self._seen = {}
         for path in paths:
             if path is None:
@@ -264,7 +267,7 @@ class Watch:
                     if found is not None:
                         self._seen[file] = found
 
-    def check(self):
+    def check(self) -> None:
         """Compare.
 
         Raises:
@@ -300,7 +303,7 @@ def _both(file):
     return (identity(found),) if stat.S_ISREG(found.st_mode) else None
 
 
-def identity(found):
+def identity(found: os.stat_result) -> tuple[int, ...]:
     """What of an ``os.stat`` tells one state of one file from any other."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 

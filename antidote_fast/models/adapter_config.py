@@ -5,6 +5,8 @@ aligned model, and the next adapter of a fleet must find the base as it was.
 """
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from antidote_fast.errors import DataError
 from antidote_fast.models import patterns
@@ -38,7 +40,7 @@ _NAMES = ("target_modules", "exclude_modules")
 _PER_MODULE = ("rank_pattern", "alpha_pattern")
 
 
-def check_adapter_config(config, where):
+def check_adapter_config(config: Any, where: str) -> None:
     """Refuse, by name, a kind of adapter whose factors this package does not understand.
 
     Args:
@@ -164,7 +166,7 @@ def _check_numbers(value, name, most, where):
             raise DataError(f"{where}: {name}: {_shown(number)} is not a number from 0 to 2**31")
 
 
-def match_modules(config, names, where) -> dict:
+def match_modules(config: dict, names: Iterable[str], where: str) -> dict:
     """Match a checked config's patterns with modules, in bounded time (:mod:`.patterns`).
 
     Args:
@@ -192,7 +194,7 @@ def match_modules(config, names, where) -> dict:
     return found
 
 
-def values_of(config, name, modules, where) -> dict:
+def values_of(config: dict, name: str, modules: Iterable[str], where: str) -> dict:
     """{module: value} of ``rank_pattern`` or ``alpha_pattern``, for modules that a pattern matches.
 
     Raises:
@@ -203,7 +205,9 @@ def values_of(config, name, modules, where) -> dict:
     return {module: given[pattern] for module, pattern in found.items()}
 
 
-def without_patterns(config, modules, names, where) -> dict:
+def without_patterns(
+    config: dict, modules: Iterable[str], names: Iterable[str], where: str
+) -> dict:
     """The fields of a config that PEFT may be given, so that it runs no pattern of the file's.
 
     Args:

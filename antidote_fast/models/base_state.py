@@ -5,6 +5,7 @@ import hashlib
 import secrets
 
 import torch
+from torch import nn
 
 _WORDS = {"cpu": 1 << 17}  # of eight bytes at a time: 1 MiB stays in a core's cache
 _MANY_WORDS = 1 << 22  # on other devices, where a launch costs more than a pass
@@ -18,12 +19,12 @@ class ModuleTree:
         model: a live model, as it shall be again.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module) -> None:
         owners = [*model.modules(), getattr(model, "config", None)]
         self._owners = [(o, _copied(vars(o))) for o in owners if hasattr(o, "__dict__")]
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
 
-    def restore(self):
+    def restore(self) -> None:
         """Put everything back: what was replaced, added or removed, hooked or switched since.
 
         Values inside of weights are not touched; :class:`Marks` tells of those.
@@ -60,7 +61,7 @@ class Marks:
         model: a live base model. Compared are its parameters and the buffers that it saves.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module) -> None:
         self._rows = {}
         self._take(model)
 
@@ -89,12 +90,12 @@ class Marks:
             seen.add(id(tensor))
         return None
 
-    def release(self):
+    def release(self) -> None:
         """Keep the digests, and none of the model's tensors: it may be let go."""
         self._before = {name: self._digests[id(tensor)] for name, *_, tensor in self._places}
         self._places = []
 
-    def move_to(self, model) -> str | None:
+    def move_to(self, model: nn.Module) -> str | None:
         """After :meth:`release`: watch another model of the same weights from now on.
 
         Returns:

@@ -1,16 +1,26 @@
 """Forwards that compute no more than is wanted."""
 
+from __future__ import annotations
+
 import contextlib
 import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from antidote_fast.models.undo import hook, undoing
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+    from antidote_fast.models.targets import Target
+    from antidote_fast.models.undo import Undo
 
 MIN_SHARED = 8  # tokens; below it a forward pass of its own costs more than it saves
 
 
 @contextlib.contextmanager
-def lean_forward(model, found=()):
+def lean_forward(model: PreTrainedModel, found: Sequence[Target] = ()) -> Iterator[dict[str, Any]]:
     """Keyword arguments for forwards that need hidden states alone: no cache, one logit.
 
     Where the output layer is among the targets ``found`` it sees all tokens.
@@ -23,7 +33,7 @@ def lean_forward(model, found=()):
         yield make_lean(model, undo, found)
 
 
-def make_lean(model, undo, found=()):
+def make_lean(model: PreTrainedModel, undo: Undo, found: Sequence[Target] = ()) -> dict[str, Any]:
     """The keyword arguments of :func:`lean_forward`, whose hook is on until undone."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = inspect.signature(inner.forward).parameters
@@ -42,7 +52,7 @@ def make_lean(model, undo, found=()):
 
 
 @contextmanager
-def contiguous_head(model):
+def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
     """Hand the output layer a contiguous tensor.
 
     `generate` asks for the last position only, a strided slice; with a weight that needs no
@@ -58,7 +68,7 @@ def contiguous_head(model):
         yield
 
 
-def plain_cache(output):
+def plain_cache(output: Any) -> Cache | None:
     """The cache of a forward pass where it is one of keys and values alone, all of them kept."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 

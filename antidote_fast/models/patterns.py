@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 
 from antidote_fast.errors import DataError
 
@@ -52,7 +53,7 @@ print(json.dumps(results[0]))
 """
 
 
-def check_pattern(pattern, field, where):
+def check_pattern(pattern: str, field: str, where: str) -> None:
     """Refuse what is no text, over 1024 characters or not printable; nothing is compiled.
 
     Raises:
@@ -67,12 +68,14 @@ def check_pattern(pattern, field, where):
         )
 
 
-def is_plain(pattern) -> bool:
+def is_plain(pattern: str) -> bool:
     """Whether a pattern is a name: letters, digits, ``_``, ``-`` and dots."""
     return _PLAIN.fullmatch(pattern) is not None
 
 
-def first_matches(patterns, names, form, field, where) -> dict[str, str]:
+def first_matches(
+    patterns: Iterable[str], names: Iterable[str], form: str, field: str, where: str
+) -> dict[str, str]:
     """Which pattern each name is matched by, the first one where there are several.
 
     Args:

@@ -6,8 +6,12 @@ kept by writing to one of them: it is refused by name. The exception is ``torch.
 whose product of original and mask is zero where the original is.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +21,9 @@ from torch.nn.utils.prune import BasePruningMethod
 from antidote_fast.distributed.fsdp import is_sharded
 from antidote_fast.errors import DataError, NothingPruned, UsageError
 from antidote_fast.models.adapter_config import check_adapter_config
+
+if TYPE_CHECKING:
+    from antidote_fast.masks import PackedMask
 
 ALL_LINEAR = "all-linear"
 _PEFT_PREFIX = "base_model.model."
@@ -64,7 +71,7 @@ class Target:
         weight = self.weight.detach()
         return weight * self.module.weight_mask if self.masked else weight
 
-    def remove(self, mask):
+    def remove(self, mask: PackedMask) -> None:
         """Zero in the parameter what a :class:`PackedMask` (out, in) marks, if it is masked."""
         removed = mask.to_bool()
         self.weight.detach().masked_fill_(removed.t() if self.transposed else removed, 0)
@@ -92,7 +99,9 @@ class Coverage:
     not_linear: tuple[str, ...]
 
 
-def find_targets(model, targets=None, ignore=()) -> list[Target]:
+def find_targets(
+    model: nn.Module, targets: str | Sequence[str] | None = None, ignore: str | Sequence[str] = ()
+) -> list[Target]:
     """The weights to prune, in natural order of their names.
 
     Args:
@@ -158,7 +167,7 @@ def find_targets(model, targets=None, ignore=()) -> list[Target]:
     return sorted(found, key=lambda target: natural_key(target.key))
 
 
-def coverage(model, targets) -> Coverage:
+def coverage(model: nn.Module, targets: Sequence[Target]) -> Coverage:
     """How much of the model's blocks ``targets`` (of :func:`find_targets`) make up."""
     keys = {t.key for t in targets}
     in_lora = any(".lora_" in key for key in keys)
@@ -175,7 +184,7 @@ def coverage(model, targets) -> Coverage:
     return Coverage(sum(t.weight.numel() for t in targets), total, tuple(not_linear))
 
 
-def first_computed(model) -> str | None:
+def first_computed(model: nn.Module) -> str | None:
     """The first tensor of a live model from which another one is computed; None without any.
 
     What ``save_pretrained`` writes of such a model no model of its class can load.
@@ -185,7 +194,7 @@ def first_computed(model) -> str | None:
     return next((name for name in names if _SOURCE.search(name)), None)
 
 
-def check_names(keys):
+def check_names(keys: Iterable[str]) -> None:
     """Refuse names of tensors from which a weight is computed.
 
     Raises:
@@ -199,7 +208,11 @@ def check_names(keys):
             )
 
 
-def select_keys(keys, targets=None, ignore=()) -> list[str]:
+def select_keys(
+    keys: Sequence[str],
+    targets: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] = (),
+) -> list[str]:
     """What of saved parameter names ``targets`` and ``ignore`` mean, in natural order.
 
     As :func:`find_targets` where there are names alone; class names match nothing. With

@@ -6,14 +6,19 @@ root of the mean square (``aggregation="rms"``), its text the mean of per-sequen
 (``"mean"``).
 """
 
+from __future__ import annotations
+
 import functools
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from antidote_fast.distributed.fsdp import reshard, run_in_step, runs_in_step
-from antidote_fast.distributed.ranks import ALONE
+from antidote_fast.distributed.ranks import ALONE, World
 from antidote_fast.errors import AntidoteError, DataError, UsageError, printable, readable
 from antidote_fast.files.checkpoint import read_tensor_file
 from antidote_fast.files.commit import new_file
@@ -32,7 +37,7 @@ from antidote_fast.norms.collector import (
     run_batch,
     run_forward,
 )
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
 FORMAT = "antidote_fast.norms"
 VERSION = "1"
@@ -60,16 +65,16 @@ class ActivationNorms:
 
     def __init__(
         self,
-        sq_sum,
+        sq_sum: Mapping[str, Tensor],
         *,
-        num_sequences,
-        num_tokens,
-        norm_sum=None,
-        response_only=False,
-        fingerprint="",
-        transposed=(),
-        routed=(),
-    ):
+        num_sequences: int,
+        num_tokens: int,
+        norm_sum: Mapping[str, Tensor] | None = None,
+        response_only: bool = False,
+        fingerprint: str = "",
+        transposed: Iterable[str] = (),
+        routed: Iterable[str] = (),
+    ) -> None:
         self.sq_sum = dict(sq_sum)
         self.norm_sum = None if norm_sum is None else dict(norm_sum)
         self.num_sequences = int(num_sequences)
@@ -90,7 +95,7 @@ class ActivationNorms:
         """Names of the weights, in the order collected."""
         return list(self.sq_sum)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"ActivationNorms({len(self.sq_sum)} weights, {self.num_sequences} sequences, "
             f"{self.num_tokens} tokens, {self.aggregation})"
@@ -99,19 +104,19 @@ class ActivationNorms:
     @classmethod
     def collect(
         cls,
-        model,
-        batches,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Any]],
         *,
-        targets=None,
-        ignore=(),
-        response_only=False,
-        aggregation="rms",
-        progress=False,
-        fingerprint=None,
-        backend=None,
-        fuse=False,
-        world=ALONE,
-    ):
+        targets: str | Sequence[str] | None = None,
+        ignore: str | Sequence[str] = (),
+        response_only: bool = False,
+        aggregation: str = "rms",
+        progress: Progress = False,
+        fingerprint: str | None = None,
+        backend: str | None = None,
+        fuse: bool = False,
+        world: World = ALONE,
+    ) -> ActivationNorms:
         """Run a model over batches and keep the norms of its targets' inputs.
 
         The model runs in eval mode, without gradients and caches; each module's mode is restored
@@ -198,14 +203,16 @@ class ActivationNorms:
             undo.run()
 
     @classmethod
-    def of(cls, collector, *, fingerprint="", world=ALONE) -> "ActivationNorms":
+    def of(
+        cls, collector: NormCollector, *, fingerprint: str = "", world: World = ALONE
+    ) -> ActivationNorms:
         """The norms that a :class:`NormCollector` summed.
 
         Arguments and errors: as :meth:`NormCollector.sums`.
         """
         return cls(**collector.sums(fingerprint=fingerprint, world=world), fingerprint=fingerprint)
 
-    def act_norm(self, key, scope="row") -> torch.Tensor:
+    def act_norm(self, key: str, scope: str = "row") -> Tensor:
         """The norm of each input channel of one weight, (K,) fp32.
 
         ``sqrt(sq_sum)`` for row and tensor scope (a common factor does not matter within one
@@ -219,7 +226,7 @@ class ActivationNorms:
         total = self.sq_sum[key]
         return torch.sqrt(total / self.num_tokens if scope == "global" else total)
 
-    def merge(self, other) -> "ActivationNorms":
+    def merge(self, other: ActivationNorms) -> ActivationNorms:
         """The norms of both data sets together, as if collected in one run.
 
         Raises:
@@ -242,7 +249,7 @@ class ActivationNorms:
             num_tokens=self.num_tokens + other.num_tokens,
         )
 
-    def subset(self, keys, name="norms") -> "ActivationNorms":
+    def subset(self, keys: Iterable[str], name: str = "norms") -> ActivationNorms:
         """The norms of these weights alone; ``name`` is what a refusal calls them.
 
         Raises:
@@ -258,7 +265,7 @@ class ActivationNorms:
         )
 
     @classmethod
-    def joined(cls, parts) -> "ActivationNorms":
+    def joined(cls, parts: Iterable[ActivationNorms]) -> ActivationNorms:
         """The norms of several blocks, collected on the same data, as those of one model."""
         parts = list(parts)
         sums = [
@@ -273,13 +280,15 @@ class ActivationNorms:
             routed=frozenset().union(*(part.routed for part in parts)),
         )
 
-    def _with(self, sq_sum, norm_sum, **changes):
+    def _with(
+        self, sq_sum: Mapping[str, Tensor], norm_sum: Mapping[str, Tensor] | None, **changes: Any
+    ) -> ActivationNorms:
         """Other sums, or counts, collected as these were."""
         names = ("num_sequences", "num_tokens", "response_only", "fingerprint")
         kept = {name: getattr(self, name) for name in (*names, "transposed", "routed")}
         return ActivationNorms(sq_sum, norm_sum=norm_sum, **{**kept, **changes})
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Write one safetensors file (4 bytes a channel); it appears whole or not at all."""
         path = Path(path)
         tensors = {
@@ -306,7 +315,7 @@ class ActivationNorms:
 
     @classmethod
     @readable()
-    def load(cls, path, name="norms") -> "ActivationNorms":
+    def load(cls, path: str | Path, name: str = "norms") -> ActivationNorms:
         """Read a file of :meth:`save`; ``name`` is what a refusal calls it.
 
         Raises:
@@ -354,7 +363,7 @@ class ActivationNorms:
                 f"{name}={str(path)!r}: cannot be read: {printable(error):.300}"
             ) from None
 
-    def _check(self):
+    def _check(self) -> None:
         if not self.sq_sum:
             raise DataError("norms: hold no weights")
         for name in ("num_sequences", "num_tokens"):
@@ -377,7 +386,7 @@ class ActivationNorms:
                     raise DataError(f"norms: {key}.{name} holds NaN, infinity or a negative value")
 
 
-def _names(text):
+def _names(text: str) -> list[str]:
     """A JSON list of weights' names."""
     names = json.loads(text)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -385,13 +394,15 @@ def _names(text):
     return names
 
 
-def _added(mine, theirs):
+def _added(
+    mine: Mapping[str, Tensor] | None, theirs: Mapping[str, Tensor] | None
+) -> dict[str, Tensor] | None:
     if mine is None:
         return None
     return {key: (mine[key].double() + theirs[key].double()).float() for key in mine}
 
 
-def counts_of(norms):
+def counts_of(norms: ActivationNorms) -> dict[str, Any]:
     return {
         "num_sequences": norms.num_sequences,
         "num_tokens": norms.num_tokens,
