@@ -194,9 +194,10 @@ def prune_lists(
             if norm is not None:
                 vector(name + place, norm, like=weight)
                 read.append((name + place, norm))
-        base(weight, base_weights[i], f"base_weight{place}")
-        if base_weights[i] is not None:
-            read.append((f"base_weight{place}", base_weights[i]))
+        original = base_weights[i]
+        base(weight, original, f"base_weight{place}")
+        if original is not None:
+            read.append((f"base_weight{place}", original))
         elif selection.score_delta:
             raise ValueError(
                 f"base_weight{place}=None: must be given where selection.score_delta is True"
@@ -225,7 +226,7 @@ def no_overlap(written: list[tuple[str, Tensor]], read: list[tuple[str, Tensor]]
                 last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
                 spans.append((first, first + (last + 1) * value.element_size(), kind, name, value))
     spans.sort(key=lambda span: span[:2])
-    reaching = []
+    reaching: list[tuple[Any, ...]] = []
     for span in spans:
         reaching = [other for other in reaching if other[1] > span[0]]
         for other in reaching:

@@ -32,7 +32,7 @@ class PackedMask:
     """
 
     bits: Tensor
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, Tensor) or self.bits.dtype != torch.uint8:
@@ -74,7 +74,7 @@ class PackedMask:
             return NotImplemented
         return self.shape == other.shape and torch.equal(self.bits, other.bits.to(self.bits.device))
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def _combined(
         self, other: "PackedMask", op: Callable[[Tensor, Tensor], Tensor]
@@ -168,7 +168,7 @@ def load_masks(path: str | Path) -> tuple[dict[str, PackedMask], dict[str, str]]
         for key, shape in shapes.items():
             if not isinstance(shape, list) or any(type(n) is not int for n in shape):
                 raise ValueError(f"{key!r} has no shape")
-            mask = PackedMask(tensors[key], shape)
+            mask = PackedMask(tensors[key], tuple(shape))
             _check_pad_bits(path, key, mask)
             masks[key.removesuffix("mask").removesuffix(".")] = mask
     except DataError:

@@ -320,8 +320,9 @@ def _run(
     """:func:`_prune` of lists that are checked, on a backend that is chosen."""
     weights = lists[0]
     bits = [_empty_bits(w) for w in weights if want_masks]
-    options = {"dtype": torch.float32}
-    thresholds = [w.new_full((len(w),), torch.nan, **options) for w in weights if want_thresholds]
+    thresholds = []
+    if want_thresholds:
+        thresholds = [w.new_full((len(w),), torch.nan, dtype=torch.float32) for w in weights]
     if any(w.numel() for w in weights):
         module.prune(*lists, write=write, bits=bits or None, thresholds=thresholds or None)
         if write:

@@ -77,7 +77,7 @@ class Selection:
 
 def check_seed(seed: Any, name: str = "seed") -> int:
     """The seed as an int; UsageError where it is no integer in [0, 2**64), as torch takes it."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 1 << 64:
         shown = repr(seed) if not isinstance(seed, int) or abs(seed) < 10**40 else "a larger number"
         raise UsageError(f"{name}={shown:.80}: must be an integer in [0, 2**64)")
     return int(seed)

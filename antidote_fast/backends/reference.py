@@ -100,8 +100,8 @@ def prune(
             ).view(torch.int32)
             for i in protected
         ]
-        for i, kept in zip(protected, _selected(keys, selection.preserve), strict=True):
-            removed[i] &= ~kept
+        for i, preserved in zip(protected, _selected(keys, selection.preserve), strict=True):
+            removed[i] &= ~preserved
     for i, weight in enumerate(weights):
         if bits is not None:
             bits[i].copy_(pack_bits(removed[i]))

@@ -61,8 +61,10 @@ def convert_masks(
         raise UsageError(f"ones={ones!r}: must be removed or kept")
     source, destination = (Path(os.path.expanduser(path)) for path in (source, destination))
     _check_destination(destination, overwrite)
-    found = dict(_named(source, _load(source), prefix))
-    masks = {name: _packed(source, name, tensor, ones == "kept") for name, tensor in found.items()}
+    tensors = dict(_named(source, _load(source), prefix))
+    masks = {
+        name: _packed(source, name, tensor, ones == "kept") for name, tensor in tensors.items()
+    }
     total = sum(mask.shape[0] * mask.shape[1] for mask in masks.values())
     removed = sum(mask.count() for mask in masks.values())
     if ones is None and removed * 2 > total:
@@ -118,17 +120,17 @@ def _load(path):
         ) from None
 
 
-def _named(path, found, prefix):
+def _named(path, contents, prefix):
     """(parameter name, tensor) of each mask in a dict, or in a list or dict of layers."""
     pairs = None
-    if isinstance(found, list):
-        pairs = list(enumerate(found))
-    elif isinstance(found, dict) and found and all(type(key) is int for key in found):
-        pairs = list(found.items())
-    elif isinstance(found, dict):
-        groups = [("", found)]
+    if isinstance(contents, list):
+        pairs = list(enumerate(contents))
+    elif isinstance(contents, dict) and contents and all(type(key) is int for key in contents):
+        pairs = list(contents.items())
+    elif isinstance(contents, dict):
+        groups = [("", contents)]
     else:
-        raise DataError(f"{path}: holds a {type(found).__name__}, not masks by name")
+        raise DataError(f"{path}: holds a {type(contents).__name__}, not masks by name")
     if pairs is not None:
         for number, layer in pairs:
             if not isinstance(layer, dict) or number < 0:
@@ -193,17 +195,17 @@ def convert_command(argv: Sequence[str]) -> None:
     if "-h" in argv or "--help" in argv:
         tell(parser.format_help(), end="")
         return
-    given = parser.parse_args(argv)
-    found = convert_masks(
-        given.old,
-        given.output,
-        ones=given.ones,
-        prefix=given.prefix,
-        overwrite=given.overwrite,
+    flags = parser.parse_args(argv)
+    counts = convert_masks(
+        flags.old,
+        flags.output,
+        ones=flags.ones,
+        prefix=flags.prefix,
+        overwrite=flags.overwrite,
     )
     tell(
-        f"{found['masks']} masks, {found['removed']:,} of {found['weights']:,} weights removed: "
-        f"{given.output}"
+        f"{counts['masks']} masks, {counts['removed']:,} of {counts['weights']:,} weights removed: "
+        f"{flags.output}"
     )
 
 

@@ -190,10 +190,10 @@ def _show_plan(name, words):
 
     if os.environ.get("RANK", "0") != "0":
         return  # of torchrun's processes the first tells for all
-    found = plan(config)
-    tell(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
-    if found.refusal:
-        raise AntidoteError(found.refusal)
+    plan_made = plan(config)
+    tell(json.dumps(plan_made.to_dict(), indent=2) if as_json else "\n".join(plan_made.lines()))
+    if plan_made.refusal:
+        raise AntidoteError(plan_made.refusal)
 
 
 def _function(place):

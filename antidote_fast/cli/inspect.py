@@ -63,8 +63,8 @@ def inspect_command(argv: Sequence[str]) -> None:
     _refuse_all_but([word for word in argv if word.startswith("-")], ("--json",), "inspect")
     if len(paths) != 1:
         raise UsageError(f"inspect takes one file or folder, {len(paths)} were given")
-    found, problems = inspect(os.path.expanduser(paths[0]))
-    _show(found, "--json" in argv)
+    description, problems = inspect(os.path.expanduser(paths[0]))
+    _show(description, "--json" in argv)
     if problems:
         raise DataError(f"{paths[0]}: not whole: {'; '.join(problems)}")
 
@@ -94,34 +94,34 @@ def _inspect_folder(folder):
     from antidote_fast.files.manifest import read_manifest, verify_folder
     from antidote_fast.files.provenance import read_report
 
-    found, problems = {"folder": str(folder)}, []
+    description, problems = {"folder": str(folder)}, []
     manifest = read_manifest(folder)
     if manifest is not None:
         problems = verify_folder(folder)
-        found["written by"] = f"antidote-fast, {manifest.get('created')}"
-        found["files"] = f"{len(manifest['files'])}, " + (
+        description["written by"] = f"antidote-fast, {manifest.get('created')}"
+        description["files"] = f"{len(manifest['files'])}, " + (
             "not whole" if problems else "all hashes as recorded"
         )
     report = read_report(folder)
     if report is not None:
-        found["stage"] = report.get("stage")
-        found["config"] = report.get("config")
+        description["stage"] = report.get("stage")
+        description["config"] = report.get("config")
     if (folder / ADAPTER_CONFIG).exists() or (folder / "config.json").exists():
         checkpoint = open_checkpoint(folder, trust_remote_code=True)  # reads headers, runs nothing
-        found["kind"] = "adapter" if checkpoint.is_adapter else "model"
+        description["kind"] = "adapter" if checkpoint.is_adapter else "model"
         entries = checkpoint.tensors
-        found["weights"] = sum(_count(entry.shape) for entry in entries.values())
-        found["tensors"] = {
+        description["weights"] = sum(_count(entry.shape) for entry in entries.values())
+        description["tensors"] = {
             key: f"{list(entry.shape)} {str(entry.dtype).removeprefix('torch.')}"
             for key, entry in entries.items()
         }
     norms = ("norms.safetensors", "norms-response.safetensors", "preserve-norms.safetensors")
     for name in (*norms, "masks.safetensors"):
         if (folder / name).is_file():
-            found[name] = _inspect_file(folder / name)
-    if len(found) == 1:
+            description[name] = _inspect_file(folder / name)
+    if len(description) == 1:
         raise DataError(f"{folder}: neither a model, an adapter, nor written by this tool")
-    return found, problems
+    return description, problems
 
 
 def _inspect_file(path):
@@ -171,17 +171,17 @@ def _refuse_all_but(words, accepted, command):
             raise UsageError(f"{word}: {command} takes {' '.join(accepted)} only")
 
 
-def _show(found, as_json):
+def _show(description, as_json):
     if as_json:
-        tell(json.dumps(found, indent=2, default=str))
+        tell(json.dumps(description, indent=2, default=str))
         return
-    for line in _lines(found):
+    for line in _lines(description):
         tell(line)
 
 
-def _lines(found, indent=""):
-    width = max((len(name) for name, value in found.items() if not _nests(value)), default=0)
-    for name, value in found.items():
+def _lines(description, indent=""):
+    width = max((len(name) for name, value in description.items() if not _nests(value)), default=0)
+    for name, value in description.items():
         name = printable(name)
         if _nests(value):
             yield f"{indent}{name}:"

@@ -94,8 +94,8 @@ def local_rows(
                 f"{target.key}: is saved as (in, out) and sharded over its inputs; prune the saved "
                 "checkpoint"
             )
-    for name, given in norms.items():
-        world.check_same(f"{name} of the ranks (add them up first)", _digest(given))
+    for name, of_argument in norms.items():
+        world.check_same(f"{name} of the ranks (add them up first)", _digest(of_argument))
     weights = {key: w.to_local() if is_sharded(w) else w for key, w in weights.items()}
     with world.together():
         for key, weight in weights.items():
@@ -283,24 +283,24 @@ def _row_group(weight, key):
     """The process group over which a DTensor's rows are spread; None where each rank has all."""
     from torch.distributed.tensor import Shard
 
-    found = None
+    group = None
     for dim, placement in enumerate(weight.placements):
         if placement.is_replicate():
             continue
-        if type(placement) is not Shard or placement.dim != 0 or found is not None:
+        if type(placement) is not Shard or placement.dim != 0 or group is not None:
             raise DataError(
                 f"{key}: is placed as {tuple(weight.placements)}; must be sharded by rows (dim 0, "
                 "as fully_shard does by itself) or whole on every rank"
             )
-        found = weight.device_mesh.get_group(dim)
-    if found is None or found.size() == 1:
+        group = weight.device_mesh.get_group(dim)
+    if group is None or group.size() == 1:
         return None
-    world = World(found.rank(), found.size(), found)
-    held = weight.to_local().shape[0]
+    world = World(group.rank(), group.size(), group)
+    num_rows = weight.to_local().shape[0]
     rows = min(math.ceil(weight.shape[0] / world.size), weight.shape[0] - _first_row(weight, world))
-    if held != rows:
-        raise DataError(f"{key}: rank {world.rank} holds {held} rows, not {rows}")
-    return found
+    if num_rows != rows:
+        raise DataError(f"{key}: rank {world.rank} holds {num_rows} rows, not {rows}")
+    return group
 
 
 def _digest(norms):

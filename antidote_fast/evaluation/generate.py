@@ -13,7 +13,7 @@ from antidote_fast.errors import DataError, UsageError
 from antidote_fast.models.forwards import MIN_SHARED, contiguous_head, plain_cache
 from antidote_fast.models.tokens import check_ids, num_embeddings
 from antidote_fast.models.undo import eval_mode, undoing
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -76,7 +76,7 @@ def generate(
     *,
     max_new_tokens: int = 512,
     batch_size: int = 8,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> list[str]:
     """Answer prompts greedily.
 
@@ -119,7 +119,7 @@ def generate(
 
     device = next(model.parameters()).device
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    answers = {}
+    answers: dict[str, str] = {}
     with undoing() as undo:
         eval_mode(model, undo)
         with _plain_generation_config(model) as own, contiguous_head(model):

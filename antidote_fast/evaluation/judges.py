@@ -1,7 +1,7 @@
 """Judges by name: the phrases of `refusals`, the models of `classifiers`."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from antidote_fast.errors import UsageError
 from antidote_fast.evaluation.refusals import RefusalJudge
@@ -75,7 +75,7 @@ def get_judge(
         return RefusalJudge()
     from antidote_fast.evaluation.classifiers import BeaverDamJudge, ClassifierJudge
 
-    options = {"device": device, "dtype": dtype, "batch_size": batch_size}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size}
     path = _beaver_dam_path(name)
     if path is not None:
         return BeaverDamJudge.from_pretrained(path, **options)

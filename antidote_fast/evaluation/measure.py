@@ -150,14 +150,21 @@ def evaluate_model(
         UsageError: nothing to measure, an option out of range.
         DataError: records that cannot be scored, prompts longer than the model's positions.
     """
-    sets = {"harmful": harmful, "task": task_records, "benign": benign}
-    sets = {name: records for name, records in sets.items() if records is not None}
+    named = {"harmful": harmful, "task": task_records, "benign": benign}
+    sets = {name: records for name, records in named.items() if records is not None}
     if not sets:
         raise UsageError("harmful=None: must be records, unless task_records or benign are given")
     if "task" in sets:
         check_task(task, sets["task"])
-    options = {"template": template, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    answers = answer_sets(model, tokenizer, sets, progress=progress, **options)
+    answers = answer_sets(
+        model,
+        tokenizer,
+        sets,
+        template=template,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
     return score_answers(
         sets, answers, task=task, judge=judge, win_rate_judge=win_rate_judge, progress=progress
     )

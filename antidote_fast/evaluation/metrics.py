@@ -16,6 +16,7 @@ from antidote_fast.evaluation.refusals import (
     GARBLED,
     HARMFUL,
     SAFE,
+    RefusalJudge,
     is_refusal,
     without_content,
 )
@@ -92,7 +93,7 @@ def benign_refusal_rate(answers: Sequence[str], judge: Judge | None = None) -> d
     """
     if not answers:
         raise DataError("no answers to judge for the benign refusal rate")
-    options = (judge.phrases, judge.num_characters) if hasattr(judge, "phrases") else ()
+    options = (judge.phrases, judge.num_characters) if isinstance(judge, RefusalJudge) else ()
     refused = [is_refusal(answer, *options) for answer in answers]
     kinds = Counter(
         without_content(answer) for answer, no in zip(answers, refused, strict=True) if not no

@@ -79,16 +79,16 @@ def bounded(checkpoint: Checkpoint) -> Iterator[None]:
     new = {getattr(torch, name) for name in _FACTORIES}
 
     class Counter(TorchFunctionMode):
-        made = values = 0
+        num_tensors = values = 0
 
         def __torch_function__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor) and result.is_meta:
                 size = result.numel()
                 if function in new:
-                    self.made += 1
+                    self.num_tensors += 1
                     self.values += size
-                if self.made > most_tensors or max(self.values, size) > most_values:
+                if self.num_tensors > most_tensors or max(self.values, size) > most_values:
                     raise DataError(
                         f"{checkpoint.folder}: its config makes a model far larger than the "
                         f"{len(tensors)} tensors that it holds"

@@ -106,11 +106,11 @@ class Checkpoint:
     @functools.cached_property
     def _by_tail(self):
         """Names by what follows their first part; None where several end alike."""
-        found = {}
+        names = {}
         for name in self.tensors:
             tail = name.split(".", 1)[-1]
-            found[tail] = None if tail in found else name
-        return found
+            names[tail] = None if tail in names else name
+        return names
 
     def read(self, keys: Iterable[str], progress: Progress = False) -> dict[str, torch.Tensor]:
         """Tensors by live parameter name, in memory of their own.

@@ -49,14 +49,14 @@ def check_output_folder(path: str | Path, overwrite: bool = False) -> None:
         DataError: naming the folder and what was found in it, or that another job is at work.
         AntidoteError: the disk is full.
     """
-    given, path = Path(path), Path(os.path.abspath(path))
-    with os_errors(given, any_number=True):
+    as_named, path = Path(path), Path(os.path.abspath(path))
+    with os_errors(as_named, any_number=True):
         if _holds_litter(path):
             with contextlib.suppress(AntidoteError), locked(path):
                 pass
-        check_contents(given, overwrite)
+        check_contents(as_named, overwrite)
         with locked(path) as place:
-            check_contents(given, overwrite)
+            check_contents(as_named, overwrite)
             if place.inside or not path.is_dir():  # else the lock has tried whether it can move
                 places.probe(place)
 
@@ -74,8 +74,8 @@ def check_parent(folder: str | Path) -> None:
     busy = DataError(f"output_dir={str(folder)!r}: another job is at work there")
     try:
         # A name that those who look through such a folder know.
-        held = places.held_place(folder / "report.json", busy)
-        with os_errors(folder, any_number=True), held as place:
+        lock = places.held_place(folder / "report.json", busy)
+        with os_errors(folder, any_number=True), lock as place:
             places.probe(place)
     except DataError as error:
         if error is not busy:  # then outputs can be made, for another job makes one

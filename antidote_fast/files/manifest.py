@@ -65,9 +65,9 @@ def check_input(folder: str | Path, progress: Progress = False, only: str | None
         path = folder / name
         try:
             with open_below(folder, name) as file:
-                found = os.fstat(file.fileno())
-                if found.st_size != entry["bytes"]:
-                    told = f"{found.st_size} bytes, not {entry['bytes']} as written"
+                status = os.fstat(file.fileno())
+                if status.st_size != entry["bytes"]:
+                    told = f"{status.st_size} bytes, not {entry['bytes']} as written"
                     raise DataError(f"{path}: {told}")
                 if not (name == only if only else _is_read(name, is_adapter)):
                     continue
@@ -75,7 +75,7 @@ def check_input(folder: str | Path, progress: Progress = False, only: str | None
                     beside += entry["bytes"]
                     if beside > _MAX_BESIDE:
                         raise DataError(f"{path}: with it more than 1 GiB lie beside the weights")
-                digest = _digest(path, identity(found))
+                digest = _digest(path, identity(status))
         except FileNotFoundError:
             raise DataError(f"{path}: missing; {MANIFEST} lists it") from None
         except OSError as error:
@@ -100,10 +100,10 @@ def _refuse_damaged(folder):
     """Refuse a ``COMPLETE.json`` of this tool that is damaged; another's may say what it likes."""
     path = folder / MANIFEST
     try:
-        found = json.loads(read_file(path, MAX_MANIFEST_BYTES).decode("utf-8"))
+        contents = json.loads(read_file(path, MAX_MANIFEST_BYTES).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         raise DataError(f"{folder}: its {MANIFEST} is damaged") from None
-    if isinstance(found, dict) and found.get("tool") == TOOL:
+    if isinstance(contents, dict) and contents.get("tool") == TOOL:
         raise DataError(f"{folder}: its {MANIFEST} is damaged, or lists other than its own files")
 
 
@@ -200,7 +200,7 @@ def listing(folder: str | Path) -> dict[str, Path]:
     Raises:
         DataError: there are more of them, or they lie deeper, than any output of this tool.
     """
-    found, count, left = {}, 0, [(Path(folder), 0)]
+    files, count, left = {}, 0, [(Path(folder), 0)]
     while left:
         here, depth = left.pop()
         with contextlib.suppress(PermissionError), os.scandir(here) as entries:
@@ -215,6 +215,6 @@ def listing(folder: str | Path) -> dict[str, Path]:
                 if entry.is_dir(follow_symlinks=False):
                     left.append((path, depth + 1))
                 elif entry.is_symlink() or entry.is_file():
-                    found[path.relative_to(folder).as_posix()] = path
-    found.pop(MANIFEST, None)
-    return dict(sorted(found.items()))
+                    files[path.relative_to(folder).as_posix()] = path
+    files.pop(MANIFEST, None)
+    return dict(sorted(files.items()))

@@ -92,7 +92,7 @@ def held(
     """
     import filelock
 
-    made = [p for p in path.parents if make and not p.exists()]
+    new_folders = [p for p in path.parents if make and not p.exists()]
     lock = filelock.FileLock(str(path))
     try:
         _acquire(lock, path, busy, wait, make)
@@ -104,7 +104,7 @@ def held(
                 os.unlink(path)
             lock.release()
     finally:
-        _remove_empty(made)
+        _remove_empty(new_folders)
 
 
 def _acquire(lock, path, busy, wait, make):

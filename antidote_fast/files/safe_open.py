@@ -69,13 +69,15 @@ class Folder:
             FileNotFoundError: nothing of this name.
             DataError: it is a link or no folder.
         """
-        found = object.__new__(Folder)
-        found.path = self.path / name
+        folder = object.__new__(Folder)
+        folder.path = self.path / name
         try:
-            found._hold(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=self._fd))
+            folder._hold(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=self._fd))
         except NotADirectoryError:  # a link, too
-            raise DataError(f"{found.path}: is not a folder, or a link out of its folder") from None
-        return found
+            raise DataError(
+                f"{folder.path}: is not a folder, or a link out of its folder"
+            ) from None
+        return folder
 
     def open(self, name: str) -> BinaryIO:
         """A regular file of the folder, opened to read bytes.
@@ -121,10 +123,10 @@ class Folder:
     def is_folder(self, name: str) -> bool:
         """Whether a name is that of a folder inside this one, and no link."""
         try:
-            found = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+            status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
         except OSError:
             return False
-        return stat.S_ISDIR(found.st_mode)
+        return stat.S_ISDIR(status.st_mode)
 
     def names(self) -> list[str]:
         """The names of all that is in the folder, sorted.
@@ -222,19 +224,19 @@ def read_all(file: BinaryIO, path: str | Path, max_bytes: int) -> bytes:
     return data
 
 
-def check_stored(found: os.stat_result, path: str | Path) -> None:
+def check_stored(status: os.stat_result, path: str | Path) -> None:
     """Refuse a large file of which next to nothing is stored: its holes would fill the memory.
 
     Args:
-        found: what ``os.stat`` says of it.
+        status: what ``os.stat`` says of it.
         path: what an error calls it.
 
     Raises:
         DataError: over 64 MiB, and less than a sixteenth of it on the disk.
     """
-    blocks = getattr(found, "st_blocks", 0)  # 0: a file system that does not tell
-    if found.st_size > _MAX_HOLES and 0 < 512 * blocks < found.st_size // 16:
-        raise DataError(f"{path}: {_size(found.st_size)}, of which next to nothing is stored")
+    blocks = getattr(status, "st_blocks", 0)  # 0: a file system that does not tell
+    if status.st_size > _MAX_HOLES and 0 < 512 * blocks < status.st_size // 16:
+        raise DataError(f"{path}: {_size(status.st_size)}, of which next to nothing is stored")
 
 
 class Watch:
@@ -263,9 +265,9 @@ class Watch:
                 files = [path]
             for file in files:
                 with contextlib.suppress(OSError):
-                    found = _settled(file)
-                    if found is not None:
-                        self._seen[file] = found
+                    state = _settled(file)
+                    if state is not None:
+                        self._seen[file] = state
 
     def check(self) -> None:
         """Compare.
@@ -285,27 +287,27 @@ class Watch:
 def _settled(file):
     """The identity of a file whose last change is older than a tick of the clock."""
     for _ in range(_TICKS):
-        found = _both(file)
-        if found is None:
+        state = _both(file)
+        if state is None:
             return None
-        age = time.time_ns() - max(changed for *_, changed in found)
+        age = time.time_ns() - max(changed for *_, changed in state)
         if not 0 <= age < _TICK_NS:
-            return found
+            return state
         time.sleep(_TICK_NS / 1e9)
     raise DataError(f"{file}: is being written")
 
 
 def _both(file):
     """Identities of a name and of what it leads to; None for what is neither file nor link."""
-    found = os.lstat(file)
-    if stat.S_ISLNK(found.st_mode):
-        return identity(found), identity(os.stat(file))
-    return (identity(found),) if stat.S_ISREG(found.st_mode) else None
+    status = os.lstat(file)
+    if stat.S_ISLNK(status.st_mode):
+        return identity(status), identity(os.stat(file))
+    return (identity(status),) if stat.S_ISREG(status.st_mode) else None
 
 
-def identity(found: os.stat_result) -> tuple[int, ...]:
+def identity(status: os.stat_result) -> tuple[int, ...]:
     """What of an ``os.stat`` tells one state of one file from any other."""
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _size(number):

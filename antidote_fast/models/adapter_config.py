@@ -181,17 +181,17 @@ def match_modules(config: dict, names: Iterable[str], where: str) -> dict:
     Raises:
         DataError: naming the field and the pattern.
     """
-    found = {}
+    matched = {}
     for name in _NAMES:
         value = config.get(name)
         if isinstance(value, str) and value.lower() != "all-linear":
-            found[name] = list(patterns.first_matches([value], names, "whole", name, where))
+            matched[name] = list(patterns.first_matches([value], names, "whole", name, where))
     layers = config.get("layers_pattern") or []
     layers = [layers] if isinstance(layers, str) else layers
     patterns.first_matches(layers, names, "layers", "layers_pattern", where)
     for name in _PER_MODULE:
         values_of(config, name, names, where)
-    return found
+    return matched
 
 
 def values_of(config: dict, name: str, modules: Iterable[str], where: str) -> dict:
@@ -200,9 +200,9 @@ def values_of(config: dict, name: str, modules: Iterable[str], where: str) -> di
     Raises:
         DataError: as :func:`match_modules`.
     """
-    given = config.get(name) or {}
-    found = patterns.first_matches(given, modules, "end", name, where)
-    return {module: given[pattern] for module, pattern in found.items()}
+    by_pattern = config.get(name) or {}
+    patterns_of = patterns.first_matches(by_pattern, modules, "end", name, where)
+    return {module: by_pattern[pattern] for module, pattern in patterns_of.items()}
 
 
 def without_patterns(

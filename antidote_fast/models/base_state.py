@@ -29,11 +29,11 @@ class ModuleTree:
 
         Values inside of weights are not touched; :class:`Marks` tells of those.
         """
-        for owner, kept in self._owners:
+        for owner, attributes in self._owners:
             here = vars(owner)
-            for name in here.keys() - kept.keys():
+            for name in here.keys() - attributes.keys():
                 del here[name]
-            for name, (value, contents) in kept.items():
+            for name, (value, contents) in attributes.items():
                 if contents is not None:
                     value.clear()
                     value.update(contents)
@@ -69,21 +69,23 @@ class Marks:
         self._places, self._digests = [], {}  # ids are of tensors that the places hold
         for prefix, module in model.named_modules():
             transient = module._non_persistent_buffers_set
-            for kept in (module._parameters, module._buffers):
-                for leaf, tensor in kept.items():
-                    made_anew = kept is module._buffers and leaf in transient  # as of rotary angles
+            for tensors in (module._parameters, module._buffers):
+                for leaf, tensor in tensors.items():
+                    made_anew = (
+                        tensors is module._buffers and leaf in transient
+                    )  # as of rotary angles
                     if tensor is None or tensor.is_meta or made_anew:
                         continue
                     name = f"{prefix}.{leaf}" if prefix else leaf
-                    self._places.append((name, kept, leaf, tensor))
+                    self._places.append((name, tensors, leaf, tensor))
                     if id(tensor) not in self._digests:
                         self._digests[id(tensor)] = self._digest(tensor)
 
     def changed(self) -> str | None:
         """Name of the first weight that is another tensor, or has other bits, than at first."""
         seen = set()
-        for name, kept, leaf, tensor in self._places:
-            if kept.get(leaf) is not tensor:
+        for name, tensors, leaf, tensor in self._places:
+            if tensors.get(leaf) is not tensor:
                 return name
             if id(tensor) not in seen and self._digest(tensor) != self._digests[id(tensor)]:
                 return name

@@ -46,7 +46,7 @@ def mlp_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Raises:
         DataError: a block without either.
     """
-    found = {}
+    by_name = {}
     for name, _ in attention_modules(model):
         place, beside = name, None
         # GPT-Neo wraps its attention once more; a number names the block in its list.
@@ -55,8 +55,8 @@ def mlp_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
             beside = _mlp_of(model, place, name)
         if beside is None:
             raise DataError(f"no MLP found beside {name} in {type(model).__name__}")
-        found[beside[0]] = beside
-    return list(found.values())
+        by_name[beside[0]] = beside
+    return list(by_name.values())
 
 
 def _mlp_of(model, block, attention):

@@ -20,20 +20,22 @@ MIN_SHARED = 8  # tokens; below it a forward pass of its own costs more than it 
 
 
 @contextlib.contextmanager
-def lean_forward(model: PreTrainedModel, found: Sequence[Target] = ()) -> Iterator[dict[str, Any]]:
+def lean_forward(
+    model: PreTrainedModel, targets: Sequence[Target] = ()
+) -> Iterator[dict[str, Any]]:
     """Keyword arguments for forwards that need hidden states alone: no cache, one logit.
 
-    Where the output layer is among the targets ``found`` it sees all tokens.
+    Where the output layer is among the ``targets`` it sees all tokens.
 
     Inside the block the output layer gets its input contiguous: the slice of one position is not,
     and torch then multiplies sequence by sequence where the weight is frozen (1.2 s more a batch of
     8 for SmolLM2-135M's output layer in bf16, one Xeon core).
     """
     with undoing() as undo:
-        yield make_lean(model, undo, found)
+        yield make_lean(model, undo, targets)
 
 
-def make_lean(model: PreTrainedModel, undo: Undo, found: Sequence[Target] = ()) -> dict[str, Any]:
+def make_lean(model: PreTrainedModel, undo: Undo, targets: Sequence[Target] = ()) -> dict[str, Any]:
     """The keyword arguments of :func:`lean_forward`, whose hook is on until undone."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = inspect.signature(inner.forward).parameters
@@ -44,7 +46,7 @@ def make_lean(model: PreTrainedModel, undo: Undo, found: Sequence[Target] = ()) 
     if output is None:
         return options
     own = {id(parameter) for parameter in output.parameters()}
-    if any(id(target.weight) in own for target in found):
+    if any(id(target.weight) in own for target in targets):
         del options["logits_to_keep"]
         return options
     hook(undo, output, lambda _, args: (args[0].contiguous(), *args[1:]))

@@ -220,12 +220,12 @@ def pick_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         why = first_line(error)
         raise UsageError(f"device={str(device)!r}: cannot be used: {why}") from None
-    return found
+    return chosen
 
 
 def pick_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -104,8 +104,8 @@ def first_matches(
     if guilty is not None:
         number, what = guilty
         raise DataError(f"{where}: {field}: {_shown(patterns[number])} {what}")
-    found = zip(names, first, strict=True)
-    return {name: patterns[number] for name, number in found if number is not None}
+    pairs = zip(names, first, strict=True)
+    return {name: patterns[number] for name, number in pairs if number is not None}
 
 
 def _match_plain(patterns, names, form):

@@ -63,7 +63,7 @@ class Target:
     transposed: bool
     input_module: nn.Module
     routed: bool = False
-    first_factor: nn.Module | None = None
+    first_factor: nn.Linear | None = None
     masked: bool = False
 
     def computed(self) -> torch.Tensor:
@@ -128,7 +128,7 @@ def find_targets(
     unwanted = _patterns("ignore", ignore)
     adapter = _active_adapter(model)
     candidates = _lora_targets(model, adapter) if adapter else _linear_targets(model)
-    found = []
+    chosen = []
     hits = dict.fromkeys(wanted or (), False)
     for target, names, problem in candidates:
         classes = _classes(target.module)
@@ -139,18 +139,18 @@ def find_targets(
         if take and not any(_matches(p, names, classes) for p in unwanted):
             if problem:
                 raise DataError(problem)
-            found.append(target)
+            chosen.append(target)
     if wanted is not None:
         _check_hits(model, targets, hits)
-    if not found:
+    if not chosen:
         what = "a query, key or value projection" if wanted is None else f"targets={targets!r}"
         raise NothingPruned(
             f"nothing to prune: no linear layer is {what}"
             + (f" outside of ignore={list(ignore)!r}" if unwanted else "")
         )
     if not adapter:
-        _check_not_packed(model, found)
-    for target in found:
+        _check_not_packed(model, chosen)
+    for target in chosen:
         weight = target.weight
         if weight.dtype not in _FLOATS:
             raise DataError(
@@ -162,9 +162,9 @@ def find_targets(
             )
         if weight.dim() != 2:
             raise DataError(f"{target.key}: has shape {tuple(weight.shape)}; must be a matrix")
-    _check_apart(found)
-    _check_no_source(model, found)
-    return sorted(found, key=lambda target: natural_key(target.key))
+    _check_apart(chosen)
+    _check_no_source(model, chosen)
+    return sorted(chosen, key=lambda target: natural_key(target.key))
 
 
 def coverage(model: nn.Module, targets: Sequence[Target]) -> Coverage:
@@ -229,7 +229,7 @@ def select_keys(
         for k in keys
         if k.endswith(".weight") and re.search(r"(^|\.)\d+\.", k) and "norm" not in k.split(".")[-2]
     ]
-    found = []
+    chosen = []
     hits = dict.fromkeys(wanted or (), False)
     for key in candidates:
         names = _names_of_key(key)
@@ -238,14 +238,14 @@ def select_keys(
         default = bool(lora) or _is_qkv(names[0])
         take = default if wanted is None else bool(matched)
         if take and not any(_matches(p, names) for p in unwanted):
-            found.append(key)
+            chosen.append(key)
     if any(hits.values()):
         for pattern, hit in hits.items():
             if not hit:
                 raise UsageError(f"targets: {pattern!r} matches no weight here")
-    if not found:
+    if not chosen:
         raise NothingPruned(f"nothing to prune: no weight here is targets={targets!r}")
-    return sorted(found, key=natural_key)
+    return sorted(chosen, key=natural_key)
 
 
 def natural_key(text: str) -> list:
@@ -440,10 +440,10 @@ def _check_hits(model, targets, hits):
         )
 
 
-def _check_not_packed(model, found):
+def _check_not_packed(model, targets):
     config = getattr(model, "config", None)
     quantization = getattr(config, "quantization_config", None)
-    packed = [t for t in found if _is_packed(t.weight.dtype)]
+    packed = [t for t in targets if _is_packed(t.weight.dtype)]
     if quantization is None and not getattr(model, "is_quantized", False) and not packed:
         return
     method = getattr(quantization, "quant_method", None)
@@ -458,9 +458,9 @@ def _is_packed(dtype):
     return not dtype.is_floating_point or dtype.itemsize == 1
 
 
-def _check_apart(found):
+def _check_apart(targets):
     owners = {}
-    for target in found:
+    for target in targets:
         first = owners.setdefault(id(target.weight), target)
         if first is not target:
             raise DataError(
@@ -468,9 +468,9 @@ def _check_apart(found):
             )
 
 
-def _check_no_source(model, found):
+def _check_no_source(model, targets):
     """Refuse a target from which another module's weight is computed, as a tied one would be."""
-    owners = {id(target.weight): target for target in found if not target.masked}
+    owners = {id(target.weight): target for target in targets if not target.masked}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         target = owners.get(id(parameter))
         if target is not None and _SOURCE.search(name):

@@ -93,8 +93,8 @@ def hook(undo: Undo, module: nn.Module, call: Callable[..., Any], *, after: bool
     hooks = module._forward_hooks if after else module._forward_pre_hooks
 
     def back():  # not by the handle: there is none where registering was interrupted
-        for number, found in list(hooks.items()):
-            if found is call:
+        for number, registered in list(hooks.items()):
+            if registered is call:
                 hooks.pop(number, None)
 
     undo.later(back)

@@ -159,9 +159,9 @@ class ActivationNorms:
         """
         with world.together():
             reshard(model)
-            found = find_targets(model, targets, ignore)
+            chosen = find_targets(model, targets, ignore)
             device = input_device(model)
-            in_step = runs_in_step(model, found, world)
+            in_step = runs_in_step(model, chosen, world)
             if fuse:
                 fusion.check_fuse(device.type, aggregation)
         if fingerprint is None:
@@ -172,7 +172,7 @@ class ActivationNorms:
             try:
                 no_grad(undo)
                 collector = NormCollector(
-                    found, aggregation=aggregation, response_only=response_only, backend=backend
+                    chosen, aggregation=aggregation, response_only=response_only, backend=backend
                 )
                 undo.later(collector.close)
                 collector.open()
@@ -184,17 +184,17 @@ class ActivationNorms:
                 eval_mode(model, undo)
                 if fuse:
                     fusion.fuse(model, collector, undo)
-                options = make_lean(model, undo, found)
-                batches = enumerate(track(batches, "calibrate", progress))
+                options = make_lean(model, undo, chosen)
+                numbered = enumerate(track(batches, "calibrate", progress))
                 known = num_embeddings(model)
-                batches = (on_device(batch, device, known, number) for number, batch in batches)
+                placed = (on_device(batch, device, known, number) for number, batch in numbered)
                 if in_step:
                     forward = functools.partial(run_forward, model, options)
-                    run_in_step(batches, collector, forward, world, device)
+                    run_in_step(placed, collector, forward, world, device)
                     reshard(model)
                 else:
                     with world.together():
-                        for batch in batches:
+                        for batch in placed:
                             run_batch(model, collector, batch, options)
                 return cls.of(collector, fingerprint=fingerprint, world=world)
             finally:
@@ -242,9 +242,9 @@ class ActivationNorms:
         for key, value in self.sq_sum.items():
             if value.shape != other.sq_sum[key].shape:
                 raise DataError(f"norms cannot be merged: {key} differs in length")
-        sums = [_added(getattr(self, name), getattr(other, name)) for name in _SUMS]
         return self._with(
-            *sums,
+            _added(self.sq_sum, other.sq_sum),
+            self.norm_sum and _added(self.norm_sum, other.norm_sum or {}),
             num_sequences=self.num_sequences + other.num_sequences,
             num_tokens=self.num_tokens + other.num_tokens,
         )
@@ -259,23 +259,21 @@ class ActivationNorms:
         absent = [key for key in keys if key not in self.sq_sum]
         if absent:
             raise DataError(f"{name}: hold no weight {absent[0]!r}; collect them for these targets")
-        sums = [s and {key: s[key] for key in keys} for s in (self.sq_sum, self.norm_sum)]
         return self._with(
-            *sums, transposed=self.transposed & set(keys), routed=self.routed & set(keys)
+            {key: self.sq_sum[key] for key in keys},
+            self.norm_sum and {key: self.norm_sum[key] for key in keys},
+            transposed=self.transposed & set(keys),
+            routed=self.routed & set(keys),
         )
 
     @classmethod
     def joined(cls, parts: Iterable[ActivationNorms]) -> ActivationNorms:
         """The norms of several blocks, collected on the same data, as those of one model."""
         parts = list(parts)
-        sums = [
-            None
-            if getattr(parts[0], name) is None
-            else {key: value for part in parts for key, value in getattr(part, name).items()}
-            for name in _SUMS
-        ]
+        means = {key: value for part in parts for key, value in (part.norm_sum or {}).items()}
         return parts[0]._with(
-            *sums,
+            {key: value for part in parts for key, value in part.sq_sum.items()},
+            means or None,
             transposed=frozenset().union(*(part.transposed for part in parts)),
             routed=frozenset().union(*(part.routed for part in parts)),
         )
@@ -285,8 +283,8 @@ class ActivationNorms:
     ) -> ActivationNorms:
         """Other sums, or counts, collected as these were."""
         names = ("num_sequences", "num_tokens", "response_only", "fingerprint")
-        kept = {name: getattr(self, name) for name in (*names, "transposed", "routed")}
-        return ActivationNorms(sq_sum, norm_sum=norm_sum, **{**kept, **changes})
+        settings = {name: getattr(self, name) for name in (*names, "transposed", "routed")}
+        return ActivationNorms(sq_sum, norm_sum=norm_sum, **{**settings, **changes})
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file (4 bytes a channel); it appears whole or not at all."""
@@ -339,7 +337,7 @@ class ActivationNorms:
                     f"{name}={str(path)!r}: has format version {metadata.get('version')!r}; "
                     f"this release reads {VERSION}"
                 )
-            sums = {kind: {} for kind in _SUMS}
+            sums: dict[str, dict[str, Tensor]] = {kind: {} for kind in _SUMS}
             for full, tensor in tensors.items():
                 key, _, kind = full.rpartition(".")
                 sums[kind][key] = tensor
@@ -394,11 +392,7 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _added(
-    mine: Mapping[str, Tensor] | None, theirs: Mapping[str, Tensor] | None
-) -> dict[str, Tensor] | None:
-    if mine is None:
-        return None
+def _added(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: (mine[key].double() + theirs[key].double()).float() for key in mine}
 
 

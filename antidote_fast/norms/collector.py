@@ -22,7 +22,7 @@ AGGREGATIONS = ("rms", "mean")
 Flats = dict[torch.device, Tensor]
 
 
-class Seen(Exception):
+class LastInputSeen(Exception):
     """Ends a forward whose last target has had its input: what follows is not wanted."""
 
 
@@ -50,9 +50,9 @@ class NormCollector:
         response_only: count only tokens whose label (unshifted) is not -100.
         backend: as in :mod:`antidote_fast.ops`.
         stop_early: once a forward has shown in what order the targets get their inputs, end later
-            ones with :class:`Seen` where the last of them has had its own. Not for models whose
-            modules are moved between devices by hooks. Without effect where a target gets no input
-            or several, as routed experts may.
+            ones with :class:`LastInputSeen` where the last of them has had its own. Not for models
+            whose modules are moved between devices by hooks. Without effect where a target gets no
+            input or several, as routed experts may.
 
     Raises:
         UsageError: unknown aggregation.
@@ -75,14 +75,15 @@ class NormCollector:
         self.response_only = response_only
         self.backend = backend
         self.stop_early = stop_early and not any(target.routed for target in self.targets)
-        self._order = None  # of the targets' inputs in a forward
-        self.num_sequences = self.num_tokens = 0
-        self._seen_batches = self._seen_sequences = 0
-        self._open = self._idle = self._elsewhere = False
-        self._thread = None  # that called open or start
-        self._mask = self._shared = None
-        self._masks, self._pending = {}, []
+        self._order: list[int] | None = None  # of the targets' inputs in a forward
+        self._open = False
+        self._thread: int | None = None  # that called open or start
+        self._pending: list[tuple[int, Tensor]] = []  # a target's index, and its sums
+        self._mask: Tensor | None = None
+        self._masks: dict[tuple[Any, ...], Any] = {}
+        self._shared: tuple[Tensor, torch.dtype, int | None, Tensor] | None = None
         self._allocate()
+        self.reset()
 
     def __enter__(self) -> NormCollector:
         try:
@@ -102,7 +103,7 @@ class NormCollector:
         """Put the hooks on."""
         self._open, self._thread = True, threading.get_ident()
         for index, target in enumerate(self.targets):
-            hook = self._make_hook(index, target)
+            hook: Any = self._make_hook(index, target)
             hook.collector = self
             target.input_module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -121,10 +122,10 @@ class NormCollector:
     def others_on(self, model: nn.Module) -> bool:
         """Whether another open collector has hooks on a module of ``model``."""
         hooks = (hook for m in model.modules() for hook in list(m._forward_pre_hooks.values()))
-        found = (getattr(hook, "collector", None) for hook in hooks)
+        collectors = (getattr(hook, "collector", None) for hook in hooks)
         return any(
             isinstance(other, NormCollector) and other is not self and other._open
-            for other in found
+            for other in collectors
         )
 
     def start(self, batch: Mapping[str, Any]) -> bool:
@@ -261,9 +262,9 @@ class NormCollector:
         keys = [(t.key, t.in_features, t.transposed, t.routed) for t in self.targets]
         settings = [self.aggregation, self.response_only, fingerprint]
         world.check_same("models or settings of the ranks", repr((sizes, keys, settings)))
-        counts = torch.tensor(counts, dtype=torch.float64)
-        counts, *sums = world.all_reduce([counts, *self._total.values()])
-        return dict(zip(self._total, sums, strict=True)), [int(count) for count in counts]
+        ours = torch.tensor(counts, dtype=torch.float64)
+        added, *sums = world.all_reduce([ours, *self._total.values()])
+        return dict(zip(self._total, sums, strict=True)), [int(count) for count in added]
 
     def _by_target(self, totals: Flats, counts: Sequence[int]) -> dict[str, Any]:
         num_sequences, num_tokens, seen_batches, seen_sequences = counts
@@ -273,7 +274,7 @@ class NormCollector:
                 f"calibration data: {seen_batches} batches with {seen_sequences} sequences hold 0 "
                 f"{what} to count"
             )
-        sums = {"sq_sum": {}, "norm_sum": {}}
+        sums: dict[str, dict[str, Tensor]] = {"sq_sum": {}, "norm_sum": {}}
         for target, views in zip(self.targets, self._views(totals), strict=True):
             for name, view in zip(sums, views, strict=False):
                 sums[name][target.key] = view.to("cpu", torch.float32)
@@ -293,7 +294,7 @@ class NormCollector:
         Totals in float64, so that thousands of batches stay as exact as one.
         """
         self._places = []
-        sizes = {}
+        sizes: dict[torch.device, int] = {}
         parts = 2 if self.aggregation == "mean" else 1
         for target in self.targets:
             device = target.weight.device
@@ -335,23 +336,23 @@ class NormCollector:
             # Looked at where all have had theirs: that is the last one, or not as before.
             last = self._order is not None and index == self._order[-1] and self.stop_early
             if last and [place for place, _ in self._pending] == self._order:
-                raise Seen
+                raise LastInputSeen
 
         def sums_of(x: Tensor) -> Tensor:
             if first is not None:
-                source = x.to(first.weight.dtype)
-                return self._reduce(target, functional.linear(source, first.weight))
+                return self._reduce(
+                    target, functional.linear(x.to(first.weight.dtype), first.weight)
+                )
             dtype = x.dtype
             if cast_to is not None and dtype != cast_to and cast_to != torch.float32:
                 dtype = cast_to
             if not shareable:
                 return self._reduce(target, x)
             version = _version(x)
-            held = self._shared
-            if held is None or held[0] is not x or held[1:3] != (dtype, version):
-                held = (x, dtype, version, self._reduce(target, x.to(dtype)))
-                self._shared = held
-            return held[3]
+            shared = self._shared
+            if shared is None or shared[0] is not x or shared[1:3] != (dtype, version):
+                shared = self._shared = x, dtype, version, self._reduce(target, x.to(dtype))
+            return shared[3]
 
         return hook
 
@@ -390,10 +391,9 @@ class NormCollector:
             x = x.contiguous()
         *shape, width = x.shape
         place = (x.device, x.dtype, width == target.in_features, target.routed, *shape)
-        found = self._masks.get(place)
-        if found is None:
-            found = self._masks[place] = self._checked_mask(target, x)
-        mask, add = found
+        if place not in self._masks:
+            self._masks[place] = self._checked_mask(target, x)
+        mask, add = self._masks[place]
         if self.aggregation == "rms":
             sums = torch.zeros(width, dtype=torch.float32, device=x.device)
             if x.numel():
@@ -469,7 +469,7 @@ def on_device(
         raise DataError(f"batch {number}: must be a dict with input_ids")
     ids = batch["input_ids"]
     if isinstance(ids, Tensor) and ids.device.type == "cpu":  # elsewhere one would wait
-        batch = fitted(batch, known, f"batch {number}")
+        batch = fitted(dict(batch), known, f"batch {number}")
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for key, value in batch.items()
@@ -501,7 +501,7 @@ def run_batch(
     size = batch["input_ids"].shape[0]
     try:
         if collector.start(batch):
-            with contextlib.suppress(Seen):
+            with contextlib.suppress(LastInputSeen):
                 run_forward(model, options, batch)
             collector.finish()
         return

@@ -93,22 +93,22 @@ def fuse(model: nn.Module, collector: NormCollector, undo: Undo) -> int:
         How many modules were fused.
     """
     backend = check_fuse(next(model.parameters()).device.type, collector.aggregation)
-    found = find_fusable(model, collector.targets)
+    fusable = find_fusable(model, collector.targets)
 
     def back() -> None:
-        for module, _ in found:
+        for module, _ in fusable:
             module.__dict__.pop("forward", None)
 
     undo.later(back)
-    for module, make in found:
+    for module, make in fusable:
         module.forward = make(module, collector, backend.DEVICE_TYPES)
-    if not found:
+    if not fusable:
         warnings.warn(
             "fuse=True: no RMSNorm or SwiGLU in front of a target can be fused in this model; "
             "calibrating without",
             stacklevel=2,
         )
-    return len(found)
+    return len(fusable)
 
 
 def find_fusable(
@@ -122,15 +122,15 @@ def find_fusable(
     def feeds(reader: Any, names: Sequence[str]) -> bool:
         return any(id(getattr(reader, name, None)) in fed for name in names)
 
-    found = []
+    fusable: list[tuple[nn.Module, Callable[..., Any]]] = []
     for module in model.modules():
         for name, reader, projections in _NORMS:
-            norm = getattr(module, name, None)
+            norm: Any = getattr(module, name, None)
             if feeds(getattr(module, reader, None), projections) and _is_rms_norm(norm):
-                found.append((norm, _rms_norm_forward))
+                fusable.append((norm, _rms_norm_forward))
         if feeds(module, ("down_proj",)) and _is_swiglu(module):
-            found.append((module, _swiglu_forward))
-    return found
+            fusable.append((module, _swiglu_forward))
+    return fusable
 
 
 def _is_compiled(model: nn.Module) -> bool:
@@ -156,7 +156,7 @@ def _is_rms_norm(module: Any) -> bool:
 
 
 def _is_swiglu(module: Any) -> bool:
-    activation = getattr(module, "act_fn", None)
+    activation: Any = getattr(module, "act_fn", None)
     return (
         _is_plain(module, "MLP")
         and all(isinstance(getattr(module, name, None), nn.Module) for name in _PROJECTIONS)
@@ -167,7 +167,7 @@ def _is_swiglu(module: Any) -> bool:
     )
 
 
-def _agrees(attempt: Callable[..., bool], cls) -> bool:
+def _agrees(attempt: Callable[..., bool], cls: type) -> bool:
     """Whether a class computes what is expected of it, in two dtypes."""
     generator = torch.Generator("cpu").manual_seed(0)
     numbers = torch.randn(3, 16, generator=generator, dtype=torch.float32, device="cpu")
@@ -178,7 +178,7 @@ def _agrees(attempt: Callable[..., bool], cls) -> bool:
         return False
 
 
-def _try_rms_norm(cls, x: Tensor, weight: Tensor, _: Tensor) -> bool:
+def _try_rms_norm(cls: Any, x: Tensor, weight: Tensor, _: Tensor) -> bool:
     module = types.SimpleNamespace(weight=weight, variance_epsilon=0.1)
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 0.1)
@@ -186,7 +186,7 @@ def _try_rms_norm(cls, x: Tensor, weight: Tensor, _: Tensor) -> bool:
     return torch.equal(cls.forward(module, x), expected)
 
 
-def _try_swiglu(cls, x: Tensor, gate: Tensor, up: Tensor) -> bool:
+def _try_swiglu(cls: Any, x: Tensor, gate: Tensor, up: Tensor) -> bool:
     module = types.SimpleNamespace(
         gate_proj=lambda y: gate if y is x else None,
         up_proj=lambda y: up if y is x else None,
@@ -207,7 +207,7 @@ def _rms_norm_forward(
         x = _only_input(args, kwargs, device_types)
         known, mask = (False, None) if x is None else collector.tokens_counted(x)
         weight = module.weight.detach()
-        if not known or not fused.fits_rms_norm(x, weight):
+        if x is None or not known or not fused.fits_rms_norm(x, weight):
             return original(module, *args, **kwargs)
         y, sums = fused.rms_norm(x.detach(), weight, module.variance_epsilon, mask)
         collector.deposit(y, sums)

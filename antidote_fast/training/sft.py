@@ -68,15 +68,15 @@ def check_config(config: TrainConfig, *, merged: bool = False) -> Checkpoint:
         # Gradients underflow in float16 without a loss scale; bfloat16 needs none.
         raise UsageError("dtype='float16': must be auto, bfloat16 or float32 in training")
     folder = resolve_folder(config.model_name_or_path)
-    found = open_checkpoint(folder, trust_remote_code=config.trust_remote_code)
-    if found.is_adapter:
+    checkpoint = open_checkpoint(folder, trust_remote_code=config.trust_remote_code)
+    if checkpoint.is_adapter:
         raise DataError(
             f"model_name_or_path={config.model_name_or_path!r}: is a PEFT adapter; give a whole "
             "model"
         )
     if merged or config.tuning == "full":
-        check_not_quantized(found)
-    return found
+        check_not_quantized(checkpoint)
+    return checkpoint
 
 
 def load_trainable(config: TrainConfig, folder: str | Path) -> tuple[PreTrainedModel, torch.dtype]:
