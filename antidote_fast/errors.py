@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def readable() -> Iterator[None]:
+def readable(path: object = None) -> Iterator[None]:
     """Inside the block a file that the system does not let us read is refused: a DataError.
 
-    Also a decorator, ``@readable()``.
+    It names ``path``, or the file that the system names. Also a decorator, ``@readable()``.
     """
     try:
         yield
@@ -22,8 +22,8 @@ def readable() -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # of what is written meanwhile
             raise
         what = error.strerror or str(error)
-        where = printable(error.filename or "a file")
-        raise DataError(f"{where:.300}: cannot be read: {printable(what):.300}") from None
+        where = path or f"{printable(error.filename or 'a file'):.300}"
+        raise DataError(f"{where}: cannot be read: {printable(what):.300}") from None
 
 
 def printable(text: object) -> str:

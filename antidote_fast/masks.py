@@ -1,4 +1,4 @@
-"""PackedMask: which weights are removed, one bit a weight; saved, loaded and combined."""
+"""Masks say which weights are removed, with one bit a weight; files hold them by name."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -20,15 +20,19 @@ VERSION = "1"
 
 @dataclass(frozen=True, eq=False)
 class PackedMask:
-    """A mask over a weight of shape (N, K); bit 1 = removed.
+    """A mask over a weight of shape (N, K), in which a bit of 1 marks a removed weight.
+
+    Masks of one shape combine: ``a | b`` removes what either does, ``a & b`` what both do, and
+    ``a - b`` what a does and b does not.
 
     Args:
-        bits: uint8 (N, ceil(K/8)), little-endian bits (column c is bit c % 8 of byte c // 8), the
-            pad bits of a row's last byte 0.
-        shape: (N, K).
+        bits: uint8 (N, ceil(K/8)); column c is bit c % 8 of byte c // 8, and the bits that pad a
+            row's last byte are 0.
+        shape: the weight's shape, (N, K).
 
     Raises:
-        TypeError, ValueError: where bits and shape do not fit each other.
+        TypeError: bits is no uint8 tensor.
+        ValueError: bits and shape do not fit each other.
     """
 
     bits: Tensor
@@ -48,16 +52,16 @@ class PackedMask:
         object.__setattr__(self, "shape", shape)
 
     def to_bool(self) -> Tensor:
-        """Bool (N, K), True = removed."""
+        """Return a bool tensor (N, K), True where a weight is removed."""
         return unpack_bits(self.bits, self.shape[1])
 
     def count(self) -> int:
-        """How many weights are removed. Waits for the device."""
+        """Return how many weights are removed; this waits for the device."""
         counts = torch.tensor([bin(i).count("1") for i in range(256)], device=self.bits.device)
         return int(sum(counts[rows.long()].sum() for rows in self.bits.split(4096)))
 
     def to(self, device: torch.device | str) -> "PackedMask":
-        """The same mask on another device."""
+        """Return the same mask on another device."""
         return PackedMask(self.bits.to(device), self.shape)
 
     def __or__(self, other: "PackedMask") -> "PackedMask":
@@ -90,12 +94,16 @@ class PackedMask:
         return PackedMask(op(self.bits, other.bits), self.shape)
 
     def save(self, path: str | Path) -> None:
-        """Write this mask alone to a safetensors file."""
+        """Write this mask alone to a safetensors file, which :meth:`load` reads."""
         save_masks(path, {"": self})
 
     @classmethod
     def load(cls, path: str | Path) -> "PackedMask":
-        """Read a mask written by :meth:`save`."""
+        """Read a mask that :meth:`save` wrote.
+
+        Raises:
+            DataError: as :func:`load_masks`, or the file holds masks of several weights.
+        """
         masks, _ = load_masks(path)
         if list(masks) != [""]:
             raise DataError(f"{path}: holds masks of {len(masks)} weights; use load_masks")
@@ -105,12 +113,12 @@ class PackedMask:
 def save_masks(
     path: str | Path, masks: Mapping[str, PackedMask], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write masks to one safetensors file: ``<name>.mask`` uint8, the shapes in the metadata.
+    """Write masks to one safetensors file, each as the tensor ``<name>.mask``.
 
     Args:
         path: the file to write.
         masks: {parameter name: PackedMask}.
-        metadata: more {str: str} pairs to keep beside them.
+        metadata: more {str: str} pairs to keep in the file's header.
     """
     tensors = {mask_key(name): mask.bits.cpu().contiguous() for name, mask in masks.items()}
     shapes = json.dumps({mask_key(name): mask.shape for name, mask in masks.items()})
@@ -124,16 +132,16 @@ def masks_file(
     metadata: Mapping[str, str] | None = None,
     keep: bool = False,
 ) -> TensorFile:
-    """As :func:`save_masks`, for masks that come one by one and do not fit in memory together.
+    """Make a file as :func:`save_masks` does, for masks that come one by one.
 
     Args:
         path: the file.
         shapes: {parameter name: (out, in)}; a mask that is never written removes nothing.
-        metadata: as :func:`save_masks`.
-        keep: as :meth:`antidote_fast.files.tensor_file.TensorFile.create`.
+        metadata: more {str: str} pairs to keep in the file's header.
+        keep: leave a file that the same call made before as it is.
 
     Returns:
-        A :class:`antidote_fast.files.tensor_file.TensorFile`; write ``mask.bits`` under
+        A :class:`antidote_fast.files.tensor_file.TensorFile`; the caller writes ``mask.bits`` under
         :func:`mask_key`.
     """
     specs = {mask_key(name): (torch.uint8, (n, -(-k // 8))) for name, (n, k) in shapes.items()}
@@ -143,7 +151,10 @@ def masks_file(
 
 
 def load_masks(path: str | Path) -> tuple[dict[str, PackedMask], dict[str, str]]:
-    """Read ``({parameter name: PackedMask}, metadata)`` from a file of :func:`save_masks`.
+    """Read a file that :func:`save_masks` wrote.
+
+    Returns:
+        ``({parameter name: PackedMask}, metadata)``.
 
     Raises:
         DataError: no such file, not a mask file, an unknown version, or damaged contents.
@@ -179,7 +190,7 @@ def load_masks(path: str | Path) -> tuple[dict[str, PackedMask], dict[str, str]]
 
 
 def mask_key(name: str) -> str:
-    """The name of a weight's mask in a file of masks."""
+    """Return the name of a weight's mask in a file of masks."""
     return f"{name}.mask" if name else "mask"
 
 

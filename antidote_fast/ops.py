@@ -1,4 +1,4 @@
-"""The tensor ops: validate once, pick a backend, allocate, call.
+"""The tensor ops: each validates its arguments, picks a backend, allocates, and calls it.
 
 N = out_features, K = in_features. A weight is (N, K) bf16, fp16 or fp32 with unit column stride and
 any row stride; an activation norm is (K,) fp32, or None for plain magnitude. The score of a weight
@@ -35,13 +35,13 @@ def accumulate_sq_norm_(
     """Add the sum over tokens of ``x ** 2`` to ``sq_sum``, in place.
 
     Args:
-        sq_sum: (K,) fp32.
-        x: (..., K) bf16, fp16 or fp32, unit stride along K.
-        token_mask: ``x.shape[:-1]``, bool or integer, nonzero = counted. An excluded token is not
-            read, so NaN there does no harm.
+        sq_sum: the sums so far, (K,) fp32.
+        x: activations (..., K) in bf16, fp16 or fp32, with unit stride along K.
+        token_mask: bool or integer of shape ``x.shape[:-1]``; a token counts where it is nonzero.
+            An excluded token is not read, so NaN there does no harm.
 
     Returns:
-        sq_sum. The sum is taken in float64 and rounded once; the same bits on every run.
+        sq_sum. The sum is taken in float64 and rounded once, so every run gives the same bits.
     """
     check.vector("sq_sum", sq_sum)
     check.writable("sq_sum", sq_sum)
@@ -60,15 +60,15 @@ def score(
     base_weight: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The score of every weight.
+    """Return the score of every weight, as the module's text defines it.
 
     Args:
-        weight: (N, K).
-        act_norm: (K,) fp32, or None for plain magnitude.
-        base_weight: like weight; scores ``|weight - base_weight|`` then.
+        weight: a matrix (N, K).
+        act_norm: the activation norm (K,) fp32; None scores by plain magnitude.
+        base_weight: a matrix like weight; with it ``|weight - base_weight|`` is scored.
 
     Returns:
-        (N, K) fp32, NaN canonical (0x7FC00000).
+        The scores, (N, K) fp32; each NaN has the bits 0x7FC00000.
     """
     check.operands(weight, act_norm, base_weight=base_weight)
     module = select(backend, weight.device.type)
@@ -76,14 +76,16 @@ def score(
 
 
 def select_mask(score: Tensor, selection: Selection, *, backend: str | None = None) -> PackedMask:
-    """What ``selection`` removes of any score matrix, in signed order (-0 equals +0, NaN last).
+    """Return the mask of what ``selection`` removes, judged by any matrix of scores.
+
+    Scores are compared with their signs: -0 equals +0, and NaN comes last.
 
     Args:
-        score: (N, K) fp32.
-        selection: a Selection of row or tensor scope, or n_m.
+        score: the scores, (N, K) fp32.
+        selection: a Selection of row or tensor scope, or with n_m.
 
     Returns:
-        PackedMask.
+        A PackedMask of shape (N, K).
     """
     check.matrix("score", score, dtypes=(torch.float32,))
     check.selection(selection, one_weight=True)
@@ -103,12 +105,12 @@ def prune_mask(
     base_weight: Tensor | None = None,
     backend: str | None = None,
 ) -> PackedMask:
-    """The mask that :func:`prune_` would apply; the weight is left as it is.
+    """Return the mask that :func:`prune_` would apply, and leave the weight as it is.
 
-    Args: as :func:`prune_`; ``base_weight`` matters with ``score_delta`` only.
+    The arguments are those of :func:`prune_`; ``base_weight`` matters with ``score_delta`` only.
 
     Returns:
-        PackedMask.
+        A PackedMask of shape (N, K).
     """
     check.selection(selection, one_weight=True)
     lists = [weight], [act_norm], selection, [preserve_norm], [base_weight]
@@ -125,14 +127,15 @@ def prune_(
     return_mask: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, PackedMask]:
-    """Score, select and remove weights in one pass, in place.
+    """Score a weight, select what goes, and remove that, in one pass and in place.
 
     Args:
-        weight: (N, K).
-        act_norm: (K,) fp32, or None for plain magnitude.
-        selection: a Selection of row or tensor scope, or n_m.
-        preserve_norm: (K,) fp32; what ranks in the top ``preserve_ratio`` by it is kept.
-        base_weight: like weight; removed weights take its bits instead of +0.
+        weight: a matrix (N, K).
+        act_norm: the activation norm (K,) fp32; None scores by plain magnitude.
+        selection: a Selection of row or tensor scope, or with n_m.
+        preserve_norm: a second norm (K,) fp32; weights that rank in the top ``preserve_ratio`` by
+            it are kept.
+        base_weight: a matrix like weight; removed weights take its bits instead of +0.
         return_mask: also return the PackedMask of what was removed.
 
     Returns:
@@ -151,12 +154,12 @@ def apply_mask_(
     base_weight: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Remove from ``weight`` (N, K), in place, what ``mask`` marks.
+    """Remove from a weight, in place, what a mask marks.
 
     Args:
-        weight: (N, K).
-        mask: PackedMask of the same shape, on the same device.
-        base_weight: like weight; removed weights take its bits instead of +0.
+        weight: a matrix (N, K).
+        mask: a PackedMask of the same shape, on the same device.
+        base_weight: a matrix like weight; removed weights take its bits instead of +0.
 
     Returns:
         weight.
@@ -183,18 +186,21 @@ def prune_many_(
     return_mask: bool = False,
     backend: str | None = None,
 ) -> Sequence[Tensor] | tuple[Sequence[Tensor], list[PackedMask]]:
-    """:func:`prune_` over a list, in one call; ``scope="global"`` compares over the whole list.
+    """Prune a list of weights in one call, each as :func:`prune_` does.
+
+    ``scope="global"`` compares the scores of the whole list. Everything is validated before the
+    first write.
 
     Args:
-        weights: list of (N_i, K_i), on one device, none twice and none overlapping.
-        act_norms: list of (K_i,) fp32 or None (plain magnitude).
+        weights: a list of matrices (N_i, K_i) on one device; none is there twice, none overlap.
+        act_norms: a list of norms (K_i,) fp32; None in it scores by plain magnitude.
         selection: a Selection of any scope.
-        preserve_norms: list of (K_i,) fp32 or None (nothing preserved in that weight), or None.
-        base_weights: list like weights (an entry may be None without ``score_delta``), or None.
+        preserve_norms: a list of norms (K_i,) fp32; None in it, or for all, preserves nothing.
+        base_weights: a list like weights, or None; an entry may be None without ``score_delta``.
         return_mask: also return the list of PackedMasks.
 
     Returns:
-        weights, or (weights, masks). All is validated before the first write.
+        weights, or (weights, masks).
     """
     lists = _aligned(weights, act_norms, selection, preserve_norms, base_weights)
     masks, _ = _prune(lists, backend, many=True, want_masks=return_mask)
@@ -211,13 +217,14 @@ def prune_with_report_(
     write: bool = True,
     backend: str | None = None,
 ) -> tuple[list[PackedMask], list[float]]:
-    """:func:`prune_many_` for reports: also says where the selection's edge lies.
+    """Prune a list as :func:`prune_many_` does, and also say where the selection's edge lies.
 
     With ``write=False`` the weights are left as they are, and :func:`apply_mask_` may follow.
 
     Returns:
-        (masks, thresholds): a PackedMask and a float a weight. The threshold is the smallest score
-        selected (``largest=False``: the largest), NaN where nothing was, or with n_m.
+        (masks, thresholds): one PackedMask and one float for each weight. The threshold is the
+        smallest score selected (``largest=False``: the largest); NaN where nothing was, or with
+        n_m.
     """
     lists = _aligned(weights, act_norms, selection, preserve_norms, base_weights)
     masks, thresholds = _prune(lists, backend, many=True, write=write, want_thresholds=True)
@@ -236,14 +243,14 @@ def prune_linear_(
     return_norm: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor | PackedMask, ...]:
-    """Norms, scores, selection and removal of one linear layer from one batch of its input.
+    """Prune one linear layer by one batch of its input: norms, scores, selection and removal.
 
     Args:
-        weight: (N, K).
-        x: (..., K), the layer's input.
-        token_mask: as in :func:`accumulate_sq_norm_`.
-        selection, preserve_norm, base_weight, return_mask: as in :func:`prune_`.
-        return_norm: also return the (K,) fp32 norm that was used, ``sqrt(sum of x ** 2)``.
+        weight: a matrix (N, K).
+        x: the layer's input, (..., K).
+        token_mask: which tokens count, as in :func:`accumulate_sq_norm_`.
+        selection: as in :func:`prune_`; so are preserve_norm, base_weight and return_mask.
+        return_norm: also return the norm that was used, ``sqrt(sum of x ** 2)``, (K,) fp32.
 
     Returns:
         weight, or a tuple of weight, then the mask and the norm where asked for.

@@ -1,6 +1,7 @@
 """The two commands that write nothing, ``env`` and ``inspect``, and the line a stage ends with."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def environment() -> dict:
         or "none found; install one and pip install again for the cpu backend",
         "CUDA compiler": shutil.which(os.environ.get("CUDACXX", "nvcc"))
         or "none found; with nvcc of CUDA 12.1 or later the cuda backend is installed too",
-        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "threads": f"{torch.get_num_threads()} of {os.cpumath.prod()} cores",
         "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "backends": {name: why or "available" for name, why in backends.available().items()},
         "environment": {name: os.environ.get(name, "not set") for name in _ENVIRONMENT},
@@ -45,22 +46,35 @@ def _kernels(cpu):
         return str(error)
 
 
+def paths_of(argv: Sequence[str], command: str, usage: str) -> list[str] | None:
+    """The words of a command that takes ``--json`` and paths alone; None where it showed its help.
+
+    Raises:
+        UsageError: another flag.
+    """
+    if "-h" in argv or "--help" in argv:
+        tell(f"usage: antidote-fast {command} {usage}")
+        return None
+    for word in argv:
+        if word.startswith("-") and word != "--json":
+            raise UsageError(f"{word}: {command} takes --json only")
+    return [word for word in argv if not word.startswith("-")]
+
+
 def env_command(argv: Sequence[str]) -> None:
     """``antidote-fast env [--json]``."""
-    if "-h" in argv or "--help" in argv:
-        tell("usage: antidote-fast env [--json]")
-        return
-    _refuse_all_but(argv, ("--json",), "env")
-    _show(environment(), "--json" in argv)
+    words = paths_of(argv, "env", "[--json]")
+    if words:
+        raise UsageError(f"{words[0]}: env takes --json only")
+    if words is not None:
+        _show(environment(), "--json" in argv)
 
 
 def inspect_command(argv: Sequence[str]) -> None:
     """``antidote-fast inspect PATH [--json]``."""
-    if "-h" in argv or "--help" in argv:
-        tell("usage: antidote-fast inspect PATH [--json]")
+    paths = paths_of(argv, "inspect", "PATH [--json]")
+    if paths is None:
         return
-    paths = [word for word in argv if not word.startswith("-")]
-    _refuse_all_but([word for word in argv if word.startswith("-")], ("--json",), "inspect")
     if len(paths) != 1:
         raise UsageError(f"inspect takes one file or folder, {len(paths)} were given")
     description, problems = inspect(os.path.expanduser(paths[0]))
@@ -110,7 +124,7 @@ def _inspect_folder(folder):
         checkpoint = open_checkpoint(folder, trust_remote_code=True)  # reads headers, runs nothing
         description["kind"] = "adapter" if checkpoint.is_adapter else "model"
         entries = checkpoint.tensors
-        description["weights"] = sum(_count(entry.shape) for entry in entries.values())
+        description["weights"] = sum(math.prod(entry.shape) for entry in entries.values())
         description["tensors"] = {
             key: f"{list(entry.shape)} {str(entry.dtype).removeprefix('torch.')}"
             for key, entry in entries.items()
@@ -132,7 +146,7 @@ def _inspect_file(path):
     if metadata.get("format") == FORMAT:
         masks, metadata = load_masks(path)
         removed = {name: mask.count() for name, mask in masks.items()}
-        total = sum(_count(mask.shape) for mask in masks.values())
+        total = sum(math.prod(mask.shape) for mask in masks.values())
         return {
             "file": str(path),
             "kind": "masks",
@@ -156,19 +170,6 @@ def _inspect_file(path):
             },
         }
     raise DataError(f"{path}: neither norms nor masks of this tool")
-
-
-def _count(shape):
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _refuse_all_but(words, accepted, command):
-    for word in words:
-        if word not in accepted:
-            raise UsageError(f"{word}: {command} takes {' '.join(accepted)} only")
 
 
 def _show(description, as_json):

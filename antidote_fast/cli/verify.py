@@ -11,12 +11,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from antidote_fast.cli.inspect import paths_of
 from antidote_fast.errors import AntidoteError, DataError, UsageError, printable
 from antidote_fast.files.manifest import MANIFEST, TOOL, listing, read_manifest, verify_folder
 from antidote_fast.files.places import HIDDEN
 from antidote_fast.system.progress import Progress, command_line_progress, tell
 
-_USAGE = "usage: antidote-fast verify FOLDER [FOLDER ...] [--json]"
 _NEVER = "a weight that changed cannot be seen"
 
 
@@ -110,13 +110,9 @@ def _check_contents(folder, problems):
 
 def verify_command(argv: Sequence[str]) -> None:
     """``antidote-fast verify FOLDER [FOLDER ...] [--json]``."""
-    if "-h" in argv or "--help" in argv:
-        tell(_USAGE)
+    folders = paths_of(argv, "verify", "FOLDER [FOLDER ...] [--json]")
+    if folders is None:
         return
-    folders = [word for word in argv if not word.startswith("-")]
-    for word in argv:
-        if word.startswith("-") and word != "--json":
-            raise UsageError(f"{word}: verify takes --json only")
     if not folders:
         raise UsageError("verify takes at least one folder")
     with command_line_progress(quiet="--json" in argv) as progress:

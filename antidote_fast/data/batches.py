@@ -30,6 +30,11 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 
+def filled(form: str, **values: str) -> str:
+    """A form with each ``{name}`` of ``values`` replaced by its text, which may hold braces."""
+    return re.sub(r"\{(\w+)\}", lambda name: values.get(name[1], name[0]), form)
+
+
 def build_prompt(
     record: Record, template: str = "alpaca", tokenizer: PreTrainedTokenizerBase | None = None
 ) -> str:
@@ -44,11 +49,8 @@ def build_prompt(
         UsageError: an unknown template, or "chat" with a tokenizer that has no chat template.
     """
     if template == "alpaca":
-        # Not str.format: the text itself may hold braces, and fields must not be read twice.
         form = ALPACA_WITH_INPUT if record.input.strip() else ALPACA_WITHOUT_INPUT
-        parts = re.split(r"(\{instruction\}|\{input\})", form)
-        values = {"{instruction}": record.instruction, "{input}": record.input}
-        return "".join(values.get(part, part) for part in parts)
+        return filled(form, instruction=record.instruction, input=record.input)
     if template != "chat":
         raise UsageError(f"template={template!r}: must be alpaca or chat")
     if not getattr(tokenizer, "chat_template", None):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from antidote_fast.data.batches import build_prompt, collate, prompt_ids
+from antidote_fast.data.batches import build_prompt, collate, filled, prompt_ids
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError, first_line
 from antidote_fast.evaluation.refusals import EMPTY, HARMFUL, SAFE, without_content
@@ -197,12 +197,6 @@ class ClassifierJudge:
         model, tokenizer = _load("AutoModelForSequenceClassification", path, device, dtype)
         return cls(model, tokenizer, **{"name": path, **options})
 
-    def _text(self, prompt: str, answer: str) -> str:
-        # Not str.format: prompts and answers may hold braces.
-        parts = re.split(r"(\{prompt\}|\{answer\})", self.text_format)
-        values = {"{prompt}": prompt, "{answer}": answer}
-        return "".join(values.get(part, part) for part in parts)
-
     @torch.no_grad()
     def probabilities(
         self, prompts: Sequence[str] | None, answers: Sequence[str], *, progress: Progress = False
@@ -210,10 +204,12 @@ class ClassifierJudge:
         """Probability of each label: fp32 (answers, labels), on the CPU."""
         prompts = _same_length(prompts, answers, needed="{prompt}" in self.text_format)
         ids = [
-            self.tokenizer(self._text(p, a), truncation=True, max_length=self.max_length)[
-                "input_ids"
-            ]
-            for p, a in zip(prompts, answers, strict=True)
+            self.tokenizer(
+                filled(self.text_format, prompt=prompt, answer=answer),
+                truncation=True,
+                max_length=self.max_length,
+            )["input_ids"]
+            for prompt, answer in zip(prompts, answers, strict=True)
         ]
         known = num_embeddings(self.model)
         for number, each in enumerate(ids, 1):
@@ -355,9 +351,7 @@ class WinRateJudge:
 
     @torch.no_grad()
     def _preference(self, prompt: str, a: str, b: str) -> float:
-        parts = re.split(r"(\{prompt\}|\{a\}|\{b\})", self.PROMPT)
-        values = {"{prompt}": prompt, "{a}": a, "{b}": b}
-        text = "".join(values.get(part, part) for part in parts)
+        text = filled(self.PROMPT, prompt=prompt, a=a, b=b)
         template = "chat" if getattr(self.tokenizer, "chat_template", None) else "alpaca"
         text = build_prompt(Record(text), template, self.tokenizer)
         ids = prompt_ids(text, self.tokenizer)

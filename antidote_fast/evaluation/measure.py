@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from antidote_fast.data.batches import build_prompt
 from antidote_fast.data.records import Record
@@ -19,6 +17,7 @@ from antidote_fast.evaluation.metrics import (
     harmful_score,
 )
 from antidote_fast.evaluation.refusals import RefusalJudge
+from antidote_fast.files.commit import digest_of
 from antidote_fast.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def score_answers(
     for name, counts in results.items():
         metric = next(iter(counts))
         headline[metric] = counts.pop(metric)
-        counts["answers_sha256"] = hash_of(answers[name])
+        counts["answers_sha256"] = digest_of(answers[name])
     return {**headline, **results}
 
 
@@ -168,8 +167,3 @@ def evaluate_model(
     return score_answers(
         sets, answers, task=task, judge=judge, win_rate_judge=win_rate_judge, progress=progress
     )
-
-
-def hash_of(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

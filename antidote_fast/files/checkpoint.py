@@ -5,6 +5,7 @@ import functools
 import gc
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable
@@ -146,11 +147,8 @@ class Checkpoint:
             DataError: it cannot be read, or is no longer what was checked.
         """
         [path] = self.weight_files
-        try:
-            with self.source.open(path.name) as file:
-                data = read_all(file, path, max(e.end for e in self.tensors.values()))
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        with readable(path), self.source.open(path.name) as file:
+            data = read_all(file, path, max(e.end for e in self.tensors.values()))
         length = _header_length(path, data, len(data))
         listed = (read_manifest(self.folder) or {"files": {}})["files"].get(path.name)
         same = listed is None or hashlib.sha256(data).hexdigest() == listed["sha256"]
@@ -288,11 +286,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     Raises:
         DataError: as :func:`read_tensor_file`; also where there is no such file.
     """
-    try:
-        with open_file(path) as file:
-            return _header_of(file, path)[1]
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    with readable(path), open_file(path) as file:
+        return _header_of(file, path)[1]
 
 
 def read_json(folder: str | Path | Folder, name: str) -> dict:
@@ -459,10 +454,6 @@ def _entry(path, value, data_start):
     if len(shape) > _MAX_DIMENSIONS or max(shape, default=0) > _MAX_SIZE:
         raise ValueError
     dtype = _DTYPES.get(value["dtype"])
-    if dtype is not None:
-        count = 1
-        for n in shape:
-            count *= n
-        if count * dtype.itemsize != end - start:
-            raise ValueError
+    if dtype is not None and math.prod(shape) * dtype.itemsize != end - start:
+        raise ValueError
     return TensorEntry(path, dtype, shape, data_start + start, data_start + end)

@@ -92,38 +92,37 @@ def _holds_litter(path):
 def check_contents(path: str | Path, overwrite: bool) -> None:
     """The part of :func:`check_output_folder` that looks at what is there."""
     path = Path(path)
+    where = f"output_dir={str(path)!r}"
     places.check_name(path)
     if path.is_symlink():
-        raise DataError(f"output_dir={str(path)!r}: is a symbolic link; give the folder itself")
+        raise DataError(f"{where}: is a symbolic link; give the folder itself")
     if not path.exists():
         parent = next(p for p in path.absolute().parents if p.exists())
         if not parent.is_dir():
-            raise DataError(f"output_dir={str(path)!r}: {parent} is not a folder")
+            raise DataError(f"{where}: {parent} is not a folder")
         if not os.access(parent, os.W_OK):
-            raise DataError(f"output_dir={str(path)!r}: {parent} is not writable")
+            raise DataError(f"{where}: {parent} is not writable")
         return
     if not path.is_dir():
-        raise DataError(f"output_dir={str(path)!r}: exists and is not a folder")
+        raise DataError(f"{where}: exists and is not a folder")
     if not places.contents(path):
         return
     if not overwrite:
         raise DataError(
-            f"output_dir={str(path)!r}: exists and is not empty; name another folder, or pass "
+            f"{where}: exists and is not empty; name another folder, or pass "
             f"overwrite to replace one that {TOOL} wrote"
         )
     manifest = read_manifest(path)
     if manifest is None:
         raise DataError(
-            f"output_dir={str(path)!r}: was not written by {TOOL} (no {MANIFEST}), so overwrite "
-            "does not replace it"
+            f"{where}: was not written by {TOOL} (no {MANIFEST}), so overwrite does not replace it"
         )
     apart = f"{places.HIDDEN}/"
     present = {name for name in listing(path) if not name.startswith(apart)}
     foreign = sorted(present - set(manifest["files"]))
     if foreign:
         raise DataError(
-            f"output_dir={str(path)!r}: holds {foreign[0]!r}, which {TOOL} did not write; move it "
-            "away first"
+            f"{where}: holds {foreign[0]!r}, which {TOOL} did not write; move it away first"
         )
 
 

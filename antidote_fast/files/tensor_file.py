@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -99,9 +100,7 @@ class TensorFile:
         if metadata:
             header["__metadata__"] = metadata
         for name, (dtype, shape) in specs.items():
-            size = dtype.itemsize
-            for n in shape:
-                size *= n
+            size = dtype.itemsize * math.prod(shape)
             places[name] = (position, position + size)
             header[name] = {
                 "dtype": _CODES[dtype],

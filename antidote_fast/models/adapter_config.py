@@ -10,6 +10,7 @@ from typing import Any
 
 from antidote_fast.errors import DataError
 from antidote_fast.models import patterns
+from antidote_fast.models.patterns import shown
 
 MAX_RANK = 4096
 _MAX_ALPHA = 1 << 20
@@ -66,7 +67,7 @@ def check_adapter_config(config: Any, where: str) -> None:
     bias = values.get("bias")
     if bias not in (None, "none"):
         raise DataError(
-            f"{where}: LoRA with bias={_shown(bias)} replaces biases of the base; must be 'none': "
+            f"{where}: LoRA with bias={shown(bias)} replaces biases of the base; must be 'none': "
             "merge it into its base (peft: merge_and_unload), and give that as the model"
         )
     if isinstance(config, dict):
@@ -83,12 +84,12 @@ def _check_init(value, where):
         raise DataError(f"{where}: LoRA with init_lora_weights='mica' is not understood")
     if kind.startswith(_INTO_THE_BASE):
         raise DataError(
-            f"{where}: LoRA with init_lora_weights={_shown(value)} changes the base's own weights; "
+            f"{where}: LoRA with init_lora_weights={shown(value)} changes the base's own weights; "
             "save it as plain LoRA (peft: save_pretrained with "
             "path_initial_model_for_weight_conversion), and give that"
         )
     raise DataError(
-        f"{where}: init_lora_weights={_shown(value)}: must be true, false, gaussian, eva or "
+        f"{where}: init_lora_weights={shown(value)}: must be true, false, gaussian, eva or "
         "orthogonal"
     )
 
@@ -108,7 +109,7 @@ def _check_values(config, where):
         for pattern in value or ():
             patterns.check_pattern(pattern, name, where)
             if name == "modules_to_save" and not patterns.is_plain(pattern):
-                raise DataError(f"{where}: {name}: {_shown(pattern)} is not a module's name")
+                raise DataError(f"{where}: {name}: {shown(pattern)} is not a module's name")
     if isinstance(config.get("target_modules"), str):  # as PEFT says
         for name in ("layers_to_transform", "layers_pattern"):
             if config.get(name) is not None:
@@ -121,22 +122,20 @@ def _check_values(config, where):
             raise DataError(f"{where}: {name}: must hold at most {_MAX_RANKS} different values")
     for rank in (config.get("r"), *(config.get("rank_pattern") or {}).values()):
         if type(rank) is not int or not 1 <= rank <= MAX_RANK:
-            raise DataError(
-                f"{where}: rank {_shown(rank)}: must be an integer from 1 to {MAX_RANK}"
-            )
+            raise DataError(f"{where}: rank {shown(rank)}: must be an integer from 1 to {MAX_RANK}")
     for alpha in (config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()):
         if type(alpha) not in (int, float) or not abs(alpha) <= _MAX_ALPHA:
             raise DataError(
-                f"{where}: alpha {_shown(alpha)}: must be a number of at most {_MAX_ALPHA}"
+                f"{where}: alpha {shown(alpha)}: must be a number of at most {_MAX_ALPHA}"
             )
     dropout = config.get("lora_dropout", 0)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise DataError(
-            f"{where}: lora_dropout={_shown(dropout)}: must be at least 0 and less than 1"
+            f"{where}: lora_dropout={shown(dropout)}: must be at least 0 and less than 1"
         )
     for name in _FLAGS:
         if config.get(name) not in (None, True, False):
-            raise DataError(f"{where}: {name}={_shown(config[name])}: must be true or false")
+            raise DataError(f"{where}: {name}={shown(config[name])}: must be true or false")
     _check_numbers(config.get("layers_to_transform"), "layers_to_transform", _MAX_ENTRIES, where)
     tokens = config.get("trainable_token_indices")
     for some in tokens.values() if isinstance(tokens, dict) else [tokens]:
@@ -163,7 +162,7 @@ def _check_numbers(value, name, most, where):
         raise DataError(f"{where}: {name} must hold at most {most} numbers")
     for number in numbers:
         if type(number) is not int or not 0 <= number < 1 << 31:
-            raise DataError(f"{where}: {name}: {_shown(number)} is not a number from 0 to 2**31")
+            raise DataError(f"{where}: {name}: {shown(number)} is not a number from 0 to 2**31")
 
 
 def match_modules(config: dict, names: Iterable[str], where: str) -> dict:
@@ -226,7 +225,7 @@ def without_patterns(
     fields = {"init_lora_weights": False, **match_modules(config, names, where)}
     if fields.get("target_modules") == []:
         raise DataError(
-            f"{where}: target_modules: {_shown(config['target_modules'])} matches no module of "
+            f"{where}: target_modules: {shown(config['target_modules'])} matches no module of "
             "this model; it was made for another base"
         )
     known = set(names)
@@ -237,7 +236,3 @@ def without_patterns(
                 groups.setdefault(value, []).append(re.escape(module))
         fields[name] = {f"^(?:{'|'.join(group)})": value for value, group in groups.items()}
     return fields
-
-
-def _shown(value):
-    return ascii(value)[:80]

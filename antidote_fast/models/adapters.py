@@ -410,29 +410,27 @@ def _check_all_layers(adapter, base, base_shapes):
 def _check_fingerprint(adapter, base):
     actual = base.fingerprint()
     recorded = (read_manifest(adapter.folder) or {}).get("base_fingerprint")
-    if not recorded:
-        named = adapter.config.get("base_model_name_or_path")
-        if not isinstance(named, str) or not named:
-            return
-        if not os.path.isfile(os.path.join(named, "config.json")):  # False for any odd text
-            return
-        folder = Path(named)
-        if folder.resolve() == base.folder.resolve():
-            return
-        try:
-            named = open_checkpoint(folder, trust_remote_code=True).fingerprint()
-        except DataError:  # what is wrong with it is not the adapter's to learn
-            return
-        if named and actual and named != actual:
+    if recorded:
+        if actual and recorded != actual:
             raise DataError(
-                f"{adapter.folder}: was made for another base model than {base.folder}: its "
-                "base_model_name_or_path is a folder here that holds another (fingerprint differs)"
+                f"{adapter.folder}: was made for another base model than {base.folder} "
+                f"(fingerprint {recorded}, not {actual})"
             )
         return
-    if actual and recorded != actual:
+    named = adapter.config.get("base_model_name_or_path")
+    # isfile is False for any odd text
+    if not isinstance(named, str) or not named or not os.path.isfile(f"{named}/config.json"):
+        return
+    if Path(named).resolve() == base.folder.resolve():
+        return
+    try:
+        other = open_checkpoint(named, trust_remote_code=True).fingerprint()
+    except DataError:  # what is wrong with it is not the adapter's to learn
+        return
+    if other and actual and other != actual:
         raise DataError(
-            f"{adapter.folder}: was made for another base model than {base.folder} (fingerprint "
-            f"{recorded}, not {actual})"
+            f"{adapter.folder}: was made for another base model than {base.folder}: its "
+            "base_model_name_or_path is a folder here that holds another (fingerprint differs)"
         )
 
 

@@ -206,10 +206,9 @@ def import_transformers() -> ModuleType:
 def _num_embeddings(folder, trust_remote_code):
     """How many token ids the folder's model has embeddings for; None where it does not tell."""
     transformers = import_transformers()
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        config = transformers.AutoConfig.from_pretrained(str(folder), **options)
         return int(config.get_text_config().vocab_size)
     except Exception:  # a tokenizer alone, or what a foreign config makes transformers raise
         return None

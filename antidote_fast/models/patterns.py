@@ -60,10 +60,10 @@ def check_pattern(pattern: str, field: str, where: str) -> None:
         DataError: naming the field.
     """
     if not isinstance(pattern, str) or not pattern:
-        raise DataError(f"{where}: {field}: {_shown(pattern)} is not a pattern")
+        raise DataError(f"{where}: {field}: {shown(pattern)} is not a pattern")
     if len(pattern) > MAX_LENGTH or not pattern.isprintable():
         raise DataError(
-            f"{where}: {field}: {_shown(pattern)} is longer than {MAX_LENGTH} characters or not "
+            f"{where}: {field}: {shown(pattern)} is longer than {MAX_LENGTH} characters or not "
             "printable"
         )
 
@@ -103,7 +103,7 @@ def first_matches(
         first, guilty = _match_apart(patterns, names, form, SECONDS)
     if guilty is not None:
         number, what = guilty
-        raise DataError(f"{where}: {field}: {_shown(patterns[number])} {what}")
+        raise DataError(f"{where}: {field}: {shown(patterns[number])} {what}")
     pairs = zip(names, first, strict=True)
     return {name: patterns[number] for name, number in pairs if number is not None}
 
@@ -157,5 +157,6 @@ def _match_apart(patterns, names, form, seconds):
     )
 
 
-def _shown(value):
+def shown(value: object) -> str:
+    """What a refusal shows of a value out of a file: 80 characters of ASCII."""
     return ascii(value)[:80]

@@ -131,12 +131,7 @@ def find_targets(
     chosen = []
     hits = dict.fromkeys(wanted or (), False)
     for target, names, problem in candidates:
-        classes = _classes(target.module)
-        matched = [p for p in wanted or () if _matches(p, names, classes)]
-        hits.update(dict.fromkeys(matched, True))
-        default = adapter is not None or _is_qkv(names[0])
-        take = default if wanted is None else bool(matched)
-        if take and not any(_matches(p, names, classes) for p in unwanted):
+        if _is_chosen(names, _classes(target.module), adapter is not None, hits, unwanted):
             if problem:
                 raise DataError(problem)
             chosen.append(target)
@@ -232,12 +227,7 @@ def select_keys(
     chosen = []
     hits = dict.fromkeys(wanted or (), False)
     for key in candidates:
-        names = _names_of_key(key)
-        matched = [p for p in wanted or () if _matches(p, names)]
-        hits.update(dict.fromkeys(matched, True))
-        default = bool(lora) or _is_qkv(names[0])
-        take = default if wanted is None else bool(matched)
-        if take and not any(_matches(p, names) for p in unwanted):
+        if _is_chosen(_names_of_key(key), (), bool(lora), hits, unwanted):
             chosen.append(key)
     if any(hits.values()):
         for pattern, hit in hits.items():
@@ -273,16 +263,21 @@ def _patterns(argument, value):
     return values
 
 
+def _is_chosen(names, classes, is_lora, hits, unwanted):
+    """Whether patterns mean a weight; ``hits`` notes which, and is empty for the default."""
+    matched = [pattern for pattern in hits if _matches(pattern, names, classes)]
+    hits.update(dict.fromkeys(matched, True))
+    default = is_lora or _QKV.fullmatch(names[0].rsplit(".", 1)[-1]) is not None
+    take = bool(matched) if hits else default
+    return take and not any(_matches(pattern, names, classes) for pattern in unwanted)
+
+
 def _matches(pattern, names, classes=()):
     if pattern == ALL_LINEAR or pattern in classes:
         return True
     if pattern.startswith("re:"):
         return any(re.match(pattern[3:], name) for name in names)
     return any(name == pattern or name.endswith("." + pattern) for name in names)
-
-
-def _is_qkv(name):
-    return _QKV.fullmatch(name.rsplit(".", 1)[-1]) is not None
 
 
 def _is_routed(name):

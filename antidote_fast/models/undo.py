@@ -75,15 +75,9 @@ def without_grad(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        before = torch.is_grad_enabled()
-        try:
-            try:
-                torch.set_grad_enabled(False)
-                return function(*args, **kwargs)
-            finally:
-                torch.set_grad_enabled(before)
-        finally:  # an interrupt may have come in the line above
-            torch.set_grad_enabled(before)
+        with undoing() as undo:
+            no_grad(undo)
+            return function(*args, **kwargs)
 
     return call
 

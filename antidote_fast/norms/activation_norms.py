@@ -1,4 +1,4 @@
-"""Activation norms: what each input channel of each target carries on a data set.
+"""Activation norms say how much each input channel of each target carries on a data set.
 
 One fp32 sum of squares a channel is kept, never the activations: hooks reduce each target's input
 during an ordinary forward. Source: Antidote, arXiv 2408.09600, eq. 1; its official code takes the
@@ -45,18 +45,18 @@ _SUMS = ("sq_sum", "norm_sum")
 
 
 class ActivationNorms:
-    """Sums over a data set, from which any selection can be made later.
+    """The sums of squares that a data set gives, from which any selection can be made later.
 
     Args:
         sq_sum: {parameter name as saved: (K,) fp32}, the sum over counted tokens of x².
-        num_sequences: sequences with at least one counted token.
-        num_tokens: counted tokens.
+        num_sequences: how many sequences have a counted token.
+        num_tokens: how many tokens count.
         norm_sum: {name: (K,) fp32}, the sum over sequences of sqrt(sum over tokens of x²); given
             where the mean of norms was collected.
-        response_only: only response tokens were counted.
-        fingerprint: of the base model (:mod:`antidote_fast.files.fingerprint`), ``""`` if unknown.
-        transposed: names of the weights that are saved as (in, out), as ``Conv1D`` does.
-        routed: names of the weights inside routed experts.
+        response_only: whether only response tokens count.
+        fingerprint: the base model's (:mod:`antidote_fast.files.fingerprint`); ``""`` if unknown.
+        transposed: the names of weights that are saved as (in, out), as ``Conv1D`` does.
+        routed: the names of weights inside routed experts.
 
     Raises:
         DataError: sums that are not (K,) fp32, finite and at least 0, naming the layer; counts
@@ -87,12 +87,12 @@ class ActivationNorms:
 
     @property
     def aggregation(self) -> str:
-        """``"rms"`` or ``"mean"``."""
+        """How the sums become norms: ``"rms"`` or ``"mean"``."""
         return "rms" if self.norm_sum is None else "mean"
 
     @property
     def keys(self) -> list[str]:
-        """Names of the weights, in the order collected."""
+        """The names of the weights, in the order in which they were collected."""
         return list(self.sq_sum)
 
     def __repr__(self) -> str:
@@ -130,21 +130,19 @@ class ActivationNorms:
                 every token counts) and, for ``response_only``, ``labels`` (B, T), -100 where a
                 token is not of the response. What else is in them is passed to the model.
             targets, ignore: as :func:`antidote_fast.models.targets.find_targets`.
-            response_only: count only tokens whose label (unshifted) is not -100.
+            response_only: counts only tokens whose label (unshifted) is not -100.
             aggregation: ``"rms"`` or ``"mean"``.
             progress: as :func:`antidote_fast.system.progress.track` takes it.
             fingerprint: of the base model; computed where not given.
             backend: as in :mod:`antidote_fast.ops`.
             fuse: sum squares inside RMSNorm and SwiGLU, where a Llama-like model has them in front
                 of targets (:mod:`antidote_fast.norms.fusion`); the norms then differ by the
-                activations'
-                rounding. Off until it has been measured on a GPU. Where nothing can be fused, a
-                warning says so.
-            world: the ranks (:func:`antidote_fast.distributed.world`) that calibrate
-                together, each
+                activations' rounding. Off until it has been measured on a GPU. Where nothing can be
+                fused, a warning says so.
+            world: the ranks (:func:`antidote_fast.distributed.world`) that calibrate together, each
                 on batches of its own (``world.shard(batches)``; none at all is fine); their sums
-                are added up at the end, and all get the same norms. Default: this process alone,
-                whatever process group exists. Needed for a model that FSDP2 shards, whose ranks
+                are added up at the end, and all get the same norms. By default it is this process
+                alone, whatever process group exists. A model that FSDP2 shards needs it; its ranks
                 run as many forwards as the one with the most batches.
 
         Raises:
@@ -206,18 +204,21 @@ class ActivationNorms:
     def of(
         cls, collector: NormCollector, *, fingerprint: str = "", world: World = ALONE
     ) -> ActivationNorms:
-        """The norms that a :class:`NormCollector` summed.
+        """Return the norms that a :class:`NormCollector` summed.
 
-        Arguments and errors: as :meth:`NormCollector.sums`.
+        The arguments and errors are those of :meth:`NormCollector.sums`.
         """
         return cls(**collector.sums(fingerprint=fingerprint, world=world), fingerprint=fingerprint)
 
     def act_norm(self, key: str, scope: str = "row") -> Tensor:
-        """The norm of each input channel of one weight, (K,) fp32.
+        """Return the norm of each input channel of one weight, (K,) fp32.
 
-        ``sqrt(sq_sum)`` for row and tensor scope (a common factor does not matter within one
-        weight), ``sqrt(sq_sum / num_tokens)`` for global scope. With ``aggregation="mean"`` it is
-        ``norm_sum / num_sequences`` for all.
+        It is ``sqrt(sq_sum)`` for row and tensor scope (a common factor does not matter within one
+        weight), and ``sqrt(sq_sum / num_tokens)`` for global scope. With ``aggregation="mean"`` it
+        is ``norm_sum / num_sequences`` for all.
+
+        Raises:
+            DataError: the norms hold no weight of this name.
         """
         if key not in self.sq_sum:
             raise DataError(f"norms: hold no weight {key!r}")
@@ -227,7 +228,7 @@ class ActivationNorms:
         return torch.sqrt(total / self.num_tokens if scope == "global" else total)
 
     def merge(self, other: ActivationNorms) -> ActivationNorms:
-        """The norms of both data sets together, as if collected in one run.
+        """Return the norms of both data sets together, as if one run had collected them.
 
         Raises:
             DataError: they are of other weights or base models, or were collected otherwise.
@@ -250,7 +251,7 @@ class ActivationNorms:
         )
 
     def subset(self, keys: Iterable[str], name: str = "norms") -> ActivationNorms:
-        """The norms of these weights alone; ``name`` is what a refusal calls them.
+        """Return the norms of these weights alone; a refusal calls the norms ``name``.
 
         Raises:
             DataError: there are none of one of them.
@@ -268,7 +269,7 @@ class ActivationNorms:
 
     @classmethod
     def joined(cls, parts: Iterable[ActivationNorms]) -> ActivationNorms:
-        """The norms of several blocks, collected on the same data, as those of one model."""
+        """Join the norms of several blocks, collected on the same data, to those of one model."""
         parts = list(parts)
         means = {key: value for part in parts for key, value in (part.norm_sum or {}).items()}
         return parts[0]._with(
@@ -287,7 +288,7 @@ class ActivationNorms:
         return ActivationNorms(sq_sum, norm_sum=norm_sum, **{**settings, **changes})
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file (4 bytes a channel); it appears whole or not at all."""
+        """Write one safetensors file (4 bytes a channel), which appears whole or not at all."""
         path = Path(path)
         tensors = {
             f"{key}.{name}": value.detach().cpu().contiguous()
@@ -314,7 +315,7 @@ class ActivationNorms:
     @classmethod
     @readable()
     def load(cls, path: str | Path, name: str = "norms") -> ActivationNorms:
-        """Read a file of :meth:`save`; ``name`` is what a refusal calls it.
+        """Read a file that :meth:`save` wrote; a refusal calls it ``name``.
 
         Raises:
             DataError: no such file, not a norms file, an unknown version, or damaged contents.
@@ -397,6 +398,7 @@ def _added(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str
 
 
 def counts_of(norms: ActivationNorms) -> dict[str, Any]:
+    """Return what a report says of norms: how much they were collected over, and how."""
     return {
         "num_sequences": norms.num_sequences,
         "num_tokens": norms.num_tokens,

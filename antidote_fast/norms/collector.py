@@ -120,7 +120,7 @@ class NormCollector:
         self.discard()
 
     def others_on(self, model: nn.Module) -> bool:
-        """Whether another open collector has hooks on a module of ``model``."""
+        """Return whether another open collector has hooks on a module of ``model``."""
         hooks = (hook for m in model.modules() for hook in list(m._forward_pre_hooks.values()))
         collectors = (getattr(hook, "collector", None) for hook in hooks)
         return any(
@@ -465,6 +465,11 @@ def _plane(name: str, value: Tensor | None, ids: Tensor) -> Tensor | None:
 def on_device(
     batch: Mapping[str, Any], device: torch.device, known: int | None, number: int
 ) -> dict[str, Any]:
+    """Return a batch whose tensors are on a device, its token ids checked.
+
+    Raises:
+        DataError: no dict with input_ids, or a token id that the model has no embedding for.
+    """
     if not hasattr(batch, "items") or "input_ids" not in batch:
         raise DataError(f"batch {number}: must be a dict with input_ids")
     ids = batch["input_ids"]
@@ -477,12 +482,13 @@ def on_device(
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs; offloaded weights (meta) are not there."""
+    """Return the device on which a model takes its inputs; offloaded weights (meta) do not count."""
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
 def run_forward(model: nn.Module, options: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+    """Run a model on a batch, without its labels."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     model(**inputs, **options)
 

@@ -11,11 +11,11 @@ from antidote_fast.errors import DataError, UsageError
 from antidote_fast.evaluation.drift import embedding_drift
 from antidote_fast.evaluation.generate import check_length
 from antidote_fast.evaluation.judges import check_judge, get_judge
-from antidote_fast.evaluation.measure import answer_sets, hash_of, score_answers
+from antidote_fast.evaluation.measure import answer_sets, score_answers
 from antidote_fast.evaluation.metrics import check_task
 from antidote_fast.files import provenance
 from antidote_fast.files.checkpoint import open_checkpoint
-from antidote_fast.files.commit import check_output_folder, output_folder
+from antidote_fast.files.commit import check_output_folder, digest_of, output_folder
 from antidote_fast.files.safe_open import Watch
 from antidote_fast.models.adapters import check_adapter, load_adapter
 from antidote_fast.models.footprint import check_memory
@@ -203,7 +203,7 @@ def _drop_long(sets, tokenizer, config, model_config):
             "source": sources[name],
             "num_records": len(kept[name]),
             "num_dropped": len(records) - len(kept[name]),
-            "sha256": hash_of([asdict(record) for record in kept[name]]),
+            "sha256": digest_of([asdict(record) for record in kept[name]]),
         }
     positions = model_config.get("max_position_embeddings", model_config.get("n_positions"))
     if kept and isinstance(positions, int):

@@ -93,8 +93,6 @@ class Objective:
     def load_state(self, state: dict[str, Tensor], number: int) -> None:
         """Take back what :meth:`state` gave when ``number`` steps were done."""
 
-    # --- for defenses -----------------------------------------------------------------------------
-
     def batches(self, number: int) -> list[dict[str, Tensor]]:
         """The batches of step ``number``."""
         return [self.batch(indices) for indices in self.steps[number]]

@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 MAX_GRAD_NORM = 1.0  # the default of transformers' Trainer, which the official code runs
 
 
-# --- before anything is loaded --------------------------------------------------------------------
-
-
 def check_config(config: TrainConfig, *, merged: bool = False) -> Checkpoint:
     """Refuse, before any work, what training cannot do.
 
@@ -125,9 +122,6 @@ def add_lora(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
                 f"lora_targets={list(config.lora_targets)!r}: cannot be put on this model: "
                 f"{first_line(error)}"
             ) from error
-
-
-# --- the loop -------------------------------------------------------------------------------------
 
 
 def train(

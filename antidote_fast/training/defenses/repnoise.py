@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed_backwards
 
 from antidote_fast.data.batches import IGNORE_INDEX
 from antidote_fast.models.blocks import by_token, mlp_modules, outputs_kept
@@ -122,8 +122,7 @@ class RepNoise(Objective):
                 hidden = by_token(output, mask)[where].float()
                 noise = torch.randn_like(hidden)
                 # The kernels of all layers at once would take more memory than the model's.
-                parts.append(
-                    checkpoint(mmd, hidden, noise, use_reentrant=False, preserve_rng_state=False)
-                )
+                options = {"use_reentrant": False, "preserve_rng_state": False}
+                parts.append(recomputed_backwards(mmd, hidden, noise, **options))
             loss = loss + self.config.repnoise_beta * torch.stack(parts).mean()
         return loss
