@@ -32,7 +32,7 @@ def environment() -> dict:
         or "none found; install one and pip install again for the cpu backend",
         "CUDA compiler": shutil.which(os.environ.get("CUDACXX", "nvcc"))
         or "none found; with nvcc of CUDA 12.1 or later the cuda backend is installed too",
-        "threads": f"{torch.get_num_threads()} of {os.cpumath.prod()} cores",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "backends": {name: why or "available" for name, why in backends.available().items()},
         "environment": {name: os.environ.get(name, "not set") for name in _ENVIRONMENT},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -224,7 +224,7 @@ def batches_of(
     config: Any,
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
-    model_config: Mapping[str, Any],
+    model_config: dict[str, Any],
 ) -> Examples:
     """Batches for a forward of a model of this config.
 

@@ -10,12 +10,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from antidote_fast.errors import DataError
-
-if TYPE_CHECKING:
-    from antidote_fast.files.checkpoint import Checkpoint, TensorEntry
+from antidote_fast.files.tensor_file import TensorEntry
 
 _COUNT = re.compile(r"(?:\w*_)?(?:layers?|blocks?|experts|heads?|labels|classes|stages|depths?)")
 _HARMLESS = 1024  # layers, heads or labels; max_window_layers may be more than there are layers
@@ -62,7 +60,7 @@ def check_counts(
 
 
 @contextlib.contextmanager
-def bounded(checkpoint: Checkpoint) -> Iterator[None]:
+def bounded(checkpoint: Any) -> Iterator[None]:
     """Inside the block this thread makes no model on meta that is far larger than a checkpoint.
 
     Raises:

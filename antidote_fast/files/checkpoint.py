@@ -27,7 +27,7 @@ from antidote_fast.files.safe_open import (
     open_file,
     read_all,
 )
-from antidote_fast.files.tensor_file import bytes_of, read_into, read_tensor
+from antidote_fast.files.tensor_file import TensorEntry, bytes_of, read_into, read_tensor
 from antidote_fast.system.progress import Progress, track
 
 MODEL_FILE = "model.safetensors"
@@ -57,17 +57,6 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: its file, dtype, shape, and bytes [start, end) within the file."""
-
-    file: Path
-    dtype: torch.dtype | None  # None: one that this torch does not have
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)

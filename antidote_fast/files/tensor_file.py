@@ -7,8 +7,9 @@ import math
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,6 @@ from torch import Tensor
 from antidote_fast.errors import DataError, Unreadable
 from antidote_fast.files.places import sync
 from antidote_fast.files.safe_open import open_file
-
-if TYPE_CHECKING:
-    from antidote_fast.files.checkpoint import TensorEntry
 
 _CODES = {
     torch.float32: "F32",
@@ -29,13 +27,24 @@ _CODES = {
 _PIECE = 16 << 20
 
 
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: its file, dtype, shape, and bytes [start, end) within the file."""
+
+    file: Path
+    dtype: torch.dtype | None  # None: one that this torch does not have
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
 def read_tensor(entry: TensorEntry) -> Tensor:
     """One tensor of a checkpoint, in memory of its own.
 
     Not by a memory map: its pages would count as resident until the whole file is closed.
 
     Args:
-        entry: a :class:`antidote_fast.files.checkpoint.TensorEntry`.
+        entry: which one.
 
     Raises:
         DataError: the file is not there or a link, cannot be read, or ends before the tensor does.
@@ -96,7 +105,8 @@ class TensorFile:
 
         With ``keep`` an existing file, made by the same call before, is left as it is.
         """
-        header, places, position = {}, {}, 0
+        header: dict[str, Any] = {}
+        places, position = {}, 0
         if metadata:
             header["__metadata__"] = metadata
         for name, (dtype, shape) in specs.items():

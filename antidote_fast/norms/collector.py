@@ -482,7 +482,7 @@ def on_device(
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Return the device on which a model takes its inputs; offloaded weights (meta) do not count."""
+    """Return the device where a model takes its inputs; offloaded weights (meta) do not count."""
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 

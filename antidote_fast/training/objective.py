@@ -63,7 +63,7 @@ class Objective:
         self.device = next(model.parameters()).device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.steps = plan_steps(examples, config)
-        self._choose = None
+        self._choose: Any = None
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from antidote_fast.config.train import TrainConfig
+from antidote_fast.config.train import AlignConfig, FinetuneConfig
 from antidote_fast.data.batches import encode
 from antidote_fast.data.load import load_records
 from antidote_fast.data.records import Record
@@ -24,11 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-__all__ = ["LDIFS", "Lisa", "RepNoise", "Vaccine", "align_objective", "finetune_objective"]
-
-
 def align_objective(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+    config: AlignConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Callable, list[Record]]:
     """What :func:`antidote_fast.training.sft.train` takes for an :class:`AlignConfig`'s defense.
 
@@ -50,7 +47,7 @@ def align_objective(
 
 
 def finetune_objective(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Callable, list[Record]]:
     """The same for a :class:`FinetuneConfig`'s defense: (maker, safe records that it trains on)."""
     if config.defense == "lisa":

@@ -122,7 +122,7 @@ class RepNoise(Objective):
                 hidden = by_token(output, mask)[where].float()
                 noise = torch.randn_like(hidden)
                 # The kernels of all layers at once would take more memory than the model's.
-                options = {"use_reentrant": False, "preserve_rng_state": False}
+                options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
                 parts.append(recomputed_backwards(mmd, hidden, noise, **options))
             loss = loss + self.config.repnoise_beta * torch.stack(parts).mean()
         return loss
