@@ -31,6 +31,7 @@ from antidote_fast.distributed.ranks import (
     _take_gpu,
     ranks_launched,
     session,
+    world,
 )
 from antidote_fast.errors import PeerFailed
 from antidote_fast.files.manifest import sha256_file, verify_folder
@@ -164,8 +165,8 @@ def test_ranks_that_the_environment_names(values, found, monkeypatch):
 
 
 def test_one_process_needs_no_group():
-    with session() as world:
-        assert world == ALONE == world()
+    with session() as alone:
+        assert alone == ALONE == world()
     assert not torch.distributed.is_initialized()
 
 
