@@ -121,9 +121,8 @@ def save_masks(
         metadata: more {str: str} pairs to keep in the file's header.
     """
     tensors = {mask_key(name): mask.bits.cpu().contiguous() for name, mask in masks.items()}
-    shapes = json.dumps({mask_key(name): mask.shape for name, mask in masks.items()})
-    extra = {"format": FORMAT, "version": VERSION, "shapes": shapes}
-    save_tensors(path, tensors, {**(metadata or {}), **extra})
+    shapes = {name: mask.shape for name, mask in masks.items()}
+    save_tensors(path, tensors, _header(shapes, metadata))
 
 
 def masks_file(
@@ -145,9 +144,12 @@ def masks_file(
         :func:`mask_key`.
     """
     specs = {mask_key(name): (torch.uint8, (n, -(-k // 8))) for name, (n, k) in shapes.items()}
+    return TensorFile.create(path, specs, _header(shapes, metadata), keep)
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None) -> dict:
     listed = json.dumps({mask_key(name): shape for name, shape in shapes.items()})
-    extra = {"format": FORMAT, "version": VERSION, "shapes": listed}
-    return TensorFile.create(path, specs, {**(metadata or {}), **extra}, keep)
+    return {**(metadata or {}), "format": FORMAT, "version": VERSION, "shapes": listed}
 
 
 def load_masks(path: str | Path) -> tuple[dict[str, PackedMask], dict[str, str]]:

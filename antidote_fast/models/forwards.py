@@ -49,7 +49,7 @@ def make_lean(model: PreTrainedModel, undo: Undo, targets: Sequence[Target] = ()
     if any(id(target.weight) in own for target in targets):
         del options["logits_to_keep"]
         return options
-    hook(undo, output, lambda _, args: (args[0].contiguous(), *args[1:]))
+    hook(undo, output, _contiguous)
     return options
 
 
@@ -61,13 +61,15 @@ def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
     gradient (a frozen base) torch then multiplies batch by batch, copying the weight once a prompt:
     4.2 s instead of 0.7 s for 64 prompts of 40 tokens (SmolLM2-135M, bf16, 2 Xeon cores).
     """
-    head = model.get_output_embeddings()
-    if head is None:
-        yield
-        return
     with undoing() as undo:
-        hook(undo, head, lambda _, args: (args[0].contiguous(), *args[1:]) if args else None)
+        head = model.get_output_embeddings()
+        if head is not None:
+            hook(undo, head, _contiguous)
         yield
+
+
+def _contiguous(_, args):
+    return (args[0].contiguous(), *args[1:]) if args else None
 
 
 def plain_cache(output: Any) -> Cache | None:

@@ -201,14 +201,12 @@ def _rms_norm_forward(
 ) -> Callable[..., Any]:
     from antidote_fast.backends.triton_kernels import fused
 
-    original = type(module).forward
-
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = _only_input(args, kwargs, device_types)
         known, mask = (False, None) if x is None else collector.tokens_counted(x)
         weight = module.weight.detach()
         if x is None or not known or not fused.fits_rms_norm(x, weight):
-            return original(module, *args, **kwargs)
+            return type(module).forward(module, *args, **kwargs)
         y, sums = fused.rms_norm(x.detach(), weight, module.variance_epsilon, mask)
         collector.deposit(y, sums)
         return y
@@ -221,13 +219,11 @@ def _swiglu_forward(
 ) -> Callable[..., Any]:
     from antidote_fast.backends.triton_kernels import fused
 
-    original = type(module).forward
-
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = _only_input(args, kwargs, device_types)
         known, mask = (False, None) if x is None else collector.tokens_counted(x)
         if not known:
-            return original(module, *args, **kwargs)
+            return type(module).forward(module, *args, **kwargs)
         gate, up = module.gate_proj(x), module.up_proj(x)
         if not fused.fits_swiglu(gate, up):
             return module.down_proj(module.act_fn(gate) * up)

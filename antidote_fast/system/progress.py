@@ -162,28 +162,37 @@ def count(
             yield show
 
 
+class _Lines:
+    """JSON lines on stderr about one step, due each ``every`` seconds."""
+
+    def __init__(self, what, every):
+        self._what, self._every = what, every
+        self._start = self._last = time.monotonic()
+
+    def is_due(self):
+        due = time.monotonic() - self._last >= self._every
+        self._last = time.monotonic() if due else self._last
+        return due
+
+    def tell(self, **fields):
+        seconds = round(time.monotonic() - self._start, 1)
+        tell(json.dumps({"step": self._what, **fields, "seconds": seconds}), error=True)
+
+
 @contextlib.contextmanager
 def _counting_lines(total, what, every):
-    start = last = time.monotonic()
-    fields = {"done": 0}
-
-    def line():
-        told = {"step": what, **fields, "seconds": round(time.monotonic() - start, 1)}
-        tell(json.dumps(told), error=True)
+    lines, fields = _Lines(what, every), {"done": 0, "total": total}
 
     def show(done, **counts):
-        nonlocal last
-        fields.update(done=done, total=total)
-        fields.update({name: value for name, value in counts.items() if value is not None})
-        if time.monotonic() - last >= every:
-            last = time.monotonic()
-            line()
+        present = {name: value for name, value in counts.items() if value is not None}
+        fields.update(present, done=done)
+        if lines.is_due():
+            lines.tell(**fields)
 
-    fields["total"] = total
     try:
         yield show
     finally:
-        line()
+        lines.tell(**fields)
 
 
 @contextlib.contextmanager
@@ -224,26 +233,12 @@ def json_lines(
     iterable: Iterable[Item], what: str, total: int | None, every: float = 30.0
 ) -> Iterator[Item]:
     """Loop over ``iterable``; a JSON line on stderr at its end, and each ``every`` seconds."""
-    start = last = time.monotonic()
-    done = 0
-
-    def line():
-        fields = {
-            "step": what,
-            "done": done,
-            "total": done if total is None else total,
-            "seconds": round(time.monotonic() - start, 1),
-        }
-        tell(json.dumps(fields), error=True)
-
-    for item in iterable:
+    lines, done = _Lines(what, every), 0
+    for done, item in enumerate(iterable, 1):
         yield item
-        done += 1
-        if time.monotonic() - last >= every:
-            last = time.monotonic()
-            if done != total:
-                line()
-    line()
+        if lines.is_due() and done != total:
+            lines.tell(done=done, total=done if total is None else total)
+    lines.tell(done=done, total=done if total is None else total)
 
 
 class Clock:
