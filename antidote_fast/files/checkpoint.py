@@ -129,7 +129,7 @@ class Checkpoint:
         return tensors
 
     @functools.cached_property
-    def held(self) -> bytes:
+    def adapter_bytes(self) -> bytes:
         """The bytes of an adapter's one weight file, read once, so that all made of them agrees.
 
         Raises:
@@ -147,12 +147,14 @@ class Checkpoint:
 
     def _held_tensor(self, entry):
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        bytes_of(tensor)[:] = memoryview(self.held)[entry.start : entry.end]
+        bytes_of(tensor)[:] = memoryview(self.adapter_bytes)[entry.start : entry.end]
         return tensor
 
     def digests(self) -> dict[str, str]:
         """{path: SHA-256} of an adapter's weights, of the very bytes that :meth:`read` gave."""
-        return {str(path): hashlib.sha256(self.held).hexdigest() for path in self.weight_files}
+        return {
+            str(path): hashlib.sha256(self.adapter_bytes).hexdigest() for path in self.weight_files
+        }
 
     def fingerprint(self) -> str:
         """As :func:`antidote_fast.files.fingerprint.fingerprint_model`, from the files; reads

@@ -74,7 +74,7 @@ def check_parent(folder: str | Path) -> None:
     busy = DataError(f"output_dir={str(folder)!r}: another job is at work there")
     try:
         # A name that those who look through such a folder know.
-        lock = places.held_place(folder / "report.json", busy)
+        lock = places.locked_place(folder / "report.json", busy)
         with os_errors(folder, any_number=True), lock as place:
             places.probe(place)
     except DataError as error:
@@ -224,7 +224,7 @@ def locked(path: str | Path) -> Iterator[places.Place]:
     busy = DataError(f"output_dir={str(path)!r}: another job is writing it")
     with contextlib.ExitStack() as stack:
         with os_errors(path, any_number=True):
-            place = stack.enter_context(places.held_place(path, busy))
+            place = stack.enter_context(places.locked_place(path, busy))
         run = place.at("run")
         if run.is_dir() and _is_output_of(path, run):
             shutil.rmtree(run, ignore_errors=True)  # killed between its rename and its end
@@ -330,7 +330,9 @@ def new_file(path: str | Path, alone: bool = False) -> Iterator[Path]:
     beside = places.Place(path)
     partial = beside.at("partial")
     busy = DataError(f"{path}: another job is writing it")
-    with contextlib.nullcontext() if alone else places.held(beside.at("lock"), busy, wait=60):
+    with (
+        contextlib.nullcontext() if alone else places.locked_file(beside.at("lock"), busy, wait=60)
+    ):
         try:
             yield partial
             sync(partial)

@@ -79,7 +79,7 @@ def check_name(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(
+def locked_file(
     path: Path, busy: Exception, wait: float = _WAIT_SECONDS, make: bool = False
 ) -> Iterator[None]:
     """Hold a lock file, which is gone at the end.
@@ -126,7 +126,7 @@ def _acquire(lock, path, busy, wait, make):
 
 
 @contextlib.contextmanager
-def held_place(path: Path, busy: Exception) -> Iterator[Place]:
+def locked_place(path: Path, busy: Exception) -> Iterator[Place]:
     """Hold the lock of an output; what killed jobs left half-done is cleared or ended.
 
     Args:
@@ -142,7 +142,7 @@ def held_place(path: Path, busy: Exception) -> Iterator[Place]:
     place, inside = Place(path), Place(path, True)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(held(place.at("lock"), busy, make=True))
+            stack.enter_context(locked_file(place.at("lock"), busy, make=True))
             _clear(place)
             if path.is_dir() and (os.path.isdir(inside.at("")) or not _is_movable(place)):
                 place = inside
@@ -152,7 +152,7 @@ def held_place(path: Path, busy: Exception) -> Iterator[Place]:
             place = inside
         if place.inside:
             stack.callback(_remove_empty, [inside.at("")])
-            stack.enter_context(held(inside.at("lock"), busy, make=True))
+            stack.enter_context(locked_file(inside.at("lock"), busy, make=True))
             _clear(inside)
             _go_on(inside)
         yield place

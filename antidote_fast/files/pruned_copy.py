@@ -66,7 +66,7 @@ def write_pruned(
     for file in track(checkpoint.weight_files, "write", progress):
         with open(destination / file.name, "wb") as target:
             if checkpoint.is_adapter:
-                target.write(checkpoint.held)
+                target.write(checkpoint.adapter_bytes)
             else:
                 with checkpoint.source.open(file.name) as whole:
                     shutil.copyfileobj(whole, target, _PIECE)
