@@ -237,7 +237,7 @@ def sampled_rows(
     parameters: Sequence[tuple[str, Tensor]],
     pick: Callable[[tuple[int, ...]], list[int]],
     columns: int,
-) -> dict:
+) -> dict[str, Tensor] | None:
     """A few rows of sharded matrices, the same on every rank, in one collective.
 
     Args:

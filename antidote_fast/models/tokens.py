@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from antidote_fast.errors import DataError
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Characters that are read at first for each token wanted: text has 4 to 5, code 3, digits 1 to 3.
 _CHARACTERS = 32
@@ -57,7 +56,7 @@ def tokenize(
     return list(tokenizer(text, **options)["input_ids"])
 
 
-def num_embeddings(model: nn.Module) -> int | None:
+def num_embeddings(model: PreTrainedModel) -> int | None:
     """How many token ids a live model has embeddings for; None where it does not tell."""
     try:
         table = model.get_input_embeddings()
@@ -94,7 +93,7 @@ def check_ids(ids: Sequence[int], known: int | None, where: str) -> None:
     )
 
 
-def check_examples(model: nn.Module, *sets: Sequence[Mapping[str, Any]]) -> None:
+def check_examples(model: PreTrainedModel, *sets: Sequence[Mapping[str, Any]]) -> None:
     """:func:`check_ids` of examples, dicts with ``input_ids``, for a live model."""
     known = num_embeddings(model)
     for examples in sets:

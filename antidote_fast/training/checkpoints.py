@@ -131,13 +131,13 @@ class Checkpoints:
         if f"{_GENERATORS}cuda" in tensors:
             torch.cuda.set_rng_state(tensors[f"{_GENERATORS}cuda"], self._objective.device)
 
-    def is_due(self, losses: Sequence[float], request: Request) -> bool:
+    def is_due(self, losses: Sequence[float], request: Request | None) -> bool:
         """Whether the state after these steps is to be kept, unless they are all."""
         if self._run is None:
             return False
         return bool(request.made or (self._every and len(losses) % self._every == 0))
 
-    def after(self, losses: Sequence[float], wanted: int, request: Request) -> None:
+    def after(self, losses: Sequence[float], wanted: int, request: Request | None) -> None:
         """Save after a step where it is time to, or where somebody asked to stop.
 
         Args:
