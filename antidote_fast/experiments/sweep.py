@@ -34,9 +34,9 @@ from antidote_fast.models.undo import Originals
 from antidote_fast.norms.activation_norms import ActivationNorms
 from antidote_fast.pruning.prune import prune_model_
 from antidote_fast.selection import Selection
+from antidote_fast.stages.evidence import collect
 from antidote_fast.stages.gates import stage
 from antidote_fast.stages.gates.stage import answers_of
-from antidote_fast.stages.inputs import collect
 from antidote_fast.system.progress import Clock, count
 
 PICTURE, ROWS = "curve.png", "rows.csv"
@@ -380,9 +380,8 @@ def _collect(config, model, found, progress):
         norms[kind], counts[kind] = collect(
             config.collecting(kind),
             model,
-            found.records[name],
-            found.tokenizer,
-            batches=found.batches[name],
+            found.batches[name],
+            len(found.records[name]),
             progress=progress,
         )
     return norms, counts

@@ -69,9 +69,7 @@ def check(config: SweepConfig, progress=False) -> Checked:
         for calibration in (records, prompts):
             _check_apart(config, f"{name}_dataset", some, calibration)
     base, adapter = open_folders(config, progress)
-    shapes = {name: entry.shape for name, entry in base.tensors.items()}
-    model_type = base.config.get("model_type")
-    aligned = open_aligned(config, shapes, model_type, progress)
+    aligned = open_aligned(config, base, progress)
     trust = config.trust_remote_code
     tokenizer = load_tokenizer(base.folder, trust_remote_code=trust)
     sets, datasets = evaluate._drop_long(sets, tokenizer, evaluation, base.config)

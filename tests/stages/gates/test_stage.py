@@ -31,6 +31,7 @@ from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.global_cut import find_cut
 from antidote_fast.pruning.report import PruneReport
 from antidote_fast.stages import prune
+from antidote_fast.stages.gates import stage
 from antidote_fast.stages.gates.answers import KINDS, answer_prompts
 from antidote_fast.stages.gates.learn import learn_gates
 
@@ -128,7 +129,7 @@ def test_a_finished_folder_is_left_as_it_is(made, tmp_path, monkeypatch):
     values = fields(made, out)
     first = json.loads(json.dumps(prune.run(PruneConfig(**values))))
     before = stages.tree(out)
-    monkeypatch.setattr(prune, "learn_folder", None)  # not called again
+    monkeypatch.setattr(stage, "learn_folder", None)  # not called again
     assert prune.run(PruneConfig(**values, resume=True)) == first
     assert stages.tree(out) == before
     for change in ({"gate_steps": 7}, {"gate_learning_rate": 0.1}, {"seed": 4}):
