@@ -198,7 +198,7 @@ def agreement(world, folder):
 
 def commands(world, folder):
     """Commands on both ranks, one after the other: [exit code, lines on stderr] of each."""
-    from antidote_fast.stages import calibrate, inputs, prune
+    from antidote_fast.stages import calibrate, evidence, inputs
 
     common = ["--model_name_or_path", "base", "--dataset", "harmful.jsonl", "--batch_size", "2"]
     os.chdir(folder)
