@@ -268,11 +268,11 @@ def _largest_block(matrices):
 
 def plan_fleet(config) -> Plan:
     """As :func:`antidote_fast.fleet.fleet.run` would go, as if nothing were done yet."""
-    from antidote_fast.fleet.manifest import read_manifest_file
+    from antidote_fast.fleet.jobs import read_jobs
     from antidote_fast.fleet.worker import AHEAD, Worker
     from antidote_fast.stages.inputs import unseen_data
 
-    jobs = read_manifest_file(config)
+    jobs = read_jobs(config)
     index, count = parse_shard(config.shard)
     jobs = jobs[index::count]
     check_parent(config.output_dir)

@@ -23,6 +23,7 @@ from antidote_fast.distributed.ranks import ALONE, World
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.commit import (
+    RUN_INPUTS,
     check_free_space,
     check_output_folder,
     digest_of,
@@ -32,7 +33,7 @@ from antidote_fast.files.fingerprint import block_name
 from antidote_fast.files.manifest import check_input
 from antidote_fast.files.provenance import input_files, run_inputs
 from antidote_fast.files.pruned_copy import check_copied
-from antidote_fast.files.resume import MANIFEST_ENTRY, Run, is_finished, run_folder
+from antidote_fast.files.resume import Run, is_finished, run_folder
 from antidote_fast.files.safe_open import Watch
 from antidote_fast.models.adapters import check_adapter, load_adapter
 from antidote_fast.models.loading import (
@@ -146,12 +147,16 @@ class Inputs:
         return {"base_fingerprint": self.base.fingerprint()} if prunes else {}
 
     @contextlib.contextmanager
-    def output_folder(self) -> Iterator[Path]:
-        """The staged folder that takes output_dir's name, unless an input has changed meanwhile."""
+    def output_folder(self, progress: Any = False) -> Iterator[Path]:
+        """The staged folder that takes output_dir's name, unless an input has changed meanwhile.
+
+        Args:
+            progress: as :func:`antidote_fast.files.commit.output_folder` takes it.
+        """
         config = self.config
-        entries = self._entries | {MANIFEST_ENTRY: digest_of(self.made_from)}
+        entries = self._entries | {RUN_INPUTS: digest_of(self.made_from)}
         with output_folder(
-            config.output_dir, config.overwrite, progress=self.progress, **entries
+            config.output_dir, config.overwrite, progress=progress, **entries
         ) as folder:
             yield folder
             self.watch.check()

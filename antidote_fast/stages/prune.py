@@ -72,7 +72,7 @@ def prune_folder(
             return None, {}
         weights = read_weights(inputs)
         report = prune_weights(inputs, weights)
-        with inputs.output_folder() as folder:
+        with inputs.output_folder(progress) as folder:
             write_pruned(inputs.source, folder, pruned_of(weights, report), progress)
             contents = finish(folder, inputs, report)
     return report, contents
