@@ -1,8 +1,10 @@
 """What the configs of all stages share: the checks of values, and the flags that each one takes."""
 
 import os
-from dataclasses import dataclass
-from typing import Literal
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from antidote_fast.errors import UsageError
 from antidote_fast.selection import check_seed
@@ -10,11 +12,45 @@ from antidote_fast.selection import check_seed
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Template = Literal["alpaca", "chat"]
 _PATHS = (
-    *("model_name_or_path", "adapter", "base_model", "reference_model", "judge", "win_rate_judge"),
-    *("dataset", "harmful_dataset", "safe_dataset", "preserve_dataset", "task_dataset"),
-    *("benign_dataset", "drift_dataset", "norms", "preserve_norms", "manifest", "rows"),
-    *("output_dir", "stages"),
+    *("model_name_or_path", "adapter", "aligned_model", "reference_model", "judge"),
+    *("win_rate_judge", "dataset", "harmful_dataset", "safe_dataset", "preserve_dataset"),
+    *("task_dataset", "benign_dataset", "drift_dataset", "norms", "preserve_norms"),
+    *("manifest", "rows", "output_dir", "stages"),
 )
+
+
+# {a field's name of earlier: (its name, what a notice of it adds)}.
+RENAMED = {
+    "base_model": ("aligned_model", " (the aligned model; --base is the model of an adapter)"),
+}
+
+
+def with_new_names(values: Any, notify: Callable[[str], None] = warnings.warn) -> Any:
+    """Values as they are read from YAML or given by a caller, with the names that fields have now.
+
+    Args:
+        values: a mapping of fields, or of sections of fields; names may be ``section.field``.
+        notify: called with a line on each name of earlier.
+
+    Raises:
+        UsageError: a field is there by both of its names.
+    """
+    if isinstance(values, list):
+        return [with_new_names(value, notify) for value in values]
+    if not isinstance(values, dict):
+        return values
+    renamed = {}
+    for name, value in values.items():
+        section, dot, field_name = str(name).rpartition(".")
+        if field_name in RENAMED:
+            new, note = RENAMED[field_name]
+            new = f"{section}{dot}{new}"
+            if new in values:
+                raise UsageError(f"{name}: must be left out with {new}, which is its name now")
+            notify(f"{name} is taken as {new}{note}")
+            name = new
+        renamed[name] = with_new_names(value, notify)
+    return renamed
 
 
 def check(condition, name, value, accepted):
@@ -29,6 +65,14 @@ def check_positive(config, *names):
         value = getattr(config, name)
         if value is not None:
             check(value > 0, name, value, "greater than 0")
+
+
+def one_of(choices: Callable[[], Mapping[str, Any]], default: str) -> Any:
+    """A field that takes a name in the table that ``choices`` gives, which ``--help`` then lists.
+
+    Each entry of the table has a ``formula``, which says what the name stands for.
+    """
+    return field(default=default, metadata={"choices": choices})
 
 
 def expand_paths(config):
@@ -76,6 +120,10 @@ class StageConfig:
     def __post_init__(self):
         expand_paths(self)
         check_positive(self, "max_seq_length", "batch_size")
+        for each in fields(self):
+            if "choices" in each.metadata:
+                names, value = list(each.metadata["choices"]()), getattr(self, each.name)
+                check(value in names, each.name, value, f"one of {', '.join(names)}")
         object.__setattr__(self, "seed", check_seed(self.seed))
         # torch runs nothing there, and what it would put out is noise.
         no_meta = self.device.partition(":")[0] != "meta"

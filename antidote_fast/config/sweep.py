@@ -96,9 +96,9 @@ class SweepConfig(StageConfig):
         backend: kernels to use; default the fastest available.
         preserve_dataset: task or ordinary records, whose top weights wanda-preserve keeps; for gate
             as of prune.
-        base_model: the aligned model: removed weights take its values instead of zero. For whole
-            models, where gate needs it.
-        score_delta: score the difference from base_model, |W - base| instead of |W|.
+        aligned_model: removed weights take its values instead of zero. For whole models, where
+            gate needs it.
+        score_delta: score the difference from aligned_model, |W - aligned| instead of |W|.
         harmful_dataset: harmful prompts to choose on; none of them may be in dataset.
         task_dataset: records of the user's task to choose on.
         task: how an answer is scored: sst2, agnews, gsm8k or label (exact match with the record's
@@ -127,7 +127,7 @@ class SweepConfig(StageConfig):
     ignore: list[str] = field(default_factory=list)
     backend: str | None = None
     preserve_dataset: str | None = None
-    base_model: str | None = None
+    aligned_model: str | None = None
     score_delta: bool = False
     harmful_dataset: str
     task_dataset: str

@@ -30,7 +30,7 @@ _NOT_SETTINGS = (
     "norms",
     "preserve_dataset",
     "preserve_norms",
-    "base_model",
+    "aligned_model",
     "save_steps",
 )
 _LIBRARIES = ("antidote-fast", "torch", "transformers", "peft")

@@ -58,8 +58,8 @@ def _plan_run(config) -> Plan:
     base = None
     for name, stage in stages.items():
         stand_in = replace(stage, model_name_or_path=base_name)
-        if getattr(stage, "base_model", None) == attack.model_name_or_path:  # made by the run
-            stand_in = replace(stand_in, base_model=base_name)
+        if getattr(stage, "aligned_model", None) == attack.model_name_or_path:  # made by the run
+            stand_in = replace(stand_in, aligned_model=base_name)
         if name in kept:  # its folder is there, and is not written
             stand_in = replace(stand_in, output_dir=str(out / ".planned"))
         if name != "pruned":

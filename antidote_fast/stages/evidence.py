@@ -94,7 +94,7 @@ class Known:
         if self.gate_counts:
             found["gate"] = self.gate_counts
         if self.aligned is not None:
-            found["base_model_fingerprint"] = self.aligned.fingerprint()
+            found["aligned_model_fingerprint"] = self.aligned.fingerprint()
         return found
 
 

@@ -77,7 +77,7 @@ def open_folders(config, progress=False):
 
 
 def open_aligned(config, shapes, model_type, progress=False):
-    """Checkpoint of ``config.base_model``, checked by its headers and hashes; None without one.
+    """Checkpoint of ``config.aligned_model``, checked by its headers and hashes; None without one.
 
     Args:
         config: a :class:`PruneConfig`.
@@ -89,11 +89,12 @@ def open_aligned(config, shapes, model_type, progress=False):
         DataError: no such model, an adapter, a quantised model, or another architecture; the
             message names the first tensor that differs.
     """
-    if config.base_model is None:
+    if config.aligned_model is None:
         return None
-    where = f"base_model={config.base_model!r}"
+    where = f"aligned_model={config.aligned_model!r}"
     aligned = open_checkpoint(
-        resolve_folder(config.base_model, "base_model"), trust_remote_code=config.trust_remote_code
+        resolve_folder(config.aligned_model, "aligned_model"),
+        trust_remote_code=config.trust_remote_code,
     )
     if aligned.is_adapter:
         raise DataError(f"{where}: is a PEFT adapter; give a whole model")
@@ -243,7 +244,7 @@ def describe_backend(name, device):
 def inputs_of(config):
     names = ("dataset", "preserve_dataset")
     data = [getattr(config, name, None) for name in names]
-    others = ("norms", "preserve_norms", "base_model")
+    others = ("norms", "preserve_norms", "aligned_model")
     return [
         config.model_name_or_path,
         config.adapter,

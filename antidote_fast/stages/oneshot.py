@@ -4,6 +4,7 @@ import dataclasses
 import os
 import time
 
+from antidote_fast.config.base import with_new_names
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.data.records import Record, rows_to_records
 from antidote_fast.distributed.fsdp import is_sharded
@@ -89,6 +90,7 @@ def oneshot(
             is_data = name.endswith("dataset")
             given[held] = _records(value, name, answered) if is_data else value
             overrides[name] = "records in memory" if is_data else "norms in memory"
+    fields, overrides = with_new_names(fields), with_new_names(overrides)
     if output_dir is None and not live and "output_dir" not in fields:
         raise UsageError("output_dir=None: must be a folder where model is a folder or hub name")
     name = getattr(getattr(model, "config", None), "_name_or_path", "") if live else model
@@ -168,19 +170,19 @@ def _prune_live(model, config, given, tokenizer, world):
 
 
 def _open_base(model, config, known):
-    """{name: tensor} of the targets in ``base_model``, or None; ``known`` gets its checkpoint."""
-    if config.base_model is None:
+    """{name: tensor} of the targets in ``aligned_model``, or None; ``known`` gets it."""
+    if config.aligned_model is None:
         return None
     if getattr(model, "peft_config", None):
         raise UsageError(
-            f"base_model={config.base_model!r}: must be left out with an adapter, whose zero "
+            f"aligned_model={config.aligned_model!r}: must be left out with an adapter, whose zero "
             "already falls back to the aligned model"
         )
     parameters = dict(model.named_parameters())
     if any(is_sharded(parameter) for parameter in parameters.values()):
         raise UsageError(
-            f"base_model={config.base_model!r}: must be left out where weights are sharded; or "
-            "prune the saved checkpoint"
+            f"aligned_model={config.aligned_model!r}: must be left out where weights are sharded; "
+            "or prune the saved checkpoint"
         )
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     known.aligned = open_aligned(config, shapes, model.config.model_type)
