@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from antidote_fast.config.base import StageConfig
+from antidote_fast.config.base import StageConfig, fields_by
 from antidote_fast.config.experiment import SECTIONS, ExperimentConfig
 from antidote_fast.config.flags import close_to, from_values
 from antidote_fast.errors import UsageError
@@ -27,8 +27,6 @@ AXES = {
 }
 _OF_PRUNE = ("alpha", "score", "num_calibration_samples")
 _SET_HERE = ("output_dir", "adapter", "overwrite", "resume", "reference_model", "defense")
-# What does not change what a stage makes.
-_NO_SETTINGS = ("output_dir", "overwrite", "resume", "save_steps")
 _SHARED = ("dtype", "device", "seed", "max_seq_length", "template", "trust_remote_code")
 _STRENGTHS = {
     "vaccine": ("align.vaccine_rho",),
@@ -216,10 +214,11 @@ class _Chain:
             plain.check_aligned(plain.adapter is not None)
         # Without defaults, so that a flag that is new one day leaves keys as they are.
         defaults = _defaults(kind)
+        asides = {each.name for each in fields_by(plain, "nothing")}
         settings = {
             name: self._meaning.get(value, value) if isinstance(value, str) else value
             for name, value in dataclasses.asdict(plain).items()
-            if name not in _NO_SETTINGS and value != getattr(defaults, name)
+            if name not in asides and value != getattr(defaults, name)
         }
         text = json.dumps([kind, settings], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
