@@ -112,9 +112,10 @@ class DemoConfig:
     """Align, attack, prune and evaluate SmolLM2-135M-Instruct, on a CPU in minutes.
 
     Args:
-        output_dir: the folder to write.
-        overwrite: replace output_dir, if the demo wrote it.
-        seed: seed of every random choice.
+        output_dir: the folder to write; what is whole there is kept, so a demo that was interrupted
+            goes on where it stopped.
+        overwrite: replace what was made there with other settings.
+        seed: seed of the trainings and of the random score; the data are the same for all.
     """
 
     output_dir: str = "demo-out"

@@ -22,6 +22,7 @@ from antidote_fast.errors import UsageError
 from antidote_fast.evaluation.judges import get_judge
 from antidote_fast.evaluation.measure import evaluate_model
 from antidote_fast.evaluation.metrics import check_task
+from antidote_fast.experiments import pictures
 from antidote_fast.experiments.sweep_check import check, inputs_of
 from antidote_fast.experiments.tables import write_csv
 from antidote_fast.files import provenance
@@ -291,8 +292,6 @@ def run(config: SweepConfig, *, progress=False) -> dict:
             is refused, prompts to choose on that are in the calibration data, an output folder that
             is taken. AntidoteError: not enough memory.
     """
-    from antidote_fast.experiments import curves
-
     clock = Clock()
     watch = Watch(*inputs_of(config))
     found = check(config, progress)
@@ -348,7 +347,7 @@ def run(config: SweepConfig, *, progress=False) -> dict:
             "seconds": clock.seconds | results["seconds"],
         }
         write_csv([_flat(row) for row in results["rows"]], folder / ROWS)
-        curves.plot_sweep({"config": vars(config), **results}, folder / PICTURE)
+        pictures.plot_sweep({"config": vars(config), **results}, folder / PICTURE)
         written = provenance.write_report(
             folder, "sweep", config, results, inputs=inputs_of(config)
         )
