@@ -253,15 +253,13 @@ class Worker:
         weights = {key: read.tensors[key].to(self.device) for key in keys}
         report = prune_state_(
             weights,
-            known.norms,
+            known.evidence(config.score),
             config.selection,
             targets=config.targets if known.named is not None else None,
             ignore=config.ignore if known.named is not None else (),
-            score=config.score,
             seed=config.seed,
             backend=config.backend,
             return_masks=config.save_masks,
-            preserve_norms=known.preserve_norms,
             together=True,
         )
         entries = {"base_fingerprint": self.base.fingerprint()}

@@ -39,7 +39,7 @@ def plan_calibrate(config) -> Plan:
 
 def plan_prune(config) -> Plan:
     """As :func:`antidote_fast.stages.prune.run` would go."""
-    from antidote_fast.pruning.arguments import check_keys
+    from antidote_fast.pruning.evidence import check_keys
     from antidote_fast.stages import prune
     from antidote_fast.stages.evidence import Known
     from antidote_fast.stages.gates import stage

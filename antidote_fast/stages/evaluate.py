@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.data.batches import build_prompt, make_batches, prompt_ids
-from antidote_fast.data.load import load_records, local_file
+from antidote_fast.data.load import load_records
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.evaluation.drift import embedding_drift
@@ -49,7 +49,8 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
         AntidoteError: not enough memory.
     """
     clock = Clock()
-    watch = Watch(*_inputs(config))
+    files = provenance.input_files(config)
+    watch = Watch(*files)
     check_output_folder(config.output_dir, config.overwrite)
     judge_options = _check_judges(config)
     sets = _load_sets(config)
@@ -123,9 +124,7 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
             "datasets": datasets,
             "seconds": clock.seconds,
         }
-        report = provenance.write_report(
-            folder, "evaluate", config, results, inputs=_inputs(config)
-        )
+        report = provenance.write_report(folder, "evaluate", config, results, inputs=files)
         watch.check()
         return report
 
@@ -215,17 +214,6 @@ def _length(record, tokenizer, config) -> int:
     """Tokens of a record's prompt; of one that is too long at least as many as are too many."""
     text = build_prompt(record, config.template, tokenizer)
     return len(prompt_ids(text, tokenizer, config.max_seq_length, record.where or "a prompt"))
-
-
-def _inputs(config) -> list:
-    data = (
-        config.harmful_dataset,
-        config.task_dataset,
-        config.benign_dataset,
-        config.drift_dataset,
-    )
-    models = (config.model_name_or_path, config.adapter, config.reference_model)
-    return [*models, *(local_file(name) for name in data if name)]
 
 
 def _write_outputs(path, sets, answers) -> None:

@@ -9,7 +9,7 @@ from antidote_fast.files.bounds import bounded
 from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.models.targets import ALL_LINEAR, find_targets, select_keys
 from antidote_fast.norms.activation_norms import ActivationNorms, counts_of
-from antidote_fast.pruning.arguments import check_base
+from antidote_fast.pruning.evidence import Evidence, check_base
 from antidote_fast.stages.inputs import load_norms
 
 
@@ -73,6 +73,18 @@ class Known:
     def named(self) -> ActivationNorms | None:
         """Norms whose names say which weights are pruned, where there are any."""
         return self.preserve_norms if self.norms is None else self.norms
+
+    def evidence(self, score, base_weights=None, transposed=(), routed=()) -> Evidence:
+        """What :func:`antidote_fast.pruning.prune.prune_state_` goes by, all of this in memory."""
+        return Evidence(
+            norms=self.norms,
+            score=score,
+            preserve_norms=self.preserve_norms,
+            base_weights=base_weights,
+            scores=self.scores,
+            transposed=transposed,
+            routed=routed,
+        )
 
     def entries(self) -> dict:
         """What report.json says of all this."""

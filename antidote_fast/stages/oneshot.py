@@ -150,18 +150,14 @@ def _prune_live(model, config, given, tokenizer, world):
     calibrated = time.perf_counter()
     report = prune_model_(
         model,
-        known.norms,
+        known.evidence(config.score, bases),
         config.selection,
         targets=config.targets,
         ignore=config.ignore,
-        score=config.score,
         seed=config.seed,
         backend=config.backend,
         return_masks=config.save_masks,
         cross_check=config.cross_check,
-        preserve_norms=known.preserve_norms,
-        base_weights=bases,
-        scores=known.scores,
     )
     if not config.output_dir:
         return report

@@ -195,20 +195,15 @@ def _prune_read(config, source, known, device, progress=False):
     calibrated = time.perf_counter()
     report = prune_state_(
         weights,
-        known.norms,
+        known.evidence(config.score, bases, **roles),
         config.selection,
         targets=config.targets if known.named is not None else None,
         ignore=config.ignore if known.named is not None else (),
-        score=config.score,
         seed=config.seed,
         backend=config.backend,
         return_masks=config.save_masks,
         cross_check=config.cross_check,
-        preserve_norms=known.preserve_norms,
-        base_weights=bases,
-        scores=known.scores,
         progress=progress,
-        **roles,
     )
     return report, weights, calibrated
 

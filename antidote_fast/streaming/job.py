@@ -10,7 +10,7 @@ from antidote_fast.data.batches import batches_of
 from antidote_fast.errors import Interrupted
 from antidote_fast.models.loading import load_tokenizer, pick_device
 from antidote_fast.norms.activation_norms import ActivationNorms, counts_of
-from antidote_fast.pruning.arguments import check_keys
+from antidote_fast.pruning.evidence import check_keys
 from antidote_fast.streaming.blocks import BlockModel
 from antidote_fast.streaming.norms import BlockCalibration
 from antidote_fast.streaming.sink import Background

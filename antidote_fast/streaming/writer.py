@@ -8,6 +8,7 @@ from antidote_fast.files.tensor_file import read_tensor
 from antidote_fast.masks import mask_key, masks_file
 from antidote_fast.models.loading import pick_device
 from antidote_fast.models.targets import natural_key
+from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.global_cut import GlobalCut, find_cut
 from antidote_fast.pruning.prune import prune_state_
 from antidote_fast.pruning.report import LayerReport, PruneReport
@@ -65,17 +66,19 @@ class Writer:
         there = {key: tensor.to(self._device) for key, tensor in weights.items()}
         report = prune_state_(
             there,
-            norms,
+            Evidence(
+                norms,
+                self._config.score,
+                None if kept is None else kept.subset(weights),
+                None if self._aligned is None else self._aligned.read(weights),
+                **self._roles,
+            ),
             self._selection,
-            score=self._config.score,
             seed=self._config.seed,
             backend=self._config.backend,
             return_masks=self._masks is not None,
             cross_check=self._config.cross_check,
-            preserve_norms=None if kept is None else kept.subset(weights),
-            base_weights=None if self._aligned is None else self._aligned.read(weights),
             cut=cut,
-            **{role: [k for k in names if k in there] for role, names in self._roles.items()},
         )
         for key, tensor in weights.items():
             if there[key] is not tensor:
@@ -177,8 +180,9 @@ class Writer:
         self._run.save({**self._run.state, **self.state()})
 
     def _cut(self, norms, request, progress):
+        evidence = Evidence(norms, self._config.score, self._preserve_norms)
         if "cut" in self._run.state:
-            return GlobalCut.from_dict(self._run.state["cut"], norms, self._preserve_norms)
+            return GlobalCut.from_dict(self._run.state["cut"], evidence)
         transposed = set(self._roles.get("transposed", ())) | (norms.transposed if norms else set())
         names = {key: name for name, key in self._saved.items()}
 
@@ -199,11 +203,9 @@ class Writer:
         cut = find_cut(
             keys,
             read,
-            norms,
+            evidence,
             self._selection,
-            score=self._config.score,
             seed=self._config.seed,
-            preserve_norms=self._preserve_norms,
             read_base=None if self._aligned is None else read_base,
             progress=progress,
         )

@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antidote_fast import ops
+from antidote_fast.config.scores import computed_scores
 from antidote_fast.errors import DataError, NothingPruned, UsageError
 from antidote_fast.models.targets import natural_key
 from antidote_fast.norms.activation_norms import ActivationNorms
 from antidote_fast.pruning import global_cut
-from antidote_fast.pruning.arguments import SCORES, random_scores
+from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.global_cut import GlobalCut, find_cut
 from antidote_fast.pruning.prune import prune_state_
+from antidote_fast.pruning.scores.random import random_scores
 from antidote_fast.selection import Selection, num_pruned
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,7 +87,7 @@ SHAPES = [(5, 16), (3, 33), (1, 1), (64, 7), (2, 250), (11, 9)]
 
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("score", [score for score in SCORES if score != "gate"])
+@pytest.mark.parametrize("score", [score for score in computed_scores()])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_as_all_at_once(dtype, score, largest):
     weights = weights_of(SHAPES, dtype)
@@ -225,7 +227,9 @@ def test_one_weight_is_in_memory_at_a_time():
         alive.append(weakref.ref(tensor))
         return tensor
 
-    find_cut([str(i) for i in range(9)], read, None, Selection(0.2, scope="global"), score="random")
+    find_cut(
+        [str(i) for i in range(9)], read, Evidence(score="random"), Selection(0.2, scope="global")
+    )
     assert len(alive) == 18
 
 
@@ -241,12 +245,18 @@ def test_a_weight_that_changes_between_the_passes_is_refused():
     reads = iter([torch.arange(1.0, 7).view(2, 3), torch.arange(11.0, 17).view(2, 3)])
     with pytest.raises(DataError, match="changed since their scores were counted"):
         find_cut(
-            ["a"], lambda key: next(reads), None, Selection(0.5, scope="global"), score="magnitude"
+            ["a"],
+            lambda key: next(reads),
+            Evidence(score="magnitude"),
+            Selection(0.5, scope="global"),
         )
     reads = iter([torch.ones(2, 3), torch.ones(2, 4)])
     with pytest.raises(DataError, match="a: has changed since"):
         find_cut(
-            ["a"], lambda key: next(reads), None, Selection(0.5, scope="global"), score="magnitude"
+            ["a"],
+            lambda key: next(reads),
+            Evidence(score="magnitude"),
+            Selection(0.5, scope="global"),
         )
 
 
@@ -271,4 +281,4 @@ def test_refusals(options, words):
 
 def test_no_weights_are_refused():
     with pytest.raises(NothingPruned, match="no weights"):
-        find_cut([], None, None, Selection(0.1, scope="global"), score="random")
+        find_cut([], None, Evidence(score="random"), Selection(0.1, scope="global"))

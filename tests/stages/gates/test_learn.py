@@ -16,6 +16,7 @@ from antidote_fast.data.batches import collate, encode
 from antidote_fast.evaluation.measure import answer_sets
 from antidote_fast.evaluation.refusals import is_refusal
 from antidote_fast.models.targets import find_targets
+from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.layers import prepare
 from antidote_fast.pruning.prune import prune_state_
 from antidote_fast.stages.gates import learn as gates
@@ -481,4 +482,4 @@ def test_scores_that_do_not_fit():
     refused(UsageError, "cut: must be left out where score='gate'", scores, cut=object())
     delta = Selection(0.5, score_delta=True)
     with pytest.raises(UsageError, match="score_delta=True: must be left out where score='gate'"):
-        prune_state_(weights, None, delta, score="gate", scores=scores, base_weights=weights)
+        prune_state_(weights, Evidence(score="gate", scores=scores, base_weights=weights), delta)

@@ -27,6 +27,7 @@ from antidote_fast.masks import load_masks
 from antidote_fast.models.adapters import load_adapter
 from antidote_fast.models.loading import load_model
 from antidote_fast.planning.dry_run import plan
+from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.global_cut import find_cut
 from antidote_fast.pruning.report import PruneReport
 from antidote_fast.stages import prune
@@ -314,7 +315,7 @@ def test_commands_that_keep_to_their_scores(made, tmp_path, capsys):
     with pytest.raises(DataError, match="score='gate': must be one of wanda, magnitude, random"):
         read_manifest_file(config)
     with pytest.raises(UsageError, match="score='gate': must be wanda, magnitude or random"):
-        find_cut(["w"], None, None, Selection(0.5, scope="global"), score="gate")
+        find_cut(["w"], None, Evidence(score="gate"), Selection(0.5, scope="global"))
 
 
 # --- sweeps ---------------------------------------------------------------------------------------
