@@ -3,7 +3,10 @@
 Choosing alpha by its effect is beyond the paper (arXiv 2408.09600), which fixes it.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -23,7 +26,7 @@ from antidote_fast.evaluation.judges import get_judge
 from antidote_fast.evaluation.measure import evaluate_model
 from antidote_fast.evaluation.metrics import check_task
 from antidote_fast.experiments import pictures
-from antidote_fast.experiments.sweep_check import check, inputs_of
+from antidote_fast.experiments.sweep_check import check
 from antidote_fast.experiments.tables import write_csv
 from antidote_fast.files import provenance
 from antidote_fast.files.commit import output_folder
@@ -33,6 +36,7 @@ from antidote_fast.models.loading import load_model
 from antidote_fast.models.targets import find_targets
 from antidote_fast.models.undo import Originals
 from antidote_fast.norms.activation_norms import ActivationNorms
+from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.prune import prune_model_
 from antidote_fast.selection import Selection
 from antidote_fast.stages.gates import stage
@@ -41,78 +45,120 @@ from antidote_fast.stages.inputs import collect
 from antidote_fast.system.progress import Clock, count
 
 PICTURE, ROWS = "curve.png", "rows.csv"
-# The sets in the order in which they are measured, with their argument and their metric.
+# The sets in the order in which they are measured, with their metric.
 _SETS = {
-    "task": ("task_records", "finetune_accuracy"),
-    "benign": ("benign", "benign_refusal_rate"),
-    "harmful": ("harmful", "harmful_score"),
+    "task": "finetune_accuracy",
+    "benign": "benign_refusal_rate",
+    "harmful": "harmful_score",
 }
 
 
-def _prune_by(score):
-    def prune(model, selection, norms, options):
-        kept = norms.get(score.preserve_norms)
-        options = {**options, "score": score.score, "preserve_norms": kept}
-        return prune_model_(model, norms.get(score.norms), selection, **options)
+@dataclass(frozen=True)
+class Prompts:
+    """What each candidate is asked, and how its answers are scored.
 
-    return prune
+    All prompts should be for choosing alone: in neither the calibration nor the test data.
+
+    Args:
+        harmful, task, benign: records; ``benign`` may be None.
+        task_name: how the task's answers are scored: sst2, agnews, gsm8k or label.
+        judge, template, max_new_tokens, batch_size: as
+            :func:`antidote_fast.evaluation.measure.evaluate_model`.
+    """
+
+    harmful: Sequence[Record]
+    task: Sequence[Record]
+    benign: Sequence[Record] | None = None
+    task_name: str = "label"
+    judge: Callable[..., Sequence[str]] | None = None
+    template: str = "alpaca"
+    max_new_tokens: int | Mapping[str, int] = 512
+    batch_size: int = 8
+
+    @property
+    def sets(self) -> dict[str, Sequence[Record]]:
+        """The sets that there are, in the order in which they are measured."""
+        return {name: some for name in _SETS if (some := getattr(self, name)) is not None}
+
+    def measure(self, model: Any, tokenizer: Any, name: str, progress: Any = False) -> dict:
+        """The metrics of one set, as evaluate_model gives them."""
+        options = {"template": self.template, "max_new_tokens": self.max_new_tokens}
+        options |= {"batch_size": self.batch_size, "task": self.task_name, "judge": self.judge}
+        asked = {"task_records" if name == "task" else name: getattr(self, name)}
+        return evaluate_model(model, tokenizer, **asked, **options, progress=progress)
 
 
-# How each score prunes: (model, selection, {kind: norms}, options of prune_model_) -> PruneReport.
-PRUNERS = {name: _prune_by(score) for name, score in SCORES.items()}
+@dataclass(frozen=True)
+class SweepEvidence:
+    """What all candidates are pruned by; each takes what its score needs.
+
+    Args:
+        norms: of the targets, by kind: ``"all"`` for wanda, ``"response"`` (collected with
+            ``response_only``) for wanda-response, ``"preserve"`` too for wanda-preserve.
+        base_weights: as :class:`antidote_fast.pruning.evidence.Evidence` says.
+        score_delta: as in :class:`antidote_fast.Selection`.
+        learn: gives the scores that a selection goes by, for gate, as
+            :func:`antidote_fast.stages.gates.learn.learn_gates` does.
+    """
+
+    norms: Mapping[str, ActivationNorms] = field(default_factory=dict)
+    base_weights: Mapping[str, torch.Tensor] | None = None
+    score_delta: bool = False
+    learn: Callable[[Selection], Mapping[str, torch.Tensor]] | None = None
+
+    def check(self, scores: Sequence[str]) -> None:
+        """Refuse scores that need what is not here."""
+        for name in scores:
+            for kind in SCORES[name].kinds:
+                if self.norms.get(kind) is None:
+                    raise UsageError(f"norms: must hold {kind!r} with score {name}")
+            if SCORES[name].learned and self.learn is None:
+                raise UsageError(f"learn=None: must be given with score {name}")
+
+    def of(self, name: str, selection: Selection) -> Evidence:
+        """What a candidate of this score is pruned by; scores are learned here."""
+        declared = SCORES[name]
+        return Evidence(
+            self.norms.get(declared.norms),
+            declared.score,
+            preserve_norms=self.norms.get(declared.preserve_norms),
+            base_weights=self.base_weights,
+            scores=self.learn(selection) if declared.learned else None,
+        )
 
 
 def sweep_model(
-    model,
-    tokenizer,
+    model: Any,
+    tokenizer: Any,
+    prompts: Prompts,
+    evidence: SweepEvidence,
     *,
-    harmful: Sequence[Record],
-    task_records: Sequence[Record],
-    benign: Sequence[Record] | None = None,
-    norms: ActivationNorms | Mapping[str, ActivationNorms] | None = None,
-    learn: Callable[[Selection], Mapping[str, torch.Tensor]] | None = None,
-    base_weights=None,
-    score_delta: bool = False,
     ratios: Sequence[float] = RATIOS,
     scopes: Sequence[str] = ("row",),
     scores: Sequence[str] = ("wanda",),
     max_accuracy_drop: float = MAX_ACCURACY_DROP,
     max_refusal_rise: float = MAX_REFUSAL_RISE,
-    targets=None,
-    ignore=(),
-    seed: int = 0,
-    backend: str | None = None,
-    task: str = "label",
-    judge=None,
-    template: str = "alpaca",
-    max_new_tokens: int | Mapping[str, int] = 512,
-    batch_size: int = 8,
-    progress=False,
+    progress: Any = False,
+    **prune_options: Any,
 ) -> dict:
     """Prune a live model by each candidate in turn, measure it, and recommend one.
 
     Each score and scope is a branch, which goes through the ratios from the smallest on. The
     finetune accuracy is measured first: below the budget it ends the branch. Benign refusals come
     next: above the budget the candidate is passed over. Then the harmful score: at 0 the branch
-    ends, as more can gain nothing. All prompts should be for choosing alone: in neither the
-    calibration nor the test data.
+    ends, as more can gain nothing.
 
     Args:
         model: a transformers or PEFT model; its weights end as they began, whatever happens.
         tokenizer: its own.
-        harmful, task_records, benign, task, judge, template, max_new_tokens, batch_size: as
-            :func:`antidote_fast.evaluation.measure.evaluate_model`.
-        norms: of the targets, by kind: ``"all"`` for wanda, ``"response"`` (collected with
-            ``response_only``) for wanda-response, ``"preserve"`` too for wanda-preserve. Norms
-            alone are those of ``"all"``.
-        learn: gives the scores that a selection goes by, for gate, as
-            :func:`antidote_fast.stages.gates.learn.learn_gates` does.
+        prompts: what it is asked.
+        evidence: what it is pruned by.
         ratios, scopes, scores: the candidates: all combinations.
         max_accuracy_drop: points of finetune accuracy below the unpruned model's.
         max_refusal_rise: points of benign refusals above the unpruned model's.
-        base_weights, targets, ignore, seed, backend: as :func:`antidote_fast.prune_model_`.
-        score_delta: as in :class:`antidote_fast.Selection`.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
+        prune_options: ``targets``, ``ignore``, ``seed`` and ``backend`` of
+            :func:`antidote_fast.prune_model_`.
 
     Returns:
         ``unpruned`` (as evaluate_model), ``budget``, ``rows``: a candidate each, with ``achieved``,
@@ -126,54 +172,47 @@ def sweep_model(
     """
     ratios, scopes, scores = checked_grid(ratios, scopes, scores)
     check_budgets(max_accuracy_drop, max_refusal_rise)
-    norms = {"all": norms} if isinstance(norms, ActivationNorms) else dict(norms or {})
-    for name in scores:
-        for kind in SCORES[name].kinds:
-            if norms.get(kind) is None:
-                raise UsageError(f"norms: must hold {kind!r} with score {name}")
-        if SCORES[name].learned and learn is None:
-            raise UsageError(f"learn=None: must be given with score {name}")
-    check_task(task, task_records)
+    evidence.check(scores)
+    check_task(prompts.task_name, prompts.task)
     clock = Clock()
-    sets = {"task": task_records, "benign": benign, "harmful": harmful}
-    sets = {name: records for name, records in sets.items() if records is not None}
-    options = {"task": task, "judge": judge, "template": template}
-    options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    originals = Originals(model, targets, ignore)
-    measure = _Measure(model, tokenizer, sets, options)
-    unpruned = measure.all(progress)
+    which = (prune_options.get("targets"), prune_options.get("ignore", ()))
+    originals = Originals(model, *which)
+    sizes = {name: len(records) for name, records in prompts.sets.items()}
+    unpruned = {}
+    for name in sizes:
+        unpruned |= prompts.measure(model, tokenizer, name, progress)
+    # The headline metrics first, then the counts.
+    unpruned = dict(sorted(unpruned.items(), key=lambda item: isinstance(item[1], dict)))
     clock.lap("evaluate unpruned")
     budget = _budget(unpruned, max_accuracy_drop, max_refusal_rise)
-    branches = [(name, scope) for name in scores for scope in scopes]
+    branches = list(itertools.product(scores, scopes))
     total = len(branches) * len(ratios)
-    rows = []
-    prune_options = {"targets": targets, "ignore": ignore, "seed": seed, "backend": backend}
-    prune_options["base_weights"] = base_weights
-    if unpruned["harmful_score"] == 0:
-        branches = []
-    measure.num_prompts = 0
+    rows, asked = [], []
+
+    def measure(name):
+        asked.append(sizes[name])
+        return prompts.measure(model, tokenizer, name)
+
     with count(total, "sweep", progress) as show:
-        for number, (name, scope) in enumerate(branches):
+        for number, (name, scope) in enumerate(branches if unpruned["harmful_score"] else ()):
             for tried, ratio in enumerate(ratios, 1):
-                selection = Selection(ratio, scope=scope, score_delta=score_delta)
+                selection = Selection(ratio, scope=scope, score_delta=evidence.score_delta)
                 row = {"score": name, "scope": scope, "ratio": ratio}
                 try:
-                    given = {"scores": learn(selection)} if SCORES[name].learned else {}
-                    report = PRUNERS[name](model, selection, norms, prune_options | given)
+                    candidate = evidence.of(name, selection)
+                    report = prune_model_(model, candidate, selection, **prune_options)
                     clock.lap("prune")
                     row |= {"achieved": report.achieved, "num_pruned": report.num_pruned}
-                    ends = _judged(row, measure, budget)
+                    is_end = _judge(row, measure, budget)
                     clock.lap("evaluate")
                 finally:
                     originals.restore()
                 clock.lap("restore")
                 rows.append(row)
-                done = number * len(ratios) + (len(ratios) if ends else tried)
-                show(done)
-                if ends:
+                show(number * len(ratios) + (len(ratios) if is_end else tried))
+                if is_end:
                     break
     recommended = recommend(rows, unpruned)
-    possible = total * sum(map(len, sets.values()))
     return {
         "unpruned": unpruned,
         "budget": budget,
@@ -183,8 +222,8 @@ def sweep_model(
         "early_stopping": {
             "candidates": total,
             "candidates_left_out": total - len(rows),
-            "answers": measure.num_prompts,
-            "answers_left_out": possible - measure.num_prompts,
+            "answers": sum(asked),
+            "answers_left_out": total * sum(sizes.values()) - sum(asked),
         },
         "seconds": clock.seconds,
     }
@@ -217,60 +256,35 @@ def _why_none(rows, unpruned):
     return f"none of the {within} candidates within the budget lowers the harmful score"
 
 
-class _Measure:
-    """The metrics of a live model, one set of prompts at a time."""
-
-    def __init__(self, model, tokenizer, sets, options):
-        self._model = (model, tokenizer)
-        self._options = options
-        self.sets = sets
-        self.num_prompts = 0
-
-    def __call__(self, name, progress=False):
-        argument, _ = _SETS[name]
-        self.num_prompts += len(self.sets[name])
-        sets = {argument: self.sets[name]}
-        return evaluate_model(*self._model, **sets, **self._options, progress=progress)
-
-    def all(self, progress):
-        """Every set, the headline metrics first."""
-        found = {}
-        for name in self.sets:
-            found |= self(name, progress)
-        return dict(sorted(found.items(), key=lambda item: isinstance(item[1], dict)))
-
-
 def _budget(unpruned, max_accuracy_drop, max_refusal_rise):
     """Both budgets, and the values that they mean; metrics have two decimals."""
     lowest = round(unpruned["finetune_accuracy"] - max_accuracy_drop, 4)
-    found = {"max_accuracy_drop": max_accuracy_drop, "min_finetune_accuracy": lowest}
+    budget = {"max_accuracy_drop": max_accuracy_drop, "min_finetune_accuracy": lowest}
     if "benign_refusal_rate" in unpruned:
         highest = round(unpruned["benign_refusal_rate"] + max_refusal_rise, 4)
-        found |= {"max_refusal_rise": max_refusal_rise, "max_benign_refusal_rate": highest}
-    return found
+        budget |= {"max_refusal_rise": max_refusal_rise, "max_benign_refusal_rate": highest}
+    return budget
 
 
-def _judged(row, measure, budget):
+def _judge(row, measure, budget):
     """Measure as much of the pruned model as its row needs; True where the branch ends."""
-    row |= {metric: None for _, metric in _SETS.values()}
+    row |= {metric: None for metric in _SETS.values()}
     row |= {"admissible": False, "reason": None}
     row |= measure("task")
     accuracy, least = row["finetune_accuracy"], budget["min_finetune_accuracy"]
     if accuracy < least:
         row["reason"] = f"finetune accuracy {accuracy:g} is below {least:g}"
         return True
-    if "benign" in measure.sets:
+    most = budget.get("max_benign_refusal_rate")
+    if most is not None:
         row |= measure("benign")
-        refusals, most = row["benign_refusal_rate"], budget["max_benign_refusal_rate"]
+        refusals = row["benign_refusal_rate"]
         if refusals > most:
             row["reason"] = f"benign refusals {refusals:g} are above {most:g}"
             return False
     row |= measure("harmful")
     row["admissible"] = True
     return row["harmful_score"] == 0
-
-
-# --- the stage ------------------------------------------------------------------------------------
 
 
 def run(config: SweepConfig, *, progress=False) -> dict:
@@ -293,73 +307,66 @@ def run(config: SweepConfig, *, progress=False) -> dict:
             is taken. AntidoteError: not enough memory.
     """
     clock = Clock()
-    watch = Watch(*inputs_of(config))
-    found = check(config, progress)
+    watch = Watch(*provenance.input_files(config))
+    checked = check(config, progress)
     clock.lap("check")
     with output_folder(config.output_dir, config.overwrite) as folder:
         options = {"dtype": config.dtype, "device": config.device}
         options["trust_remote_code"] = config.trust_remote_code
         answers = None
-        if found.prompts:
-            about = (found.aligned, config.device, found.tokenizer, found.prompts, progress)
+        if checked.prompts:
+            about = (checked.aligned, config.device, checked.tokenizer, checked.prompts, progress)
             answers = answers_of(config.learning(), *about)
             clock.lap("ask the aligned model")
-        model = load_model(found.base.folder, **options)
-        if found.adapter is not None:
-            model = load_adapter(model, found.adapter)
+        model = load_model(checked.base.folder, **options)
+        if checked.adapter is not None:
+            model = load_adapter(model, checked.adapter)
         bases = None
-        if found.aligned is not None:
+        if checked.aligned is not None:
             keys = [t.key for t in find_targets(model, config.targets, config.ignore)]
-            bases = found.aligned.read(keys, progress)
-        judge = get_judge(config.evaluation().judge, **found.judge)
+            bases = checked.aligned.read(keys, progress)
+        judge = get_judge(config.evaluation().judge, **checked.judge)
         clock.lap("load")
-        learn = _learner(config, model, found, answers, bases, progress)
-        norms, counts = _collect(config, model, found, progress)
+        learn = _learner(config, model, checked, answers, bases, progress)
+        norms, counts = _collect(config, model, checked, progress)
         if config.save_norms:
             for kind, each in norms.items():
                 each.save(folder / NORM_FILES[kind])
         clock.lap("calibrate")
-        names = ("score_delta", "ratios", "scopes", "scores", "max_accuracy_drop", "targets")
-        names += ("max_refusal_rise", "ignore", "seed", "backend", "task", "template")
-        names += ("max_new_tokens", "batch_size")
+        how = {name: getattr(config, name) for name in ("template", "max_new_tokens", "batch_size")}
+        prompts = Prompts(**checked.sets, task_name=config.task, judge=judge, **how)
+        evidence = SweepEvidence(norms, bases, config.score_delta, learn)
+        names = ("ratios", "scopes", "scores", "max_accuracy_drop", "max_refusal_rise")
+        names += ("targets", "ignore", "seed", "backend")
+        options = {name: getattr(config, name) for name in names}
         results = sweep_model(
-            model,
-            found.tokenizer,
-            harmful=found.sets["harmful"],
-            task_records=found.sets["task"],
-            benign=found.sets.get("benign"),
-            norms=norms,
-            learn=learn,
-            base_weights=bases,
-            judge=judge,
-            progress=progress,
-            **{name: getattr(config, name) for name in names},
+            model, checked.tokenizer, prompts, evidence, **options, progress=progress
         )
         best = results["recommended"]
         where = best and (best["score"], best["scope"], best["ratio"])
         results |= {
             "command": where and config.command(*where),
-            "datasets": found.datasets,
+            "datasets": checked.datasets,
             "calibration": counts,
             "task": config.task,
             "judge": config.evaluation().judge,
-            **found.backend,
+            **checked.backend,
             "seconds": clock.seconds | results["seconds"],
         }
         write_csv([_flat(row) for row in results["rows"]], folder / ROWS)
         pictures.plot_sweep({"config": vars(config), **results}, folder / PICTURE)
         written = provenance.write_report(
-            folder, "sweep", config, results, inputs=inputs_of(config)
+            folder, "sweep", config, results, inputs=provenance.input_files(config)
         )
         watch.check()
         return written
 
 
-def _learner(config, model, found, answers, bases, progress):
+def _learner(config, model, checked, answers, bases, progress):
     """The scores of gate by a selection, or None where nothing is learned."""
-    if not found.prompts:
+    if not checked.prompts:
         return None
-    about = (model, found.tokenizer, found.prompts)
+    about = (model, checked.tokenizer, checked.prompts)
     if answers is None:
         with adapter_off(model):
             answers = stage.ask(config.learning(), *about, progress)
@@ -371,7 +378,7 @@ def _learner(config, model, found, answers, bases, progress):
     return learn
 
 
-def _collect(config, model, found, progress):
+def _collect(config, model, checked, progress):
     """({kind: norms}, {kind: what the report says of them}), a pass over the data a kind."""
     norms, counts = {}, {}
     for kind in config.kinds:
@@ -379,9 +386,9 @@ def _collect(config, model, found, progress):
         norms[kind], counts[kind] = collect(
             config.collecting(kind),
             model,
-            found.records[name],
-            found.tokenizer,
-            batches=found.batches[name],
+            checked.records[name],
+            checked.tokenizer,
+            batches=checked.batches[name],
             progress=progress,
         )
     return norms, counts
@@ -389,8 +396,8 @@ def _collect(config, model, found, progress):
 
 def _flat(row):
     """A row for the table: its numbers, then the counts of each set that was measured."""
-    found = {name: value for name, value in row.items() if not isinstance(value, dict)}
+    numbers = {name: value for name, value in row.items() if not isinstance(value, dict)}
     for name in _SETS:
         counts = row.get(name, {}).items()
-        found |= {f"{name}_{k}": v for k, v in counts if k != "answers_sha256"}
-    return found
+        numbers |= {f"{name}_{k}": v for k, v in counts if k != "answers_sha256"}
+    return numbers

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from antidote_fast.config.sweep import SweepConfig
 from antidote_fast.data.batches import batches_of
-from antidote_fast.data.load import local_file
 from antidote_fast.errors import DataError
 from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.commit import check_output_folder
@@ -101,11 +100,3 @@ def _check_apart(config, field, records, calibration):
                 f"{field}={getattr(config, field)!r}: {common} of its {len(records)} prompts are "
                 f"in {name}={getattr(config, name)!r}, which calibrates; must be held out from it"
             )
-
-
-def inputs_of(config) -> list:
-    """The files and folders that a sweep reads, for the hashes in its report."""
-    data = ("dataset", "preserve_dataset", "harmful_dataset", "task_dataset", "benign_dataset")
-    named = (getattr(config, name) for name in data)
-    models = (config.model_name_or_path, config.adapter, config.base_model)
-    return [*models, *(local_file(name) for name in named if name)]

@@ -378,8 +378,9 @@ def test_what_a_sweep_refuses(made, tmp_path):
         SweepConfig(**whole)
     with pytest.raises(DataError, match="6 of its 6 prompts are in dataset"):
         sweep.run(SweepConfig(**values | {"harmful_dataset": f"{made}/harm.jsonl"}))
+    prompts = sweep.Prompts(HARM, PRESERVE)
     with pytest.raises(UsageError, match="learn=None: must be given with score gate"):
-        sweep.sweep_model(None, None, harmful=HARM, task_records=PRESERVE, scores=["gate"])
+        sweep.sweep_model(None, None, prompts, sweep.SweepEvidence(), scores=["gate"])
     assert not (tmp_path / "sweep").exists()
 
 
