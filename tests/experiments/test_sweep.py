@@ -14,8 +14,8 @@ from antidote_fast.config.prune import PruneConfig
 from antidote_fast.config.sweep import SCORES, SweepScore
 from antidote_fast.data.records import Record
 from antidote_fast.errors import UsageError
-from antidote_fast.experiments import sweep
-from antidote_fast.experiments.sweep import Prompts, SweepEvidence
+from antidote_fast.experiments import candidates, sweep
+from antidote_fast.experiments.candidates import Prompts, SweepEvidence
 from antidote_fast.norms.activation_norms import ActivationNorms
 from antidote_fast.stages import evaluate, prune
 
@@ -114,10 +114,10 @@ PROMPTS = Prompts([Record(r["instruction"]) for r in VAL], [Record("a", "", "b")
 
 def swept(live, monkeypatch, benign=True, scores=("wanda",), scopes=("row",), **curves):
     script = Script(live.model, **curves)
-    monkeypatch.setattr(sweep, "evaluate_model", script)
+    monkeypatch.setattr(candidates, "evaluate_model", script)
     prompts = replace(PROMPTS, benign=[Record("c")] * 2) if benign else PROMPTS
     options = {"ratios": [0.5, 0.1, 0.3, 0.1, 0.7], "scores": scores, "scopes": scopes}
-    found = sweep.sweep_model(live.model, None, prompts, live.evidence, **options)
+    found = candidates.sweep_model(live.model, None, prompts, live.evidence, **options)
     assert same(bits(live.model), live.before)
     return found, script
 
@@ -225,7 +225,7 @@ def row(hs, fa, removed, admissible=True):
     ],
 )
 def test_the_recommended_row(rows, best):
-    found = sweep.recommend(rows, {"harmful_score": 80})
+    found = candidates.recommend(rows, {"harmful_score": 80})
     assert found is (None if best is None else rows[best])
 
 
@@ -239,9 +239,9 @@ def test_weights_are_restored_whatever_happens(live, monkeypatch, error, calls):
             raise error
         return script(*args, **options)
 
-    monkeypatch.setattr(sweep, "evaluate_model", fail)
+    monkeypatch.setattr(candidates, "evaluate_model", fail)
     with pytest.raises(error):
-        sweep.sweep_model(live.model, None, PROMPTS, live.evidence, ratios=[0.1, 0.9])
+        candidates.sweep_model(live.model, None, PROMPTS, live.evidence, ratios=[0.1, 0.9])
     assert not all(same(live.before, seen) for seen in script.seen)
     assert same(bits(live.model), live.before)
 
@@ -266,10 +266,10 @@ def test_another_score_is_one_entry(live, monkeypatch):
 )
 def test_a_live_sweep_refuses_before_it_measures(options, line, live, monkeypatch):
     options = dict(options)
-    monkeypatch.setattr(sweep, "evaluate_model", None)
+    monkeypatch.setattr(candidates, "evaluate_model", None)
     evidence = SweepEvidence(options.pop("norms", live.evidence.norms))
     names = [name for name in options if name in Prompts.__dataclass_fields__]
     prompts = replace(PROMPTS, **{name: options.pop(name) for name in names})
     with pytest.raises(UsageError) as refused:
-        sweep.sweep_model(live.model, None, prompts, evidence, **options)
+        candidates.sweep_model(live.model, None, prompts, evidence, **options)
     assert str(refused.value) == line

@@ -13,7 +13,7 @@ import torch
 
 from antidote_fast.config.experiment import DemoConfig
 from antidote_fast.errors import DataError
-from antidote_fast.experiments import sweep
+from antidote_fast.experiments import candidates, sweep
 from antidote_fast.experiments.demo import demo, files
 from antidote_fast.experiments.demo.model import MODEL_NAME
 from antidote_fast.files.checkpoint import open_checkpoint
@@ -48,7 +48,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setitem(demo.SWEEP, "ratios", [0.1, 0.5])
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 2)
     monkeypatch.setattr(demo, "fast_dtype", lambda: "float32")
-    monkeypatch.setattr(sweep, "evaluate_model", sweeps.Script(hs=lambda x: 80 - 50 * x))
+    monkeypatch.setattr(candidates, "evaluate_model", sweeps.Script(hs=lambda x: 80 - 50 * x))
 
 
 @pytest.fixture
@@ -74,13 +74,13 @@ def test_writes_everything_and_goes_on_where_it_stopped(tmp_path, made, monkeypa
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    evaluate_model = sweep.evaluate_model
-    monkeypatch.setattr(sweep, "evaluate_model", stop)
+    evaluate_model = candidates.evaluate_model
+    monkeypatch.setattr(candidates, "evaluate_model", stop)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     out = tmp_path / "demo-out"
     assert [path.name for path in out.iterdir()] == ["run"]
-    monkeypatch.setattr(sweep, "evaluate_model", evaluate_model)
+    monkeypatch.setattr(candidates, "evaluate_model", evaluate_model)
     contents = run(tmp_path)
     assert made == ["align", "finetune", "sweep", "sweep", "sweep", "prune"]
     assert capsys.readouterr().out == ""
@@ -157,7 +157,7 @@ def test_the_models_written_are_those_that_were_measured(tmp_path):
 
 
 def test_no_pruned_adapter_where_none_is_within_the_budget(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "evaluate_model", sweeps.Script(fa=lambda x: 90 - 90 * (x > 0)))
+    monkeypatch.setattr(candidates, "evaluate_model", sweeps.Script(fa=lambda x: 90 - 90 * (x > 0)))
     contents = run(tmp_path)
     assert contents["best"] is None
     assert contents["why_none"] == "no candidate is within the budget"

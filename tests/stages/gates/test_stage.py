@@ -18,7 +18,7 @@ from antidote_fast.config.experiment import ExperimentConfig, RunConfig
 from antidote_fast.config.fleet import FleetConfig
 from antidote_fast.config.prune import GATE_STEPS, PruneConfig
 from antidote_fast.config.sweep import SweepConfig
-from antidote_fast.experiments import grid, sweep
+from antidote_fast.experiments import candidates, grid, sweep
 from antidote_fast.experiments.run import stages_of
 from antidote_fast.files.checkpoint import open_checkpoint
 from antidote_fast.files.manifest import sha256_file, verify_folder
@@ -378,9 +378,9 @@ def test_what_a_sweep_refuses(made, tmp_path):
         SweepConfig(**whole)
     with pytest.raises(DataError, match="6 of its 6 prompts are in dataset"):
         sweep.run(SweepConfig(**values | {"harmful_dataset": f"{made}/harm.jsonl"}))
-    prompts = sweep.Prompts(HARM, PRESERVE)
+    prompts = candidates.Prompts(HARM, PRESERVE)
     with pytest.raises(UsageError, match="learn=None: must be given with score gate"):
-        sweep.sweep_model(None, None, prompts, sweep.SweepEvidence(), scores=["gate"])
+        candidates.sweep_model(None, None, prompts, candidates.SweepEvidence(), scores=["gate"])
     assert not (tmp_path / "sweep").exists()
 
 
