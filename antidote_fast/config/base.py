@@ -154,7 +154,8 @@ class StageConfig:
         for each in fields(self):
             if "choices" in each.metadata:
                 names, value = list(each.metadata["choices"]()), getattr(self, each.name)
-                check(value in names, each.name, value, f"one of {', '.join(names)}")
+                known = isinstance(value, list) or value in names
+                check(known, each.name, value, f"one of {', '.join(names)}")
         object.__setattr__(self, "seed", check_seed(self.seed))
         # torch runs nothing there, and what it would put out is noise.
         no_meta = self.device.partition(":")[0] != "meta"
