@@ -133,7 +133,7 @@ ASIDE = {
 }
 # Of these it is what lies there that counts, not the name.
 CONTENTS = {
-    *("model_name_or_path", "adapter", "base_model", "reference_model"),
+    *("model_name_or_path", "adapter", "aligned_model", "reference_model"),
     *("dataset", "harmful_dataset", "safe_dataset", "preserve_dataset"),
     *("task_dataset", "benign_dataset", "drift_dataset", "norms", "preserve_norms"),
 }
@@ -196,7 +196,7 @@ def test_the_same_again_is_done_wherever_it_lies(made, tmp_path):
             "was made with another dataset than",
         ),
         ({"preserve_dataset": None}, "was made with another preserve_dataset than None"),
-        ({"base_model": "{0}/base"}, "was made with another base_model than"),
+        ({"aligned_model": "{0}/base"}, "was made with another aligned_model than"),
     ],
     ids=str,
 )

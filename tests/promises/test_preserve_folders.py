@@ -242,6 +242,15 @@ def test_a_fleet_of_two(made, tmp_path):
 # --- reverting ------------------------------------------------------------------------------------
 
 
+def test_the_aligned_models_name_of_earlier_in_python(made, tmp_path):
+    options = fields(made, tmp_path / "out", base_model=made.twin)
+    with pytest.warns(UserWarning, match="base_model is taken as aligned_model"):
+        report = oneshot(options.pop("model_name_or_path"), **options)
+    assert report.reverted
+    with pytest.raises(UsageError, match="base_model: must be left out with aligned_model"):
+        oneshot(made.model, **options, aligned_model="x")
+
+
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("kind", ["model", "gpt2", "preserving", "random"])
