@@ -24,14 +24,14 @@ class RunConfig(StageConfig):
         batch_size: sequences a forward pass of prune and evaluate.
         align: flags of align (dataset is needed); leave out where the model is aligned already.
         finetune: flags of finetune (dataset is needed).
-        prune: flags of prune (dataset is needed).
+        prune: flags of prune (dataset is needed); leave out to stop at the fine-tuned model.
         evaluate: flags of evaluate (one of its data sets is needed); each model on the way is
             evaluated.
     """
 
     align: dict[str, Any] | None = None
     finetune: dict[str, Any]
-    prune: dict[str, Any]
+    prune: dict[str, Any] | None = None
     evaluate: dict[str, Any]
 
 
@@ -112,9 +112,10 @@ class DemoConfig:
     """Align, attack, prune and evaluate SmolLM2-135M-Instruct, on a CPU in minutes.
 
     Args:
-        output_dir: the folder to write.
-        overwrite: replace output_dir, if the demo wrote it.
-        seed: seed of every random choice.
+        output_dir: the folder to write; what is whole there is kept, so a demo that was interrupted
+            goes on where it stopped.
+        overwrite: replace what was made there with other settings.
+        seed: seed of the trainings and of the random score; the data are the same for all.
     """
 
     output_dir: str = aside("demo-out", is_path=True)

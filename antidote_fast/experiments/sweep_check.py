@@ -105,5 +105,5 @@ def inputs_of(config) -> list:
     """The files and folders that a sweep reads, for the hashes in its report."""
     data = ("dataset", "preserve_dataset", "harmful_dataset", "task_dataset", "benign_dataset")
     named = (getattr(config, name) for name in data)
-    models = (config.model_name_or_path, config.adapter, config.base_model)
+    models = (config.model_name_or_path, config.adapter, config.aligned_model)
     return [*models, *(local_file(name) for name in named if name)]

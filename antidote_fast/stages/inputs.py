@@ -15,7 +15,6 @@ import torch
 from antidote_fast import backends
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import CalibrateConfig, PruneConfig
-from antidote_fast.config.scores import SCORES
 from antidote_fast.data.load import load_records
 from antidote_fast.data.records import Record
 from antidote_fast.distributed.fsdp import is_sharded
@@ -245,7 +244,7 @@ def open_inputs(
 
 def learner_of(config: CalibrateConfig) -> Any:
     """The module that learns the config's score before the prune; None where it is computed."""
-    name = SCORES[config.score].learner if isinstance(config, PruneConfig) else None
+    name = config.scoring.learner if isinstance(config, PruneConfig) else None
     return None if name is None else importlib.import_module(name)
 
 
@@ -259,10 +258,9 @@ def unseen_data(config: CalibrateConfig, evidence: Evidence | None = None) -> li
     evidence = evidence or Evidence()
     if not isinstance(config, PruneConfig):
         return ["dataset"]
-    score = SCORES[config.score]
-    learns = score.learner is not None and evidence.scores is None
+    learns = config.scoring.learner is not None and evidence.scores is None
     needed = {
-        "dataset": learns or (score.needs_norms and evidence.norms is None),
+        "dataset": learns or (config.scoring.needs_norms and evidence.norms is None),
         "preserve_dataset": learns or (config.preserves and evidence.preserve_norms is None),
     }
     return [name for name, is_needed in needed.items() if is_needed]
@@ -308,21 +306,21 @@ def open_folders(config: Any, progress: Any = False) -> tuple[Checkpoint, Checkp
 
 
 def _open_aligned(inputs, is_adapter):
-    """The checkpoint of ``config.base_model``; None without one."""
+    """The checkpoint of ``config.aligned_model``; None without one."""
     config, model = inputs.config, inputs.model
-    if config.base_model is None:
+    if config.aligned_model is None:
         return None
     if model is None:
         return open_aligned(config, inputs.base, inputs.progress)
     if is_adapter:
         raise UsageError(
-            f"base_model={config.base_model!r}: must be left out with an adapter, whose zero "
+            f"aligned_model={config.aligned_model!r}: must be left out with an adapter, whose zero "
             "already falls back to the aligned model"
         )
     parameters = dict(model.named_parameters())
     if any(is_sharded(parameter) for parameter in parameters.values()):
         raise UsageError(
-            f"base_model={config.base_model!r}: must be left out where weights are sharded; or "
+            f"aligned_model={config.aligned_model!r}: must be left out where weights are sharded; or "
             "prune the saved checkpoint"
         )
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
@@ -330,7 +328,7 @@ def _open_aligned(inputs, is_adapter):
 
 
 def open_aligned(config: Any, base: Checkpoint, progress: Any = False) -> Checkpoint | None:
-    """Checkpoint of ``config.base_model``, checked by its headers and hashes; None without one.
+    """Checkpoint of ``config.aligned_model``, checked by its headers and hashes; None without one.
 
     Args:
         config: a :class:`PruneConfig` or :class:`SweepConfig`.
@@ -346,10 +344,10 @@ def open_aligned(config: Any, base: Checkpoint, progress: Any = False) -> Checkp
 
 
 def _open_like(config, shapes, model_type, progress):
-    if config.base_model is None:
+    if config.aligned_model is None:
         return None
-    where = f"base_model={config.base_model!r}"
-    aligned = open_model(config, "base_model")
+    where = f"aligned_model={config.aligned_model!r}"
+    aligned = open_model(config, "aligned_model")
     check_not_quantized(aligned)
     check_input(aligned.folder, progress)
     theirs = aligned.config.get("model_type")
@@ -390,7 +388,7 @@ def load_data(config: Any, records: list[Record] | None, name: str = "dataset") 
     if records is not None:
         return records[: config.num_calibration_samples]
     # What a score is learned on are prompts that the aligned model answers.
-    answered = not isinstance(config, PruneConfig) or SCORES[config.score].learner is None
+    answered = learner_of(config) is None
     limit = config.num_calibration_samples
     return load_records(getattr(config, name), limit=limit, require_output=answered)
 

@@ -155,7 +155,7 @@ def finish(folder: Any, inputs: Inputs, report: PruneReport, hashes: dict | None
         "stage_seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
     if inputs.aligned is not None:
-        results["base_model_fingerprint"] = inputs.aligned.fingerprint()
+        results["aligned_model_fingerprint"] = inputs.aligned.fingerprint()
     if hashes is None:
         read = inputs.adapter.digests() if inputs.adapter is not None else None
         hashes = hash_inputs(input_files(config), read)
