@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from antidote_fast.config.base import StageConfig, aside, check, check_positive, contents
 from antidote_fast.errors import UsageError
@@ -180,6 +180,16 @@ class PruneConfig(CalibrateConfig):
             preserve_ratio=self.preserve_ratio,
             score_delta=self.score_delta,
         )
+
+    @property
+    def prune_options(self) -> dict[str, Any]:
+        """The further arguments of a prune, of tensors or of a model."""
+        return {
+            "seed": self.seed,
+            "backend": self.backend,
+            "return_masks": self.save_masks,
+            "cross_check": self.cross_check,
+        }
 
     def check_aligned(self, is_adapter):
         """Refuse score gate where no aligned model could answer.

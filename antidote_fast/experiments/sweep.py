@@ -19,16 +19,11 @@ from antidote_fast.models.footprint import check_memory
 from antidote_fast.models.loading import load_model, load_tokenizer, pick_device
 from antidote_fast.models.targets import find_targets
 from antidote_fast.stages import evaluate
+from antidote_fast.stages.evidence import collect
 from antidote_fast.stages.gates import stage
 from antidote_fast.stages.gates.answers import check_texts
 from antidote_fast.stages.gates.stage import answers_of, check_stage, texts_of
-from antidote_fast.stages.inputs import (
-    collect,
-    describe_backend,
-    load_data,
-    open_aligned,
-    open_folders,
-)
+from antidote_fast.stages.inputs import describe_backend, load_data, open_aligned, open_folders
 from antidote_fast.system.progress import Clock
 
 PICTURE, ROWS = "curve.png", "rows.csv"
@@ -133,9 +128,8 @@ def _collect(config, model, checked, progress):
         norms[kind], counts[kind] = collect(
             config.collecting(kind),
             model,
-            checked.records[name],
-            checked.tokenizer,
-            batches=checked.batches[name],
+            checked.batches[name],
+            len(checked.records[name]),
             progress=progress,
         )
     return norms, counts
@@ -202,9 +196,7 @@ def check(config: SweepConfig, progress=False) -> Checked:
         for calibration in (records, prompts):
             _check_apart(config, f"{name}_dataset", some, calibration)
     base, adapter = open_folders(config, progress)
-    shapes = {name: entry.shape for name, entry in base.tensors.items()}
-    model_type = base.config.get("model_type")
-    aligned = open_aligned(config, shapes, model_type, progress)
+    aligned = open_aligned(config, base, progress)
     trust = config.trust_remote_code
     tokenizer = load_tokenizer(base.folder, trust_remote_code=trust)
     sets, datasets = evaluate._drop_long(sets, tokenizer, evaluation, base.config)

@@ -19,7 +19,7 @@ from antidote_fast.files.commit import check_output_folder, output_folder
 from antidote_fast.files.safe_open import Watch
 from antidote_fast.models.adapters import check_adapter, load_adapter
 from antidote_fast.models.footprint import check_memory
-from antidote_fast.models.loading import load_model, load_tokenizer, resolve_folder
+from antidote_fast.models.loading import load_model, load_tokenizer, open_model, resolve_folder
 from antidote_fast.system.progress import Clock
 
 OUTPUTS = "outputs.jsonl"
@@ -160,22 +160,12 @@ def _load_sets(config) -> dict[str, list[Record]]:
 
 def _check_models(config):
     """The checked folders of the base and, where there is one, of the adapter."""
-
-    def opened(argument):
-        name = getattr(config, argument)
-        folder = resolve_folder(name, argument)
-        found = open_checkpoint(folder, trust_remote_code=config.trust_remote_code)
-        if found.is_adapter != (argument == "adapter"):
-            is_, other = ("a PEFT adapter", "a whole model")[:: 1 if found.is_adapter else -1]
-            raise DataError(f"{argument}={name!r}: is {is_}; give {other}")
-        return found
-
-    base = opened("model_name_or_path")
-    adapter = opened("adapter") if config.adapter else None
+    base = open_model(config)
+    adapter = open_model(config, "adapter") if config.adapter else None
     if adapter:
         check_adapter(adapter, base)
     if config.reference_model:
-        opened("reference_model")
+        open_model(config, "reference_model")
     return base, adapter
 
 
