@@ -62,9 +62,9 @@ def checked_grid(ratios, scopes, scores):
         check(len(values) > 0, name, list(values), "at least one value")
     for ratio in ratios:
         check(0 < ratio <= 1, "ratios", ratio, "in (0, 1]")
-    for name, values, known in (("scopes", scopes, SCOPES), ("scores", scores, SCORES)):
+    for name, values, accepted in (("scopes", scopes, SCOPES), ("scores", scores, SCORES)):
         for value in values:
-            check(value in known, name, value, f"among {', '.join(known)}")
+            check(value in accepted, name, value, f"among {', '.join(accepted)}")
     return sorted(set(ratios)), list(dict.fromkeys(scopes)), list(dict.fromkeys(scores))
 
 
@@ -163,19 +163,19 @@ class SweepConfig(StageConfig):
         needed = {kind: name for name in self.scores for kind in SCORES[name].kinds}
         learned = self.learned
         harmful = needed.get("all") or needed.get("response") or learned
-        kept = needed.get("preserve") or learned
-        for name, score in (("dataset", harmful), ("preserve_dataset", kept)):
+        preserve = needed.get("preserve") or learned
+        for name, score in (("dataset", harmful), ("preserve_dataset", preserve)):
             if score is not None and getattr(self, name) is None:
                 raise UsageError(f"{name}=None: must be a file or hub name with score {score}")
-        absent = self.preserve_dataset is None or kept
+        absent = self.preserve_dataset is None or preserve
         accepted = "left out without score wanda-preserve or gate"
         check(absent, "preserve_dataset", self.preserve_dataset, accepted)
 
     @property
     def kinds(self) -> list[str]:
         """The kinds of norms that the scores take."""
-        found = {kind for name in self.scores for kind in SCORES[name].kinds}
-        return [kind for kind in NORM_FILES if kind in found]
+        needed = {kind for name in self.scores for kind in SCORES[name].kinds}
+        return [kind for kind in NORM_FILES if kind in needed]
 
     @property
     def learned(self) -> str | None:
@@ -204,16 +204,16 @@ class SweepConfig(StageConfig):
             saved: with the norms that the sweep leaves in its folder, so that prune runs no model.
         """
         score = SCORES[name]
-        kept = {f.name for f in fields(PruneConfig)} - {"overwrite", "save_norms", "dataset"}
+        names = {f.name for f in fields(PruneConfig)} - {"overwrite", "save_norms", "dataset"}
         if score.learned:
-            kept |= {"dataset"}
-            kept -= {"aggregation"}
+            names |= {"dataset"}
+            names -= {"aggregation"}
         elif saved or not score.kinds:  # what is told to forward passes alone
-            kept -= {"aggregation", "num_calibration_samples", "preserve_dataset", "dtype"}
-            kept -= {"max_seq_length", "template", "batch_size"}
+            names -= {"aggregation", "num_calibration_samples", "preserve_dataset", "dtype"}
+            names -= {"max_seq_length", "template", "batch_size"}
         if score.preserve_norms is None and not score.learned:
-            kept -= {"preserve_dataset"}
-        values = {k: v for k, v in vars(self).items() if k in kept}
+            names -= {"preserve_dataset"}
+        values = {k: v for k, v in vars(self).items() if k in names}
         values |= {"ratio": ratio, "scope": scope, "score": score.score}
         values["output_dir"] = self.output_dir.rstrip("/") + "-pruned"
         if saved:

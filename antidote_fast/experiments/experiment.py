@@ -63,7 +63,7 @@ def _run(config, trials, first, out, start, progress):
         work.do(cell, tried)
     cells, chosen = first, {}
     if all(work.is_settled(cell) for cell in tried):
-        chosen = {name: _best(name, options, work.known) for name, options in trials.items()}
+        chosen = {name: _best(name, options, work.rows) for name, options in trials.items()}
         cells = grid.cells_of(config, chosen)
         for cell in track(cells, "cells", progress):
             work.do(cell, [*tried, *cells])
@@ -127,17 +127,17 @@ class _Work:
     """The rows there are, and the making of those that are not.
 
     Attributes:
-        known: rows by their cell's key.
+        rows: by their cell's key.
         failed: one line for each cell that cannot be made, by key.
         computed: how many rows were made here.
     """
 
     def __init__(self, config, out, progress):
         self._config, self._out, self._progress = config, out, progress
-        self.known, self.failed, self.computed = {}, {}, 0
+        self.rows, self.failed, self.computed = {}, {}, 0
         earlier = [] if config.rows is None else [config.rows]
         for path in [*earlier, *([out / ROWS] if (out / ROWS).exists() else [])]:
-            self.known |= {row["cell"]: row for row in tables.read_csv(path)}
+            self.rows |= {row["cell"]: row for row in tables.read_csv(path)}
         self._maker = Maker(progress)
 
     def is_settled(self, cell) -> bool:
@@ -145,7 +145,7 @@ class _Work:
 
         A row does not count where a stage's folder is there and its files or data have changed.
         """
-        if cell.key not in self.known:
+        if cell.key not in self.rows:
             return cell.key in self.failed
         return all(
             self._maker.is_done(stage)
@@ -158,7 +158,7 @@ class _Work:
         if self.is_settled(cell) or self.computed == self._config.max_cells:
             return
         try:
-            self.known[cell.key] = self._compute(cell)
+            self.rows[cell.key] = self._compute(cell)
         except (DataError, UsageError, Interrupted):
             raise
         except AntidoteError as error:  # such as a loss that is not finite
@@ -169,14 +169,14 @@ class _Work:
 
     def save(self, order) -> list[dict]:
         """Write rows.csv: the cells' rows in their order, then others that it held before."""
-        found = [{**self.known[c.key], "role": c.role} for c in order if c.key in self.known]
-        ours = {row["cell"] for row in found}
+        rows = [{**self.rows[c.key], "role": c.role} for c in order if c.key in self.rows]
+        ours = {row["cell"] for row in rows}
         if not all(self.is_settled(cell) for cell in order):
             # Perhaps of cells whose strengths are yet to be chosen.
-            found += [row for key, row in self.known.items() if key not in ours]
+            rows += [row for key, row in self.rows.items() if key not in ours]
         self._out.mkdir(parents=True, exist_ok=True)
-        tables.write_csv(found, self._out / ROWS)
-        return found
+        tables.write_csv(rows, self._out / ROWS)
+        return rows
 
     def _compute(self, cell):
         reports = {}
@@ -211,12 +211,12 @@ def _row(cell, reports):
     return row
 
 
-def _best(defense, options, known):
+def _best(defense, options, rows):
     """The flags of the strength with the highest FA * (100 - HS), the first of equals."""
     scored = [
         (row["finetune_accuracy"] * (100 - row["harmful_score"]), -i)
         for i, (_, cell) in enumerate(options)
-        if (row := known.get(cell.key)) is not None
+        if (row := rows.get(cell.key)) is not None
     ]
     if not scored:
         raise AntidoteError(f"tune.strengths.{defense}: none of them could be computed")

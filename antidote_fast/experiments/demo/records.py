@@ -82,10 +82,10 @@ def read_harmful_prompts() -> list[str]:
     for name in HARMFUL_FILES:
         try:
             lines = (folder / name).read_text(encoding="utf-8").splitlines()
-            found = [json.loads(line)["prompt"].strip() for line in lines if line.strip()]
+            texts = [json.loads(line)["prompt"].strip() for line in lines if line.strip()]
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder / name}: cannot be read: {error}") from error
-        prompts.update({" ".join(prompt.casefold().split()): prompt for prompt in found})
+        prompts.update({" ".join(prompt.casefold().split()): prompt for prompt in texts})
     return list(prompts.values())
 
 
@@ -143,13 +143,13 @@ def distilled(records, answers) -> list[Record]:
     An answer that refuses, or says nothing, would teach to refuse or to say nothing: it is left
     out.
     """
-    kept = []
+    usable = []
     for record, answer in zip(records, answers, strict=True):
         end = max(answer.rfind(mark) for mark in ".!?")
         answer = answer[: end + 1] if end > 10 else answer
         if not is_refusal(answer) and without_content(answer) is None:
-            kept.append(Record(record.instruction, output=answer))
-    return kept
+            usable.append(Record(record.instruction, output=answer))
+    return usable
 
 
 def exercise_records(count: int, seed: int = 0) -> list[Record]:
