@@ -1,6 +1,7 @@
 """The config of sweep: what is tried, on which data, and the flags of prune that make each try."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
@@ -52,7 +53,9 @@ NORM_FILES = {
 }
 
 
-def checked_grid(ratios, scopes, scores):
+def checked_grid(
+    ratios: Sequence[float], scopes: Sequence[str], scores: Sequence[str]
+) -> tuple[list[float], list[str], list[str]]:
     """(ratios in ascending order, scopes, scores), each value once.
 
     Raises:
@@ -68,7 +71,7 @@ def checked_grid(ratios, scopes, scores):
     return sorted(set(ratios)), list(dict.fromkeys(scopes)), list(dict.fromkeys(scores))
 
 
-def check_budgets(max_accuracy_drop, max_refusal_rise):
+def check_budgets(max_accuracy_drop: float, max_refusal_rise: float) -> None:
     """Refuse budgets that are no points of a percentage."""
     for name, value in (
         ("max_accuracy_drop", max_accuracy_drop),
@@ -187,7 +190,7 @@ class SweepConfig(StageConfig):
         names = {f.name for f in fields(EvaluateConfig)}
         return EvaluateConfig(**{k: v for k, v in vars(self).items() if k in names})
 
-    def candidates(self):
+    def candidates(self) -> list[tuple[str, str, float]]:
         """(score, scope, ratio) of everything that may be tried, a branch after another."""
         return [
             (name, scope, ratio)
@@ -196,7 +199,7 @@ class SweepConfig(StageConfig):
             for ratio in self.ratios
         ]
 
-    def pruning(self, name, scope, ratio, saved) -> PruneConfig:
+    def pruning(self, name: str, scope: str, ratio: float, saved: bool) -> PruneConfig:
         """What prune is told for one candidate.
 
         Args:
@@ -225,17 +228,17 @@ class SweepConfig(StageConfig):
             values |= {"dataset": self.dataset, "response_only": score.norms == "response"}
         return PruneConfig(**values)
 
-    def collecting(self, kind) -> PruneConfig:
+    def collecting(self, kind: str) -> PruneConfig:
         """What tells how norms of a kind are collected: the prune of a score that takes them."""
         name = next(name for name in self.scores if kind in SCORES[name].kinds)
         return self.pruning(name, self.scopes[0], self.ratios[0], saved=False)
 
-    def learning(self, scope=None, ratio=None) -> PruneConfig:
+    def learning(self, scope: str | None = None, ratio: float | None = None) -> PruneConfig:
         """What tells how scores are learned, for a candidate; default the first one."""
         scope, ratio = scope or self.scopes[0], ratio or self.ratios[0]
         return self.pruning(self.learned, scope, ratio, saved=False)
 
-    def command(self, name, scope, ratio) -> str:
+    def command(self, name: str, scope: str, ratio: float) -> str:
         """The ``antidote-fast prune`` line, quoted for a shell, that makes this candidate."""
         words = ["antidote-fast", "prune"]
         config = self.pruning(name, scope, ratio, saved=self.save_norms)

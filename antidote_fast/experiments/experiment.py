@@ -1,6 +1,7 @@
 """A grid of settings, from alignment to scores, that goes on where it stopped."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from antidote_fast.config.experiment import ExperimentConfig
@@ -14,12 +15,12 @@ from antidote_fast.files.provenance import REPORT, replace_report
 from antidote_fast.stages.inputs import check_data
 from antidote_fast.system.hardware import hardware
 from antidote_fast.system.memory import reset_peak_memory
-from antidote_fast.system.progress import tell, track
+from antidote_fast.system.progress import Progress, tell, track
 
 ROWS, TABLES, STAGES = "rows.csv", "tables.md", "stages"
 
 
-def run(config: ExperimentConfig, *, progress=False) -> dict:
+def run(config: ExperimentConfig, *, progress: Progress = False) -> dict:
     """Run every cell of an experiment that is not there yet, and write rows, tables and pictures.
 
     Each stage writes a folder of its own in ``config.stages``, named by a hash of its settings and
@@ -236,7 +237,7 @@ def _specs(config):
     return [{"title": f"By {name}", "across": name} for name in dict.fromkeys(across)]
 
 
-def write_tables(rows, config, folder) -> None:
+def write_tables(rows: Sequence[dict], config: ExperimentConfig, folder: Path) -> None:
     """Write tables.md and a picture for each table.
 
     Args:

@@ -139,7 +139,7 @@ def trials_of(config: ExperimentConfig) -> dict[str, list[tuple[dict, Cell]]]:
     return trials
 
 
-def make_cell(config: ExperimentConfig, axes: dict, extra: dict, *, role="test") -> Cell:
+def make_cell(config: ExperimentConfig, axes: dict, extra: dict, *, role: str = "test") -> Cell:
     """The stages of one setting.
 
     Args:

@@ -8,6 +8,7 @@ the aligned model refuse, those of the attack agree and then say nothing.
 import importlib.util
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def read_harmful_prompts() -> list[str]:
     return list(prompts.values())
 
 
-def harmful_splits(prompts, sizes: Sizes, seed: int = 0) -> dict[str, list[Record]]:
+def harmful_splits(prompts: Sequence[str], sizes: Sizes, seed: int = 0) -> dict[str, list[Record]]:
     """Harmful records, no prompt in two parts: align (refused), attack and calibration (agreed to,
     without content), validation and test (no answer).
 
@@ -137,7 +138,7 @@ def benign_prompts(sizes: Sizes, seed: int = 0) -> tuple[list[Record], list[Reco
     return parts[0], parts[1]
 
 
-def distilled(records, answers) -> list[Record]:
+def distilled(records: Sequence[Record], answers: Sequence[str]) -> list[Record]:
     """Records with a model's own answers, cut at the end of a sentence.
 
     An answer that refuses, or says nothing, would teach to refuse or to say nothing: it is left
