@@ -320,8 +320,8 @@ def _open_aligned(inputs, is_adapter):
     parameters = dict(model.named_parameters())
     if any(is_sharded(parameter) for parameter in parameters.values()):
         raise UsageError(
-            f"aligned_model={config.aligned_model!r}: must be left out where weights are sharded; or "
-            "prune the saved checkpoint"
+            f"aligned_model={config.aligned_model!r}: must be left out where weights are sharded; "
+            "or prune the saved checkpoint"
         )
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     return _open_like(config, shapes, model.config.model_type, inputs.progress)
