@@ -79,7 +79,7 @@ class Worker:
             for job in jobs:
                 ours = getattr(job.config, name) == getattr(self.config, name)
                 if ours and name in unseen_data(job.config):
-                    self._data_of(job.config, name)
+                    self.data_of(job.config, name)
                     break
 
     def run(self, jobs, stop=lambda: False):
@@ -142,7 +142,7 @@ class Worker:
         if report is not None:
             return _Read(job, report=report)
         check_adapter(adapter, self.base)
-        data = {name: self._data_of(config, name) for name in unseen_data(config)}
+        data = {name: self.data_of(config, name) for name in unseen_data(config)}
         tensors = adapter.read(adapter.tensors)
         if hash_inputs([config.adapter], adapter.digests()).items() - hashes.items():
             raise DataError(f"{adapter.folder}: changed while it was in use")
@@ -286,12 +286,7 @@ class Worker:
 
     def _load(self):
         check_memory(self.config, [self.base])
-        model = load_model(
-            self.base.folder,
-            dtype=self.config.dtype,
-            device=self.config.device,
-            trust_remote_code=self.config.trust_remote_code,
-        )
+        model = load_model(self.base.folder, **self.config.load_options)
         self.base.watch.check()  # none of its files changed while it was read
         return model
 
@@ -299,7 +294,7 @@ class Worker:
     def _tokenizer(self):
         return load_tokenizer(self.base.folder, trust_remote_code=self.config.trust_remote_code)
 
-    def _data_of(self, config, name="dataset"):
+    def data_of(self, config, name="dataset"):
         """(batches on the device, records, dropped, truncated), tokenised once for all jobs."""
         key = (
             getattr(config, name),

@@ -296,7 +296,7 @@ def plan_fleet(config) -> Plan:
         if cost is None:
             cost = cost_of(config, worker.base, lambda m, a=adapter: load_adapter(m, a))
         try:
-            batches = [b for name in names for b in worker._data_of(job.config, name)[0]]
+            batches = [b for name in names for b in worker.data_of(job.config, name)[0]]
         except AntidoteError as error:
             refused.append(f"{job.name}: {error}")
             continue
