@@ -50,7 +50,7 @@ def tune(
     tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
     examples = encode(records, tokenizer, config.template, config.max_seq_length)
     objective, others = make_objective(config, tokenizer)
-    made_from = run_inputs(config, base, None, records=[*records, *others])
+    made_from = run_inputs(config, base, records={"dataset": [*records, *others]})
     if config.resume:
         if is_finished(config.output_dir, made_from):
             return read_report(config.output_dir)
