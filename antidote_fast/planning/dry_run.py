@@ -48,8 +48,9 @@ def _plan_run(config) -> Plan:
     from antidote_fast.training import sft
 
     out = Path(config.output_dir)
-    stages, scores = run._plan(config, out)
-    run.check(stages, scores, out)
+    stages, scores = run.stages_of(config)
+    run.check(config, stages, scores)
+    stages = {Path(stage.output_dir).name: stage for stage in stages.values()}
     parts = {}
     kept = [name for name, stage in stages.items() if is_done(out / name, stage)]
     base_name = config.model_name_or_path
@@ -58,8 +59,8 @@ def _plan_run(config) -> Plan:
     base = None
     for name, stage in stages.items():
         stand_in = replace(stage, model_name_or_path=base_name)
-        if getattr(stage, "base_model", None) == attack.model_name_or_path:  # made by the run
-            stand_in = replace(stand_in, base_model=base_name)
+        if getattr(stage, "aligned_model", None) == attack.model_name_or_path:  # made by the run
+            stand_in = replace(stand_in, aligned_model=base_name)
         if name in kept:  # its folder is there, and is not written
             stand_in = replace(stand_in, output_dir=str(out / ".planned"))
         if name != "pruned":
@@ -75,18 +76,18 @@ def _plan_run(config) -> Plan:
             kept.append(f"scores/{name}")
             continue
         with_adapter = adapt if name in ("attacked", "pruned") else None
-        sets = evaluate._load_sets(score)
-        evaluate._check_judges(score)
+        sets = evaluate.load_sets(score)
+        evaluate.check_judges(score)
         parts[f"scores/{name}"] = evaluation(score, sets, base, None, with_adapter)
     return _sum("run", config, base, parts, kept)
 
 
 def _plan_sweep(config) -> Plan:
     """Norms of each kind, and as many evaluations as there can be."""
-    from antidote_fast.experiments import sweep_check
+    from antidote_fast.experiments import sweep as sweeping
     from antidote_fast.planning.cost import cost_of
 
-    found = sweep_check.check(config)
+    found = sweeping.check(config)
     base, adapter = found.base, found.adapter
     weights = sum(f.stat().st_size for c in (base, adapter) if c for f in c.weight_files)
     evaluations = 1 + len(config.candidates())
@@ -165,8 +166,8 @@ def _plan_experiment(config) -> Plan:
             elif kind == "prune":
                 sizes[size] = pruned_later(stand_in, base, adapt)
             else:
-                evaluate._check_judges(stand_in)
-                sizes[size] = evaluation(stand_in, evaluate._load_sets(stand_in), base, None, adapt)
+                evaluate.check_judges(stand_in)
+                sizes[size] = evaluation(stand_in, evaluate.load_sets(stand_in), base, None, adapt)
         parts[name] = sizes[size]
     found = _sum("run", config, base, parts, kept)
     found.notes.append(f"{len(cells)} cells, {len(tried)} strengths to try, {len(stages)} stages")
