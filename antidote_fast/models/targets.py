@@ -9,7 +9,7 @@ whose product of original and mask is zero where the original is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -100,7 +100,7 @@ class Coverage:
 
 
 def find_targets(
-    model: nn.Module, targets: str | Sequence[str] | None = None, ignore: str | Sequence[str] = ()
+    model: nn.Module, targets: str | Iterable[str] | None = None, ignore: str | Iterable[str] = ()
 ) -> list[Target]:
     """The weights to prune, in natural order of their names.
 
@@ -204,9 +204,9 @@ def check_names(keys: Iterable[str]) -> None:
 
 
 def select_keys(
-    keys: Sequence[str],
-    targets: str | Sequence[str] | None = None,
-    ignore: str | Sequence[str] = (),
+    keys: Collection[str],
+    targets: str | Iterable[str] | None = None,
+    ignore: str | Iterable[str] = (),
 ) -> list[str]:
     """What of saved parameter names ``targets`` and ``ignore`` mean, in natural order.
 
