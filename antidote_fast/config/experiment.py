@@ -24,14 +24,14 @@ class RunConfig(StageConfig):
         batch_size: sequences a forward pass of prune and evaluate.
         align: flags of align (dataset is needed); leave out where the model is aligned already.
         finetune: flags of finetune (dataset is needed).
-        prune: flags of prune (dataset is needed).
+        prune: flags of prune (dataset is needed); leave out to stop at the fine-tuned model.
         evaluate: flags of evaluate (one of its data sets is needed); each model on the way is
             evaluated.
     """
 
     align: dict[str, Any] | None = None
     finetune: dict[str, Any]
-    prune: dict[str, Any]
+    prune: dict[str, Any] | None = None
     evaluate: dict[str, Any]
 
 

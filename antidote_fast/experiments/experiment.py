@@ -1,17 +1,17 @@
 """A grid of settings, from alignment to scores, that goes on where it stopped."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from antidote_fast.config.experiment import ExperimentConfig
 from antidote_fast.errors import AntidoteError, DataError, Interrupted, JobsSetAside, UsageError
 from antidote_fast.experiments import grid, pictures, tables
+from antidote_fast.experiments.chain import Maker, check_own_folder
 from antidote_fast.experiments.curves import METRICS
 from antidote_fast.experiments.demo.model import CACHE
 from antidote_fast.files.commit import check_parent, new_file
 from antidote_fast.files.places import held
-from antidote_fast.files.provenance import REPORT, is_done, read_report, replace_report
+from antidote_fast.files.provenance import REPORT, replace_report
 from antidote_fast.stages.inputs import check_data
 from antidote_fast.system.hardware import hardware
 from antidote_fast.system.memory import reset_peak_memory
@@ -114,7 +114,9 @@ def check(config: ExperimentConfig) -> tuple[dict, list]:
 
 
 def _check_flags(config):
-    _check_folder(Path(config.output_dir))
+    prefixes = ("table-", *(f".{name}." for name in ("experiment", "report", "rows", "tables")))
+    names = (ROWS, TABLES, STAGES, REPORT)
+    check_own_folder(config.output_dir, names, (*prefixes, ".table-"), "experiment")
     trials, cells = grid.trials_of(config), grid.cells_of(config, {})
     axes = grid.axes_of(config)
     for spec in _specs(config):
@@ -137,7 +139,7 @@ class _Work:
         earlier = [] if config.rows is None else [config.rows]
         for path in [*earlier, *([out / ROWS] if (out / ROWS).exists() else [])]:
             self.known |= {row["cell"]: row for row in tables.read_csv(path)}
-        self._done, self._reports = {}, {}
+        self._maker = Maker(progress)
 
     def is_settled(self, cell) -> bool:
         """Whether there is a row, or there cannot be one.
@@ -147,14 +149,10 @@ class _Work:
         if cell.key not in self.known:
             return cell.key in self.failed
         return all(
-            self._is_done(stage) for stage in cell.stages.values() if _is_there(stage.output_dir)
+            self._maker.is_done(stage)
+            for stage in cell.stages.values()
+            if Path(stage.output_dir).exists()
         )
-
-    def _is_done(self, stage):
-        folder = stage.output_dir
-        if folder not in self._done:
-            self._done[folder] = is_done(folder, stage)
-        return self._done[folder]
 
     def do(self, cell, order):
         """Make a cell's row unless it is there or enough were made; save all, in this order."""
@@ -182,37 +180,14 @@ class _Work:
         return found
 
     def _compute(self, cell):
-        from antidote_fast.stages import align, evaluate, finetune, prune
-
-        runs = {"align": align, "finetune": finetune, "prune": prune, "evaluate": evaluate}
-        reports = {
-            kind: self._stage(runs[kind].run, stage, f"{_name(cell)}: {kind}")
-            for kind, stage in cell.stages.items()
-        }
-        return _row(cell, reports)
-
-    def _stage(self, run, stage, what):
-        folder = stage.output_dir
-        if folder not in self._reports:
-            if not self._is_done(stage):
+        reports = {}
+        for kind, stage in cell.stages.items():
+            if not self._maker.is_done(stage):
                 if self._progress:
-                    tell(what)
-                # A folder of ours with other files behind it is made anew.
-                again = self._config.overwrite and _is_there(folder)
+                    tell(f"{_name(cell)}: {kind}")
                 reset_peak_memory()
-                run(_again(stage, again), progress=self._progress)
-                self._done[folder] = True
-            self._reports[folder] = read_report(folder)
-        return self._reports[folder]
-
-
-def _is_there(folder):
-    return Path(folder).exists()
-
-
-def _again(stage, overwrite):
-    resume = {"resume": True} if getattr(stage, "save_steps", None) is not None else {}
-    return replace(stage, overwrite=overwrite, **resume)
+            reports[kind] = self._maker.make(kind, stage)
+        return _row(cell, reports)
 
 
 def _row(cell, reports):
@@ -282,17 +257,3 @@ def write_tables(rows, config, folder) -> None:
     if texts:
         with new_file(folder / TABLES) as partial:
             partial.write_text("\n".join(texts), encoding="utf-8")
-
-
-def _check_folder(out):
-    if out.exists() and not out.is_dir():
-        raise DataError(f"output_dir={str(out)!r}: exists and is not a folder")
-    for path in sorted(out.iterdir()) if out.exists() else ():
-        ours = path.name in (ROWS, TABLES, STAGES, REPORT) or path.name.startswith(
-            ("table-", ".experiment.", ".report.", ".rows.", ".table-", ".tables.")
-        )
-        if not ours:
-            raise DataError(
-                f"output_dir={str(out)!r}: holds {path.name!r}, which no experiment made; name "
-                "another folder"
-            )

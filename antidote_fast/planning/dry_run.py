@@ -48,8 +48,9 @@ def _plan_run(config) -> Plan:
     from antidote_fast.training import sft
 
     out = Path(config.output_dir)
-    stages, scores = run._plan(config, out)
-    run.check(stages, scores, out)
+    stages, scores = run.stages_of(config)
+    run.check(config, stages, scores)
+    stages = {Path(stage.output_dir).name: stage for stage in stages.values()}
     parts = {}
     kept = [name for name, stage in stages.items() if is_done(out / name, stage)]
     base_name = config.model_name_or_path

@@ -19,7 +19,7 @@ from antidote_fast.config.fleet import FleetConfig
 from antidote_fast.config.prune import GATE_STEPS, PruneConfig
 from antidote_fast.config.sweep import SweepConfig
 from antidote_fast.experiments import grid, sweep
-from antidote_fast.experiments.run import _plan
+from antidote_fast.experiments.run import stages_of
 from antidote_fast.files.checkpoint import open_checkpoint
 from antidote_fast.files.manifest import sha256_file, verify_folder
 from antidote_fast.fleet.manifest import read_manifest_file
@@ -246,7 +246,7 @@ def test_a_run_of_a_whole_model_needs_the_aligned_one_at_once(made):
     }
     config = flags.from_values(RunConfig, values, "run")
     with pytest.raises(UsageError, match="base_model=None: must be the aligned model"):
-        _plan(config, made / "run")
+        stages_of(config)
 
 
 # --- refusals -------------------------------------------------------------------------------------
