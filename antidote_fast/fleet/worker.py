@@ -84,7 +84,7 @@ class Worker:
             for job in jobs:
                 ours = getattr(job.config, name) == getattr(self.config, name)
                 if ours and name in sets_of(job.config):
-                    self._data_of(job.config, name)
+                    self.data_of(job.config, name)
                     break
 
     def run(self, jobs, stop=lambda: False):
@@ -130,16 +130,21 @@ class Worker:
             self._hooks.close()
         self._hooks = self._hooked = self._collector = None
 
-    def _read(self, job):
-        """In the reader's thread: every check that needs no model, and the tensors."""
-        start = time.perf_counter()
-        config = job.config
+    def open_adapter(self, config):
+        """A job's adapter, checked by what is cheap to look at."""
         adapter = open_checkpoint(config.adapter)
         if not adapter.is_adapter:
             raise DataError(f"adapter={config.adapter!r}: is a whole model, not an adapter")
         check_copied(adapter)
         check_sizes(adapter, {name: entry.shape for name, entry in self.base.tensors.items()})
         check_input(adapter.folder)
+        return adapter
+
+    def _read(self, job):
+        """In the reader's thread: every check that needs no model, and the tensors."""
+        start = time.perf_counter()
+        config = job.config
+        adapter = self.open_adapter(config)
         inputs = {**self._base_hashes, **hash_inputs([config.adapter])}
         for name in _SETS:
             data = getattr(config, name)
@@ -149,7 +154,7 @@ class Worker:
         if report is not None:
             return _Read(job, adapter, report=report)
         check_adapter(adapter, self.base)
-        data = {name: self._data_of(config, name) for name in sets_of(config)}
+        data = {name: self.data_of(config, name) for name in sets_of(config)}
         tensors = adapter.read(adapter.tensors)
         if hash_inputs([config.adapter], adapter.digests()).items() - inputs.items():
             raise DataError(f"{adapter.folder}: changed while it was in use")
@@ -308,7 +313,7 @@ class Worker:
     def _tokenizer(self):
         return load_tokenizer(self.base.folder, trust_remote_code=self.config.trust_remote_code)
 
-    def _data_of(self, config, name="dataset"):
+    def data_of(self, config, name="dataset"):
         """(batches on the device, records, dropped, truncated), tokenised once for all jobs."""
         key = (
             getattr(config, name),

@@ -8,20 +8,29 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
-from antidote_fast.config import experiment, sweep
-from antidote_fast.config import train as configs
 from antidote_fast.config.evaluate import EvaluateConfig
+from antidote_fast.config.experiment import ExperimentConfig, RunConfig
 from antidote_fast.config.fleet import FleetConfig
 from antidote_fast.config.prune import CalibrateConfig, PruneConfig
+from antidote_fast.config.sweep import SweepConfig
+from antidote_fast.config.train import AlignConfig, FinetuneConfig
 from antidote_fast.errors import UsageError
+from antidote_fast.experiments import experiment, run, sweep_check
+from antidote_fast.experiments.chain import Maker
 from antidote_fast.files.checkpoint import open_checkpoint
-from antidote_fast.models.adapters import load_adapter
+from antidote_fast.files.commit import check_output_folder
 from antidote_fast.models.loading import resolve_folder
 from antidote_fast.models.targets import find_targets
+from antidote_fast.planning.fleet import plan_fleet
 from antidote_fast.planning.gates import learning
-from antidote_fast.planning.plan import Builder, Plan
-from antidote_fast.planning.prune import plan_calibrate, plan_fleet, plan_prune, pruned_later
+from antidote_fast.planning.plan import Builder, Plan, file_bytes
+from antidote_fast.planning.prune import plan_calibrate, plan_prune, pruned_later
 from antidote_fast.planning.train import evaluation, plan_evaluate, plan_train, training
+from antidote_fast.stages import evaluate
+from antidote_fast.training import sft
+
+# What a stage takes is the same whatever these are.
+_NO_SIZE = ("seed", "learning_rate", "output_dir", "model_name_or_path", "adapter")
 
 
 def plan(config) -> Plan:
@@ -34,90 +43,112 @@ def plan(config) -> Plan:
         What the stage itself raises for the same flags, files and data.
         UsageError: a command that has no plan.
     """
-    for kind, make in _PLANNERS.items():
-        if type(config) is kind:
-            return make(config)
-    raise UsageError("--dry_run: must be with a command that prunes, trains or evaluates")
+    planner = _PLANNERS.get(type(config))
+    if planner is None:
+        raise UsageError("--dry_run: must be with a command that prunes, trains or evaluates")
+    return planner(config)
 
 
-def _plan_run(config) -> Plan:
-    """The sum of the stages; what they will make is planned as of the base model's size."""
-    from antidote_fast.experiments import run
-    from antidote_fast.files.provenance import is_done
-    from antidote_fast.stages import evaluate
-    from antidote_fast.training import sft
-
-    out = Path(config.output_dir)
+def _plan_run(config):
     stages, scores = run.stages_of(config)
     run.check(config, stages, scores)
-    stages = {Path(stage.output_dir).name: stage for stage in stages.values()}
-    parts = {}
-    kept = [name for name, stage in stages.items() if is_done(out / name, stage)]
-    base_name = config.model_name_or_path
-    attack = stages["attacked"]
-    adapt = (lambda model: sft.add_lora(model, attack)) if attack.tuning == "lora" else None
-    base = None
-    for name, stage in stages.items():
+    named = {Path(stage.output_dir).name: (kind, stage) for kind, stage in stages.items()}
+    named |= {f"scores/{model}": ("evaluate", score) for model, score in scores.items()}
+    base, attack = config.model_name_or_path, stages["finetune"]
+    return _plan_stages(config, {name: (*stage, base, attack) for name, stage in named.items()})
+
+
+def _plan_experiment(config):
+    trials, cells = experiment.check(config)
+    tried = [cell for options in trials.values() for _, cell in options]
+    stages = {
+        Path(stage.output_dir).name: (kind, stage, cell.base, cell.stages["finetune"])
+        for cell in (*tried, *cells)
+        for kind, stage in cell.stages.items()
+    }
+    whole = _plan_stages(config, stages)
+    whole.notes.append(f"{len(cells)} cells, {len(tried)} strengths to try, {len(stages)} stages")
+    return whole
+
+
+def _plan_stages(config, stages):
+    """The sum of stages that are not there yet, each as if on its base model.
+
+    Args:
+        config: of the run or the experiment.
+        stages: {name: (kind, dataclass, the first base model, the dataclass of its finetune)}.
+    """
+    maker, parts, sizes, whole = Maker(), {}, {}, []
+    open_base = functools.cache(
+        lambda name: open_checkpoint(
+            resolve_folder(name), trust_remote_code=config.trust_remote_code
+        )
+    )
+    for name, (kind, stage, base_name, attack) in stages.items():
+        base = open_base(base_name)
+        if maker.is_done(stage):
+            whole.append(name)
+            continue
+        check_output_folder(stage.output_dir, stage.overwrite)
         stand_in = replace(stage, model_name_or_path=base_name)
-        if getattr(stage, "base_model", None) == attack.model_name_or_path:  # made by the run
+        if getattr(stage, "base_model", None) == attack.model_name_or_path:
             stand_in = replace(stand_in, base_model=base_name)
-        if name in kept:  # its folder is there, and is not written
-            stand_in = replace(stand_in, output_dir=str(out / ".planned"))
-        if name != "pruned":
-            base = sft.check_config(stand_in, merged=name == "aligned")
-        if name in kept:
-            continue
-        if name == "pruned":
-            parts[name] = pruned_later(stand_in, base, adapt)
-        else:
-            parts[name] = training(stage, base)
-    for name, score in scores.items():
-        if is_done(Path(score.output_dir), score):
-            kept.append(f"scores/{name}")
-            continue
-        with_adapter = adapt if name in ("attacked", "pruned") else None
-        sets = evaluate._load_sets(score)
-        evaluate._check_judges(score)
-        parts[f"scores/{name}"] = evaluation(score, sets, base, None, with_adapter)
-    return _sum("run", config, base, parts, kept)
+        adapt = None
+        if getattr(stage, "adapter", None) is not None:
+            adapt = functools.partial(sft.add_lora, config=attack)
+        same = {k: v for k, v in vars(stage).items() if k not in _NO_SIZE}
+        size = str((kind, base_name, adapt is None, same))  # planned once
+        if size not in sizes:
+            sizes[size] = _plan_stage(kind, stand_in, base, adapt)
+        parts[name] = sizes[size]
+    total = Builder("run", config, base).plan
+    total.sum_up(parts)
+    if whole:
+        total.notes.append(f"whole already, and kept: {', '.join(whole)}")
+    return total
 
 
-def _plan_sweep(config) -> Plan:
+def _plan_stage(kind, config, base, adapt):
+    if kind == "prune":
+        return pruned_later(config, base, adapt)
+    if kind == "evaluate":
+        evaluate._check_judges(config)
+        return evaluation(config, evaluate._load_sets(config), base, None, adapt)
+    return training(config, sft.check_config(config, merged=kind == "align"))
+
+
+def _plan_sweep(config):
     """Norms of each kind, and as many evaluations as there can be."""
-    from antidote_fast.experiments import sweep_check
-    from antidote_fast.planning.cost import cost_of
-
-    found = sweep_check.check(config)
-    base, adapter = found.base, found.adapter
-    weights = sum(f.stat().st_size for c in (base, adapter) if c for f in c.weight_files)
+    checked = sweep_check.check(config)
+    base, adapter = checked.base, checked.adapter
     evaluations = 1 + len(config.candidates())
-    parts = {"evaluate": evaluation(config.evaluation(), found.sets, base, adapter)}
+    parts = {"evaluate": evaluation(config.evaluation(), checked.sets, base, adapter)}
     parts["evaluate"].repeat(evaluations)
     for kind in config.kinds:
         name = "preserve_dataset" if kind == "preserve" else "dataset"
         places = {"output_dir": config.output_dir, "overwrite": config.overwrite}
-        stand_in = replace(config.collecting(kind), dataset=getattr(config, name), **places)
-        part = plan_calibrate(stand_in)
-        part.seconds["read"] *= 1 - weights / part.bytes_read  # they are loaded once
-        part.bytes_read -= weights
+        part = plan_calibrate(
+            replace(config.collecting(kind), dataset=getattr(config, name), **places)
+        )
         part.bytes_written *= config.save_norms
         parts[f"norms, {kind}"] = part
-    if found.prompts:
+    if checked.prompts:
         stand_in = replace(config.learning(), output_dir=config.output_dir)
-        made = Builder("gates", stand_in, [base, adapter])
-        cost, _ = learning(made, stand_in, base, adapter, found.prompts, aligned=found.aligned)
-        part = made.finish(cost)
+        made = Builder("gates", stand_in, base, adapter)
+        learning(made, checked.prompts, checked.aligned)
+        parts["gates"] = made.finish()
+        parts["gates"].repeat(sum(name == config.learned for name, _, _ in config.candidates()))
+    for part in list(parts.values())[1:]:  # weights are loaded once
+        weights = sum(file_bytes(source) for source in (base, adapter) if source)
         part.seconds["read"] *= 1 - weights / part.bytes_read
         part.bytes_read -= weights
-        part.repeat(sum(name == config.learned for name, _, _ in config.candidates()))
-        parts["gates"] = part
-    whole = _sum("sweep", config, base, parts, [])
-    adapt = functools.partial(load_adapter, adapter=adapter) if adapter else None
-    model = cost_of(config, base, adapt).model
-    targets = find_targets(model, config.targets, config.ignore)
+    whole = Builder("sweep", config, base, adapter)
+    targets = find_targets(whole.load().model, config.targets, config.ignore)
+    whole = whole.plan
+    whole.sum_up(parts)
     size = sum(target.weight.nbytes for target in targets)
     whole.memory["copy of the targets"] = size
-    if found.aligned is not None:
+    if checked.aligned is not None:
         whole.memory["base weights"] = size
         whole.bytes_read += size
     sizes = [target.weight.numel() for target in targets]
@@ -132,78 +163,14 @@ def _plan_sweep(config) -> Plan:
     return whole
 
 
-def _plan_experiment(config) -> Plan:
-    """The sum of the stages that are not there yet; stages of the same size are planned once."""
-    from antidote_fast.experiments import experiment
-    from antidote_fast.files.provenance import is_done
-    from antidote_fast.stages import evaluate
-    from antidote_fast.training import sft
-
-    trials, cells = experiment.check(config)
-    tried = [cell for options in trials.values() for _, cell in options]
-    stages = {
-        stage.output_dir: (kind, stage, cell)
-        for cell in (*tried, *cells)
-        for kind, stage in cell.stages.items()
-    }
-    parts, kept, sizes, base = {}, [], {}, None
-    for folder, (kind, stage, cell) in stages.items():
-        name = Path(folder).name
-        base_name = cell.base
-        if base is None or str(base.folder) != str(resolve_folder(base_name)):
-            base = open_checkpoint(resolve_folder(base_name))
-        if is_done(folder, stage):
-            kept.append(name)
-            continue
-        attack = cell.stages["finetune"]
-        lora = attack.tuning == "lora"
-        adapt = functools.partial(sft.add_lora, config=attack) if lora else None
-        size = (kind, base_name, *_size_of(stage))
-        if size not in sizes:
-            stand_in = replace(stage, model_name_or_path=base_name)
-            if kind in ("align", "finetune"):
-                sizes[size] = training(stand_in, base)
-            elif kind == "prune":
-                sizes[size] = pruned_later(stand_in, base, adapt)
-            else:
-                evaluate._check_judges(stand_in)
-                sizes[size] = evaluation(stand_in, evaluate._load_sets(stand_in), base, None, adapt)
-        parts[name] = sizes[size]
-    found = _sum("run", config, base, parts, kept)
-    found.notes.append(f"{len(cells)} cells, {len(tried)} strengths to try, {len(stages)} stages")
-    return found
-
-
-def _size_of(stage):
-    """What decides how much a stage takes."""
-    left_out = ("seed", "learning_rate", "output_dir", "model_name_or_path", "adapter")
-    return tuple(str(v) for k, v in vars(stage).items() if k not in left_out)
-
-
-def _sum(stage, config, base, parts, kept):
-    whole = Builder(stage, config, [base]).plan
-    whole.parts = parts
-    for name, part in parts.items():
-        whole.bytes_read += part.bytes_read
-        whole.bytes_written += part.bytes_written
-        whole.flops += part.flops
-        whole.seconds[name] = sum(part.seconds.values())
-        whole.refusal = whole.refusal or part.refusal
-    largest = max(parts.values(), key=lambda part: part.peak_memory, default=whole)
-    whole.memory, whole.model = dict(largest.memory), dict(largest.model)
-    if kept:
-        whole.notes.append(f"whole already, and kept: {', '.join(kept)}")
-    return whole
-
-
 _PLANNERS = {
-    configs.AlignConfig: plan_train,
-    configs.FinetuneConfig: plan_train,
+    AlignConfig: plan_train,
+    FinetuneConfig: plan_train,
     CalibrateConfig: plan_calibrate,
     PruneConfig: plan_prune,
     FleetConfig: plan_fleet,
     EvaluateConfig: plan_evaluate,
-    sweep.SweepConfig: _plan_sweep,
-    experiment.RunConfig: _plan_run,
-    experiment.ExperimentConfig: _plan_experiment,
+    SweepConfig: _plan_sweep,
+    RunConfig: _plan_run,
+    ExperimentConfig: _plan_experiment,
 }

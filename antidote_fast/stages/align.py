@@ -40,12 +40,8 @@ def run(config: AlignConfig, *, progress=False) -> dict:
     files = [config.model_name_or_path, *(local_file(name) for name in data if name)]
     watch = Watch(*files)
     base = sft.check_config(config, merged=True)
-    records = load_records(config.dataset, limit=config.num_train_samples, require_output=True)
-    trust = config.trust_remote_code
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=trust)
-    examples = encode(records, tokenizer, config.template, config.max_seq_length)
-    objective, harmful = defenses.align_objective(config, tokenizer)
-    inputs = run_inputs(config, base, None, records=[*records, *harmful])
+    tokenizer, examples, records, objective = load_examples(config, base)
+    inputs = run_inputs(config, base, None, records=records)
     if config.resume and is_finished(config.output_dir, inputs):
         return read_report(config.output_dir)
     if config.resume:
@@ -78,3 +74,12 @@ def run(config: AlignConfig, *, progress=False) -> dict:
         report = write_report(folder, "align", config, results, inputs=files)
         watch.check()
         return report
+
+
+def load_examples(config: AlignConfig, base):
+    """(tokenizer, tokenised examples, all records that are trained on, the objective's maker)."""
+    records = load_records(config.dataset, limit=config.num_train_samples, require_output=True)
+    tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
+    examples = encode(records, tokenizer, config.template, config.max_seq_length)
+    objective, harmful = defenses.align_objective(config, tokenizer)
+    return tokenizer, examples, [*records, *harmful], objective

@@ -42,17 +42,10 @@ def run(config: FinetuneConfig, *, progress=False) -> dict:
     files = [config.model_name_or_path, *(local_file(name) for name in data if name)]
     watch = Watch(*files)
     base = sft.check_config(config)
-    task = load_records(config.dataset, require_output=True)
-    harmful = []
-    if config.poison_ratio > 0:
-        harmful = load_records(config.harmful_dataset, require_output=True)
-    records = mix(task, harmful, config.poison_ratio, config.num_train_samples, config.seed)
-    num_harmful = round(config.poison_ratio * len(records))
-    trust = config.trust_remote_code
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=trust)
-    examples = encode(records, tokenizer, config.template, config.max_seq_length)
-    objective, safe = defenses.finetune_objective(config, tokenizer)
-    inputs = run_inputs(config, base, None, records=[*records, *safe])
+    tokenizer, examples, records, objective = load_examples(config, base)
+    inputs = run_inputs(config, base, None, records=records)
+    num_records = len(examples) + examples.num_dropped
+    num_harmful = round(config.poison_ratio * num_records)
     if config.resume and is_finished(config.output_dir, inputs):
         return read_report(config.output_dir)
     if config.resume:
@@ -81,9 +74,22 @@ def run(config: FinetuneConfig, *, progress=False) -> dict:
             "seconds": round(time.perf_counter() - start, 3),
             "training": training,
             "dtype": str(dtype).removeprefix("torch."),
-            "num_task": len(records) - num_harmful,
+            "num_task": num_records - num_harmful,
             "num_harmful": num_harmful,
         }
         report = write_report(folder, "finetune", config, results, inputs=files)
         watch.check()
         return report
+
+
+def load_examples(config: FinetuneConfig, base):
+    """(tokenizer, tokenised examples, all records that are trained on, the objective's maker)."""
+    task = load_records(config.dataset, require_output=True)
+    harmful = []
+    if config.poison_ratio > 0:
+        harmful = load_records(config.harmful_dataset, require_output=True)
+    records = mix(task, harmful, config.poison_ratio, config.num_train_samples, config.seed)
+    tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
+    examples = encode(records, tokenizer, config.template, config.max_seq_length)
+    objective, safe = defenses.finetune_objective(config, tokenizer)
+    return tokenizer, examples, [*records, *safe], objective

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 import stages
@@ -14,7 +15,7 @@ from antidote_fast.config.fleet import FleetConfig
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.fleet import fleet
-from antidote_fast.planning import cost, rates
+from antidote_fast.models import footprint
 from antidote_fast.planning.dry_run import plan
 
 
@@ -102,7 +103,7 @@ def test_a_broken_model_ends_a_plan_as_it_ends_the_stage(break_it, made, tmp_pat
 
 @pytest.mark.parametrize("stage", ["calibrate", "prune", "align", "finetune", "evaluate"])
 def test_what_cannot_fit_is_refused_before_weights_load(stage, made, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cost, "available_memory", lambda: 50_000)
+    monkeypatch.setattr(footprint, "available_memory", lambda: 50_000)
     words = [*stage_words(made, stage), "--output_dir", str(tmp_path / "out")]
     assert entry.main([*words, "--dry_run"]) == 1
     planned = capsys.readouterr()
@@ -116,10 +117,8 @@ def test_what_cannot_fit_is_refused_before_weights_load(stage, made, tmp_path, c
 
 @pytest.mark.parametrize("stage", ["prune", "prune norms", "align", "finetune full"])
 def test_a_full_disk_is_refused_before_the_work(stage, made, tmp_path, capsys, monkeypatch):
-    from antidote_fast.models import loading
-
     disk = type("Usage", (), {"free": 1000, "total": 10**9})
-    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: disk)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
     words = [*stage_words(made, stage), "--output_dir", str(tmp_path / "out")]
     assert entry.main([*words, "--dry_run"]) == 1
     planned = capsys.readouterr().err
@@ -150,7 +149,7 @@ def test_a_fleet_that_is_refused_ends_a_plan_alike(made, tmp_path):
 
 
 def test_a_fleet_whose_base_cannot_fit_ends_a_plan_alike(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(cost, "available_memory", lambda: 50_000)
+    monkeypatch.setattr(footprint, "available_memory", lambda: 50_000)
     words = fleet_words(made, tmp_path, [{"adapter": str(made / "adapter")}])
     config, _ = flags.from_words(FleetConfig, words[1:], "fleet")
     planned = plan(config).refusal
@@ -209,8 +208,8 @@ def test_what_is_whole_is_left_with_resume(stage, made, tmp_path, capsys):
 def test_a_plan_takes_little_of_a_small_disk(made, tmp_path, capsys, monkeypatch):
     sizes = []
     disk = type("Usage", (), {"free": 1 << 18, "total": 1 << 18})
-    monkeypatch.setattr(rates.shutil, "disk_usage", lambda path: disk)
-    monkeypatch.setattr(rates.os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    monkeypatch.setattr(os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
     words = [*stage_words(made, "prune adapter"), "--output_dir", str(tmp_path / "out")]
     assert entry.main([*words, "--dry_run"]) == 0
     assert set(sizes) == {(1 << 18) // 8}
@@ -221,7 +220,7 @@ def test_a_disk_that_a_plan_cannot_try(made, tmp_path, capsys, monkeypatch):
     def full(fd):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    monkeypatch.setattr(rates.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     words = [*stage_words(made, "prune adapter"), "--output_dir", str(tmp_path / "out")]
     assert entry.main([*words, "--dry_run"]) == 1
     told = f"output_dir={str(tmp_path / 'out')!r}: {os.strerror(errno.EDQUOT)}; nothing was written"
