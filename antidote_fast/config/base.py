@@ -1,20 +1,51 @@
-"""What the configs of all stages share: the checks of values, and the flags that each one takes."""
+"""What the configs of all stages share: flags, checks, and what of a field decides a result.
+
+A field is declared once, where it is defined: :func:`contents`, :func:`aside` or :func:`path`; one
+without a declaration decides a stage's result by its value. Whoever asks whether a folder was made
+as it would be made now goes by that (:mod:`antidote_fast.files.provenance`).
+"""
 
 import os
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal
 
 from antidote_fast.errors import UsageError
 from antidote_fast.selection import check_seed
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Template = Literal["alpaca", "chat"]
-_PATHS = (
-    *("model_name_or_path", "adapter", "base_model", "reference_model", "judge", "win_rate_judge"),
-    *("dataset", "harmful_dataset", "safe_dataset", "preserve_dataset", "task_dataset"),
-    *("benign_dataset", "drift_dataset", "norms", "preserve_norms", "manifest", "rows"),
-    *("output_dir", "stages"),
-)
+_DECIDES, _IS_PATH = "decides", "is_path"
+
+
+def contents(default: Any = MISSING) -> Any:
+    """A path or hub name: what lies there decides a stage's result, wherever it lies."""
+    return field(default=default, metadata={_DECIDES: "contents", _IS_PATH: True})
+
+
+def aside(default: Any = MISSING, *, is_path: bool = False) -> Any:
+    """A field that decides no result: where the output goes, how much memory the work may take."""
+    return field(default=default, metadata={_DECIDES: "nothing", _IS_PATH: is_path})
+
+
+def path(default: Any = MISSING) -> Any:
+    """A path or hub name that decides a result by its name, as any other value does."""
+    return field(default=default, metadata={_IS_PATH: True})
+
+
+def holds_path(declared: Field) -> bool:
+    """Whether a dataclass field is a path, or may be one."""
+    return declared.metadata.get(_IS_PATH, False)
+
+
+def fields_by(config, decides: str) -> list[Field]:
+    """The fields of a config, or of its class, of which this decides a stage's result.
+
+    Args:
+        config: one of the dataclasses.
+        decides: ``"value"``, as of any field without a declaration, ``"contents"`` or
+            ``"nothing"``.
+    """
+    return [each for each in fields(config) if each.metadata.get(_DECIDES, "value") == decides]
 
 
 def check(condition, name, value, accepted):
@@ -37,9 +68,9 @@ def expand_paths(config):
     Raises:
         UsageError: ``~`` and a name that is nobody's, which would be taken for a folder here.
     """
-    for name in _PATHS:
-        value = getattr(config, name, None)
-        if isinstance(value, str) and value.startswith("~"):
+    for each in fields(config):
+        name, value = each.name, getattr(config, each.name)
+        if holds_path(each) and isinstance(value, str) and value.startswith("~"):
             whole = os.path.expanduser(value)
             check(not whole.startswith("~"), name, value, "a path, or ./~... where it is one here")
             object.__setattr__(config, name, whole)  # as dataclasses do for frozen ones
@@ -62,9 +93,9 @@ class StageConfig:
         trust_remote_code: allow code that a checkpoint ships to run.
     """
 
-    model_name_or_path: str
-    output_dir: str
-    overwrite: bool = False
+    model_name_or_path: str = contents()
+    output_dir: str = aside(is_path=True)
+    overwrite: bool = aside(False)
     dtype: DType = "auto"
     device: str = "auto"
     seed: int = 0

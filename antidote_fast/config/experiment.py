@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from antidote_fast.config.base import StageConfig, check, check_positive, expand_paths
+from antidote_fast.config.base import StageConfig, aside, check, check_positive, expand_paths
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.config.train import DEFENSE_FLAGS, AlignConfig, FinetuneConfig
@@ -69,7 +69,7 @@ class ExperimentConfig(StageConfig):
     """
 
     extends: str | None = None
-    stages: str | None = None
+    stages: str | None = aside(None, is_path=True)
     prepare: Literal["demo"] | None = None
     defenses: list[str] = field(default_factory=lambda: ["sft", "antidote"])
     grid: dict[str, Any] | list[dict[str, Any]]
@@ -80,7 +80,7 @@ class ExperimentConfig(StageConfig):
     finetune: dict[str, Any]
     prune: dict[str, Any] | None = None
     evaluate: dict[str, Any]
-    rows: str | None = None
+    rows: str | None = aside(None, is_path=True)
     max_cells: int | None = None
 
     def __post_init__(self):
@@ -112,13 +112,14 @@ class DemoConfig:
     """Align, attack, prune and evaluate SmolLM2-135M-Instruct, on a CPU in minutes.
 
     Args:
-        output_dir: the folder to write.
-        overwrite: replace output_dir, if the demo wrote it.
-        seed: seed of every random choice.
+        output_dir: the folder to write; what is whole there is kept, so a demo that was interrupted
+            goes on where it stopped.
+        overwrite: replace what was made there with other settings.
+        seed: seed of the trainings and of the random score; the data are the same for all.
     """
 
-    output_dir: str = "demo-out"
-    overwrite: bool = False
+    output_dir: str = aside("demo-out", is_path=True)
+    overwrite: bool = aside(False)
     seed: int = 0
 
     def __post_init__(self):

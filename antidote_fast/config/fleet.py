@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, check, check_positive
+from antidote_fast.config.base import StageConfig, aside, check, check_positive, contents
 from antidote_fast.errors import UsageError
 
 
@@ -53,11 +53,11 @@ class FleetConfig(StageConfig):
         preserve_ratio: fraction of each row (tensor, model) protected, in [0, 1]; default ratio.
     """
 
-    manifest: str
-    shard: str = "0/1"
-    engine: Literal["local", "ray"] = "local"
-    num_workers: int | None = None
-    dataset: str | None = None
+    manifest: str = aside(is_path=True)
+    shard: str = aside("0/1")
+    engine: Literal["local", "ray"] = aside("local")
+    num_workers: int | None = aside(None)
+    dataset: str | None = contents(None)
     num_calibration_samples: int = 2000
     response_only: bool = False
     aggregation: Literal["rms", "mean"] = "rms"
@@ -69,7 +69,7 @@ class FleetConfig(StageConfig):
     save_norms: bool = False
     save_masks: bool = False
     backend: str | None = None
-    preserve_dataset: str | None = None
+    preserve_dataset: str | None = contents(None)
     preserve_ratio: float | None = None
 
     def __post_init__(self):

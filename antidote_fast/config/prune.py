@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from antidote_fast.config.base import StageConfig, check, check_positive
+from antidote_fast.config.base import StageConfig, aside, check, check_positive, contents
 from antidote_fast.errors import UsageError
 from antidote_fast.selection import Selection
 from antidote_fast.system.memory import parse_bytes
@@ -68,8 +68,8 @@ class CalibrateConfig(StageConfig):
             it at that where output_dir is whole already.
     """
 
-    dataset: str
-    adapter: str | None = None
+    dataset: str = contents()
+    adapter: str | None = contents(None)
     num_calibration_samples: int = 2000
     response_only: bool = False
     aggregation: Literal["rms", "mean"] = "rms"
@@ -77,8 +77,8 @@ class CalibrateConfig(StageConfig):
     ignore: list[str] = field(default_factory=list)
     device_map: Literal["auto"] | None = None
     stream: bool = False
-    max_memory: str | None = None
-    resume: bool = False
+    max_memory: str | None = aside(None)
+    resume: bool = aside(False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -122,8 +122,8 @@ class PruneConfig(CalibrateConfig):
         paper: the paper's method: score wanda, scope row, aggregation rms.
     """
 
-    dataset: str | None = None
-    norms: str | None = None
+    dataset: str | None = contents(None)
+    norms: str | None = contents(None)
     ratio: float = 0.1
     scope: Literal["row", "tensor", "global"] = "row"
     score: Literal["wanda", "magnitude", "random", "gate"] = "wanda"
@@ -131,10 +131,10 @@ class PruneConfig(CalibrateConfig):
     save_masks: bool = False
     backend: str | None = None
     cross_check: bool = True
-    preserve_dataset: str | None = None
-    preserve_norms: str | None = None
+    preserve_dataset: str | None = contents(None)
+    preserve_norms: str | None = contents(None)
     preserve_ratio: float | None = None
-    base_model: str | None = None
+    base_model: str | None = contents(None)
     score_delta: bool = False
     gate_steps: int = GATE_STEPS
     gate_learning_rate: float = GATE_LEARNING_RATE
@@ -180,6 +180,16 @@ class PruneConfig(CalibrateConfig):
             preserve_ratio=self.preserve_ratio,
             score_delta=self.score_delta,
         )
+
+    @property
+    def prune_options(self) -> dict[str, Any]:
+        """The further arguments of a prune, of tensors or of a model."""
+        return {
+            "seed": self.seed,
+            "backend": self.backend,
+            "return_masks": self.save_masks,
+            "cross_check": self.cross_check,
+        }
 
     def check_aligned(self, is_adapter):
         """Refuse score gate where no aligned model could answer.

@@ -4,7 +4,7 @@ import shlex
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, check, check_positive
+from antidote_fast.config.base import StageConfig, check, check_positive, contents, path
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.errors import UsageError
@@ -119,21 +119,21 @@ class SweepConfig(StageConfig):
         save_norms: also write the norms, so that the recommended prune needs no forward pass.
     """
 
-    adapter: str | None = None
-    dataset: str | None = None
+    adapter: str | None = contents(None)
+    dataset: str | None = contents(None)
     num_calibration_samples: int = 2000
     aggregation: Literal["rms", "mean"] = "rms"
     targets: list[str] | None = None
     ignore: list[str] = field(default_factory=list)
     backend: str | None = None
-    preserve_dataset: str | None = None
-    base_model: str | None = None
+    preserve_dataset: str | None = contents(None)
+    base_model: str | None = contents(None)
     score_delta: bool = False
-    harmful_dataset: str
-    task_dataset: str
+    harmful_dataset: str = contents()
+    task_dataset: str = contents()
     task: Literal["sst2", "agnews", "gsm8k", "label"] = "label"
-    benign_dataset: str | None = None
-    judge: str | None = None
+    benign_dataset: str | None = contents(None)
+    judge: str | None = path(None)
     harmful_labels: list[str] | None = None
     num_samples: int | None = 64
     max_new_tokens: int = 512

@@ -100,10 +100,15 @@ class Maker:
             self._done[folder] = is_done(folder, stage)
         return self._done[folder]
 
-    def make(self, kind: str, stage: StageConfig) -> dict:
+    def make(self, kind: str, stage: StageConfig, run: Callable[..., dict] | None = None) -> dict:
         """The report of a stage, which runs unless it is done.
 
         An interrupted training that keeps checkpoints goes on from the last one.
+
+        Args:
+            kind: such as ``"align"``.
+            stage: its dataclass.
+            run: what runs it; default that of :mod:`antidote_fast.stages`.
 
         Raises:
             What the stage raises; DataError where its folder holds something else and ``overwrite``
@@ -115,8 +120,8 @@ class Maker:
                 again = {"overwrite": stage.overwrite and Path(folder).exists()}
                 if getattr(stage, "save_steps", None) is not None:
                     again["resume"] = True
-                module = importlib.import_module(f"antidote_fast.stages.{kind}")
-                module.run(replace(stage, **again), progress=self._progress)
+                run = run or importlib.import_module(f"antidote_fast.stages.{kind}").run
+                run(replace(stage, **again), progress=self._progress)
                 self._done[folder] = True
             self._reports[folder] = read_report(folder)
         return self._reports[folder]

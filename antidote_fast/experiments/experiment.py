@@ -7,7 +7,6 @@ from antidote_fast.config.experiment import ExperimentConfig
 from antidote_fast.errors import AntidoteError, DataError, Interrupted, JobsSetAside, UsageError
 from antidote_fast.experiments import grid, pictures, tables
 from antidote_fast.experiments.chain import Maker, check_own_folder
-from antidote_fast.experiments.curves import METRICS
 from antidote_fast.experiments.demo.model import CACHE
 from antidote_fast.files.commit import check_parent, new_file
 from antidote_fast.files.places import held
@@ -197,7 +196,7 @@ def _row(cell, reports):
         "cell": cell.key,
         **cell.axes,
         "strength": cell.strength,
-        **{name: metrics.get(name) for name in METRICS},
+        **{name: metrics.get(name) for name in tables.METRICS},
         "embedding_drift_per_token": metrics.get("drift", {}).get("embedding_drift_per_token"),
     }
     for kind in grid.KINDS:

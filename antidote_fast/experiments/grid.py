@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from antidote_fast.config.base import StageConfig
+from antidote_fast.config.base import StageConfig, fields_by
 from antidote_fast.config.experiment import SECTIONS, ExperimentConfig
 from antidote_fast.config.flags import close_to, from_values
 from antidote_fast.errors import UsageError
@@ -28,8 +28,6 @@ AXES = {
 }
 _OF_PRUNE = ("alpha", "score", "num_calibration_samples")
 _SET_HERE = ("output_dir", "adapter", "overwrite", "resume", "reference_model", "defense")
-# What does not change what a stage makes.
-_NO_SETTINGS = ("output_dir", "overwrite", "resume", "save_steps")
 _STRENGTHS = {
     "vaccine": ("align.vaccine_rho",),
     "repnoise": ("align.repnoise_alpha", "align.repnoise_beta"),
@@ -197,10 +195,11 @@ class _HashedFolders:
     def __call__(self, kind, stage, model):
         # Without defaults, so that a flag that is new one day leaves keys as they are.
         defaults = _defaults(kind)
+        asides = {each.name for each in fields_by(stage, "nothing")}
         settings = {
             name: self._meaning.get(value, value) if isinstance(value, str) else value
             for name, value in dataclasses.asdict(stage).items()
-            if name not in _NO_SETTINGS and value != getattr(defaults, name)
+            if name not in asides and value != getattr(defaults, name)
         }
         text = json.dumps([kind, settings], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]

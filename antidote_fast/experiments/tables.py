@@ -13,6 +13,8 @@ from pathlib import Path
 
 from antidote_fast.errors import DataError, UsageError, printable
 from antidote_fast.files.commit import new_file
+from antidote_fast.system.text import markdown_text
+from antidote_fast.system.text import table as text_table
 
 TEXT_COLUMNS = ("role", "cell", "defense", "model", "task", "score", "strength")
 # Name, colour and marker, so that a defense looks the same everywhere (Okabe and Ito's palette).
@@ -34,6 +36,7 @@ PERCENTS = {
     "finetune_accuracy": ("FA", "finetune accuracy", "the task's samples done right", "higher"),
     "benign_refusal_rate": ("BR", "benign refusals", "harmless prompts refused", "lower"),
 }
+METRICS = tuple(PERCENTS)
 # Heading, label, meaning, unit, decimals.
 MEASURES = {
     key: (
@@ -183,7 +186,7 @@ def markdown(rows, spec) -> str:
     """
     contents = table(rows, spec)
     if not contents["rows"]:
-        return f"### {_escape(spec['title'])}\n\nNo results.\n"
+        return f"### {markdown_text(spec['title'])}\n\nNo results.\n"
     columns = contents["columns"] + ([] if is_cost(spec) else ["avg"])
     head, lines = [_down(spec)], []
     for measure in measures_of(spec):
@@ -198,10 +201,9 @@ def markdown(rows, spec) -> str:
                 points = [*points, None if average is None else (average, None, 1)]
             for x, point in zip(columns, points, strict=True):
                 lines[-1].append(_text(point, *MEASURES[_key(spec, measure, x)][3:]))
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-    text = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
+    text = text_table([head, *lines], markdown=True)
     note = " ".join(_notes(_chosen(rows, spec), spec))
-    return f"### {_escape(spec['title'])}\n\n{text}\n\n{_escape(note)}\n"
+    return f"### {markdown_text(spec['title'])}\n\n{text}\n\n{markdown_text(note)}\n"
 
 
 def check_spec(spec, axes) -> None:
@@ -309,10 +311,6 @@ def shown(value):
     if isinstance(value, float):
         return f"{value:.10g}"
     return MISSING if value is None else DEFENSES.get(value, (str(value),))[0]
-
-
-def _escape(text):
-    return text.replace("\\", "\\\\").replace("|", "\\|")
 
 
 def _text(point, unit, decimals):

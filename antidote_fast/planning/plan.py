@@ -192,12 +192,14 @@ class Builder:
         self.plan.flops += flops
         self._work.append((step, flops, decoding))
 
-    def forward(self, step: str, shapes, flops: Flops | None = None, times: int = 1) -> None:
+    def forward(
+        self, step: str, shapes, flops: Flops | None = None, every_logit: bool = False
+    ) -> None:
         """Forward passes of batches of these shapes, (sequences, tokens) each."""
         tokens = sum(map(math.prod, shapes))
         squares = sum(count * length**2 for count, length in shapes)
-        flops = flops or self.cost.forward
-        self.compute(step, times * flops.of(tokens, squares, sum(count for count, _ in shapes)))
+        logits = tokens if every_logit else sum(count for count, _ in shapes)
+        self.compute(step, (flops or self.cost.forward).of(tokens, squares, logits))
         self.shape = max(self.shape, *shapes, key=math.prod)
 
     def train(self, batch: int, length: int, response_tokens: int, more: int = 0) -> None:

@@ -4,28 +4,17 @@ from collections.abc import Callable
 
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.train import AlignConfig, TrainConfig
-from antidote_fast.data.batches import build_prompt, make_batches, prompt_ids
-from antidote_fast.data.load import load_records
-from antidote_fast.files.checkpoint import Checkpoint
-from antidote_fast.files.commit import check_output_folder
+from antidote_fast.data.batches import build_prompt, prompt_ids
 from antidote_fast.models.footprint import ADAM_BYTES, weight_bytes
-from antidote_fast.models.loading import load_tokenizer
 from antidote_fast.planning.plan import Builder, Plan
+from antidote_fast.stages import align, evaluate, finetune
+from antidote_fast.training import objective, sft
 
 
 def plan_train(config: TrainConfig) -> Plan:
     """As :func:`antidote_fast.stages.align.run` or ``finetune.run`` would go."""
-    from antidote_fast.training import sft
-
-    return training(config, sft.check_config(config, merged=isinstance(config, AlignConfig)))
-
-
-def training(config: TrainConfig, base: Checkpoint) -> Plan:
-    """A training of the model of a checked checkpoint, whichever the config names."""
-    from antidote_fast.stages import align, finetune
-    from antidote_fast.training import objective, sft
-
     is_align, lora = isinstance(config, AlignConfig), config.tuning == "lora"
+    base = sft.check_config(config, merged=is_align)
     examples = (align if is_align else finetune).load_examples(config, base)[1]
     adapt = (lambda model: sft.add_lora(model, config)) if lora else None
     made = Builder("align" if is_align else "finetune", config, base, adapt=adapt)
@@ -69,36 +58,22 @@ def training(config: TrainConfig, base: Checkpoint) -> Plan:
     return made.finish()
 
 
-def plan_evaluate(config: EvaluateConfig) -> Plan:
-    """As :func:`antidote_fast.stages.evaluate.run` would go."""
-    from antidote_fast.stages import evaluate
+def plan_evaluate(config: EvaluateConfig, adapt: Callable | None = None) -> Plan:
+    """As :func:`antidote_fast.stages.evaluate.run` would go.
 
-    check_output_folder(config.output_dir, config.overwrite)
-    evaluate._check_judges(config)
-    sets = evaluate._load_sets(config)
-    return evaluation(config, sets, *evaluate._check_models(config))
-
-
-def evaluation(
-    config: EvaluateConfig,
-    sets: dict,
-    base: Checkpoint,
-    adapter: Checkpoint | None,
-    adapt: Callable | None = None,
-) -> Plan:
-    """An evaluation of checked checkpoints; ``adapt`` puts on an adapter that is not there yet."""
-    from antidote_fast.stages import evaluate
-
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
-    sets, _ = evaluate._drop_long(sets, tokenizer, config, base.config)
-    drift_batches = _drift_batches(config, tokenizer)
-    made = Builder("evaluate", config, base, adapter, adapt)
+    Args:
+        config: the stage's.
+        adapt: puts an adapter on the model that is not there yet.
+    """
+    inputs = evaluate.open_inputs(config)
+    base, tokenizer, new = inputs.base, inputs.tokenizer, config.max_new_tokens
+    made = Builder("evaluate", config, base, inputs.adapter, adapt)
     cost = made.load()
-    texts = {build_prompt(r, config.template, tokenizer) for rs in sets.values() for r in rs}
+    records = [record for some in inputs.sets.values() for record in some]
+    texts = {build_prompt(record, config.template, tokenizer) for record in records}
     lengths = [len(prompt_ids(text, tokenizer)) for text in texts]
-    new = config.max_new_tokens
     made.plan.data = {
-        "prompts": sum(len(records) for records in sets.values()),
+        "prompts": len(records),
         "different ones": len(lengths),
         "prompt tokens": sum(lengths),
         "answer tokens at most": new * len(lengths),
@@ -110,20 +85,12 @@ def evaluation(
         made.hold("activations", cost.activation_bytes(batch, length))
         made.hold("cache", cost.cache_bytes * batch * (length + new))
     data = (config.harmful_dataset, config.task_dataset, config.benign_dataset)
-    made.read(base, adapter, *data, config.drift_dataset)
-    if drift_batches:
-        made.forward("drift", [batch["input_ids"].shape for batch in drift_batches], times=2)
+    made.read(base, inputs.adapter, *data, config.drift_dataset)
+    if inputs.drift_batches:
+        shapes = [batch["input_ids"].shape for batch in inputs.drift_batches]
+        made.forward("drift", 2 * shapes, every_logit=True)
         made.hold("reference model", weight_bytes(base, config.dtype))
     if config.harmful_dataset and config.judge != "refusal":
         made.plan.notes.append("the judge, loaded when the model has answered, is not counted")
     made.plan.notes.append("as if every answer had max_new_tokens; most end before")
     return made.finish()
-
-
-def _drift_batches(config, tokenizer):
-    """What the embedding drift is measured on; empty without it."""
-    if not config.drift_dataset:
-        return []
-    records = load_records(config.drift_dataset, limit=config.num_samples, require_output=True)
-    options = {"template": config.template, "max_seq_length": config.max_seq_length}
-    return make_batches(records, tokenizer, batch_size=config.batch_size, **options)

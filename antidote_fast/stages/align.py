@@ -4,9 +4,9 @@ import time
 
 from antidote_fast.config.train import AlignConfig
 from antidote_fast.data.batches import encode
-from antidote_fast.data.load import load_records, local_file
+from antidote_fast.data.load import load_records
 from antidote_fast.files.commit import check_free_space, check_output_folder
-from antidote_fast.files.provenance import read_report, run_inputs, write_report
+from antidote_fast.files.provenance import input_files, read_report, run_inputs, write_report
 from antidote_fast.files.resume import is_finished
 from antidote_fast.files.safe_open import Watch
 from antidote_fast.models.footprint import check_memory, weight_bytes
@@ -36,8 +36,7 @@ def run(config: AlignConfig, *, progress=False) -> dict:
         Interrupted: a signal came, and the checkpoints that were asked for hold the state.
     """
     start = time.perf_counter()
-    data = (config.dataset, config.harmful_dataset)
-    files = [config.model_name_or_path, *(local_file(name) for name in data if name)]
+    files = input_files(config)
     watch = Watch(*files)
     base = sft.check_config(config, merged=True)
     tokenizer, examples, records, objective = load_examples(config, base)

@@ -237,7 +237,7 @@ def test_a_rerun_skips_what_is_done_and_refuses_other_settings(folders, tmp_path
     for options, says in (
         ({"ratio": 0.4}, r"was made with ratio=0\.3, not 0\.4"),
         ({"targets": ["lora_A"]}, "was made with targets=None"),
-        ({"dataset": str(folders.root / "other.jsonl")}, "was made from another"),
+        ({"dataset": str(folders.root / "other.jsonl")}, "was made with another dataset than"),
     ):
         with pytest.raises(JobsSetAside, match=says) as raised:
             fleet.run(config(folders, out, path, **options))
@@ -363,7 +363,7 @@ def test_a_full_disk_ends_the_fleet(folders, tmp_path, monkeypatch):
         real(adapter, folder, tensors)
 
     monkeypatch.setattr(worker, "write_pruned", full)
-    monkeypatch.setattr(fleet_folder, "has_room", lambda out, size: False)
+    monkeypatch.setattr(worker, "has_room", lambda out, size: False)
     with pytest.raises(AntidoteError, match="No space left") as raised:
         fleet.run(config(folders, tmp_path / "out"))
     assert raised.value.exit_code == 1

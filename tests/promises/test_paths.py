@@ -1,5 +1,6 @@
 """Home folders in paths, files that cannot be read, seeds and devices that are none: one line."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -130,7 +131,7 @@ def test_roles_and_files_that_extend_stay(home):
 
 def test_every_path_field_is_known():
     """Whatever a stage's docstring calls a folder, file or data set is expanded."""
-    from antidote_fast.config import base
+    from antidote_fast.config.base import holds_path
 
     texts = {
         field
@@ -140,7 +141,13 @@ def test_every_path_field_is_known():
     }
     texts |= {f for f, kind in StageConfig.__annotations__.items() if kind is str}
     others = {"device", "backend", "shard", "max_memory", "lr_scheduler_type", "extends"}
-    assert texts - others == set(base._PATHS)
+    paths = {
+        field.name
+        for stage in (*STAGES, DemoConfig)
+        for field in dataclasses.fields(stage)
+        if holds_path(field)
+    }
+    assert texts - others == paths
 
 
 def test_nobodys_home_is_no_folder_here():

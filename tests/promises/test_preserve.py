@@ -171,9 +171,10 @@ def test_refusals_leave_the_weights(change, error, says):
     elif change in ("more", "short"):
         sums = preserve.sq_sum | {"x" if change == "more" else first: torch.ones(3)}
         change = {"preserve_norms": ActivationNorms(sums, num_sequences=1, num_tokens=1)}
-    options = {"selection": Selection(0.3, preserve_ratio=0.5), "preserve_norms": preserve} | change
+    options = {"preserve_norms": preserve} | change
+    selection = options.pop("selection", Selection(0.3, preserve_ratio=0.5))
     with pytest.raises(error, match=says):
-        prune_state_(state, norms, options.pop("selection"), **options)
+        prune_state_(state, Evidence(norms, **options), selection)
     assert all(torch.equal(state[key], value) for key, value in made()[0].items())
 
 
@@ -194,21 +195,22 @@ def test_a_global_cut_as_all_at_once(largest, few_values, score):
     for ratio, kept in ((0.1, None), (0.5, 0.3), (0.9, 0.05), (0.3, 0.0), (0.0, 0.4), (0.2, 1.0)):
         state, norms, preserve = made(torch.bfloat16, few_values=few_values)
         norms = norms if score == "wanda" else None
+        evidence = Evidence(norms, score, preserve)
         selection = Selection(ratio, scope="global", largest=largest, preserve_ratio=kept)
         read = []
         cut = find_cut(
             list(state),
             lambda key, state=state, read=read: read.append(key) or state[key],
-            Evidence(norms, score=score, preserve_norms=preserve),
+            evidence,
             selection,
         )
         assert len(read) <= 2 * len(state)
         assert cut.selected == num_pruned(sum(w.numel() for w in state.values()), selection)
-        cut = GlobalCut.from_dict(json.loads(json.dumps(cut.to_dict())), norms, preserve)
+        cut = GlobalCut.from_dict(json.loads(json.dumps(cut.to_dict())), evidence)
         masks = {key: cut.mask(key, weight) for key, weight in state.items()}
         report = prune_state_(
             state,
-            Evidence(norms, score=score, preserve_norms=preserve),
+            evidence,
             selection,
             return_masks=True,
         )

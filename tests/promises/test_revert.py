@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import slow
@@ -170,7 +171,7 @@ def test_refusals_leave_the_weights(change, error, says):
         base[last] = values[change](base[last])
     options = {"base_weights": base} | (change if isinstance(change, dict) else {})
     with pytest.raises(error, match=says):
-        prune_state_(state, norms, Selection(0.3, score_delta=True), **options)
+        prune_state_(state, Evidence(norms, **options), Selection(0.3, score_delta=True))
     assert all(torch.equal(state[key], value) for key, value in made(dtype)[0].items())
 
 
@@ -184,9 +185,9 @@ def test_a_global_cut_as_all_at_once(preserving, largest, few_values):
     for ratio in (0.05, 0.4, 1.0):
         state, norms, preserve, base = made(torch.float16, few_values=few_values)
         selection = Selection(ratio, scope="global", largest=largest, score_delta=True)
-        options = {"preserve_norms": preserve if preserving else None}
-        cut = find_cut(list(state), state.get, norms, selection, read_base=base.get, **options)
-        cut = GlobalCut.from_dict(json.loads(json.dumps(cut.to_dict())), norms, preserve)
+        evidence = Evidence(norms, preserve_norms=preserve if preserving else None)
+        cut = find_cut(list(state), state.get, evidence, selection, read_base=base.get)
+        cut = GlobalCut.from_dict(json.loads(json.dumps(cut.to_dict())), evidence)
         masks = {key: cut.mask(key, weight, base[key]) for key, weight in state.items()}
         pieces = {key: value.clone() for key, value in state.items()}
         for key in pieces:  # as a stream does: a weight at a time
@@ -200,9 +201,8 @@ def test_a_global_cut_as_all_at_once(preserving, largest, few_values):
                 selection,
                 cut=cut,
             )
-        report = prune_state_(
-            state, Evidence(norms, base_weights=base), selection, return_masks=True, **options
-        )
+        evidence = replace(evidence, base_weights=base)
+        report = prune_state_(state, evidence, selection, return_masks=True)
         assert all(report.masks[key] == mask for key, mask in masks.items())
         assert all(torch.equal(slow.bits(pieces[key]), slow.bits(state[key])) for key in state)
 

@@ -66,11 +66,12 @@ def test_random_scores_and_switching_it_off(broken):
     with pytest.raises(AntidoteError, match=WRONG):
         prune_state_(weights(), Evidence(score="random"), Selection(0.25))
     state = weights()
-    options = {"score": "magnitude", "cross_check": False}
-    assert prune_state_(state, None, Selection(0.25), **options).num_pruned == 2 * 90 + 45
+    evidence = Evidence(score="magnitude")
+    report = prune_state_(state, evidence, Selection(0.25), cross_check=False)
+    assert report.num_pruned == 2 * 90 + 45
     with pytest.raises(AntidoteError, match=WRONG):
         prune_model_(tiny.build(), None, Selection(0.25), score="magnitude")
-    prune_model_(tiny.build(), None, Selection(0.25), **options)
+    prune_model_(tiny.build(), evidence, Selection(0.25), cross_check=False)
 
 
 def test_no_folder_is_written(broken, folders, tmp_path):

@@ -39,10 +39,10 @@ class Reader:
         return self.weights[key].clone()
 
 
-def cut_of(weights, norms, selection, **options):
+def cut_of(weights, evidence, selection, seed=0):
     """(the cut, {key: mask}) with everything that a cut promises of itself."""
     read = Reader(weights)
-    cut = find_cut(list(weights), read, norms, selection, **options)
+    cut = find_cut(list(weights), read, evidence, selection, seed=seed)
     order = sorted(weights, key=natural_key)
     assert read.read in (order * 2, order)  # one pass is enough where nothing is removed
     masks = {key: cut.mask(key, weights[key]) for key in reversed(order)}
@@ -51,10 +51,11 @@ def cut_of(weights, norms, selection, **options):
     return cut, masks
 
 
-def assert_like_all_at_once(weights, norms, selection, **options):
-    cut, masks = cut_of(weights, norms, selection, **options)
+def assert_like_all_at_once(weights, norms, selection, score="wanda", seed=0):
+    evidence = Evidence(norms, score)
+    cut, masks = cut_of(weights, evidence, selection, seed)
     copies = {key: weight.clone() for key, weight in weights.items()}
-    report = prune_state_(copies, norms, selection, return_masks=True, **options)
+    report = prune_state_(copies, evidence, selection, seed=seed, return_masks=True)
     for layer in report.layers:
         assert torch.equal(masks[layer.key].bits, report.masks[layer.key].bits), layer.key
         assert cut.counts[layer.key] == layer.removed
@@ -113,7 +114,7 @@ def test_all_scores_equal(value, largest):
     weights = {f"{i}.weight": torch.full((i, 5), value) for i in (11, 2, 3)}
     for count in (1, 10, 11, 25, 26, 79, 80):
         selection = Selection(count / 80, scope="global", largest=largest)
-        _, masks = cut_of(weights, None, selection, score="magnitude")
+        _, masks = cut_of(weights, Evidence(score="magnitude"), selection)
         flat = torch.cat([masks[f"{i}.weight"].to_bool().view(-1) for i in (2, 3, 11)])
         removed = num_pruned(80, selection)
         expected = torch.zeros(80, dtype=torch.bool)
@@ -164,7 +165,7 @@ def test_not_a_number_is_one_score_above_infinity(dtype, largest):
     weights["c"] = signless.view(torch.float32).to(dtype).view(2, 2)
     for count in range(55):
         selection = Selection(count / 54, scope="global", largest=largest)
-        cut, masks = cut_of(weights, None, selection, score="magnitude")
+        cut, masks = cut_of(weights, Evidence(score="magnitude"), selection)
         expected = ops.prune_many_(
             [w.clone() for w in weights.values()],
             [None] * 3,
@@ -211,7 +212,7 @@ def test_a_cut_survives_being_written_down():
     weights = weights_of(SHAPES, torch.bfloat16, few_values=True)
     norms = norms_of(weights)
     cut, masks = cut_of(weights, norms, Selection(0.3, scope="global"))
-    again = GlobalCut.from_dict(json.loads(json.dumps(cut.to_dict())), norms)
+    again = GlobalCut.from_dict(json.loads(json.dumps(cut.to_dict())), Evidence(norms))
     assert again == cut
     assert all(again.mask(key, weights[key]) == mask for key, mask in masks.items())
 
@@ -235,7 +236,7 @@ def test_one_weight_is_in_memory_at_a_time():
 
 def test_a_weight_that_changed_is_refused():
     weights = weights_of(SHAPES, torch.float32)
-    cut, _ = cut_of(weights, None, Selection(0.5, scope="global"), score="magnitude")
+    cut, _ = cut_of(weights, Evidence(score="magnitude"), Selection(0.5, scope="global"))
     key = next(iter(weights))
     with pytest.raises(DataError, match=f"{key}: has changed since"):
         cut.mask(key, weights[key] * 2)
@@ -276,7 +277,7 @@ def test_a_weight_that_changes_between_the_passes_is_refused():
 def test_refusals(options, words):
     options = {"selection": Selection(0.1, scope="global"), "score": "magnitude"} | options
     with pytest.raises(UsageError, match=words):
-        find_cut(["a"], None, None, options.pop("selection"), **options)
+        find_cut(["a"], None, Evidence(score=options["score"]), options["selection"])
 
 
 def test_no_weights_are_refused():

@@ -307,9 +307,10 @@ def test_norms_of_another_base():
 def test_arguments(change, error, match):
     state, norms = state_and_norms()
     before = {k: v.clone() for k, v in state.items()}
-    arguments = {"norms": norms, "selection": Selection(0.1)} | change
+    options = {"norms": norms, "score": "wanda", "selection": Selection(0.1)} | change
+    evidence = Evidence(options.pop("norms"), options.pop("score"))
     with pytest.raises(error, match=match):
-        prune_state_(state, **arguments)
+        prune_state_(state, evidence, **options)
     assert all(torch.equal(state[k], before[k]) for k in state)
 
 

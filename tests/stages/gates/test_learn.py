@@ -161,7 +161,7 @@ def test_gradients_against_finite_differences(kind, monkeypatch):
 def test_a_step_is_that_of_adam():
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(5, 7, generator=generator))
-    layers, _ = prepare({"w": weight.detach()}, None, HALF, "gate", set(), set())
+    layers, _ = prepare({"w": weight.detach()}, Evidence(score="gate"), HALF.scope)
     gate = gates._Gate(layers[0], weight, HALF)
     m = torch.full((5, 7), 0.5, dtype=torch.float64)
     first = second = torch.zeros_like(m)
@@ -464,10 +464,9 @@ def test_scores_that_do_not_fit():
     weights = {"w": torch.ones(2, 3)}
     scores = {"w": torch.ones(2, 3)}
 
-    def refused(error, message, given=None, **options):
-        options = {"score": "gate", "scores": given} | options
+    def refused(error, message, given=None, score="gate", **options):
         with pytest.raises(error, match=message):
-            prune_state_(weights, None, HALF, **options)
+            prune_state_(weights, Evidence(score=score, scores=given), HALF, **options)
         assert torch.equal(weights["w"], torch.ones(2, 3))
 
     refused(UsageError, "scores=None: must be given where score='gate'")

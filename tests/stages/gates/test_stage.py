@@ -18,7 +18,7 @@ from antidote_fast.config.experiment import ExperimentConfig, RunConfig
 from antidote_fast.config.fleet import FleetConfig
 from antidote_fast.config.prune import GATE_STEPS, PruneConfig
 from antidote_fast.config.sweep import SweepConfig
-from antidote_fast.experiments import grid, sweep
+from antidote_fast.experiments import candidates, grid, sweep
 from antidote_fast.experiments.run import stages_of
 from antidote_fast.files.checkpoint import open_checkpoint
 from antidote_fast.files.manifest import sha256_file, verify_folder
@@ -31,6 +31,7 @@ from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.global_cut import find_cut
 from antidote_fast.pruning.report import PruneReport
 from antidote_fast.stages import prune
+from antidote_fast.stages.gates import stage
 from antidote_fast.stages.gates.answers import KINDS, answer_prompts
 from antidote_fast.stages.gates.learn import learn_gates
 
@@ -128,7 +129,7 @@ def test_a_finished_folder_is_left_as_it_is(made, tmp_path, monkeypatch):
     values = fields(made, out)
     first = json.loads(json.dumps(prune.run(PruneConfig(**values))))
     before = stages.tree(out)
-    monkeypatch.setattr(prune, "learn_folder", None)  # not called again
+    monkeypatch.setattr(stage, "learn_folder", None)  # not called again
     assert prune.run(PruneConfig(**values, resume=True)) == first
     assert stages.tree(out) == before
     for change in ({"gate_steps": 7}, {"gate_learning_rate": 0.1}, {"seed": 4}):
@@ -339,13 +340,13 @@ def sweep_fields(made, out, kind="adapter"):
 def test_a_sweep_learns_for_each_ratio_and_prints_the_line(kind, made, tmp_path, monkeypatch):
     config = SweepConfig(**sweep_fields(made, tmp_path / "sweep", kind), max_accuracy_drop=100)
     learned = []
-    learn = sweep.gate_stage.learn
+    learn = stage.learn
 
     def watched(settings, *args):
         learned.append((settings.scope, settings.ratio, learn(settings, *args)))
         return learned[-1][-1]
 
-    monkeypatch.setattr(sweep.gate_stage, "learn", watched)
+    monkeypatch.setattr(stage, "learn", watched)
     report = sweep.run(config)
     monkeypatch.undo()
     tried = [(row["scope"], row["ratio"]) for row in report["rows"]]
@@ -378,8 +379,9 @@ def test_what_a_sweep_refuses(made, tmp_path):
         SweepConfig(**whole)
     with pytest.raises(DataError, match="6 of its 6 prompts are in dataset"):
         sweep.run(SweepConfig(**values | {"harmful_dataset": f"{made}/harm.jsonl"}))
+    prompts = candidates.Prompts(HARM, PRESERVE)
     with pytest.raises(UsageError, match="learn=None: must be given with score gate"):
-        sweep.sweep_model(None, None, harmful=HARM, task_records=PRESERVE, scores=["gate"])
+        candidates.sweep_model(None, None, prompts, candidates.SweepEvidence(), scores=["gate"])
     assert not (tmp_path / "sweep").exists()
 
 
