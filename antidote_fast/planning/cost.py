@@ -6,9 +6,8 @@ largest batch is rehearsed, and the bytes of the tensors that are alive are adde
 
 import contextlib
 import functools
-import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,11 +27,11 @@ _RESPONSES = (8, 16, 64)  # tokens with logits in each, in training; not a polyn
 
 
 class Flops(NamedTuple):
-    """FLOPs of a pass; a multiplication and an addition are two.
+    """FLOPs of a pass, two a multiplication with an addition; pads count as tokens.
 
     Args:
-        token: of each token, pads included.
-        square: of each sequence, times the square of its length, pads included.
+        token: of each token.
+        square: of each sequence, times the square of its length.
         logit: of each token of which logits are made.
     """
 
@@ -40,9 +39,9 @@ class Flops(NamedTuple):
     square: int
     logit: int
 
-    def of(self, tokens: int, squares: int, logits: int) -> int:
+    def of(self, tokens: float, squares: float, logits: float) -> int:
         """Of so many tokens, squares of lengths, and tokens of which logits are made."""
-        return self.token * tokens + self.square * squares + self.logit * logits
+        return int(self.token * tokens + self.square * squares + self.logit * logits)
 
 
 class ModelCost:
@@ -56,10 +55,9 @@ class ModelCost:
         config: of the text model.
         num_weights, weight_bytes: of all its parameters, tied ones once.
         lora: weights of LoRA factors.
-        largest: the shape of its largest matrix.
     """
 
-    def __init__(self, model, dtype: torch.dtype):
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
         self._inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config = self._inner.config.get_text_config()
@@ -68,68 +66,53 @@ class ModelCost:
         self.num_weights = sum(p.numel() for p in weights.values())
         self.weight_bytes = sum(p.nbytes for p in weights.values())
         self.lora = sum(p.numel() for name, p in weights.items() if ".lora_" in name)
-        self.largest = max((p.shape for p in weights.values() if p.dim() == 2), key=math.prod)
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values that one token leaves in the cache."""
-        config = self.config
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        heads = getattr(config, "num_key_value_heads", None) or heads
-        return 2 * config.num_hidden_layers * heads * size * self.dtype.itemsize
+        heads = self.config.num_attention_heads
+        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        heads = getattr(self.config, "num_key_value_heads", None) or heads
+        return 2 * self.config.num_hidden_layers * heads * size * self.dtype.itemsize
 
     @functools.cached_property
     def forward(self) -> Flops:
         """Of a forward pass without gradients."""
         return self.forward_until(())
 
-    def forward_until(self, modules) -> Flops:
+    def forward_until(self, modules: Sequence[torch.nn.Module]) -> Flops:
         """Of a forward pass that ends when the last of ``modules`` has its input."""
-
-        def count(inputs, logits):
-            with FlopCounterMode(display=False) as counter, undoing() as undo:
-                reached = []
-                for module in modules:
-                    hook(undo, module, lambda *_: reached.append(counter.get_total_flops()))
-                self.model(**inputs(), **options)
-            return reached[-1] if reached else counter.get_total_flops()
-
-        with torch.no_grad(), lean_forward(self.model) as options:
-            return self._flops(count, (1, 1, 1), 2 * self.num_weights)
+        with self._forward() as forward:
+            return self._flops(forward, (1, 1, 1), 2 * self.num_weights, modules)
 
     @functools.cached_property
     def training(self) -> Flops:
         """Of a forward pass and one back to the weights that require a gradient."""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         with self._step() as step:
+            return self._flops(step, _RESPONSES, 4 * self.num_weights + 2 * trained)
 
-            def count(inputs, logits):
-                with FlopCounterMode(display=False) as counter:
-                    step(inputs(), logits)
-                return counter.get_total_flops()
-
-            return self._flops(count, _RESPONSES, 4 * self.num_weights + 2 * trained)
-
-    def activation_bytes(self, batch: int, length: int, *, attention="sdpa") -> int | None:
+    def activation_bytes(self, batch: int, length: int, *, attention: str = "sdpa") -> int | None:
         """The most that a forward pass without gradients holds, weights apart; None if unknown."""
-        with torch.no_grad(), lean_forward(self.model) as options:
-            return self._peak(
-                lambda inputs: self.model(**inputs, **options), batch, length, attention
-            )
+        with self._forward() as forward:
+            return self._peak(forward, batch, length, 1, attention)
 
     def training_bytes(
-        self, batch: int, length: int, response_tokens: int, *, attention="sdpa"
+        self, batch: int, length: int, response_tokens: int, *, attention: str = "sdpa"
     ) -> int | None:
         """The most that a step holds, weights and Adam apart: activations and gradients."""
         with self._step() as step:
-            return self._peak(
-                lambda inputs: step(inputs, response_tokens), batch, length, attention
-            )
+            return self._peak(step, batch, length, response_tokens, attention)
+
+    @contextlib.contextmanager
+    def _forward(self):
+        """Yields a forward pass of inputs, with logits of one token a sequence."""
+        with torch.no_grad(), lean_forward(self.model) as options:
+            yield lambda inputs, _: self.model(**inputs, **options)
 
     @contextlib.contextmanager
     def _step(self):
-        """Yields a step of inputs and response tokens, as of training, without the optimizer."""
+        """Yields a step of inputs, with logits of so many tokens, without the optimizer."""
         head, wanted = self.model.get_output_embeddings(), []
 
         def step(inputs, response_tokens):
@@ -148,45 +131,53 @@ class ModelCost:
             self.model.zero_grad(set_to_none=True)
             self.model.eval()
 
-    def _flops(self, count, logits, per_token):
+    def _flops(self, run, logits, per_token, modules=()):
         """Solved from three counts; ``per_token`` FLOPs where the model cannot run on meta."""
+
+        def count(inputs, number):
+            reached = []
+            with FlopCounterMode(display=False) as counter, undoing() as undo:
+                for module in modules:
+                    hook(undo, module, lambda *_: reached.append(counter.get_total_flops()))
+                run(inputs(), number)
+            return reached[-1] if reached else counter.get_total_flops()
+
         rows, counts = [], []
         for length, number in zip(_LENGTHS, logits, strict=True):
             rows.append((length, length**2, number))
-            run = functools.partial(count, logits=number)
             # Of routed experts each token is multiplied with those it meets; none is picked out.
-            counts.append(self._run(run, 1, length, "eager", "batched_mm"))
+            counts.append(self._run(count, 1, length, number, "eager", "batched_mm"))
         if None in counts:
             return Flops(per_token, 0, 0)
         solved = torch.linalg.solve(*(torch.tensor(x, dtype=torch.float64) for x in (rows, counts)))
         return Flops(*(round(x) for x in solved.tolist()))
 
-    def _peak(self, run, batch, length, attention):
+    def _peak(self, run, batch, length, logits, attention):
         weights = (*self.model.parameters(), *self.model.buffers())
 
-        def peak(inputs):
+        def peak(inputs, number):
             with AliveBytes(p.untyped_storage() for p in weights) as alive:
-                run(inputs())
+                run(inputs(), number)
             return alive.peak
 
-        return self._run(peak, batch, length, attention, self._experts)
+        return self._run(peak, batch, length, logits, attention, self._experts)
 
-    def _run(self, run, batch, length, attention, experts):
+    def _run(self, run, batch, length, logits, attention, experts):
         """What ``run`` gives of a function that makes the inputs; None where it fails on meta."""
         self._inner.set_attn_implementation(attention)
         if self._experts is not None:
             self._inner.set_experts_implementation(experts)
 
         def inputs(mask=True):
-            ids = torch.zeros((batch, length), dtype=torch.int64, device="meta")
-            shape = batch, 1, length, length
-            masks = {"attention_mask": torch.zeros(shape, dtype=self._inner.dtype, device="meta")}
-            return {"input_ids": ids, **(masks if mask else {})}
+            made = {"input_ids": torch.zeros((batch, length), dtype=torch.int64, device="meta")}
+            if mask:  # one of four dimensions is taken as it is
+                shape, dtype = (batch, 1, length, length), self._inner.dtype
+                made["attention_mask"] = torch.zeros(shape, dtype=dtype, device="meta")
+            return made
 
-        # A mask of four dimensions is taken as it is; models that know none make their own.
-        for make in (inputs, functools.partial(inputs, mask=False)):
+        for make in (inputs, functools.partial(inputs, mask=False)):  # some models know no such
             with contextlib.suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
-                return run(make)
+                return run(make, logits)
         return None
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import os
 import shutil
@@ -18,7 +19,7 @@ from antidote_fast.selection import Selection
 
 _SECONDS = 0.15  # of each measurement, or one turn of it
 _BYTES = 32 << 20
-_FLOPS = 4e9  # of one turn: half a second on a slow core
+_FLOPS = 4_000_000_000  # of one turn: half a second on a slow core
 _WEIGHTS = 1 << 22
 _MAX_MODEL_BYTES = 1 << 30  # of the blocks that are tried
 
@@ -40,26 +41,25 @@ def block_rate(
         trains: forwards and back, of a model that ``adapt`` puts an adapter on, or of all weights.
     """
     with contextlib.suppress(Exception):  # a foreign model's own code; the estimate is coarser then
-        blocks = _two_blocks(cost, device, trains, adapt)
-        if blocks is not None:
-            return _model_rate(*blocks, batch, length, trains)
-    return _product_rate(cost, device, batch * length)
+        return _model_rate(*_two_blocks(cost, device, trains, adapt), batch, length, trains)
+    weight = torch.ones((1024, 1024), dtype=cost.dtype, device=device)
+    x = weight[: batch * length]
+    return _rate(lambda: torch.nn.functional.linear(x, weight), 2 * weight[0].numel() * x.numel())
 
 
 def _two_blocks(cost, device, trains=False, adapt=None):
-    """(a live model like that of ``cost``, two blocks deep, its cost); None of too large blocks."""
+    """(a live model like that of ``cost``, two blocks deep, its cost)."""
     inner = cost.model.get_base_model() if hasattr(cost.model, "get_base_model") else cost.model
     config = copy.deepcopy(inner.config)
     text = config.get_text_config()
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = 2, 64, None
     with torch.device("meta"):
         model = type(inner)(config)
-    dtype = torch.float32 if trains and adapt is None else cost.dtype
-    if sum(p.numel() for p in model.parameters()) * dtype.itemsize > _MAX_MODEL_BYTES:
-        return None
-    model = model.to(dtype)
-    if trains:
-        model = model if adapt is None else adapt(model).to("meta")
+    model = model.to(torch.float32 if trains and adapt is None else cost.dtype)
+    if sum(p.nbytes for p in model.parameters()) > _MAX_MODEL_BYTES:
+        raise MemoryError("the blocks are too large to be tried")
+    if trains and adapt is not None:
+        model = adapt(model).to("meta")
     small = ModelCost(copy.deepcopy(model), cost.dtype)
     model = model.to_empty(device=device)
     with torch.no_grad():
@@ -72,43 +72,24 @@ def _two_blocks(cost, device, trains=False, adapt=None):
 
 def _model_rate(model, small, batch, length, trains):
     """From one sequence or less to the whole batch, as far as a turn stays short."""
-    wanted = batch * length
-    flops = small.training if trains else small.forward
-    tokens = min(wanted, max(8, int(_FLOPS / flops.of(1, 1, 1))))
+    wanted, flops = batch * length, small.training if trains else small.forward
+    tokens = min(wanted, max(8, _FLOPS // flops.of(1, 1, 1)))
     while True:
-        count = max(1, min(batch, tokens // length))
-        run, amount = _turn(model, small, count, min(tokens, length), trains)
-        run()  # the first call chooses kernels
-        start = time.perf_counter()
-        enough = _SECONDS if tokens >= wanted else 0.0
-        rate = _rate(run, amount, model.device, enough)
-        if tokens >= wanted or time.perf_counter() - start > 2 * _SECONDS:
+        shape = max(1, min(batch, tokens // length)), min(tokens, length)
+        ids = torch.zeros(shape, dtype=torch.int64, device=model.device)
+        amount = flops.of(ids.numel(), ids.numel() * shape[1], ids.numel())
+        rate = _rate(functools.partial(_turn, model, small.dtype, ids, trains), amount)
+        if tokens >= wanted or amount / rate > 2 * _SECONDS:
             return rate
         tokens = min(4 * tokens, wanted)
 
 
-def _turn(model, small, batch, length, trains):
-    """(a pass through the blocks, its FLOPs)."""
-    ids = torch.zeros((batch, length), dtype=torch.int64, device=model.device)
-    lower = trains and small.dtype != torch.float32
-
-    def run():
-        with torch.set_grad_enabled(trains), torch.autocast(ids.device.type, small.dtype, lower):
-            loss = model(input_ids=ids, use_cache=False).logits.float().square().mean()
-        if trains:
-            loss.backward()
-
-    flops = small.training if trains else small.forward
-    return run, flops.of(ids.numel(), ids.numel() * length, ids.numel())
-
-
-def _product_rate(cost, device, tokens):
-    rows, columns = min(cost.largest[0], 4096), min(cost.largest[1], 16384)
-    tokens = max(1, min(tokens, int(_FLOPS / (2 * rows * columns))))
-    weight = torch.ones((rows, columns), dtype=cost.dtype, device=device)
-    x = torch.ones((tokens, columns), dtype=cost.dtype, device=device)
-    torch.nn.functional.linear(x, weight)  # the first call chooses kernels
-    return _rate(lambda: torch.nn.functional.linear(x, weight), 2 * weight.numel() * tokens, device)
+def _turn(model, dtype, ids, trains):
+    lower = trains and dtype != torch.float32
+    with torch.set_grad_enabled(trains), torch.autocast(ids.device.type, dtype, lower):
+        loss = model(input_ids=ids, use_cache=False).logits.float().square().mean()
+    if trains:
+        loss.backward()
 
 
 def prune_rate(
@@ -126,11 +107,8 @@ def prune_rate(
     weight = torch.randn((rows, columns), generator=generator).to(device, dtype)
     norm = torch.rand(columns, generator=generator).to(device)
 
-    def prune():
-        ops.prune_mask(weight, norm, selection, backend=backend)
-
-    prune()
-    return _rate(prune, rows * columns, device)
+    prune = functools.partial(ops.prune_mask, weight, norm, selection, backend=backend)
+    return _rate(prune, rows * columns)
 
 
 def read_rate(file) -> float:
@@ -162,16 +140,14 @@ def write_rate(output) -> float:
         return _rate(write, len(data))
 
 
-def _rate(work, amount, device=None, enough=None):
+def _rate(work, amount):
     """``amount`` a second, from turns of ``work`` until they have taken long enough."""
-    on_gpu = device is not None and device.type == "cuda"
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    work()  # the first call chooses kernels
     wait()
     turns, start = 0, time.perf_counter()
-    while True:
+    while turns == 0 or time.perf_counter() - start < _SECONDS:
         work()
         wait()
         turns += 1
-        seconds = time.perf_counter() - start
-        if seconds >= (_SECONDS if enough is None else enough):
-            return amount * turns / max(seconds, 1e-9)
+    return amount * turns / max(time.perf_counter() - start, 1e-9)
