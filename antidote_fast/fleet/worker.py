@@ -265,7 +265,7 @@ class Worker:
             for name in read.data:
                 if file := local_file(getattr(config, name)):
                     self._watch_of(file).check()
-        self._usual = max(self._usual, len(inputs.adapter.held))
+        self._usual = max(self._usual, len(inputs.adapter.adapter_bytes))
         return "done", contents, calibrated + time.perf_counter() - start
 
     def _outcome(self, job, future):

@@ -9,15 +9,20 @@ on one side of it is below every one on the other. Only what is selected by one 
 another has no such form: there the few copied rows are sorted.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from antidote_fast import backends, ops
 from antidote_fast.backends import reference
 from antidote_fast.errors import AntidoteError
-from antidote_fast.selection import num_pruned
+from antidote_fast.masks import PackedMask
+from antidote_fast.models.targets import Target
+from antidote_fast.selection import Selection, num_pruned
 
 MAX_ROWS = 4
 _UNWRITTEN = "; nothing was written"
@@ -35,17 +40,17 @@ class _Sample:
 
     place: int
     name: str
-    rows: torch.Tensor
+    rows: Tensor
     keys: np.ndarray
-    bits: torch.Tensor
-    scored: torch.Tensor
-    norm: torch.Tensor | None
+    bits: Tensor
+    scored: Tensor
+    norm: Tensor | None
     kept_keys: np.ndarray | None = None
-    preserve_norm: torch.Tensor | None = None
-    base_bits: torch.Tensor | int = 0
-    base: torch.Tensor | None = None
+    preserve_norm: Tensor | None = None
+    base_bits: Tensor | int = 0
+    base: Tensor | None = None
     removed: np.ndarray | None = None  # of the copy
-    weight: torch.Tensor | None = None  # the whole
+    weight: Tensor | None = None  # the whole
     chosen: np.ndarray | None = None  # of these rows, in the whole
 
 
@@ -57,12 +62,20 @@ class CrossCheck:
         backend: as in :mod:`antidote_fast.ops`; nothing is checked where it is the reference.
     """
 
-    def __init__(self, selection, backend):
+    def __init__(self, selection: Selection, backend: str | None) -> None:
         self.selection = selection
         self.backend = backend
-        self._seen = set()
+        self._seen: set[tuple[Any, ...]] = set()
 
-    def before(self, names, scored, norms, weights, preserve_norms=None, bases=None) -> list:
+    def before(
+        self,
+        names: Sequence[str],
+        scored: Sequence[Tensor],
+        norms: Sequence[Tensor | None],
+        weights: Sequence[Tensor],
+        preserve_norms: Sequence[Tensor | None] | None = None,
+        bases: Sequence[Tensor | None] | None = None,
+    ) -> list:
         """Copy rows of the weights of one call, and prune the copies.
 
         Args:
@@ -112,7 +125,13 @@ class CrossCheck:
             self._prune_copies(samples)
         return samples
 
-    def selected(self, samples, weights, masks, thresholds):
+    def selected(
+        self,
+        samples: Sequence[_Sample],
+        weights: Sequence[Tensor],
+        masks: Sequence[PackedMask],
+        thresholds: Sequence[float],
+    ) -> None:
         """Look at what the call chose of the copied rows.
 
         Args:
@@ -143,7 +162,7 @@ class CrossCheck:
             if not self._counted(masks, sample.kept_keys is not None):
                 self._refuse(sample, _UNWRITTEN)
 
-    def written(self, samples):
+    def written(self, samples: Sequence[_Sample]) -> None:
         """Look at the copied rows again, now that the masks were applied.
 
         Raises:
@@ -225,7 +244,7 @@ class CrossCheck:
         )
 
 
-def check_live(targets, weights):
+def check_live(targets: Sequence[Target], weights: Mapping[str, Tensor]) -> None:
     """Whether modules compute with what is pruned, by some rows of the first of each kind.
 
     Args:
@@ -242,7 +261,8 @@ def check_live(targets, weights):
         if kind in seen or not pruned.numel() or pruned.dim() != 2 or pruned.is_meta:
             continue
         seen.add(kind)
-        live, rows = target.module.weight.detach(), _some_rows(pruned)
+        live: Any = target.module.weight
+        live, rows = live.detach(), _some_rows(pruned)
         live = live.to_local() if hasattr(live, "to_local") else live
         if live.shape != pruned.shape or not torch.equal(_bits(live[rows]), _bits(pruned[rows])):
             raise AntidoteError(
@@ -318,7 +338,7 @@ def _beyond_and_below(keys, kept_keys, removed, threshold, largest):
     return not either.any() or _apart(kept_keys[either][None], ~removed[either][None])
 
 
-def count_bits(mask) -> int:
+def count_bits(mask: PackedMask) -> int:
     """Bits set of a :class:`PackedMask`; mask.count() takes 20 times as long on a CPU."""
     if mask.bits.device.type != "cpu" or not hasattr(np, "bitwise_count"):
         return mask.count()

@@ -49,12 +49,12 @@ def gather(inputs: Inputs, run: Run | None = None) -> None:
     learner = learner_of(config)
     if learner is not None:
         if model is None:
-            about = (config, inputs.base, inputs.adapter, inputs.aligned, inputs.records)
+            opened = (config, inputs.base, inputs.adapter, inputs.aligned, inputs.records)
             options = {"tokenizer": inputs.given_tokenizer, "progress": inputs.progress}
-            scores, inputs.counts["gate"] = learner.learn_folder(*about, **options)
+            scores, inputs.counts["gate"] = learner.learn_folder(*opened, **options)
         else:
-            about = (config, model, inputs.aligned, inputs.evidence.base_weights, inputs.records)
-            scores, inputs.counts["gate"] = learner.learn_live(*about, inputs.tokenizer)
+            live = (config, model, inputs.aligned, inputs.evidence.base_weights, inputs.records)
+            scores, inputs.counts["gate"] = learner.learn_live(*live, inputs.tokenizer)
         inputs.evidence = dataclasses.replace(inputs.evidence, scores=scores)
         return
     with inputs.world.together():
@@ -173,7 +173,7 @@ def prune_weights(
 
 def weights_to_prune(
     config: Any, source: Checkpoint, norms: ActivationNorms | None
-) -> tuple[list[str], dict[str, list[str]]]:
+) -> tuple[list[str], dict[str, Any]]:
     """(names of the weights, how those are saved), by norms that name them or by the targets."""
     if norms is not None:
         keys = norms.keys

@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class Inputs:
             was there.
     """
 
-    config: CalibrateConfig
+    config: Any
     base: Checkpoint | None = None
     adapter: Checkpoint | None = None
     aligned: Checkpoint | None = None
@@ -112,10 +112,11 @@ class Inputs:
     def add_norms(self, name: str, norms: ActivationNorms | None, counts: dict) -> None:
         """Take norms of the data set of this field, and what the report says of them."""
         kind = "norms" if name == "dataset" else "preserve_norms"
-        self.evidence = dataclasses.replace(self.evidence, **{kind: norms})
+        changed: dict[str, Any] = {kind: norms}
+        self.evidence = dataclasses.replace(self.evidence, **changed)
         self.counts[name] = counts
 
-    def base_weights(self, keys) -> dict[str, torch.Tensor] | None:
+    def base_weights(self, keys: Iterable[str]) -> dict[str, torch.Tensor] | None:
         """{parameter name: tensor} of the aligned model, as saved; None without one."""
         return None if self.aligned is None else self.aligned.read(keys, self.progress)
 
@@ -264,7 +265,7 @@ def unseen_data(config: CalibrateConfig, evidence: Evidence | None = None) -> li
     return [name for name, is_needed in needed.items() if is_needed]
 
 
-def check_ranks(config, world):
+def check_ranks(config: Any, world: World) -> None:
     """Refuse what several processes cannot share."""
     if world.size > 1 and config.stream:
         raise UsageError(
@@ -416,7 +417,7 @@ def describe_backend(name: str | None, device: torch.device) -> dict[str, Any]:
     }
 
 
-def check_data(stages):
+def check_data(stages: Iterable[Any]) -> None:
     """Read every data set once before hours are spent on the first stage."""
     splits = {
         # As evaluate reads them: the drift is measured on alignment data, from the train split.
