@@ -1,11 +1,11 @@
 """The evaluate stage: what a model answers, judged and counted."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from antidote_fast.config.evaluate import EvaluateConfig
-from antidote_fast.data.batches import build_prompt, make_batches, prompt_ids
+from antidote_fast.data.batches import Examples, build_prompt, make_batches, prompt_ids
 from antidote_fast.data.load import load_records
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError
@@ -50,21 +50,9 @@ def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
     clock = Clock()
     files = provenance.input_files(config)
     watch = Watch(*files)
-    check_output_folder(config.output_dir, config.overwrite)
-    judge_options = check_judges(config)
-    sets = load_sets(config)
-    base, adapter = open_models(config)
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
-    sets, datasets = drop_long(sets, tokenizer, config, base.config)
-    drift_batches = None
-    if config.drift_dataset:
-        drift_batches = make_batches(
-            load_records(config.drift_dataset, limit=config.num_samples, require_output=True),
-            tokenizer,
-            template=config.template,
-            max_seq_length=config.max_seq_length,
-            batch_size=config.batch_size,
-        )
+    inputs = open_inputs(config)
+    base, adapter, tokenizer, sets = inputs.base, inputs.adapter, inputs.tokenizer, inputs.sets
+    drift_batches = inputs.drift_batches
     check_memory(config, [base, adapter])
     clock.lap("check")
 
@@ -93,7 +81,7 @@ def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
         del model  # a judge of 7B parameters wants the memory
         judge = win_rate_judge = None
         if "harmful" in sets:
-            judge = get_judge(config.judge, **judge_options)
+            judge = get_judge(config.judge, **inputs.judge)
         if "task" in sets and config.win_rate_judge:
             from antidote_fast.evaluation.classifiers import WinRateJudge
 
@@ -115,7 +103,7 @@ def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
             "metrics": {**scores, **metrics},
             "task": config.task if "task" in sets else None,
             "judge": config.judge if "harmful" in sets else None,
-            "datasets": datasets,
+            "datasets": inputs.datasets,
             "seconds": clock.seconds,
         }
         report = provenance.write_report(folder, "evaluate", config, results, inputs=files)
@@ -123,12 +111,59 @@ def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
         return report
 
 
-def check_judges(config: EvaluateConfig) -> dict[str, Any]:
-    """The options of :func:`antidote_fast.evaluation.judges.get_judge`; no judge is loaded.
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What an evaluation starts from, opened and checked.
+
+    Args:
+        base, adapter: checkpoints; the adapter is None without one.
+        tokenizer: the base's.
+        sets: records by harmful, task and benign; those too long are left out.
+        datasets: what the report says of them.
+        drift_batches: what the embedding drift is measured on; None without it.
+        judge: options of :func:`antidote_fast.evaluation.judges.get_judge`.
+    """
+
+    base: Checkpoint
+    adapter: Checkpoint | None
+    tokenizer: Any
+    sets: dict[str, list[Record]]
+    datasets: dict[str, dict]
+    drift_batches: Examples | None
+    judge: dict
+
+
+def open_inputs(config: EvaluateConfig) -> EvaluationInputs:
+    """Open what evaluate reads, and refuse what does not go together; no weights are loaded.
 
     Raises:
-        UsageError, DataError: a judge without answers to judge, or one that cannot be used.
+        As :func:`run`.
     """
+    check_output_folder(config.output_dir, config.overwrite)
+    judge = check_judges(config)
+    sets = load_sets(config)
+    base = open_model(config)
+    adapter = open_model(config, "adapter") if config.adapter else None
+    if adapter:
+        check_adapter(adapter, base)
+    if config.reference_model:
+        open_model(config, "reference_model")
+    tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
+    sets, datasets = drop_long(sets, tokenizer, config, base.config)
+    drift_batches = None
+    if config.drift_dataset:
+        drift_batches = make_batches(
+            load_records(config.drift_dataset, limit=config.num_samples, require_output=True),
+            tokenizer,
+            template=config.template,
+            max_seq_length=config.max_seq_length,
+            batch_size=config.batch_size,
+        )
+    return EvaluationInputs(base, adapter, tokenizer, sets, datasets, drift_batches, judge)
+
+
+def check_judges(config: Any) -> dict:
+    """Refuse a judge that cannot be had; returns options of ``get_judge``."""
     options = {"harmful_labels": config.harmful_labels}
     if config.harmful_dataset:
         check_judge(config.judge, **options)
@@ -141,12 +176,8 @@ def check_judges(config: EvaluateConfig) -> dict[str, Any]:
     return {**options, "device": config.device}
 
 
-def load_sets(config: EvaluateConfig) -> dict[str, list[Record]]:
-    """The records of each kind, ``"harmful"``, ``"task"`` and ``"benign"``, that the config names.
-
-    Raises:
-        DataError, UsageError: data that cannot be used, or not for the config's task.
-    """
+def load_sets(config: Any) -> dict[str, list[Record]]:
+    """The records to measure on, by harmful, task and benign."""
     sets = {
         name: load_records(source, split="test", limit=config.num_samples)
         for name in _KINDS
@@ -157,36 +188,10 @@ def load_sets(config: EvaluateConfig) -> dict[str, list[Record]]:
     return sets
 
 
-def open_models(config: EvaluateConfig) -> tuple[Checkpoint, Checkpoint | None]:
-    """The checked folders of the base and, where there is one, of the adapter.
-
-    Raises:
-        DataError: one of them, or the reference model, is refused.
-    """
-    base = open_model(config)
-    adapter = open_model(config, "adapter") if config.adapter else None
-    if adapter:
-        check_adapter(adapter, base)
-    if config.reference_model:
-        open_model(config, "reference_model")
-    return base, adapter
-
-
 def drop_long(
-    sets: dict[str, list[Record]], tokenizer: Any, config: EvaluateConfig, model_config: dict
+    sets: dict, tokenizer: Any, config: Any, model_config: dict
 ) -> tuple[dict[str, list[Record]], dict[str, dict]]:
-    """The records whose prompts leave room for an answer, and what the report says of each set.
-
-    Args:
-        sets: as of :func:`load_sets`.
-        tokenizer: of the model.
-        config: whose max_seq_length no prompt may reach.
-        model_config: of the model, which says how many positions it has.
-
-    Raises:
-        DataError: all prompts of a set are too long.
-        UsageError: a prompt with its answer has more tokens than the model has positions.
-    """
+    """The records whose prompts leave room for an answer, and what the report says of each set."""
     fitting, described = {}, {}
     longest = 0
     for name, records in sets.items():
