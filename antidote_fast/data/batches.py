@@ -69,8 +69,7 @@ def prompt_ids(
     Args:
         text: as :func:`build_prompt` gives it.
         tokenizer: not changed. That of :func:`antidote_fast.models.loading.load_tokenizer` knows
-            how many
-            embeddings its model has.
+            how many embeddings its model has.
         limit: ids that can be used; of a longer prompt there may be only the first part, of more
             than that many. None gives all.
         where: what a refusal calls the prompt.

@@ -1,8 +1,8 @@
 """Names and folders to live models and tokenizers, each failure in one line.
 
 A folder is checked (:func:`antidote_fast.files.checkpoint.open_checkpoint`) before transformers
-sees it, so
-that neither a pickle nor a shard that is cut short nor remote code ever reaches a loader.
+sees it, so that neither a pickle nor a shard that is cut short nor remote code ever reaches a
+loader.
 """
 
 import copy

@@ -134,8 +134,8 @@ def train(
         objective: makes the objective from (model, tokenizer, examples, config, dtype=);
             :class:`Objective`, a defense's class, or a partial of it with its data.
         run: :class:`antidote_fast.files.resume.Run` that keeps checkpoints, every
-            ``config.save_steps``
-            steps and where a signal asks to stop; the training goes on from its last one.
+            ``config.save_steps`` steps and where a signal asks to stop; the training goes on from
+            its last one.
         what: beside the progress bar.
         progress: as `antidote_fast.system.progress.track` takes it.
 
