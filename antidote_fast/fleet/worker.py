@@ -293,14 +293,14 @@ class Worker:
 
     def data_of(self, config, name="dataset"):
         """The batches of a data set, on the device and tokenised once for all jobs."""
-        key = (
+        settings = (
             getattr(config, name),
             config.num_calibration_samples,
             config.template,
             config.max_seq_length,
             config.batch_size,
         )
-        tokenised = self._data.get(key)
+        tokenised = self._data.get(settings)
         if tokenised is None:
             try:
                 file = local_file(getattr(config, name))
@@ -311,10 +311,10 @@ class Worker:
                 tokenised[:] = [{k: v.to(self.device) for k, v in b.items()} for b in tokenised]
             except AntidoteError as error:  # for every job that names these data
                 tokenised = error
-            self._data[key] = tokenised
+            self._data[settings] = tokenised
             if len(self._data) > _DATA_SETS:
                 self._data.popitem(last=False)
-        self._data.move_to_end(key)
+        self._data.move_to_end(settings)
         if isinstance(tokenised, AntidoteError):
             raise type(tokenised)(str(tokenised))
         return tokenised
