@@ -93,12 +93,18 @@ class Examples(list):
     """A list that also says what was left out of it.
 
     Attributes:
+        num_records: records that it is of, those dropped among them.
         num_dropped: records whose prompt alone reached the limit.
         num_truncated: records whose response was cut.
     """
 
-    num_dropped = 0
-    num_truncated = 0
+    num_records = num_dropped = num_truncated = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What a report says of the records."""
+        names = ("num_records", "num_dropped", "num_truncated")
+        return {name: getattr(self, name) for name in names}
 
 
 def encode(
@@ -128,6 +134,7 @@ def encode(
     if not any(record.output for record in records):
         raise DataError(f"all {len(records)} records have an empty output; a response is needed")
     examples = Examples()
+    examples.num_records = len(records)
     for number, record in enumerate(records, 1):
         where = record.where or f"record {number}"
         text = build_prompt(record, template, tokenizer)
@@ -211,7 +218,7 @@ def make_batches(
         collate([examples[i] for i in order[start : start + batch_size]], tokenizer)
         for start in range(0, len(order), batch_size)
     )
-    batches.num_dropped, batches.num_truncated = examples.num_dropped, examples.num_truncated
+    vars(batches).update(examples.counts)
     return batches
 
 

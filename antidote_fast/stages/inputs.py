@@ -222,7 +222,9 @@ def open_inputs(
             learner = learner_of(config)
             if learner is not None:
                 learner.check_stage(config, inputs.base, is_adapter, world)
-            inputs.aligned = _open_aligned(inputs, is_adapter)
+            if model is not None and config.aligned_model is not None:
+                _check_live_aligned(config, inputs.model, is_adapter)
+            inputs.aligned = open_aligned(config, inputs.base or inputs.model, progress)
             inputs.evidence = Evidence(score=config.score)
             _add_saved_norms(inputs, in_memory)
         unseen = unseen_data(config, inputs.evidence)
@@ -304,56 +306,45 @@ def open_folders(config: Any, progress: Any = False) -> tuple[Checkpoint, Checkp
     return base, adapter
 
 
-def _open_aligned(inputs, is_adapter):
-    """The checkpoint of ``config.aligned_model``; None without one."""
-    config, model = inputs.config, inputs.model
-    if config.aligned_model is None:
-        return None
-    if model is None:
-        return open_aligned(config, inputs.base, inputs.progress)
+def _check_live_aligned(config, model, is_adapter):
+    """Refuse an aligned model beside a live one whose weights cannot take its values."""
+    where = f"aligned_model={config.aligned_model!r}: must be left out"
     if is_adapter:
         raise UsageError(
-            f"aligned_model={config.aligned_model!r}: must be left out with an adapter, whose zero "
-            "already falls back to the aligned model"
+            f"{where} with an adapter, whose zero already falls back to the aligned model"
         )
-    parameters = dict(model.named_parameters())
-    if any(is_sharded(parameter) for parameter in parameters.values()):
-        raise UsageError(
-            f"aligned_model={config.aligned_model!r}: must be left out where weights are sharded; "
-            "or prune the saved checkpoint"
-        )
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    return _open_like(config, shapes, model.config.model_type, inputs.progress)
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise UsageError(f"{where} where weights are sharded; or prune the saved checkpoint")
 
 
-def open_aligned(config: Any, base: Checkpoint, progress: Any = False) -> Checkpoint | None:
+def open_aligned(
+    config: Any, pruned: Checkpoint | torch.nn.Module, progress: Any = False
+) -> Checkpoint | None:
     """Checkpoint of ``config.aligned_model``, checked by its headers and hashes; None without one.
 
     Args:
         config: a :class:`PruneConfig` or :class:`SweepConfig`.
-        base: checkpoint of the model to prune, whose blocks must be as its.
+        pruned: the model to prune, live or its checkpoint, whose blocks must be as its.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
 
     Raises:
         DataError: no such model, an adapter, a quantised model, or another architecture; the
             message names the first tensor that differs.
     """
-    shapes = {name: entry.shape for name, entry in base.tensors.items()}
-    return _open_like(config, shapes, base.config.get("model_type"), progress)
-
-
-def _open_like(config, shapes, model_type, progress):
     if config.aligned_model is None:
         return None
     where = f"aligned_model={config.aligned_model!r}"
     aligned = open_model(config, "aligned_model")
     check_not_quantized(aligned)
     check_input(aligned.folder, progress)
+    if isinstance(pruned, Checkpoint):
+        model_type, weights = pruned.config.get("model_type"), pruned.tensors
+    else:
+        model_type, weights = pruned.config.model_type, dict(pruned.named_parameters())
     theirs = aligned.config.get("model_type")
     if theirs != model_type:
         raise DataError(f"{where}: is a {theirs} model, and the one to prune is {model_type}")
-    ours = _block_shapes(shapes)
-    others = _block_shapes({name: entry.shape for name, entry in aligned.tensors.items()})
+    ours, others = _block_shapes(weights), _block_shapes(aligned.tensors)
     for name in sorted(ours.keys() | others.keys(), key=natural_key):
         if ours.get(name) != others.get(name):
             raise DataError(
@@ -363,9 +354,10 @@ def _open_like(config, shapes, model_type, progress):
     return aligned
 
 
-def _block_shapes(shapes):
-    named = {block_name(name): tuple(shape) for name, shape in shapes.items() if len(shape) == 2}
-    return {name: shape for name, shape in named.items() if name is not None}
+def _block_shapes(weights):
+    """{name within its block: shape} of the matrices among named tensors, or entries of files."""
+    named = {block_name(name): tuple(each.shape) for name, each in weights.items()}
+    return {name: shape for name, shape in named.items() if name is not None and len(shape) == 2}
 
 
 def _add_saved_norms(inputs, in_memory):
