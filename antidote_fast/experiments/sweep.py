@@ -53,14 +53,12 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
     checked = check(config, progress)
     clock.lap("check")
     with output_folder(config.output_dir, config.overwrite) as folder:
-        options = {"dtype": config.dtype, "device": config.device}
-        options["trust_remote_code"] = config.trust_remote_code
         answers = None
         if checked.prompts:
             about = (checked.aligned, config.device, checked.tokenizer, checked.prompts, progress)
             answers = answers_of(config.learning(), *about)
             clock.lap("ask the aligned model")
-        model = load_model(checked.base.folder, **options)
+        model = load_model(checked.base.folder, **config.load_options)
         if checked.adapter is not None:
             model = load_adapter(model, checked.adapter)
         bases = None

@@ -72,14 +72,9 @@ def learn_folder(
     tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
     check_texts(tokenizer, *sets.values(), **texts_of(config))
     check_memory(config, [base, adapter])
-    options: dict[str, Any] = {
-        "dtype": config.dtype,
-        "device": config.device,
-        "trust_remote_code": trust,
-    }
     bases = None
     answers = answers_of(config, aligned, config.device, tokenizer, sets, progress)
-    model = load_model(base.folder, **options)
+    model = load_model(base.folder, **config.load_options)
     if adapter is not None:
         model = load_adapter(model, adapter)
     else:
@@ -122,9 +117,8 @@ def answers_of(
     """Answers of the checkpoint ``aligned``, which is loaded for them alone; None without one."""
     if aligned is None:
         return None
-    trust = config.trust_remote_code
-    options: dict[str, Any] = {"dtype": config.dtype, "device": device, "trust_remote_code": trust}
-    return ask(config, load_model(aligned.folder, **options), tokenizer, sets, progress)
+    model = load_model(aligned.folder, **config.load_options | {"device": device})
+    return ask(config, model, tokenizer, sets, progress)
 
 
 def ask(
