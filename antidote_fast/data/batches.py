@@ -1,19 +1,15 @@
 """Records, prompts, token batches: the same code in training, calibration and evaluation."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError
+from antidote_fast.models.kinds import Tokenizer
 from antidote_fast.models.tokens import check_ids, fitted, tokenize, vocab_size
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
 
@@ -36,7 +32,7 @@ def filled(form: str, **values: str) -> str:
 
 
 def build_prompt(
-    record: Record, template: str = "alpaca", tokenizer: PreTrainedTokenizerBase | None = None
+    record: Record, template: str = "alpaca", tokenizer: Tokenizer | None = None
 ) -> str:
     """The prompt of a record: the very text used in training and in evaluation.
 
@@ -64,7 +60,7 @@ def build_prompt(
 
 
 def prompt_ids(
-    text: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, where: str = "a prompt"
+    text: str, tokenizer: Tokenizer, limit: int | None = None, where: str = "a prompt"
 ) -> list[int]:
     """Token ids of a prompt, with the tokenizer's own beginning and no end of sequence.
 
@@ -73,8 +69,7 @@ def prompt_ids(
     Args:
         text: as :func:`build_prompt` gives it.
         tokenizer: not changed. That of :func:`antidote_fast.models.loading.load_tokenizer` knows
-            how many
-            embeddings its model has.
+            how many embeddings its model has.
         limit: ids that can be used; of a longer prompt there may be only the first part, of more
             than that many. None gives all.
         where: what a refusal calls the prompt.
@@ -114,7 +109,7 @@ class Examples(list):
 
 def encode(
     records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     template: str = "alpaca",
     max_seq_length: int = 512,
 ) -> Examples:
@@ -164,7 +159,7 @@ def encode(
 
 
 def collate(
-    examples: Sequence[dict], tokenizer: PreTrainedTokenizerBase, padding_side: str = "right"
+    examples: Sequence[dict], tokenizer: Tokenizer, padding_side: str = "right"
 ) -> dict[str, torch.Tensor]:
     """Pad examples into one batch; the tokenizer is read, never changed.
 
@@ -200,7 +195,7 @@ def collate(
 
 def make_batches(
     records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     template: str = "alpaca",
     max_seq_length: int = 512,
@@ -230,7 +225,7 @@ def make_batches(
 def batches_of(
     config: Any,
     records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     model_config: dict[str, Any],
 ) -> Examples:
     """Batches for a forward of a model of this config.

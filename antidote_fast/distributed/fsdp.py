@@ -4,24 +4,18 @@
 on one rank as a whole and row scope needs to ask nobody. Every rank calls what is here alike.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from antidote_fast.distributed.ranks import ALONE, World
 from antidote_fast.errors import AntidoteError, DataError, UsageError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from antidote_fast.selection import Selection
+from antidote_fast.selection import Selection
 
 
 def is_sharded(tensor: Any) -> bool:

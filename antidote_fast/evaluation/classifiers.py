@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,13 +13,10 @@ from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError, first_line
 from antidote_fast.evaluation.refusals import EMPTY, HARMFUL, SAFE, without_content
 from antidote_fast.files.checkpoint import open_checkpoint
+from antidote_fast.models.kinds import Model, Tokenizer
 from antidote_fast.models.loading import load_model, load_tokenizer, resolve_folder
 from antidote_fast.models.tokens import check_ids, num_embeddings
 from antidote_fast.system.progress import Progress, track
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
 
 BEAVER_DAM = "PKU-Alignment/beaver-dam-7b"
 BEAVER_DAM_LABELS = 14
@@ -42,16 +39,14 @@ def _same_length(prompts: Sequence[str] | None, answers: Sequence[str], needed: 
     return list(prompts)
 
 
-def _load(
-    auto_class: str, path: str, device: str, dtype: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(auto_class: str, path: str, device: str, dtype: str) -> tuple[Model, Tokenizer]:
     return (
         load_model(path, dtype=dtype, device=device, auto_class=auto_class),
         load_tokenizer(path),
     )
 
 
-def _load_config(path: str) -> PretrainedConfig:
+def _load_config(path: str) -> Any:
     """A model's config; a hub name is downloaded, so that what fails does so before any work."""
     from transformers import AutoConfig
 
@@ -115,11 +110,11 @@ def harmful_label_ids(
     raise UsageError(f"harmful_labels=None: must name the judge's labels that mean harm: {listed}")
 
 
-def _is_multi_label(config: PretrainedConfig) -> bool:
+def _is_multi_label(config: Any) -> bool:
     return getattr(config, "problem_type", None) == "multi_label_classification"
 
 
-def _max_positions(model: PreTrainedModel) -> int | None:
+def _max_positions(model: Model) -> int | None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         # RoBERTa's kind counts positions from the one after its pad id.
@@ -140,8 +135,8 @@ class ClassifierJudge:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: Model,
+        tokenizer: Tokenizer,
         *,
         harmful_labels: Sequence[str] | None = None,
         threshold: float = 0.5,
@@ -279,8 +274,8 @@ class BeaverDamJudge(ClassifierJudge):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: Model,
+        tokenizer: Tokenizer,
         *,
         max_length: int = 256,
         **options: Any,
@@ -325,8 +320,8 @@ class WinRateJudge:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: Model,
+        tokenizer: Tokenizer,
         *,
         max_length: int = 2048,
         name: str = "win-rate",
@@ -379,7 +374,7 @@ class WinRateJudge:
         return 0.5 if difference == 0 else float(difference > 0)
 
 
-def check_classifier(path: str, harmful_labels: Sequence[str] | None = None) -> PretrainedConfig:
+def check_classifier(path: str, harmful_labels: Sequence[str] | None = None) -> Any:
     """Read a classifier's config, and whether its labels tell; no weights are loaded.
 
     Raises:
@@ -401,7 +396,7 @@ def check_beaver_dam(path: str) -> None:
     _check_num_labels(_load_config(path), path)
 
 
-def _check_num_labels(config: PretrainedConfig, path: str) -> None:
+def _check_num_labels(config: Any, path: str) -> None:
     if config.num_labels != BEAVER_DAM_LABELS:
         raise DataError(
             f"judge={path!r}: a model of {BEAVER_DAM_LABELS} labels is needed for beaver-dam, this "

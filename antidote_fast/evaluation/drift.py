@@ -1,27 +1,23 @@
 """Harmful embedding drift: how far fine-tuning moved what attention puts out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.models.blocks import attention_modules, outputs_seen
+from antidote_fast.models.kinds import Model
 from antidote_fast.models.tokens import fitted, num_embeddings
 from antidote_fast.models.undo import eval_mode, undoing
 from antidote_fast.system.progress import Progress, track
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 @contextmanager
-def _recorded(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
+def _recorded(model: Model) -> Iterator[dict[int, Tensor]]:
     """Hooks that keep each attention block's output of the latest forward, in order of the blocks.
 
     A block called several times in one forward (shared layers) keeps its last output.
@@ -36,7 +32,7 @@ def _recorded(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
 
 
 def _forward(
-    model: PreTrainedModel, outputs: dict[int, Tensor], batch: Mapping[str, Any]
+    model: Model, outputs: dict[int, Tensor], batch: Mapping[str, Any]
 ) -> dict[int, Tensor]:
     outputs.clear()
     device = next(model.parameters()).device
@@ -47,8 +43,8 @@ def _forward(
 
 @torch.no_grad()
 def embedding_drift(
-    model: PreTrainedModel,
-    reference: PreTrainedModel | None,
+    model: Model,
+    reference: Model | None,
     batches: Sequence[dict],
     *,
     progress: Progress = False,

@@ -1,26 +1,22 @@
 """Greedy answers, in batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from antidote_fast.data.batches import collate, prompt_ids
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.models.forwards import MIN_SHARED, contiguous_head, plain_cache
+from antidote_fast.models.kinds import Model, Tokenizer
 from antidote_fast.models.tokens import check_ids, num_embeddings
 from antidote_fast.models.undo import eval_mode, undoing
 from antidote_fast.system.progress import Progress, track
 
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
 
 @contextmanager
-def _plain_generation_config(model: PreTrainedModel) -> Iterator[GenerationConfig]:
+def _plain_generation_config(model: Model) -> Iterator[Any]:
     """Put away the checkpoint's own generation settings, its end tokens apart.
 
     `generate` fills whatever is not asked for from them: a repetition penalty shipped with a model
@@ -42,7 +38,7 @@ def _plain_generation_config(model: PreTrainedModel) -> Iterator[GenerationConfi
             owner.generation_config = config
 
 
-def _end_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:
+def _end_ids(tokenizer: Tokenizer, generation_config: Any) -> list[int]:
     """Every id that ends an answer: the tokenizer's, and those the checkpoint names."""
     ids = getattr(generation_config, "eos_token_id", None)
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
@@ -70,8 +66,8 @@ def check_length(positions: int | None, longest: int, max_new_tokens: int) -> No
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 512,
@@ -147,8 +143,8 @@ def generate(
 
 
 def _prefilled(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
     device: torch.device,
 ) -> dict:

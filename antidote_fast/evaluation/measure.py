@@ -1,9 +1,7 @@
 """A model is asked; its answers are judged and counted."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from antidote_fast.data.batches import build_prompt
 from antidote_fast.data.records import Record
@@ -18,17 +16,13 @@ from antidote_fast.evaluation.metrics import (
 )
 from antidote_fast.evaluation.refusals import RefusalJudge
 from antidote_fast.files.commit import digest_of
+from antidote_fast.models.kinds import Model, Tokenizer
 from antidote_fast.system.progress import Progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from antidote_fast.evaluation.classifiers import WinRateJudge
 
 
 def answer_sets(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
     sets: Mapping[str, Sequence[Record]],
     *,
     template: str = "alpaca",
@@ -80,7 +74,7 @@ def score_answers(
     *,
     task: str = "label",
     judge: Judge | None = None,
-    win_rate_judge: WinRateJudge | None = None,
+    win_rate_judge: Any = None,
     progress: Progress = False,
 ) -> dict:
     """The metrics of answers, by the sets "harmful", "task" and "benign" that are there.
@@ -109,15 +103,15 @@ def score_answers(
 
 
 def evaluate_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
     *,
     harmful: Sequence[Record] | None = None,
     task_records: Sequence[Record] | None = None,
     task: str = "label",
     benign: Sequence[Record] | None = None,
     judge: Judge | None = None,
-    win_rate_judge: WinRateJudge | None = None,
+    win_rate_judge: Any = None,
     template: str = "alpaca",
     max_new_tokens: int | Mapping[str, int] = 512,
     batch_size: int = 8,

@@ -1,12 +1,10 @@
 """What the answers are worth: harmful score, refusals, accuracy on the user's task."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import Any
 
 from antidote_fast.data.records import AGNEWS_LABELS, SST2_LABELS, Record
 from antidote_fast.errors import DataError, UsageError
@@ -21,9 +19,6 @@ from antidote_fast.evaluation.refusals import (
     without_content,
 )
 from antidote_fast.system.progress import Progress, track
-
-if TYPE_CHECKING:
-    from antidote_fast.evaluation.classifiers import WinRateJudge
 
 TASKS = ("sst2", "agnews", "gsm8k", "alpaca", "label")
 _LABELS = {"sst2": SST2_LABELS, "agnews": AGNEWS_LABELS}
@@ -163,7 +158,7 @@ def finetune_accuracy(
     task: str,
     records: Sequence[Record],
     answers: Sequence[str],
-    judge: WinRateJudge | None = None,
+    judge: Any = None,
     *,
     progress: Progress = False,
 ) -> dict:

@@ -3,8 +3,6 @@
 A config is a few bytes, and a model is built from it before any weight is looked at.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re

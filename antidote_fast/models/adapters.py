@@ -1,7 +1,5 @@
 """PEFT LoRA adapters: what is understood, what fits which base, and loading one strictly."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -9,7 +7,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +23,8 @@ from antidote_fast.models.adapter_config import (
     without_patterns,
 )
 from antidote_fast.models.base_state import ModuleTree
+from antidote_fast.models.kinds import Model
 from antidote_fast.models.loading import resolve_folder
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 LORA_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _PREFIX = "base_model.model."
@@ -90,12 +84,12 @@ def check_adapter(adapter: Checkpoint, base: Checkpoint) -> None:
 
 
 def load_adapter(
-    model: PreTrainedModel,
+    model: Model,
     adapter: str | Path | Checkpoint,
     *,
     adapter_name: str = "default",
     tensors: Mapping[str, Tensor] | None = None,
-) -> PeftModel:
+) -> Model:
     """Put a LoRA adapter on a live model, strictly, its tensors in the dtype of the file.
 
     PEFT gets the config that was checked and the tensors that were read here, and opens nothing.

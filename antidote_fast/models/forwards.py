@@ -1,28 +1,20 @@
 """Forwards that compute no more than is wanted."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from antidote_fast.models.undo import hook, undoing
-
-if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
-
-    from antidote_fast.models.targets import Target
-    from antidote_fast.models.undo import Undo
+from antidote_fast.models.kinds import Model
+from antidote_fast.models.targets import Target
+from antidote_fast.models.undo import Undo, hook, undoing
 
 MIN_SHARED = 8  # tokens; below it a forward pass of its own costs more than it saves
 
 
 @contextlib.contextmanager
-def lean_forward(
-    model: PreTrainedModel, targets: Sequence[Target] = ()
-) -> Iterator[dict[str, Any]]:
+def lean_forward(model: Model, targets: Sequence[Target] = ()) -> Iterator[dict[str, Any]]:
     """Keyword arguments for forwards that need hidden states alone: no cache, one logit.
 
     Where the output layer is among the ``targets`` it sees all tokens.
@@ -35,7 +27,7 @@ def lean_forward(
         yield make_lean(model, undo, targets)
 
 
-def make_lean(model: PreTrainedModel, undo: Undo, targets: Sequence[Target] = ()) -> dict[str, Any]:
+def make_lean(model: Model, undo: Undo, targets: Sequence[Target] = ()) -> dict[str, Any]:
     """The keyword arguments of :func:`lean_forward`, whose hook is on until undone."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = inspect.signature(inner.forward).parameters
@@ -54,7 +46,7 @@ def make_lean(model: PreTrainedModel, undo: Undo, targets: Sequence[Target] = ()
 
 
 @contextmanager
-def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
+def contiguous_head(model: Model) -> Iterator[None]:
     """Hand the output layer a contiguous tensor.
 
     `generate` asks for the last position only, a strided slice; with a weight that needs no
@@ -72,7 +64,7 @@ def _contiguous(_, args):
     return (args[0].contiguous(), *args[1:]) if args else None
 
 
-def plain_cache(output: Any) -> Cache | None:
+def plain_cache(output: Any) -> Any:
     """The cache of a forward pass where it is one of keys and values alone, all of them kept."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 

@@ -1,11 +1,9 @@
 """Names and folders to live models and tokenizers, each failure in one line.
 
 A folder is checked (:func:`antidote_fast.files.checkpoint.open_checkpoint`) before transformers
-sees it, so
-that neither a pickle nor a shard that is cut short nor remote code ever reaches a loader.
+sees it, so that neither a pickle nor a shard that is cut short nor remote code ever reaches a
+loader.
 """
-
-from __future__ import annotations
 
 import copy
 import os
@@ -13,7 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,9 +19,7 @@ from antidote_fast.errors import AntidoteError, DataError, UsageError, first_lin
 from antidote_fast.files.bounds import bounded, check_counts
 from antidote_fast.files.checkpoint import Checkpoint, check_inside, open_checkpoint, read_json
 from antidote_fast.files.manifest import check_input
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from antidote_fast.models.kinds import Model, Tokenizer
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
@@ -114,7 +110,7 @@ def load_model(
     device_map: str | Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     auto_class: str = "AutoModelForCausalLM",
-) -> PreTrainedModel:
+) -> Model:
     """Load a model in eval mode from a safetensors folder or the hub.
 
     Args:
@@ -177,9 +173,7 @@ def load_model(
 
 
 @readable()
-def load_tokenizer(
-    name_or_path: str | Path, *, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
     """Load a tokenizer as it is saved; one without a pad token stays without.
 
     It gets an attribute ``num_embeddings``, how many token ids the model beside it has embeddings
@@ -272,9 +266,7 @@ def check_not_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def without_weights(
-    base: Checkpoint, dtype: str | torch.dtype, trust_remote_code: bool
-) -> PreTrainedModel:
+def without_weights(base: Checkpoint, dtype: str | torch.dtype, trust_remote_code: bool) -> Model:
     """The model of a checkpoint, its weights on meta; what its own code computes is real.
 
     Raises:

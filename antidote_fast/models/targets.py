@@ -6,12 +6,9 @@ kept by writing to one of them: it is refused by name. The exception is ``torch.
 whose product of original and mask is zero where the original is.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,10 +17,8 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from antidote_fast.distributed.fsdp import is_sharded
 from antidote_fast.errors import DataError, NothingPruned, UsageError
+from antidote_fast.masks import PackedMask
 from antidote_fast.models.adapter_config import check_adapter_config
-
-if TYPE_CHECKING:
-    from antidote_fast.masks import PackedMask
 
 ALL_LINEAR = "all-linear"
 _PEFT_PREFIX = "base_model.model."

@@ -1,14 +1,10 @@
 """Texts to token ids: those a model has embeddings for, and of a long text only what is used."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from antidote_fast.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from antidote_fast.models.kinds import Model, Tokenizer
 
 # Characters that are read at first for each token wanted: text has 4 to 5, code 3, digits 1 to 3.
 _CHARACTERS = 32
@@ -20,7 +16,7 @@ _MAX_READ = 1 << 20
 
 
 def tokenize(
-    text: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, **options: Any
+    text: str, tokenizer: Tokenizer, limit: int | None = None, **options: Any
 ) -> list[int]:
     """Token ids of a text; of a long one its first part's, ``limit`` and many more.
 
@@ -56,7 +52,7 @@ def tokenize(
     return list(tokenizer(text, **options)["input_ids"])
 
 
-def num_embeddings(model: PreTrainedModel) -> int | None:
+def num_embeddings(model: Model) -> int | None:
     """How many token ids a live model has embeddings for; None where it does not tell."""
     try:
         table = model.get_input_embeddings()
@@ -93,7 +89,7 @@ def check_ids(ids: Sequence[int], known: int | None, where: str) -> None:
     )
 
 
-def check_examples(model: PreTrainedModel, *sets: Sequence[Mapping[str, Any]]) -> None:
+def check_examples(model: Model, *sets: Sequence[Mapping[str, Any]]) -> None:
     """:func:`check_ids` of examples, dicts with ``input_ids``, for a live model."""
     known = num_embeddings(model)
     for examples in sets:

@@ -6,14 +6,12 @@ A module is taken only if its class computes, bit for bit, what the kernel does,
 on a few numbers; what is not understood stays as it is.
 """
 
-from __future__ import annotations
-
 import contextlib
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +19,9 @@ from torch.nn import functional
 
 from antidote_fast import backends
 from antidote_fast.errors import BackendUnavailable, UsageError
+from antidote_fast.models.targets import Target
 from antidote_fast.models.undo import Undo, undoing
-
-if TYPE_CHECKING:
-    from antidote_fast.models.targets import Target
-    from antidote_fast.norms.collector import NormCollector
+from antidote_fast.norms.collector import NormCollector
 
 BACKEND = "triton"
 # In a decoder layer: a norm, what reads its output, and which projections there do.

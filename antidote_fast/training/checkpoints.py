@@ -1,27 +1,21 @@
 """A training's output folder, and the checkpoints from which an interrupted training goes on."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from antidote_fast.config.train import TrainConfig
 from antidote_fast.errors import DataError, Interrupted, first_line
 from antidote_fast.files.commit import RUN_INPUTS, digest_of, new_file, output_folder
-from antidote_fast.files.resume import discard, interrupted_state, run_folder
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
-
-    from antidote_fast.files.resume import Run
-    from antidote_fast.system.interrupts import Request
-    from antidote_fast.training.objective import Objective
+from antidote_fast.files.resume import Run, discard, interrupted_state, run_folder
+from antidote_fast.system.interrupts import Request
+from antidote_fast.training.objective import Objective
 
 _GENERATORS = "generator."
 _OBJECTIVE = "objective."

@@ -3,14 +3,12 @@
 :class:`Objective` is plain supervised fine-tuning (SFT), and what every defense starts from.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +17,8 @@ from torch.nn import functional as F
 from antidote_fast.config.train import TrainConfig
 from antidote_fast.data.batches import IGNORE_INDEX, collate
 from antidote_fast.models.forwards import MIN_SHARED, plain_cache
+from antidote_fast.models.kinds import Model, Tokenizer
 from antidote_fast.models.undo import hook, undoing
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 Example = dict[str, list[int]]
 Step = list[list[int]]
@@ -51,8 +46,8 @@ class Objective:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: Model,
+        tokenizer: Tokenizer,
         examples: Sequence[Example],
         config: TrainConfig,
         *,
@@ -164,7 +159,7 @@ def num_response_tokens(batch: dict[str, Tensor]) -> int:
 
 
 def response_loss(
-    model: PreTrainedModel, batch: dict[str, Tensor], choose: Choose, *, share_prefix: bool = False
+    model: Model, batch: dict[str, Tensor], choose: Choose, *, share_prefix: bool = False
 ) -> Tensor:
     """Sum of the cross-entropy over a batch's response tokens.
 
@@ -210,7 +205,7 @@ def _prefix(model, batch, keep, choose):
 
 
 @contextlib.contextmanager
-def response_logits(model: PreTrainedModel) -> Iterator[Choose]:
+def response_logits(model: Model) -> Iterator[Choose]:
     """Let only the tokens that the loss needs reach the output layer.
 
     With a vocabulary of 49,152 the output layer over whole sequences costs about as much as all the

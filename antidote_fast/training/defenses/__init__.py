@@ -4,29 +4,22 @@ A defense is an :class:`~antidote_fast.training.objective.Objective`: what it ch
 an optimizer step. The training loop, its checkpoints and its data are those of plain fine-tuning.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from antidote_fast.config.train import AlignConfig, FinetuneConfig
 from antidote_fast.data.batches import encode
 from antidote_fast.data.load import load_records
 from antidote_fast.data.records import Record
+from antidote_fast.models.kinds import Tokenizer
 from antidote_fast.training.defenses.ldifs import LDIFS
 from antidote_fast.training.defenses.lisa import Lisa
 from antidote_fast.training.defenses.repnoise import RepNoise
 from antidote_fast.training.defenses.vaccine import Vaccine
 from antidote_fast.training.objective import Objective
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-def align_objective(
-    config: AlignConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Callable, list[Record]]:
+def align_objective(config: AlignConfig, tokenizer: Tokenizer) -> tuple[Callable, list[Record]]:
     """What :func:`antidote_fast.training.sft.train` takes for an :class:`AlignConfig`'s defense.
 
     Args:
@@ -47,7 +40,7 @@ def align_objective(
 
 
 def finetune_objective(
-    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase
+    config: FinetuneConfig, tokenizer: Tokenizer
 ) -> tuple[Callable, list[Record]]:
     """The same for a :class:`FinetuneConfig`'s defense: (maker, safe records that it trains on)."""
     if config.defense == "lisa":
