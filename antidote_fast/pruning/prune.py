@@ -287,29 +287,27 @@ def _calls(layers, scope, together):
 def _select(layers, evidence, selection, seed, backend, guard):
     """Choose what is removed, for the layers of one call; returns the guard's samples of them."""
     start = time.perf_counter()
-    names, matrices = [x.key for x in layers], [x.matrix for x in layers]
-    scored, norms = matrices, [x.norm for x in layers]
-    preserve_norms, bases = [x.preserve_norm for x in layers], [x.base for x in layers]
+    scored = matrices = [x.matrix for x in layers]
     if SCORES[evidence.score].own_matrix:
         rows_of = score_module(evidence.score).row_scores
         scored = [
             rows_of(x.key, x.matrix, evidence, seed)(0, len(x.matrix)).to(x.matrix.device)
             for x in layers
         ]
-    samples = guard.before(names, scored, norms, matrices, preserve_norms, bases) if guard else []
+    samples = guard.before(layers, scored) if guard else []
     masks, thresholds = ops.prune_with_report_(
         scored,
-        norms,
+        [x.norm for x in layers],
         selection,
-        preserve_norms=preserve_norms,
-        base_weights=bases if scored is matrices else None,
+        preserve_norms=[x.preserve_norm for x in layers],
+        base_weights=[x.base for x in layers] if scored is matrices else None,
         write=False,
         backend=backend,
     )
-    if samples:
-        guard.selected(samples, matrices, masks, thresholds)
     for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
         layer.mask, layer.threshold = mask, threshold
+    if samples:
+        guard.selected(samples, layers)
     if len(layers) == 1 and selection.scope != "global":
         layers[0].seconds = time.perf_counter() - start
     return samples
