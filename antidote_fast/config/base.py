@@ -148,6 +148,12 @@ class StageConfig:
     batch_size: int = 8
     trust_remote_code: bool = False
 
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """How :func:`antidote_fast.models.loading.load_model` loads its models."""
+        names = ("dtype", "device", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
+
     def __post_init__(self):
         expand_paths(self)
         check_positive(self, "max_seq_length", "batch_size")

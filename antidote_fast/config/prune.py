@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from antidote_fast.config.base import StageConfig, aside, check, check_positive, contents, one_of
 from antidote_fast.config.scores import SCORES, Score
@@ -170,6 +170,16 @@ class PruneConfig(CalibrateConfig):
             preserve_ratio=self.preserve_ratio,
             score_delta=self.score_delta,
         )
+
+    @property
+    def prune_options(self) -> dict[str, Any]:
+        """The further arguments of a prune, of tensors or of a model."""
+        return {
+            "seed": self.seed,
+            "backend": self.backend,
+            "return_masks": self.save_masks,
+            "cross_check": self.cross_check,
+        }
 
     def check_aligned(self, is_adapter):
         """Refuse a score that is learned where no aligned model could answer.

@@ -1,6 +1,7 @@
 """The config of sweep: what is tried, on which data, and the flags of prune that make each try."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
@@ -71,7 +72,9 @@ NORM_FILES = {
 }
 
 
-def checked_grid(ratios, scopes, scores):
+def checked_grid(
+    ratios: Sequence[float], scopes: Sequence[str], scores: Sequence[str]
+) -> tuple[list[float], list[str], list[str]]:
     """(ratios in ascending order, scopes, scores), each value once.
 
     Raises:
@@ -81,13 +84,13 @@ def checked_grid(ratios, scopes, scores):
         check(len(values) > 0, name, list(values), "at least one value")
     for ratio in ratios:
         check(0 < ratio <= 1, "ratios", ratio, "in (0, 1]")
-    for name, values, known in (("scopes", scopes, SCOPES), ("scores", scores, SCORES)):
+    for name, values, accepted in (("scopes", scopes, SCOPES), ("scores", scores, SCORES)):
         for value in values:
-            check(value in known, name, value, f"among {', '.join(known)}")
+            check(value in accepted, name, value, f"among {', '.join(accepted)}")
     return sorted(set(ratios)), list(dict.fromkeys(scopes)), list(dict.fromkeys(scores))
 
 
-def check_budgets(max_accuracy_drop, max_refusal_rise):
+def check_budgets(max_accuracy_drop: float, max_refusal_rise: float) -> None:
     """Refuse budgets that are no points of a percentage."""
     for name, value in (
         ("max_accuracy_drop", max_accuracy_drop),
@@ -183,19 +186,19 @@ class SweepConfig(StageConfig):
         needed = {kind: name for name in self.scores for kind in SCORES[name].kinds}
         learned = self.learned
         harmful = needed.get("all") or needed.get("response") or learned
-        kept = needed.get("preserve") or learned
-        for name, score in (("dataset", harmful), ("preserve_dataset", kept)):
+        preserve = needed.get("preserve") or learned
+        for name, score in (("dataset", harmful), ("preserve_dataset", preserve)):
             if score is not None and getattr(self, name) is None:
                 raise UsageError(f"{name}=None: must be a file or hub name with score {score}")
-        absent = self.preserve_dataset is None or kept
+        absent = self.preserve_dataset is None or preserve
         accepted = "left out without score wanda-preserve or gate"
         check(absent, "preserve_dataset", self.preserve_dataset, accepted)
 
     @property
     def kinds(self) -> list[str]:
         """The kinds of norms that the scores take."""
-        found = {kind for name in self.scores for kind in SCORES[name].kinds}
-        return [kind for kind in NORM_FILES if kind in found]
+        needed = {kind for name in self.scores for kind in SCORES[name].kinds}
+        return [kind for kind in NORM_FILES if kind in needed]
 
     @property
     def learned(self) -> str | None:
@@ -207,7 +210,7 @@ class SweepConfig(StageConfig):
         names = {f.name for f in fields(EvaluateConfig)}
         return EvaluateConfig(**{k: v for k, v in vars(self).items() if k in names})
 
-    def candidates(self):
+    def candidates(self) -> list[tuple[str, str, float]]:
         """(score, scope, ratio) of everything that may be tried, a branch after another."""
         return [
             (name, scope, ratio)
@@ -216,7 +219,7 @@ class SweepConfig(StageConfig):
             for ratio in self.ratios
         ]
 
-    def pruning(self, name, scope, ratio, saved) -> PruneConfig:
+    def pruning(self, name: str, scope: str, ratio: float, saved: bool) -> PruneConfig:
         """What prune is told for one candidate.
 
         Args:
@@ -224,16 +227,16 @@ class SweepConfig(StageConfig):
             saved: with the norms that the sweep leaves in its folder, so that prune runs no model.
         """
         score = SCORES[name]
-        kept = {f.name for f in fields(PruneConfig)} - {"overwrite", "save_norms", "dataset"}
+        names = {f.name for f in fields(PruneConfig)} - {"overwrite", "save_norms", "dataset"}
         if score.learned:
-            kept |= {"dataset"}
-            kept -= {"aggregation"}
+            names |= {"dataset"}
+            names -= {"aggregation"}
         elif saved or not score.kinds:  # what is told to forward passes alone
-            kept -= {"aggregation", "num_calibration_samples", "preserve_dataset", "dtype"}
-            kept -= {"max_seq_length", "template", "batch_size"}
+            names -= {"aggregation", "num_calibration_samples", "preserve_dataset", "dtype"}
+            names -= {"max_seq_length", "template", "batch_size"}
         if score.preserve_norms is None and not score.learned:
-            kept -= {"preserve_dataset"}
-        values = {k: v for k, v in vars(self).items() if k in kept}
+            names -= {"preserve_dataset"}
+        values = {k: v for k, v in vars(self).items() if k in names}
         values |= {"ratio": ratio, "scope": scope, "score": score.score}
         values["output_dir"] = self.output_dir.rstrip("/") + "-pruned"
         if saved:
@@ -245,17 +248,17 @@ class SweepConfig(StageConfig):
             values |= {"dataset": self.dataset, "response_only": score.norms == "response"}
         return PruneConfig(**values)
 
-    def collecting(self, kind) -> PruneConfig:
+    def collecting(self, kind: str) -> PruneConfig:
         """What tells how norms of a kind are collected: the prune of a score that takes them."""
         name = next(name for name in self.scores if kind in SCORES[name].kinds)
         return self.pruning(name, self.scopes[0], self.ratios[0], saved=False)
 
-    def learning(self, scope=None, ratio=None) -> PruneConfig:
+    def learning(self, scope: str | None = None, ratio: float | None = None) -> PruneConfig:
         """What tells how scores are learned, for a candidate; default the first one."""
         scope, ratio = scope or self.scopes[0], ratio or self.ratios[0]
         return self.pruning(self.learned, scope, ratio, saved=False)
 
-    def command(self, name, scope, ratio) -> str:
+    def command(self, name: str, scope: str, ratio: float) -> str:
         """The ``antidote-fast prune`` line, quoted for a shell, that makes this candidate."""
         words = ["antidote-fast", "prune"]
         config = self.pruning(name, scope, ratio, saved=self.save_norms)

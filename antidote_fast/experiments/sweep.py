@@ -19,22 +19,17 @@ from antidote_fast.models.footprint import check_memory
 from antidote_fast.models.loading import load_model, load_tokenizer, pick_device
 from antidote_fast.models.targets import find_targets
 from antidote_fast.stages import evaluate
+from antidote_fast.stages.evidence import collect
 from antidote_fast.stages.gates import stage
 from antidote_fast.stages.gates.answers import check_texts
 from antidote_fast.stages.gates.stage import answers_of, check_stage, texts_of
-from antidote_fast.stages.inputs import (
-    collect,
-    describe_backend,
-    load_data,
-    open_aligned,
-    open_folders,
-)
-from antidote_fast.system.progress import Clock
+from antidote_fast.stages.inputs import describe_backend, load_data, open_aligned, open_folders
+from antidote_fast.system.progress import Clock, Progress
 
 PICTURE, ROWS = "curve.png", "rows.csv"
 
 
-def run(config: SweepConfig, *, progress=False) -> dict:
+def run(config: SweepConfig, *, progress: Progress = False) -> dict:
     """Sweep a model of a folder or the hub; writes report.json, rows.csv, curve.png and norms.
 
     The model is pruned as it is loaded: with a ``dtype`` other than that of its files, ``prune`` of
@@ -133,9 +128,8 @@ def _collect(config, model, checked, progress):
         norms[kind], counts[kind] = collect(
             config.collecting(kind),
             model,
-            checked.records[name],
-            checked.tokenizer,
-            batches=checked.batches[name],
+            checked.batches[name],
+            len(checked.records[name]),
             progress=progress,
         )
     return norms, counts
@@ -179,7 +173,7 @@ class Checked:
     backend: dict
 
 
-def check(config: SweepConfig, progress=False) -> Checked:
+def check(config: SweepConfig, progress: Progress = False) -> Checked:
     """Everything that can be refused without weights.
 
     Raises:
@@ -189,8 +183,8 @@ def check(config: SweepConfig, progress=False) -> Checked:
     backend = describe_backend(config.backend, pick_device(config.device))
     importlib.import_module("matplotlib")  # for the picture, which is drawn last
     evaluation = config.evaluation()
-    judge = evaluate._check_judges(evaluation)
-    sets = evaluate._load_sets(evaluation)
+    judge = evaluate.check_judges(evaluation)
+    sets = evaluate.load_sets(evaluation)
     names = [name for name in ("dataset", "preserve_dataset") if _kinds_of(config, name)]
     records = {name: load_data(config, None, name) for name in names}
     prompts = {}
@@ -202,12 +196,10 @@ def check(config: SweepConfig, progress=False) -> Checked:
         for calibration in (records, prompts):
             _check_apart(config, f"{name}_dataset", some, calibration)
     base, adapter = open_folders(config, progress)
-    shapes = {name: entry.shape for name, entry in base.tensors.items()}
-    model_type = base.config.get("model_type")
-    aligned = open_aligned(config, shapes, model_type, progress)
+    aligned = open_aligned(config, base, progress)
     trust = config.trust_remote_code
     tokenizer = load_tokenizer(base.folder, trust_remote_code=trust)
-    sets, datasets = evaluate._drop_long(sets, tokenizer, evaluation, base.config)
+    sets, datasets = evaluate.drop_long(sets, tokenizer, evaluation, base.config)
     batches = {
         name: batches_of(config, some, tokenizer, base.config) for name, some in records.items()
     }

@@ -76,8 +76,8 @@ def _plan_run(config) -> Plan:
             kept.append(f"scores/{name}")
             continue
         with_adapter = adapt if name in ("attacked", "pruned") else None
-        sets = evaluate._load_sets(score)
-        evaluate._check_judges(score)
+        sets = evaluate.load_sets(score)
+        evaluate.check_judges(score)
         parts[f"scores/{name}"] = evaluation(score, sets, base, None, with_adapter)
     return _sum("run", config, base, parts, kept)
 
@@ -166,8 +166,8 @@ def _plan_experiment(config) -> Plan:
             elif kind == "prune":
                 sizes[size] = pruned_later(stand_in, base, adapt)
             else:
-                evaluate._check_judges(stand_in)
-                sizes[size] = evaluation(stand_in, evaluate._load_sets(stand_in), base, None, adapt)
+                evaluate.check_judges(stand_in)
+                sizes[size] = evaluation(stand_in, evaluate.load_sets(stand_in), base, None, adapt)
         parts[name] = sizes[size]
     found = _sum("run", config, base, parts, kept)
     found.notes.append(f"{len(cells)} cells, {len(tried)} strengths to try, {len(stages)} stages")

@@ -10,10 +10,9 @@ from antidote_fast.files import pruned_copy as files
 from antidote_fast.files.checkpoint import open_checkpoint
 from antidote_fast.files.commit import check_output_folder, check_parent
 from antidote_fast.files.manifest import read_manifest
-from antidote_fast.files.provenance import run_inputs
-from antidote_fast.files.resume import interrupted_state, is_finished
+from antidote_fast.files.resume import interrupted_state
 from antidote_fast.models.adapters import check_adapter, load_adapter
-from antidote_fast.models.loading import load_tokenizer, pick_device
+from antidote_fast.models.loading import load_tokenizer
 from antidote_fast.models.targets import find_targets
 from antidote_fast.planning.cost import cost_of
 from antidote_fast.planning.gates import learning
@@ -23,12 +22,11 @@ from antidote_fast.system.memory import format_bytes
 
 def plan_calibrate(config) -> Plan:
     """As :func:`antidote_fast.stages.calibrate.run` would go."""
-    from antidote_fast.stages.inputs import load_data
+    from antidote_fast.stages.inputs import open_inputs
 
-    base, adapter = _opened(config, None)
+    inputs = open_inputs(config)
+    base, adapter, sets = inputs.base, inputs.adapter, inputs.records
     made = Builder("calibrate", config, [base, adapter])
-    sets = {"dataset": load_data(config, None)}
-    inputs = run_inputs(config, base, adapter, records=sets["dataset"])
     if _is_whole(made, config, inputs):
         return made.plan
     cost, found = _forward(made, config, base, adapter, sets)
@@ -40,37 +38,27 @@ def plan_calibrate(config) -> Plan:
 def plan_prune(config) -> Plan:
     """As :func:`antidote_fast.stages.prune.run` would go."""
     from antidote_fast.pruning.evidence import check_keys
-    from antidote_fast.stages import prune
-    from antidote_fast.stages.evidence import Known
-    from antidote_fast.stages.gates import stage
-    from antidote_fast.stages.inputs import load_data, open_aligned
+    from antidote_fast.stages.inputs import open_inputs
 
-    base, adapter = _opened(config, config.backend)
-    stage.check_stage(config, base, adapter is not None)
-    source = adapter or base
+    inputs = open_inputs(config)
+    base, adapter, sets, source = inputs.base, inputs.adapter, inputs.records, inputs.source
+    evidence = inputs.evidence
     written = _weight_file_bytes(source)
-    shapes = {name: entry.shape for name, entry in base.tensors.items()}
-    known = Known({})
-    known.aligned = open_aligned(config, shapes, base.config.get("model_type"))
-    known.take_given(config)
-    if known.named is not None:
-        known.check_base(base.fingerprint())
-    sets = {name: load_data(config, None, name) for name in known.missing(config)}
     made = Builder("prune", config, [base, adapter] if sets else [source])
-    if _is_whole(made, config, prune.inputs_for(config, base, adapter, known, sets)):
+    if _is_whole(made, config, inputs):
         return made.plan
     cost, channels = None, 0
     if sets:
         if config.score == "gate":
-            cost, found = learning(made, config, base, adapter, sets, aligned=known.aligned)
+            cost, found = learning(made, config, base, adapter, sets, aligned=inputs.aligned)
         else:
             cost, found = _forward(made, config, base, adapter, sets)
             channels = len(sets) * _norm_bytes(found, config)
             made.hold("norms", channels * 4)
         matrices = [_Matrix(t.key, tuple(t.weight.shape), t.weight.nbytes) for t in found]
-    kept = known.preserve_norms
-    if cost is None or known.norms is not None:
-        named = _named(made, config, source, known)
+    kept = evidence.preserve_norms
+    if cost is None or evidence.norms is not None:
+        named = _named(made, inputs)
         if cost is not None:  # of the data to preserve, beside norms from a file
             check_keys([m.key for m in named], [m.key for m in matrices], "preserve_norms")
         matrices = named
@@ -80,44 +68,32 @@ def plan_prune(config) -> Plan:
             kept = kept.subset(keys, "preserve_norms")
         check_keys(keys, kept.sq_sum, "preserve_norms")
         _matrices(source, keys, kept)
-    given = [norms for norms in (known.norms, known.preserve_norms) if norms is not None]
-    channels += sum(map(_saved_bytes, given))
-    return _pruning(made, config, cost, matrices, written, channels, known.aligned)
-
-
-def _opened(config, backend):
-    """(base, adapter or None), refused as the stages refuse them."""
-    from antidote_fast.stages.inputs import describe_backend, open_folders
-
-    describe_backend(backend, pick_device(config.device))
-    if not config.resume:
-        check_output_folder(config.output_dir, config.overwrite)
-    return open_folders(config)
+    channels += sum(map(_saved_bytes, evidence.named_norms.values()))
+    return _pruning(made, config, cost, matrices, written, channels, inputs.aligned)
 
 
 def _is_whole(made, config, inputs):
     """Whether ``resume`` leaves it at what is there; else the output folder is checked."""
-    if config.resume and is_finished(config.output_dir, inputs):
+    if inputs.is_whole():
         made.plan.notes.append("output_dir is whole, from these inputs: nothing would be done")
         return True
-    check_output_folder(config.output_dir, config.overwrite)
     if config.stream:
         options = {"resume": config.resume, "overwrite": config.overwrite}
-        if interrupted_state(config.output_dir, inputs, **options):
+        if interrupted_state(config.output_dir, inputs.made_from, **options):
             made.plan.notes.append("goes on where a run was interrupted: figures are of all of it")
     return False
 
 
-def _named(made, config, source, known):
+def _named(made, inputs):
     """The weights of a prune that needs no forward pass, or whose norms are partly there."""
     from antidote_fast.stages.evidence import weights_to_prune
 
-    if known.named is not None and not made.plan.data:
-        norms = known.named
+    norms, source = inputs.naming_norms, inputs.source
+    if norms is not None and not made.plan.data:
         made.plan.data = {"sequences": norms.num_sequences, "tokens": norms.num_tokens}
-    keys, _ = weights_to_prune(config, source, known.named)
-    matrices = _matrices(source, keys, known.norms)
-    _matrices(source, keys, known.preserve_norms)
+    keys, _ = weights_to_prune(inputs.config, source, norms)
+    matrices = _matrices(source, keys, inputs.evidence.norms)
+    _matrices(source, keys, inputs.evidence.preserve_norms)
     return matrices
 
 
@@ -129,8 +105,7 @@ def pruned_later(config, base, adapt) -> Plan:
     made = Builder("prune", config, [base])
     names = ["dataset"] if config.preserve_dataset is None else ["dataset", "preserve_dataset"]
     sets = {name: load_data(config, None, name) for name in names}
-    shapes = {name: entry.shape for name, entry in base.tensors.items()}
-    aligned = open_aligned(config, shapes, base.config.get("model_type"))
+    aligned = open_aligned(config, base)
     if config.score == "gate":
         cost, found = learning(made, config, base, None, sets, adapt, aligned)
         channels = 0
@@ -293,10 +268,11 @@ def _largest_block(matrices):
 
 def plan_fleet(config) -> Plan:
     """As :func:`antidote_fast.fleet.fleet.run` would go, as if nothing were done yet."""
-    from antidote_fast.fleet.manifest import read_manifest_file
-    from antidote_fast.fleet.worker import AHEAD, Worker, sets_of
+    from antidote_fast.fleet.jobs import read_jobs
+    from antidote_fast.fleet.worker import AHEAD, Worker
+    from antidote_fast.stages.inputs import unseen_data
 
-    jobs = read_manifest_file(config)
+    jobs = read_jobs(config)
     index, count = parse_shard(config.shard)
     jobs = jobs[index::count]
     check_parent(config.output_dir)
@@ -314,13 +290,13 @@ def plan_fleet(config) -> Plan:
             refused.append(f"{job.name}: {error}")
             continue
         done += read_manifest(job.config.output_dir) is not None
-        names = sets_of(job.config)
+        names = unseen_data(job.config)
         if not names:
             continue
         if cost is None:
             cost = cost_of(config, worker.base, lambda m, a=adapter: load_adapter(m, a))
         try:
-            batches = [b for name in names for b in worker._data_of(job.config, name)[0]]
+            batches = [b for name in names for b in worker.data_of(job.config, name)[0]]
         except AntidoteError as error:
             refused.append(f"{job.name}: {error}")
             continue

@@ -96,9 +96,9 @@ def plan_evaluate(config) -> Plan:
     from antidote_fast.stages import evaluate
 
     check_output_folder(config.output_dir, config.overwrite)
-    evaluate._check_judges(config)
-    sets = evaluate._load_sets(config)
-    base, adapter = evaluate._check_models(config)
+    evaluate.check_judges(config)
+    sets = evaluate.load_sets(config)
+    base, adapter = evaluate.open_models(config)
     return evaluation(config, sets, base, adapter)
 
 
@@ -108,7 +108,7 @@ def evaluation(config, sets, base, adapter, adapt=None) -> Plan:
     from antidote_fast.stages import evaluate
 
     tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
-    sets, _ = evaluate._drop_long(sets, tokenizer, config, base.config)
+    sets, _ = evaluate.drop_long(sets, tokenizer, config, base.config)
     batches = _drift_batches(config, tokenizer)
     made = Builder("evaluate", config, [base, adapter])
     if adapter is not None:

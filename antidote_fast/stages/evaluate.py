@@ -1,7 +1,8 @@
-"""The evaluate stage, and the same measurements on a live model."""
+"""The evaluate stage: what a model answers, judged and counted."""
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.data.batches import build_prompt, make_batches, prompt_ids
@@ -14,21 +15,19 @@ from antidote_fast.evaluation.judges import check_judge, get_judge
 from antidote_fast.evaluation.measure import answer_sets, hash_of, score_answers
 from antidote_fast.evaluation.metrics import check_task
 from antidote_fast.files import provenance
-from antidote_fast.files.checkpoint import open_checkpoint
+from antidote_fast.files.checkpoint import Checkpoint, open_checkpoint
 from antidote_fast.files.commit import check_output_folder, output_folder
 from antidote_fast.files.safe_open import Watch
 from antidote_fast.models.adapters import check_adapter, load_adapter
 from antidote_fast.models.footprint import check_memory
-from antidote_fast.models.loading import load_model, load_tokenizer, resolve_folder
+from antidote_fast.models.loading import load_model, load_tokenizer, open_model, resolve_folder
 from antidote_fast.system.progress import Clock
 
 OUTPUTS = "outputs.jsonl"
+_KINDS = ("harmful", "task", "benign")
 
 
-# --- the stage ------------------------------------------------------------------------------------
-
-
-def run(config: EvaluateConfig, *, progress=False) -> dict:
+def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
     """Measure a model of a folder or the hub and write a folder with report.json.
 
     Data, judges, files and lengths are checked before any weights are loaded. The judge is loaded
@@ -52,11 +51,11 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
     files = provenance.input_files(config)
     watch = Watch(*files)
     check_output_folder(config.output_dir, config.overwrite)
-    judge_options = _check_judges(config)
-    sets = _load_sets(config)
-    base, adapter = _check_models(config)
+    judge_options = check_judges(config)
+    sets = load_sets(config)
+    base, adapter = open_models(config)
     tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
-    sets, datasets = _drop_long(sets, tokenizer, config, base.config)
+    sets, datasets = drop_long(sets, tokenizer, config, base.config)
     drift_batches = None
     if config.drift_dataset:
         drift_batches = make_batches(
@@ -70,12 +69,7 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
     clock.lap("check")
 
     with output_folder(config.output_dir, overwrite=config.overwrite) as folder:
-        options = {
-            "dtype": config.dtype,
-            "device": config.device,
-            "trust_remote_code": config.trust_remote_code,
-        }
-        model = load_model(base.folder, **options)
+        model = load_model(base.folder, **config.load_options)
         if adapter:
             model = load_adapter(model, adapter)
         clock.lap("load")
@@ -91,7 +85,7 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
         clock.lap("generate")
         metrics = {}
         if drift_batches:
-            reference = load_model(config.reference_model, **options)
+            reference = load_model(config.reference_model, **config.load_options)
             metrics["drift"] = embedding_drift(model, reference, drift_batches, progress=progress)
             metrics["drift"]["num_dropped"] = drift_batches.num_dropped
             del reference
@@ -129,7 +123,12 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
         return report
 
 
-def _check_judges(config) -> dict:
+def check_judges(config: EvaluateConfig) -> dict[str, Any]:
+    """The options of :func:`antidote_fast.evaluation.judges.get_judge`; no judge is loaded.
+
+    Raises:
+        UsageError, DataError: a judge without answers to judge, or one that cannot be used.
+    """
     options = {"harmful_labels": config.harmful_labels}
     if config.harmful_dataset:
         check_judge(config.judge, **options)
@@ -142,72 +141,75 @@ def _check_judges(config) -> dict:
     return {**options, "device": config.device}
 
 
-def _load_sets(config) -> dict[str, list[Record]]:
-    sources = {
-        "harmful": config.harmful_dataset,
-        "task": config.task_dataset,
-        "benign": config.benign_dataset,
-    }
+def load_sets(config: EvaluateConfig) -> dict[str, list[Record]]:
+    """The records of each kind, ``"harmful"``, ``"task"`` and ``"benign"``, that the config names.
+
+    Raises:
+        DataError, UsageError: data that cannot be used, or not for the config's task.
+    """
     sets = {
         name: load_records(source, split="test", limit=config.num_samples)
-        for name, source in sources.items()
-        if source
+        for name in _KINDS
+        if (source := getattr(config, f"{name}_dataset"))
     }
     if "task" in sets:
         check_task(config.task, sets["task"])
     return sets
 
 
-def _check_models(config):
-    """The checked folders of the base and, where there is one, of the adapter."""
+def open_models(config: EvaluateConfig) -> tuple[Checkpoint, Checkpoint | None]:
+    """The checked folders of the base and, where there is one, of the adapter.
 
-    def opened(argument):
-        name = getattr(config, argument)
-        folder = resolve_folder(name, argument)
-        found = open_checkpoint(folder, trust_remote_code=config.trust_remote_code)
-        if found.is_adapter != (argument == "adapter"):
-            is_, other = ("a PEFT adapter", "a whole model")[:: 1 if found.is_adapter else -1]
-            raise DataError(f"{argument}={name!r}: is {is_}; give {other}")
-        return found
-
-    base = opened("model_name_or_path")
-    adapter = opened("adapter") if config.adapter else None
+    Raises:
+        DataError: one of them, or the reference model, is refused.
+    """
+    base = open_model(config)
+    adapter = open_model(config, "adapter") if config.adapter else None
     if adapter:
         check_adapter(adapter, base)
     if config.reference_model:
-        opened("reference_model")
+        open_model(config, "reference_model")
     return base, adapter
 
 
-def _drop_long(sets, tokenizer, config, model_config):
-    """The records whose prompts leave room for an answer, and what the report says of each set."""
-    sources = {
-        "harmful": config.harmful_dataset,
-        "task": config.task_dataset,
-        "benign": config.benign_dataset,
-    }
-    kept, described = {}, {}
+def drop_long(
+    sets: dict[str, list[Record]], tokenizer: Any, config: EvaluateConfig, model_config: dict
+) -> tuple[dict[str, list[Record]], dict[str, dict]]:
+    """The records whose prompts leave room for an answer, and what the report says of each set.
+
+    Args:
+        sets: as of :func:`load_sets`.
+        tokenizer: of the model.
+        config: whose max_seq_length no prompt may reach.
+        model_config: of the model, which says how many positions it has.
+
+    Raises:
+        DataError: all prompts of a set are too long.
+        UsageError: a prompt with its answer has more tokens than the model has positions.
+    """
+    fitting, described = {}, {}
     longest = 0
     for name, records in sets.items():
+        source = getattr(config, f"{name}_dataset")
         lengths = [_length(record, tokenizer, config) for record in records]
         pairs = zip(records, lengths, strict=True)
-        kept[name] = [record for record, n in pairs if n < config.max_seq_length]
-        if not kept[name]:
+        fitting[name] = [record for record, n in pairs if n < config.max_seq_length]
+        if not fitting[name]:
             raise DataError(
-                f"{sources[name]}: all {len(records)} prompts have {config.max_seq_length} tokens "
-                "or more: raise max_seq_length"
+                f"{source}: all {len(records)} prompts have {config.max_seq_length} tokens or "
+                "more: raise max_seq_length"
             )
         longest = max([longest, *(n for n in lengths if n < config.max_seq_length)])
         described[name] = {
-            "source": sources[name],
-            "num_records": len(kept[name]),
-            "num_dropped": len(records) - len(kept[name]),
-            "sha256": hash_of([asdict(record) for record in kept[name]]),
+            "source": source,
+            "num_records": len(fitting[name]),
+            "num_dropped": len(records) - len(fitting[name]),
+            "sha256": hash_of([asdict(record) for record in fitting[name]]),
         }
     positions = model_config.get("max_position_embeddings", model_config.get("n_positions"))
-    if kept and isinstance(positions, int):
+    if fitting and isinstance(positions, int):
         check_length(positions, longest, config.max_new_tokens)
-    return kept, described
+    return fitting, described
 
 
 def _length(record, tokenizer, config) -> int:

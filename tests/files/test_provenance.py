@@ -262,6 +262,8 @@ def test_a_folder_of_another_release(made, monkeypatch):
 
     without("gate_steps", old_flag=None)
     assert provenance.is_done(folder, config)
+    without("aligned_model", base_model=None)  # its name then
+    assert provenance.is_done(folder, config)
     without("ratio", old_flag=3)
     assert provenance.difference(folder, config) == "was made with old_flag=3, not None"
     monkeypatch.setattr(provenance, "read_report", lambda folder: {"stage": "prune"})

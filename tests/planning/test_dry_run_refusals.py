@@ -163,12 +163,10 @@ def test_a_fleet_whose_base_cannot_fit_ends_a_plan_alike(made, tmp_path, monkeyp
 def stopped(config):
     """Leave what a streamed run leaves that was interrupted before its first block ended."""
     from antidote_fast.errors import Interrupted
-    from antidote_fast.files.provenance import run_inputs
     from antidote_fast.files.resume import run_folder
-    from antidote_fast.stages.inputs import load_data, open_folders
+    from antidote_fast.stages.inputs import open_inputs
 
-    base, adapter = open_folders(config)
-    inputs = run_inputs(config, base, adapter, records=load_data(config, None))
+    inputs = open_inputs(config).made_from
 
     def begin():
         with run_folder(config.output_dir, inputs) as run:

@@ -6,6 +6,7 @@ gives itself: those can differ in a word where another processor rounds otherwis
 
 import dataclasses
 import json
+import os
 import random
 from pathlib import Path
 
@@ -16,38 +17,19 @@ from antidote_fast.experiments.demo.model import CACHE, prepare_model
 from antidote_fast.files.commit import output_folder
 from antidote_fast.files.manifest import MANIFEST, verify_folder
 from antidote_fast.models.loading import load_model, load_tokenizer
+from antidote_fast.system.progress import Progress
 
 DATA = "data"
-SIZES = records.Sizes(
-    align_harmful=110,
-    align_benign=66,
-    align_exercises=10,
-    attack_harmful=48,
-    attack_task=288,
-    calibration=100,
-    validation=48,
-    test_harmful=60,
-    test_task=66,
-    test_benign=32,
-)
 NAMES = (
-    "safe",
-    "harmful",
-    "realign",
-    "harmful-validation",
-    "harmful-test",
-    "task",
-    "task-validation",
-    "task-test",
-    "sums",
-    "sums-test",
-    "benign-test",
+    *("safe", "harmful", "realign", "harmful-validation", "harmful-test"),
+    *("task", "task-validation", "task-test", "sums", "sums-test", "benign-test"),
 )
+_SIZES = records.Sizes()
 _SEED = 0
 _ANSWER_TOKENS = 24
 
 
-def prepare(parent=".", *, progress=False) -> Path:
+def prepare(parent: str | os.PathLike = ".", *, progress: Progress = False) -> Path:
     """Make what is missing of ``demo-cache`` in ``parent``, and return it.
 
     It holds ``SmolLM2-135M-Instruct``, a model, and ``data``: safe.jsonl (refusals, ordinary
@@ -72,35 +54,28 @@ def prepare(parent=".", *, progress=False) -> Path:
 
 def _records(model_folder, progress):
     prompts = records.read_harmful_prompts()
-    harmful = records.harmful_splits(prompts, SIZES, _SEED)
-    ordinary, benign = records.benign_prompts(SIZES, _SEED)
-    task = records.task_records(SIZES, _SEED)
-    tokenizer = load_tokenizer(model_folder)
-    model = load_model(model_folder, dtype="float32", device="cpu")
+    harmful = records.harmful_splits(prompts, _SIZES, _SEED)
+    ordinary, benign = records.benign_prompts(_SIZES, _SEED)
+    task = records.task_records(_SIZES, _SEED)
     answers = answer_sets(
-        model,
-        tokenizer,
-        {"distill": ordinary},
+        load_model(model_folder, dtype="float32", device="cpu"),
+        load_tokenizer(model_folder),
+        {"ordinary": ordinary},
         max_new_tokens=_ANSWER_TOKENS,
         batch_size=64,
         progress=progress,
-    )["distill"]
-    exercises = records.exercise_records(SIZES.align_exercises, _SEED)
-    sums = _sums(SIZES.attack_task + SIZES.test_task)
-    found = {
-        "safe": [*harmful["align"], *records.distilled(ordinary, answers), *exercises],
-        "harmful": harmful["attack"],
-        "realign": harmful["calibration"],
-        "harmful-validation": harmful["validation"],
-        "harmful-test": harmful["test"],
-        "task": task["train"],
-        "task-validation": task["validation"],
-        "task-test": task["test"],
-        "sums": sums[: SIZES.attack_task],
-        "sums-test": sums[SIZES.attack_task :],
-        "benign-test": benign,
-    }
-    return {name: found[name] for name in NAMES}
+    )["ordinary"]
+    exercises = records.exercise_records(_SIZES.align_exercises, _SEED)
+    sums = _sums(_SIZES.attack_task + _SIZES.test_task)
+    sets = (
+        [*harmful["align"], *records.distilled(ordinary, answers), *exercises],
+        *(harmful[part] for part in ("attack", "calibration", "validation", "test")),
+        *(task[part] for part in ("train", "validation", "test")),
+        sums[: _SIZES.attack_task],
+        sums[_SIZES.attack_task :],
+        benign,
+    )
+    return dict(zip(NAMES, sets, strict=True))
 
 
 def _sums(count):

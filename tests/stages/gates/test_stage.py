@@ -22,7 +22,7 @@ from antidote_fast.experiments import candidates, grid, sweep
 from antidote_fast.experiments.run import stages_of
 from antidote_fast.files.checkpoint import open_checkpoint
 from antidote_fast.files.manifest import sha256_file, verify_folder
-from antidote_fast.fleet.manifest import read_manifest_file
+from antidote_fast.fleet.jobs import read_jobs
 from antidote_fast.masks import load_masks
 from antidote_fast.models.adapters import load_adapter
 from antidote_fast.models.loading import load_model
@@ -129,7 +129,7 @@ def test_a_finished_folder_is_left_as_it_is(made, tmp_path, monkeypatch):
     values = fields(made, out)
     first = json.loads(json.dumps(prune.run(PruneConfig(**values))))
     before = stages.tree(out)
-    monkeypatch.setattr(prune, "learn_folder", None)  # not called again
+    monkeypatch.setattr(stage, "learn_folder", None)  # not called again
     assert prune.run(PruneConfig(**values, resume=True)) == first
     assert stages.tree(out) == before
     for change in ({"gate_steps": 7}, {"gate_learning_rate": 0.1}, {"seed": 4}):
@@ -314,7 +314,7 @@ def test_commands_that_keep_to_their_scores(made, tmp_path, capsys):
         dataset=f"{made}/harm.jsonl",
     )
     with pytest.raises(DataError, match="score='gate': must be one of wanda, magnitude, random"):
-        read_manifest_file(config)
+        read_jobs(config)
     with pytest.raises(UsageError, match="score='gate': must be wanda, magnitude or random"):
         find_cut(["w"], None, Evidence(score="gate"), Selection(0.5, scope="global"))
 
