@@ -62,6 +62,7 @@ class CrossCheck:
         self.selection = selection
         self.backend = backend
         self._seen = set()
+        self._samples = []
 
     def before(self, layers: Sequence[Layer], scored: Sequence[torch.Tensor]) -> list[Sample]:
         """Copy rows of the weights of one call, and prune the copies.
@@ -71,7 +72,7 @@ class CrossCheck:
             scored: the matrices that are selected from: the weights', or their scores.
 
         Returns:
-            What :meth:`selected` and :meth:`written` take.
+            What :meth:`selected` takes; :meth:`written` looks at all of them.
 
         Raises:
             AntidoteError: the backend selects otherwise than the reference; nothing is written.
@@ -103,6 +104,7 @@ class CrossCheck:
             )
         if samples:
             self._prune_copies(samples)
+        self._samples += samples
         return samples
 
     def selected(self, samples: Sequence[Sample], layers: Sequence[Layer]) -> None:
@@ -134,13 +136,13 @@ class CrossCheck:
         if self.selection.scope == "global" and samples and not self._counted(layers):
             self._refuse(samples[0], _UNWRITTEN)
 
-    def written(self, samples: Sequence[Sample]) -> None:
-        """Look at the copied rows again, now that the masks were applied.
+    def written(self) -> None:
+        """Look at all copied rows again, now that the masks were applied.
 
         Raises:
             AntidoteError: naming the weight and the backend.
         """
-        for sample in samples:
+        for sample in self._samples:
             now = _bits(sample.layer.matrix.detach()[sample.rows])
             chosen = torch.from_numpy(sample.chosen)
             if not torch.equal(now, torch.where(chosen, sample.base_bits, sample.bits)):
