@@ -89,12 +89,12 @@ class ExperimentConfig(StageConfig):
         check(self.extends is None, "extends", self.extends, "in a file that experiment reads")
         for defense in self.defenses:
             parts = defense.split("+")
-            known = ("sft", *DEFENSE_FLAGS, "antidote")
+            names = ("sft", *DEFENSE_FLAGS, "antidote")
             check(
-                set(parts) <= set(known) and parts[1:] in ([], ["antidote"]),
+                set(parts) <= set(names) and parts[1:] in ([], ["antidote"]),
                 "defenses",
                 defense,
-                f"among {', '.join(known)}, or one of them with +antidote",
+                f"among {', '.join(names)}, or one of them with +antidote",
             )
 
 

@@ -27,7 +27,7 @@ from antidote_fast.norms.activation_norms import ActivationNorms
 from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.prune import prune_model_
 from antidote_fast.selection import Selection
-from antidote_fast.system.progress import Clock, count
+from antidote_fast.system.progress import Clock, Progress, count
 
 # The sets in the order in which they are measured, with their metric.
 SETS = {
@@ -64,7 +64,7 @@ class Prompts:
         """The sets that there are, in the order in which they are measured."""
         return {name: some for name in SETS if (some := getattr(self, name)) is not None}
 
-    def measure(self, model: Any, tokenizer: Any, name: str, progress: Any = False) -> dict:
+    def measure(self, model: Any, tokenizer: Any, name: str, progress: Progress = False) -> dict:
         """The metrics of one set, as evaluate_model gives them."""
         options = {"template": self.template, "max_new_tokens": self.max_new_tokens}
         options |= {"batch_size": self.batch_size, "task": self.task_name, "judge": self.judge}
@@ -122,7 +122,7 @@ def sweep_model(
     scores: Sequence[str] = ("wanda",),
     max_accuracy_drop: float = MAX_ACCURACY_DROP,
     max_refusal_rise: float = MAX_REFUSAL_RISE,
-    progress: Any = False,
+    progress: Progress = False,
     **prune_options: Any,
 ) -> dict:
     """Prune a live model by each candidate in turn, measure it, and recommend one.
@@ -213,11 +213,15 @@ def sweep_model(
     }
 
 
-def recommend(rows, unpruned) -> dict | None:
+def recommend(rows: Sequence[dict], unpruned: Mapping[str, Any]) -> dict | None:
     """The admissible row of the lowest harmful score, where one is below the unpruned model's.
 
     Among equals the highest finetune accuracy counts, then the fewest weights removed, then the
     order of the rows.
+
+    Args:
+        rows: as :func:`sweep_model` gives them.
+        unpruned: the metrics of the unpruned model.
     """
     lower = [
         row

@@ -11,6 +11,7 @@ from antidote_fast.config.experiment import SECTIONS, ExperimentConfig, RunConfi
 from antidote_fast.config.flags import from_values
 from antidote_fast.errors import DataError
 from antidote_fast.files.provenance import is_done, read_report
+from antidote_fast.system.progress import Progress
 
 _SHARED = (
     *("overwrite", "dtype", "device", "seed", "max_seq_length", "template", "trust_remote_code"),
@@ -88,7 +89,7 @@ class Chain:
 class Maker:
     """Makes the folders of stages, each of them once, and none that is done."""
 
-    def __init__(self, progress=False):
+    def __init__(self, progress: Progress = False):
         self._progress = progress
         self._done: dict[str, bool] = {}
         self._reports: dict[str, dict] = {}

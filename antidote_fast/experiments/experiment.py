@@ -1,6 +1,7 @@
 """A grid of settings, from alignment to scores, that goes on where it stopped."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from antidote_fast.config.experiment import ExperimentConfig
@@ -14,12 +15,12 @@ from antidote_fast.files.provenance import REPORT, replace_report
 from antidote_fast.stages.inputs import check_data
 from antidote_fast.system.hardware import hardware
 from antidote_fast.system.memory import reset_peak_memory
-from antidote_fast.system.progress import tell, track
+from antidote_fast.system.progress import Progress, tell, track
 
 ROWS, TABLES, STAGES = "rows.csv", "tables.md", "stages"
 
 
-def run(config: ExperimentConfig, *, progress=False) -> dict:
+def run(config: ExperimentConfig, *, progress: Progress = False) -> dict:
     """Run every cell of an experiment that is not there yet, and write rows, tables and pictures.
 
     Each stage writes a folder of its own in ``config.stages``, named by a hash of its settings and
@@ -63,7 +64,7 @@ def _run(config, trials, first, out, start, progress):
         work.do(cell, tried)
     cells, chosen = first, {}
     if all(work.is_settled(cell) for cell in tried):
-        chosen = {name: _best(name, options, work.known) for name, options in trials.items()}
+        chosen = {name: _best(name, options, work.rows) for name, options in trials.items()}
         cells = grid.cells_of(config, chosen)
         for cell in track(cells, "cells", progress):
             work.do(cell, [*tried, *cells])
@@ -127,17 +128,17 @@ class _Work:
     """The rows there are, and the making of those that are not.
 
     Attributes:
-        known: rows by their cell's key.
+        rows: by their cell's key.
         failed: one line for each cell that cannot be made, by key.
         computed: how many rows were made here.
     """
 
     def __init__(self, config, out, progress):
         self._config, self._out, self._progress = config, out, progress
-        self.known, self.failed, self.computed = {}, {}, 0
+        self.rows, self.failed, self.computed = {}, {}, 0
         earlier = [] if config.rows is None else [config.rows]
         for path in [*earlier, *([out / ROWS] if (out / ROWS).exists() else [])]:
-            self.known |= {row["cell"]: row for row in tables.read_csv(path)}
+            self.rows |= {row["cell"]: row for row in tables.read_csv(path)}
         self._maker = Maker(progress)
 
     def is_settled(self, cell) -> bool:
@@ -145,7 +146,7 @@ class _Work:
 
         A row does not count where a stage's folder is there and its files or data have changed.
         """
-        if cell.key not in self.known:
+        if cell.key not in self.rows:
             return cell.key in self.failed
         return all(
             self._maker.is_done(stage)
@@ -158,7 +159,7 @@ class _Work:
         if self.is_settled(cell) or self.computed == self._config.max_cells:
             return
         try:
-            self.known[cell.key] = self._compute(cell)
+            self.rows[cell.key] = self._compute(cell)
         except (DataError, UsageError, Interrupted):
             raise
         except AntidoteError as error:  # such as a loss that is not finite
@@ -169,14 +170,14 @@ class _Work:
 
     def save(self, order) -> list[dict]:
         """Write rows.csv: the cells' rows in their order, then others that it held before."""
-        found = [{**self.known[c.key], "role": c.role} for c in order if c.key in self.known]
-        ours = {row["cell"] for row in found}
+        rows = [{**self.rows[c.key], "role": c.role} for c in order if c.key in self.rows]
+        ours = {row["cell"] for row in rows}
         if not all(self.is_settled(cell) for cell in order):
             # Perhaps of cells whose strengths are yet to be chosen.
-            found += [row for key, row in self.known.items() if key not in ours]
+            rows += [row for key, row in self.rows.items() if key not in ours]
         self._out.mkdir(parents=True, exist_ok=True)
-        tables.write_csv(found, self._out / ROWS)
-        return found
+        tables.write_csv(rows, self._out / ROWS)
+        return rows
 
     def _compute(self, cell):
         reports = {}
@@ -211,12 +212,12 @@ def _row(cell, reports):
     return row
 
 
-def _best(defense, options, known):
+def _best(defense, options, rows):
     """The flags of the strength with the highest FA * (100 - HS), the first of equals."""
     scored = [
         (row["finetune_accuracy"] * (100 - row["harmful_score"]), -i)
         for i, (_, cell) in enumerate(options)
-        if (row := known.get(cell.key)) is not None
+        if (row := rows.get(cell.key)) is not None
     ]
     if not scored:
         raise AntidoteError(f"tune.strengths.{defense}: none of them could be computed")
@@ -236,7 +237,7 @@ def _specs(config):
     return [{"title": f"By {name}", "across": name} for name in dict.fromkeys(across)]
 
 
-def write_tables(rows, config, folder) -> None:
+def write_tables(rows: Sequence[dict], config: ExperimentConfig, folder: Path) -> None:
     """Write tables.md and a picture for each table.
 
     Args:

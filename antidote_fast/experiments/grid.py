@@ -115,10 +115,10 @@ def trials_of(config: ExperimentConfig) -> dict[str, list[tuple[dict, Cell]]]:
     tune = config.tune
     if tune is None:
         return {}
-    known = {"seed", "at", "strengths", "evaluate"}
+    entries = {"seed", "at", "strengths", "evaluate"}
     for name in tune:
-        if name not in known:
-            raise UsageError(f"tune.{name}: is none of {', '.join(sorted(known))}")
+        if name not in entries:
+            raise UsageError(f"tune.{name}: is none of {', '.join(sorted(entries))}")
     seeds = {seed for grid in _grids(config) for seed in grid.get("seed", [config.seed])}
     seed = tune.get("seed")
     if not isinstance(seed, int) or seed in seeds:
@@ -139,7 +139,7 @@ def trials_of(config: ExperimentConfig) -> dict[str, list[tuple[dict, Cell]]]:
     return trials
 
 
-def make_cell(config: ExperimentConfig, axes: dict, extra: dict, *, role="test") -> Cell:
+def make_cell(config: ExperimentConfig, axes: dict, extra: dict, *, role: str = "test") -> Cell:
     """The stages of one setting.
 
     Args:
@@ -218,8 +218,8 @@ def _grids(config):
     grids = config.grid if isinstance(config.grid, list) else [config.grid]
     for grid in grids:
         for name in grid:
-            known = name in AXES or name in config.levels or name == "defense" or "." in name
-            if not known:
+            is_axis = name in AXES or name in config.levels or name == "defense" or "." in name
+            if not is_axis:
                 near = close_to(name, [*AXES, *config.levels])
                 raise UsageError(f"grid.{name}: is no axis{near}")
     return grids
@@ -229,10 +229,10 @@ def _flags_of(config, axis, value):
     """The flags that a value of an axis stands for."""
     levels = config.levels.get(axis, {})
     if axis == "defense":
-        found = {}
+        flags = {}
         for part in str(value).split("+"):
-            found |= levels.get(part, {})
-        return found
+            flags |= levels.get(part, {})
+        return flags
     if axis in config.levels:
         by_name = {str(name): flags for name, flags in levels.items()}
         if str(value) not in by_name:

@@ -114,12 +114,12 @@ def _draw_lines(axes, contents, measure, log):
     axes.minorticks_off()
     edges = (first - 0.07 * width, last + 0.07 * width)
     axes.set_xlim(*(10**x if log else x for x in edges))
-    kept = []  # ticks that have room for their labels
+    ticks = []  # those that have room for their labels
     for at, x in zip(places, columns, strict=True):
-        if not kept or at - kept[-1][0] > 0.06 * width:
-            kept.append((at, shown(x)))
-    axes.set_xticks([10**at if log else at for at, _ in kept], [text for _, text in kept])
-    if is_text and sum(len(text) + 2 for _, text in kept) > 42:
+        if not ticks or at - ticks[-1][0] > 0.06 * width:
+            ticks.append((at, shown(x)))
+    axes.set_xticks([10**at if log else at for at, _ in ticks], [text for _, text in ticks])
+    if is_text and sum(len(text) + 2 for _, text in ticks) > 42:
         axes.tick_params(axis="x", rotation=25)
         for text in axes.get_xticklabels():
             text.set(horizontalalignment="right", rotation_mode="anchor")

@@ -12,13 +12,13 @@ from antidote_fast.files.manifest import read_manifest
 from antidote_fast.files.places import held
 from antidote_fast.files.provenance import REPORT, replace_report
 from antidote_fast.stages.inputs import check_data
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
 _SET_HERE = ("model_name_or_path", "output_dir", "adapter", "overwrite", "reference_model")
 _FOLDERS = ("aligned", "attacked", "pruned", "scores")
 
 
-def run(config: RunConfig, *, progress=False) -> dict:
+def run(config: RunConfig, *, progress: Progress = False) -> dict:
     """Run every stage, each in its own folder of ``config.output_dir``.
 
     A stage's folder that is whole and was made with the same settings from files that have not

@@ -24,12 +24,12 @@ from antidote_fast.stages.gates import stage
 from antidote_fast.stages.gates.answers import check_texts
 from antidote_fast.stages.gates.stage import answers_of, check_stage, texts_of
 from antidote_fast.stages.inputs import describe_backend, load_data, open_aligned, open_folders
-from antidote_fast.system.progress import Clock
+from antidote_fast.system.progress import Clock, Progress
 
 PICTURE, ROWS = "curve.png", "rows.csv"
 
 
-def run(config: SweepConfig, *, progress=False) -> dict:
+def run(config: SweepConfig, *, progress: Progress = False) -> dict:
     """Sweep a model of a folder or the hub; writes report.json, rows.csv, curve.png and norms.
 
     The model is pruned as it is loaded: with a ``dtype`` other than that of its files, ``prune`` of
@@ -173,7 +173,7 @@ class Checked:
     backend: dict
 
 
-def check(config: SweepConfig, progress=False) -> Checked:
+def check(config: SweepConfig, progress: Progress = False) -> Checked:
     """Everything that can be refused without weights.
 
     Raises:

@@ -16,7 +16,7 @@ import platform
 import time
 from pathlib import Path
 
-from antidote_fast.config.base import fields_by
+from antidote_fast.config.base import fields_by, with_new_names
 from antidote_fast.errors import DataError
 from antidote_fast.files.commit import new_file
 from antidote_fast.files.manifest import read_manifest, sha256_file, sha256_of, verify_folder
@@ -229,6 +229,7 @@ def difference(folder, config, hashes=None, base_fingerprint=None) -> str | None
     )
     if written_by != stage or not (isinstance(before, dict) and isinstance(recorded, dict)):
         return f"was not written by {stage}"
+    before = with_new_names(before, notify=lambda notice: None)
     other = _other_setting(before, config)
     if other is not None:
         return other

@@ -26,7 +26,7 @@ from antidote_fast.files.pruned_copy import check_copied, write_pruned
 from antidote_fast.files.safe_open import Watch
 from antidote_fast.fleet.folder import finished, has_room, is_disk_full
 from antidote_fast.fleet.hotswap import AdapterSlot, BaseLost
-from antidote_fast.fleet.manifest import Job
+from antidote_fast.fleet.jobs import Job
 from antidote_fast.models.adapters import check_adapter, check_sizes
 from antidote_fast.models.footprint import check_memory
 from antidote_fast.models.forwards import lean_forward
@@ -291,12 +291,7 @@ class Worker:
 
     def _load(self):
         check_memory(self.config, [self.base])
-        model = load_model(
-            self.base.folder,
-            dtype=self.config.dtype,
-            device=self.config.device,
-            trust_remote_code=self.config.trust_remote_code,
-        )
+        model = load_model(self.base.folder, **self.config.load_options)
         self.base.watch.check()  # none of its files changed while it was read
         return model
 

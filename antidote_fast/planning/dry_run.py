@@ -21,7 +21,7 @@ from antidote_fast.experiments import experiment, run, sweep
 from antidote_fast.experiments.chain import Maker
 from antidote_fast.files.commit import check_output_folder, check_parent
 from antidote_fast.files.manifest import read_manifest
-from antidote_fast.fleet.manifest import read_manifest_file
+from antidote_fast.fleet.jobs import read_jobs
 from antidote_fast.fleet.worker import AHEAD, Worker
 from antidote_fast.models.adapters import check_adapter
 from antidote_fast.models.loading import open_model
@@ -53,7 +53,7 @@ def plan(config: Any) -> Plan:
 def _plan_fleet(config):
     """As if nothing were done yet."""
     index, count = parse_shard(config.shard)
-    jobs = read_manifest_file(config)[index::count]
+    jobs = read_jobs(config)[index::count]
     check_parent(config.output_dir)
     worker = Worker(config)
     worker.check_data(jobs)
@@ -130,8 +130,8 @@ def _plan_stages(config, stages):
             continue
         check_output_folder(stage.output_dir, stage.overwrite)
         options = {"model_name_or_path": base, "overwrite": True}
-        if getattr(stage, "base_model", None) == attack.model_name_or_path:
-            options["base_model"] = base
+        if getattr(stage, "aligned_model", None) == attack.model_name_or_path:
+            options["aligned_model"] = base
         if getattr(stage, "reference_model", None):
             options["reference_model"] = base
         adapt = {}

@@ -42,9 +42,9 @@ def plan_prune(config: PruneConfig, adapt: Callable | None = None) -> Plan:
     """
     stand_in = config
     if adapt is not None:  # a whole model is in its place, which needs an aligned one
-        stand_in = replace(config, base_model=config.base_model or config.model_name_or_path)
+        stand_in = replace(config, aligned_model=config.aligned_model or config.model_name_or_path)
     inputs = open_inputs(stand_in)
-    if config.base_model is None:
+    if config.aligned_model is None:
         inputs.aligned = None
     folders = (inputs.base, inputs.adapter) if inputs.records else (inputs.source,)
     made = Builder("prune", config, *folders, adapt=adapt)
@@ -122,7 +122,7 @@ def _calibration(made, inputs) -> list[Target]:
         _stream(made, batches)
     else:
         made.hold("weights", cost.weight_bytes)
-    made.hold("activations", cost.activation_bytes(*made.shape))
+        made.hold("activations", cost.activation_bytes(*made.shape))
     # float64, of a batch and in all
     made.hold("norms", 4 * len(inputs.records) * _norm_bytes(config, targets))
     made.read(base, made.adapter)
@@ -142,6 +142,7 @@ def _stream(made, batches):
     hidden = tokens * cost.config.hidden_size * cost.dtype.itemsize
     made.hold("embeddings and adapter", model.outside_bytes + 4 * cost.lora)
     made.hold("blocks", (2 + ahead) * max(model.num_bytes(i) for i in range(len(model))))
+    made.hold("activations", cost.activation_bytes(*made.shape))
     made.hold("hidden states", min(hidden, room))
     if hidden > room:
         made.plan.notes.append(

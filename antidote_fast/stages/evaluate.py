@@ -1,4 +1,4 @@
-"""The evaluate stage, and the same measurements on a live model."""
+"""The evaluate stage: what a model answers, judged and counted."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -24,12 +24,10 @@ from antidote_fast.models.loading import load_model, load_tokenizer, open_model,
 from antidote_fast.system.progress import Clock
 
 OUTPUTS = "outputs.jsonl"
+_KINDS = ("harmful", "task", "benign")
 
 
-# --- the stage ------------------------------------------------------------------------------------
-
-
-def run(config: EvaluateConfig, *, progress=False) -> dict:
+def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
     """Measure a model of a folder or the hub and write a folder with report.json.
 
     Data, judges, files and lengths are checked before any weights are loaded. The judge is loaded
@@ -59,12 +57,7 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
     clock.lap("check")
 
     with output_folder(config.output_dir, overwrite=config.overwrite) as folder:
-        options = {
-            "dtype": config.dtype,
-            "device": config.device,
-            "trust_remote_code": config.trust_remote_code,
-        }
-        model = load_model(base.folder, **options)
+        model = load_model(base.folder, **config.load_options)
         if adapter:
             model = load_adapter(model, adapter)
         clock.lap("load")
@@ -80,7 +73,7 @@ def run(config: EvaluateConfig, *, progress=False) -> dict:
         clock.lap("generate")
         metrics = {}
         if drift_batches:
-            reference = load_model(config.reference_model, **options)
+            reference = load_model(config.reference_model, **config.load_options)
             metrics["drift"] = embedding_drift(model, reference, drift_batches, progress=progress)
             metrics["drift"]["num_dropped"] = drift_batches.num_dropped
             del reference
@@ -125,7 +118,7 @@ class EvaluationInputs:
     Args:
         base, adapter: checkpoints; the adapter is None without one.
         tokenizer: the base's.
-        sets: records by harmful, task and benign; those too long are left out.
+        sets: records by kind; those too long are left out.
         datasets: what the report says of them.
         drift_batches: what the embedding drift is measured on; None without it.
         judge: options of :func:`antidote_fast.evaluation.judges.get_judge`.
@@ -137,14 +130,14 @@ class EvaluationInputs:
     sets: dict[str, list[Record]]
     datasets: dict[str, dict]
     drift_batches: Examples | None
-    judge: dict
+    judge: dict[str, Any]
 
 
 def open_inputs(config: EvaluateConfig) -> EvaluationInputs:
     """Open what evaluate reads, and refuse what does not go together; no weights are loaded.
 
     Raises:
-        As :func:`run`.
+        DataError, UsageError: naming what is refused.
     """
     check_output_folder(config.output_dir, config.overwrite)
     judge = check_judges(config)
@@ -169,8 +162,12 @@ def open_inputs(config: EvaluateConfig) -> EvaluationInputs:
     return EvaluationInputs(base, adapter, tokenizer, sets, datasets, drift_batches, judge)
 
 
-def check_judges(config: Any) -> dict:
-    """Refuse a judge that cannot be had; returns options of ``get_judge``."""
+def check_judges(config: EvaluateConfig) -> dict[str, Any]:
+    """The options of :func:`antidote_fast.evaluation.judges.get_judge`; no judge is loaded.
+
+    Raises:
+        UsageError, DataError: a judge without answers to judge, or one that cannot be used.
+    """
     options = {"harmful_labels": config.harmful_labels}
     if config.harmful_dataset:
         check_judge(config.judge, **options)
@@ -183,17 +180,16 @@ def check_judges(config: Any) -> dict:
     return {**options, "device": config.device}
 
 
-def load_sets(config: Any) -> dict[str, list[Record]]:
-    """The records to measure on, by harmful, task and benign."""
-    sources = {
-        "harmful": config.harmful_dataset,
-        "task": config.task_dataset,
-        "benign": config.benign_dataset,
-    }
+def load_sets(config: EvaluateConfig) -> dict[str, list[Record]]:
+    """The records of each kind, ``"harmful"``, ``"task"`` and ``"benign"``, that the config names.
+
+    Raises:
+        DataError, UsageError: data that cannot be used, or not for the config's task.
+    """
     sets = {
         name: load_records(source, split="test", limit=config.num_samples)
-        for name, source in sources.items()
-        if source
+        for name in _KINDS
+        if (source := getattr(config, f"{name}_dataset"))
     }
     if "task" in sets:
         check_task(config.task, sets["task"])
@@ -201,36 +197,43 @@ def load_sets(config: Any) -> dict[str, list[Record]]:
 
 
 def drop_long(
-    sets: dict, tokenizer: Any, config: Any, model_config: dict
+    sets: dict[str, list[Record]], tokenizer: Any, config: EvaluateConfig, model_config: dict
 ) -> tuple[dict[str, list[Record]], dict[str, dict]]:
-    """The records whose prompts leave room for an answer, and what the report says of each set."""
-    sources = {
-        "harmful": config.harmful_dataset,
-        "task": config.task_dataset,
-        "benign": config.benign_dataset,
-    }
-    kept, described = {}, {}
+    """The records whose prompts leave room for an answer, and what the report says of each set.
+
+    Args:
+        sets: as of :func:`load_sets`.
+        tokenizer: of the model.
+        config: whose max_seq_length no prompt may reach.
+        model_config: of the model, which says how many positions it has.
+
+    Raises:
+        DataError: all prompts of a set are too long.
+        UsageError: a prompt with its answer has more tokens than the model has positions.
+    """
+    fitting, described = {}, {}
     longest = 0
     for name, records in sets.items():
+        source = getattr(config, f"{name}_dataset")
         lengths = [_length(record, tokenizer, config) for record in records]
         pairs = zip(records, lengths, strict=True)
-        kept[name] = [record for record, n in pairs if n < config.max_seq_length]
-        if not kept[name]:
+        fitting[name] = [record for record, n in pairs if n < config.max_seq_length]
+        if not fitting[name]:
             raise DataError(
-                f"{sources[name]}: all {len(records)} prompts have {config.max_seq_length} tokens "
-                "or more: raise max_seq_length"
+                f"{source}: all {len(records)} prompts have {config.max_seq_length} tokens or "
+                "more: raise max_seq_length"
             )
         longest = max([longest, *(n for n in lengths if n < config.max_seq_length)])
         described[name] = {
-            "source": sources[name],
-            "num_records": len(kept[name]),
-            "num_dropped": len(records) - len(kept[name]),
-            "sha256": hash_of([asdict(record) for record in kept[name]]),
+            "source": source,
+            "num_records": len(fitting[name]),
+            "num_dropped": len(records) - len(fitting[name]),
+            "sha256": hash_of([asdict(record) for record in fitting[name]]),
         }
     positions = model_config.get("max_position_embeddings", model_config.get("n_positions"))
-    if kept and isinstance(positions, int):
+    if fitting and isinstance(positions, int):
         check_length(positions, longest, config.max_new_tokens)
-    return kept, described
+    return fitting, described
 
 
 def _length(record, tokenizer, config) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from antidote_fast.config.base import with_new_names
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.config.scores import SCORES
 from antidote_fast.data.records import Record, rows_to_records
@@ -80,6 +81,7 @@ def oneshot(
             is_data = name.endswith("dataset")
             given[name] = _records(value, name, answered) if is_data else value
             overrides[name] = "records in memory" if is_data else "norms in memory"
+    fields, overrides = with_new_names(fields), with_new_names(overrides)
     if output_dir is None and not live and "output_dir" not in fields:
         raise UsageError("output_dir=None: must be a folder where model is a folder or hub name")
     name = getattr(getattr(model, "config", None), "_name_or_path", "") if live else model

@@ -72,7 +72,7 @@ def prune_folder(
             return None, {}
         weights = read_weights(inputs)
         report = prune_weights(inputs, weights)
-        with inputs.output_folder() as folder:
+        with inputs.output_folder(progress) as folder:
             write_pruned(inputs.source, folder, pruned_of(weights, report), progress)
             contents = finish(folder, inputs, report)
     return report, contents
@@ -155,7 +155,7 @@ def finish(folder: Any, inputs: Inputs, report: PruneReport, hashes: dict | None
         "stage_seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
     if inputs.aligned is not None:
-        results["base_model_fingerprint"] = inputs.aligned.fingerprint()
+        results["aligned_model_fingerprint"] = inputs.aligned.fingerprint()
     if hashes is None:
         read = inputs.adapter.digests() if inputs.adapter is not None else None
         hashes = hash_inputs(input_files(config), read)

@@ -22,7 +22,7 @@ from antidote_fast.files.manifest import verify_folder
 from antidote_fast.files.pruned_copy import write_pruned
 from antidote_fast.fleet import fleet, worker
 from antidote_fast.fleet import folder as fleet_folder
-from antidote_fast.fleet.manifest import OVERRIDES
+from antidote_fast.fleet.jobs import OVERRIDES
 
 
 @pytest.fixture(scope="module")

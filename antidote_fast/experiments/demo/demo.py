@@ -21,7 +21,7 @@ from antidote_fast.files.commit import new_file
 from antidote_fast.files.places import held
 from antidote_fast.files.provenance import REPORT, replace_report
 from antidote_fast.system.hardware import fast_dtype, hardware
-from antidote_fast.system.progress import Clock, tell
+from antidote_fast.system.progress import Clock, Progress, tell
 from antidote_fast.system.text import number, table
 
 PICTURE = "pareto.png"
@@ -36,7 +36,7 @@ SWEEP = {"scores": ["wanda", "wanda-response", "magnitude", "random"]}
 MAX_NEW_TOKENS = 10
 
 
-def run(config: DemoConfig, *, progress=False) -> dict:
+def run(config: DemoConfig, *, progress: Progress = False) -> dict:
     """Run the demo and write its folder: the table's numbers, the picture and the models.
 
     The folder holds ``report.json``, ``pareto.png``, ``run`` (aligned, a whole model, attacked and

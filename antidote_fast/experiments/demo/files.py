@@ -6,6 +6,7 @@ gives itself: those can differ in a word where another processor rounds otherwis
 
 import dataclasses
 import json
+import os
 import random
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from antidote_fast.experiments.demo.model import CACHE, prepare_model
 from antidote_fast.files.commit import output_folder
 from antidote_fast.files.manifest import MANIFEST, verify_folder
 from antidote_fast.models.loading import load_model, load_tokenizer
+from antidote_fast.system.progress import Progress
 
 DATA = "data"
 NAMES = (
@@ -27,7 +29,7 @@ _SEED = 0
 _ANSWER_TOKENS = 24
 
 
-def prepare(parent=".", *, progress=False) -> Path:
+def prepare(parent: str | os.PathLike = ".", *, progress: Progress = False) -> Path:
     """Make what is missing of ``demo-cache`` in ``parent``, and return it.
 
     It holds ``SmolLM2-135M-Instruct``, a model, and ``data``: safe.jsonl (refusals, ordinary
