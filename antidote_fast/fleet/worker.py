@@ -123,14 +123,19 @@ class Worker:
             self._hooks.close()
         self._hooks = self._hooked = self._collector = None
 
-    def _read(self, job):
-        """In the reader's thread: every check that needs no model, and the tensors."""
-        start = time.perf_counter()
-        config = job.config
+    def open_adapter(self, config):
+        """A job's adapter, checked by what needs no look at the base's weights."""
         adapter = open_model(config, "adapter")
         check_copied(adapter)
         check_sizes(adapter, {name: entry.shape for name, entry in self.base.tensors.items()})
         check_input(adapter.folder)
+        return adapter
+
+    def _read(self, job):
+        """In the reader's thread: every check that needs no model, and the tensors."""
+        start = time.perf_counter()
+        config = job.config
+        adapter = self.open_adapter(config)
         hashes = {**self._base_hashes, **hash_inputs([config.adapter])}
         for name in _SETS:
             data = getattr(config, name)

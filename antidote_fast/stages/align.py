@@ -4,6 +4,7 @@ from typing import Any
 
 from antidote_fast.config.train import AlignConfig
 from antidote_fast.data.load import load_records
+from antidote_fast.data.records import Record
 from antidote_fast.stages.tuning import tune
 from antidote_fast.training import defenses
 
@@ -28,8 +29,11 @@ def run(config: AlignConfig, *, progress: Any = False) -> dict:
             disk.
         Interrupted: a signal came, and the checkpoints that were asked for hold the state.
     """
-    return tune(config, "align", _records, defenses.align_objective, merges=True, progress=progress)
+    return tune(
+        config, "align", training_records, defenses.align_objective, merges=True, progress=progress
+    )
 
 
-def _records(config):
+def training_records(config: AlignConfig) -> tuple[list[Record], dict]:
+    """The records to train on, and what the report says of them."""
     return load_records(config.dataset, limit=config.num_train_samples, require_output=True), {}

@@ -1,11 +1,11 @@
 """The evaluate stage: what a model answers, judged and counted."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from antidote_fast.config.evaluate import EvaluateConfig
-from antidote_fast.data.batches import build_prompt, make_batches, prompt_ids
+from antidote_fast.data.batches import Examples, build_prompt, make_batches, prompt_ids
 from antidote_fast.data.load import load_records
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError
@@ -50,21 +50,9 @@ def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
     clock = Clock()
     files = provenance.input_files(config)
     watch = Watch(*files)
-    check_output_folder(config.output_dir, config.overwrite)
-    judge_options = check_judges(config)
-    sets = load_sets(config)
-    base, adapter = open_models(config)
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
-    sets, datasets = drop_long(sets, tokenizer, config, base.config)
-    drift_batches = None
-    if config.drift_dataset:
-        drift_batches = make_batches(
-            load_records(config.drift_dataset, limit=config.num_samples, require_output=True),
-            tokenizer,
-            template=config.template,
-            max_seq_length=config.max_seq_length,
-            batch_size=config.batch_size,
-        )
+    inputs = open_inputs(config)
+    base, adapter, tokenizer, sets = inputs.base, inputs.adapter, inputs.tokenizer, inputs.sets
+    drift_batches = inputs.drift_batches
     check_memory(config, [base, adapter])
     clock.lap("check")
 
@@ -93,7 +81,7 @@ def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
         del model  # a judge of 7B parameters wants the memory
         judge = win_rate_judge = None
         if "harmful" in sets:
-            judge = get_judge(config.judge, **judge_options)
+            judge = get_judge(config.judge, **inputs.judge)
         if "task" in sets and config.win_rate_judge:
             from antidote_fast.evaluation.classifiers import WinRateJudge
 
@@ -115,12 +103,63 @@ def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
             "metrics": {**scores, **metrics},
             "task": config.task if "task" in sets else None,
             "judge": config.judge if "harmful" in sets else None,
-            "datasets": datasets,
+            "datasets": inputs.datasets,
             "seconds": clock.seconds,
         }
         report = provenance.write_report(folder, "evaluate", config, results, inputs=files)
         watch.check()
         return report
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What an evaluation starts from, opened and checked.
+
+    Args:
+        base, adapter: checkpoints; the adapter is None without one.
+        tokenizer: the base's.
+        sets: records by kind; those too long are left out.
+        datasets: what the report says of them.
+        drift_batches: what the embedding drift is measured on; None without it.
+        judge: options of :func:`antidote_fast.evaluation.judges.get_judge`.
+    """
+
+    base: Checkpoint
+    adapter: Checkpoint | None
+    tokenizer: Any
+    sets: dict[str, list[Record]]
+    datasets: dict[str, dict]
+    drift_batches: Examples | None
+    judge: dict[str, Any]
+
+
+def open_inputs(config: EvaluateConfig) -> EvaluationInputs:
+    """Open what evaluate reads, and refuse what does not go together; no weights are loaded.
+
+    Raises:
+        DataError, UsageError: naming what is refused.
+    """
+    check_output_folder(config.output_dir, config.overwrite)
+    judge = check_judges(config)
+    sets = load_sets(config)
+    base = open_model(config)
+    adapter = open_model(config, "adapter") if config.adapter else None
+    if adapter:
+        check_adapter(adapter, base)
+    if config.reference_model:
+        open_model(config, "reference_model")
+    tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
+    sets, datasets = drop_long(sets, tokenizer, config, base.config)
+    drift_batches = None
+    if config.drift_dataset:
+        drift_batches = make_batches(
+            load_records(config.drift_dataset, limit=config.num_samples, require_output=True),
+            tokenizer,
+            template=config.template,
+            max_seq_length=config.max_seq_length,
+            batch_size=config.batch_size,
+        )
+    return EvaluationInputs(base, adapter, tokenizer, sets, datasets, drift_batches, judge)
 
 
 def check_judges(config: EvaluateConfig) -> dict[str, Any]:
@@ -155,21 +194,6 @@ def load_sets(config: EvaluateConfig) -> dict[str, list[Record]]:
     if "task" in sets:
         check_task(config.task, sets["task"])
     return sets
-
-
-def open_models(config: EvaluateConfig) -> tuple[Checkpoint, Checkpoint | None]:
-    """The checked folders of the base and, where there is one, of the adapter.
-
-    Raises:
-        DataError: one of them, or the reference model, is refused.
-    """
-    base = open_model(config)
-    adapter = open_model(config, "adapter") if config.adapter else None
-    if adapter:
-        check_adapter(adapter, base)
-    if config.reference_model:
-        open_model(config, "reference_model")
-    return base, adapter
 
 
 def drop_long(

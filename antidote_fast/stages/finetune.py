@@ -4,6 +4,7 @@ from typing import Any
 
 from antidote_fast.config.train import FinetuneConfig
 from antidote_fast.data.load import load_records, mix
+from antidote_fast.data.records import Record
 from antidote_fast.stages.tuning import tune
 from antidote_fast.training import defenses
 
@@ -30,10 +31,12 @@ def run(config: FinetuneConfig, *, progress: Any = False) -> dict:
             disk.
         Interrupted: a signal came, and the checkpoints that were asked for hold the state.
     """
-    return tune(config, "finetune", _records, defenses.finetune_objective, progress=progress)
+    return tune(
+        config, "finetune", training_records, defenses.finetune_objective, progress=progress
+    )
 
 
-def _records(config):
+def training_records(config: FinetuneConfig) -> tuple[list[Record], dict]:
     """The records of both kinds, mixed; and how many of each there are."""
     task = load_records(config.dataset, require_output=True)
     harmful = []
