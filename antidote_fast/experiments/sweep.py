@@ -129,7 +129,6 @@ def _collect(config, model, checked, progress):
             config.collecting(kind),
             model,
             checked.batches[name],
-            len(checked.records[name]),
             progress=progress,
         )
     return norms, counts

@@ -58,11 +58,11 @@ class CrossCheck:
         backend: as in :mod:`antidote_fast.ops`; nothing is checked where it is the reference.
     """
 
-    def __init__(self, selection: Selection, backend: str | None):
+    def __init__(self, selection: Selection, backend: str | None) -> None:
         self.selection = selection
         self.backend = backend
-        self._seen = set()
-        self._samples = []
+        self._seen: set[tuple] = set()
+        self._samples: list[Sample] = []
 
     def before(self, layers: Sequence[Layer], scored: Sequence[torch.Tensor]) -> list[Sample]:
         """Copy rows of the weights of one call, and prune the copies.
