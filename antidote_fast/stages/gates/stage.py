@@ -68,8 +68,7 @@ def learn_folder(
         tokenizer: instead of the base's own.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
     """
-    trust = config.trust_remote_code
-    tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
+    tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
     check_texts(tokenizer, *sets.values(), **texts_of(config))
     check_memory(config, [base, adapter])
     bases = None
@@ -79,8 +78,9 @@ def learn_folder(
         model = load_adapter(model, adapter)
     else:
         # In the dtype that is learned in; the prune itself reads both as they are saved.
-        found = {t.key: t.weight.dtype for t in find_targets(model, config.targets, config.ignore)}
-        bases = {key: base.to(found[key]) for key, base in aligned.read(found, progress).items()}
+        targets = find_targets(model, config.targets, config.ignore)
+        dtypes = {target.key: target.weight.dtype for target in targets}
+        bases = {key: base.to(dtypes[key]) for key, base in aligned.read(dtypes, progress).items()}
     return learn(config, model, tokenizer, sets, answers, bases, progress)
 
 
