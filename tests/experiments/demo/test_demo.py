@@ -34,15 +34,15 @@ def cache(tmp_path, monkeypatch):
     model = tiny.build()
     model.config.max_position_embeddings = 512
     tiny.save_model(model, folder / MODEL_NAME)
-    (folder / "data").mkdir()
+    (folder / files.DEMO).mkdir()
     rows = {"safe": stages.SAFE, "harmful": stages.HARM[:3], "realign": stages.HARM[3:]}
     rows |= {"task": stages.TASK, "task-validation": stages.TASK, "task-test": stages.TASK}
     rows |= {"harmful-validation": HELD_OUT[:4], "harmful-test": HELD_OUT[4:]}
     rows |= {"benign-test": sweeps.BENIGN}
     for name, records in rows.items():
-        (folder / "data" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+        (folder / files.DEMO / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert set(rows) <= set(files.NAMES)
-    monkeypatch.setattr(demo, "prepare", lambda parent, progress: folder)
+    monkeypatch.setattr(demo, "prepare", lambda parent, data, progress: folder)
     for name, more in (("ALIGN", {}), ("ATTACK", {"poison_ratio": 0.5, "num_train_samples": 6})):
         monkeypatch.setattr(demo, name, TRAINING | {"num_train_samples": None} | more)
     monkeypatch.setitem(demo.SWEEP, "ratios", [0.1, 0.5])
