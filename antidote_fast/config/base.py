@@ -6,6 +6,8 @@ as it would be made now goes by that (:mod:`antidote_fast.files.provenance`).
 """
 
 import os
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
@@ -48,6 +50,40 @@ def fields_by(config, decides: str) -> list[Field]:
     return [each for each in fields(config) if each.metadata.get(_DECIDES, "value") == decides]
 
 
+# {a field's name of earlier: (its name, what a notice of it adds)}.
+RENAMED = {
+    "base_model": ("aligned_model", " (the aligned model; --base is the model of an adapter)"),
+}
+
+
+def with_new_names(values: Any, notify: Callable[[str], None] = warnings.warn) -> Any:
+    """Values as they are read from YAML or given by a caller, with the names that fields have now.
+
+    Args:
+        values: a mapping of fields, or of sections of fields; names may be ``section.field``.
+        notify: called with a line on each name of earlier.
+
+    Raises:
+        UsageError: a field is there by both of its names.
+    """
+    if isinstance(values, list):
+        return [with_new_names(value, notify) for value in values]
+    if not isinstance(values, dict):
+        return values
+    renamed = {}
+    for name, value in values.items():
+        section, dot, field_name = str(name).rpartition(".")
+        if field_name in RENAMED:
+            new, note = RENAMED[field_name]
+            new = f"{section}{dot}{new}"
+            if new in values:
+                raise UsageError(f"{name}: must be left out with {new}, which is its name now")
+            notify(f"{name} is taken as {new}{note}")
+            name = new
+        renamed[name] = with_new_names(value, notify)
+    return renamed
+
+
 def check(condition, name, value, accepted):
     """Refuse a value in one line that names the argument and what is accepted."""
     if not condition:
@@ -60,6 +96,14 @@ def check_positive(config, *names):
         value = getattr(config, name)
         if value is not None:
             check(value > 0, name, value, "greater than 0")
+
+
+def one_of(choices: Callable[[], Mapping[str, Any]], default: str) -> Any:
+    """A field that takes a name in the table that ``choices`` gives, which ``--help`` then lists.
+
+    Each entry of the table has a ``formula``, which says what the name stands for.
+    """
+    return field(default=default, metadata={"choices": choices})
 
 
 def expand_paths(config):
@@ -104,9 +148,20 @@ class StageConfig:
     batch_size: int = 8
     trust_remote_code: bool = False
 
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """How :func:`antidote_fast.models.loading.load_model` loads its models."""
+        names = ("dtype", "device", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
+
     def __post_init__(self):
         expand_paths(self)
         check_positive(self, "max_seq_length", "batch_size")
+        for each in fields(self):
+            if "choices" in each.metadata:
+                names, value = list(each.metadata["choices"]()), getattr(self, each.name)
+                known = isinstance(value, list) or value in names
+                check(known, each.name, value, f"one of {', '.join(names)}")
         object.__setattr__(self, "seed", check_seed(self.seed))
         # torch runs nothing there, and what it would put out is noise.
         no_meta = self.device.partition(":")[0] != "meta"

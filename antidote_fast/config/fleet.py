@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, aside, check, check_positive, contents
+from antidote_fast.config.base import StageConfig, aside, check, check_positive, contents, one_of
+from antidote_fast.config.scores import computed_scores
 from antidote_fast.errors import UsageError
 
 
@@ -44,7 +45,7 @@ class FleetConfig(StageConfig):
         ignore: module names or re: patterns left alone.
         ratio: fraction of each row (tensor, model) removed, in (0, 1].
         scope: compare along a row, over a tensor, or over all targets.
-        score: wanda = |W| * activation norm; magnitude = |W|; random.
+        score: what weights are ordered by, the highest removed.
         save_norms: also write each job's norms.
         save_masks: also write each job's masks, one bit a weight.
         backend: kernels to use; default the fastest available.
@@ -65,7 +66,7 @@ class FleetConfig(StageConfig):
     ignore: list[str] = field(default_factory=list)
     ratio: float = 0.1
     scope: Literal["row", "tensor", "global"] = "row"
-    score: Literal["wanda", "magnitude", "random"] = "wanda"
+    score: str = one_of(computed_scores, "wanda")
     save_norms: bool = False
     save_masks: bool = False
     backend: str | None = None

@@ -8,6 +8,7 @@ from typing import Literal
 from antidote_fast.config.base import StageConfig, check, check_positive, contents, path
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import PruneConfig
+from antidote_fast.config.scores import SCORES as PRUNE_SCORES
 from antidote_fast.errors import UsageError
 
 RATIOS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
@@ -23,13 +24,23 @@ class SweepScore:
         score: prune's score.
         norms: the kind of norms it goes by, a key of ``NORM_FILES``; None where it needs none.
         preserve_norms: the kind of norms whose top weights are kept, or None.
-        learned: its scores are learned on dataset and preserve_dataset, for each ratio and scope.
     """
 
     score: str
     norms: str | None = None
     preserve_norms: str | None = None
-    learned: bool = False
+
+    @property
+    def learned(self) -> bool:
+        """Whether it is learned on dataset and preserve_dataset, for each ratio and scope."""
+        return PRUNE_SCORES[self.score].learner is not None
+
+    @property
+    def formula(self) -> str:
+        """What it is, for ``--help``."""
+        variant = ", of response tokens alone" if self.norms == "response" else ""
+        variant += ", but the top weights on preserve_dataset" if self.preserve_norms else ""
+        return PRUNE_SCORES[self.score].formula + variant
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -37,13 +48,21 @@ class SweepScore:
         return tuple(filter(None, (self.norms, self.preserve_norms)))
 
 
+def _variants(declared):
+    """The sweep's scores by one of prune's: as it is, and by norms on other tokens."""
+    name = declared.name
+    if not declared.needs_norms:
+        return {name: SweepScore(name)}
+    variants = {name: SweepScore(name, "all"), f"{name}-response": SweepScore(name, "response")}
+    if not declared.own_matrix:
+        variants[f"{name}-preserve"] = SweepScore(name, "all", "preserve")
+    return variants
+
+
 SCORES = {
-    "wanda": SweepScore("wanda", "all"),
-    "wanda-response": SweepScore("wanda", "response"),
-    "wanda-preserve": SweepScore("wanda", "all", "preserve"),
-    "magnitude": SweepScore("magnitude"),
-    "random": SweepScore("random"),
-    "gate": SweepScore("gate", learned=True),
+    name: variant
+    for declared in PRUNE_SCORES.values()
+    for name, variant in _variants(declared).items()
 }
 # The norms over all tokens of the harmful data, over its response tokens, and of data to preserve.
 NORM_FILES = {
@@ -99,9 +118,9 @@ class SweepConfig(StageConfig):
         backend: kernels to use; default the fastest available.
         preserve_dataset: task or ordinary records, whose top weights wanda-preserve keeps; for gate
             as of prune.
-        base_model: the aligned model: removed weights take its values instead of zero. For whole
-            models, where gate needs it.
-        score_delta: score the difference from base_model, |W - base| instead of |W|.
+        aligned_model: removed weights take its values instead of zero. For whole models, where
+            gate needs it.
+        score_delta: score the difference from aligned_model, |W - aligned| instead of |W|.
         harmful_dataset: harmful prompts to choose on; none of them may be in dataset.
         task_dataset: records of the user's task to choose on.
         task: how an answer is scored: sst2, agnews, gsm8k or label (exact match with the record's
@@ -114,9 +133,8 @@ class SweepConfig(StageConfig):
         max_new_tokens: tokens generated an answer.
         ratios: fractions removed.
         scopes: row, tensor, global.
-        scores: wanda, wanda-response (norms over response tokens alone), wanda-preserve (needs
-            preserve_dataset), magnitude, random, gate (learned for each ratio and scope; needs
-            dataset and preserve_dataset).
+        scores: what weights are ordered by, the highest removed; -preserve and what is learned
+            need preserve_dataset.
         max_accuracy_drop: the budget: points of finetune accuracy below the unpruned model's.
         max_refusal_rise: the budget of benign refusals: points above the unpruned model's.
         save_norms: also write the norms, so that the recommended prune needs no forward pass.
@@ -130,7 +148,7 @@ class SweepConfig(StageConfig):
     ignore: list[str] = field(default_factory=list)
     backend: str | None = None
     preserve_dataset: str | None = contents(None)
-    base_model: str | None = contents(None)
+    aligned_model: str | None = contents(None)
     score_delta: bool = False
     harmful_dataset: str = contents()
     task_dataset: str = contents()
@@ -142,7 +160,9 @@ class SweepConfig(StageConfig):
     max_new_tokens: int = 512
     ratios: list[float] = field(default_factory=lambda: list(RATIOS))
     scopes: list[str] = field(default_factory=lambda: ["row"])
-    scores: list[str] = field(default_factory=lambda: ["wanda"])
+    scores: list[str] = field(
+        default_factory=lambda: ["wanda"], metadata={"choices": lambda: SCORES}
+    )
     max_accuracy_drop: float = MAX_ACCURACY_DROP
     max_refusal_rise: float = MAX_REFUSAL_RISE
     save_norms: bool = True

@@ -183,8 +183,8 @@ def check(config: SweepConfig, progress: Progress = False) -> Checked:
     backend = describe_backend(config.backend, pick_device(config.device))
     importlib.import_module("matplotlib")  # for the picture, which is drawn last
     evaluation = config.evaluation()
-    judge = evaluate._check_judges(evaluation)
-    sets = evaluate._load_sets(evaluation)
+    judge = evaluate.check_judges(evaluation)
+    sets = evaluate.load_sets(evaluation)
     names = [name for name in ("dataset", "preserve_dataset") if _kinds_of(config, name)]
     records = {name: load_data(config, None, name) for name in names}
     prompts = {}
@@ -199,7 +199,7 @@ def check(config: SweepConfig, progress: Progress = False) -> Checked:
     aligned = open_aligned(config, base, progress)
     trust = config.trust_remote_code
     tokenizer = load_tokenizer(base.folder, trust_remote_code=trust)
-    sets, datasets = evaluate._drop_long(sets, tokenizer, evaluation, base.config)
+    sets, datasets = evaluate.drop_long(sets, tokenizer, evaluation, base.config)
     batches = {
         name: batches_of(config, some, tokenizer, base.config) for name, some in records.items()
     }

@@ -30,7 +30,6 @@ from antidote_fast.files.manifest import read_manifest
 from antidote_fast.files.places import run_of, sync
 
 STATE_VERSION = 1
-MANIFEST_ENTRY = RUN_INPUTS
 KEPT = "what was done is kept, and the same command with --resume goes on"
 
 
@@ -41,7 +40,7 @@ def is_finished(path, inputs) -> bool:
         DataError: it is the output of a run with other ones.
     """
     manifest = read_manifest(path)
-    recorded = (manifest or {}).get(MANIFEST_ENTRY)
+    recorded = (manifest or {}).get(RUN_INPUTS)
     if recorded is None:
         return False
     if recorded != digest_of(inputs):
@@ -96,7 +95,7 @@ class Run:
         Args:
             manifest_entries: further JSON values for ``COMPLETE.json``.
         """
-        manifest_entries[MANIFEST_ENTRY] = digest_of(self._inputs)
+        manifest_entries[RUN_INPUTS] = digest_of(self._inputs)
         commit(self.output, self._place, manifest_entries, self.digests)
         self.done = True
 

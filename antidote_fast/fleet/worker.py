@@ -17,7 +17,6 @@ import torch
 from antidote_fast.data.batches import batches_of
 from antidote_fast.data.load import local_file
 from antidote_fast.errors import AntidoteError, DataError
-from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.commit import output_folder
 from antidote_fast.files.fingerprint import fingerprint_model
 from antidote_fast.files.manifest import check_input
@@ -26,7 +25,7 @@ from antidote_fast.files.pruned_copy import check_copied, write_pruned
 from antidote_fast.files.safe_open import Watch
 from antidote_fast.fleet.folder import finished, has_room, is_disk_full
 from antidote_fast.fleet.hotswap import AdapterSlot, BaseLost
-from antidote_fast.fleet.manifest import Job
+from antidote_fast.fleet.jobs import Job
 from antidote_fast.models.adapters import check_adapter, check_sizes
 from antidote_fast.models.footprint import check_memory
 from antidote_fast.models.forwards import lean_forward
@@ -59,8 +58,7 @@ class Worker:
     def __init__(self, config):
         self.config = config
         _keep_freed_memory()
-        base = open_model(config)
-        self.base = _Base(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
+        self.base = open_model(config)
         self.device = pick_device(config.device)
         self.backend = describe_backend(config.backend, self.device)
         self._base_hashes = hash_inputs([config.model_name_or_path])
@@ -79,7 +77,7 @@ class Worker:
             for job in jobs:
                 ours = getattr(job.config, name) == getattr(self.config, name)
                 if ours and name in unseen_data(job.config):
-                    self._data_of(job.config, name)
+                    self.data_of(job.config, name)
                     break
 
     def run(self, jobs, stop=lambda: False):
@@ -125,14 +123,19 @@ class Worker:
             self._hooks.close()
         self._hooks = self._hooked = self._collector = None
 
-    def _read(self, job):
-        """In the reader's thread: every check that needs no model, and the tensors."""
-        start = time.perf_counter()
-        config = job.config
+    def open_adapter(self, config):
+        """A job's adapter, checked by what needs no look at the base's weights."""
         adapter = open_model(config, "adapter")
         check_copied(adapter)
         check_sizes(adapter, {name: entry.shape for name, entry in self.base.tensors.items()})
         check_input(adapter.folder)
+        return adapter
+
+    def _read(self, job):
+        """In the reader's thread: every check that needs no model, and the tensors."""
+        start = time.perf_counter()
+        config = job.config
+        adapter = self.open_adapter(config)
         hashes = {**self._base_hashes, **hash_inputs([config.adapter])}
         for name in _SETS:
             data = getattr(config, name)
@@ -142,7 +145,7 @@ class Worker:
         if report is not None:
             return _Read(job, report=report)
         check_adapter(adapter, self.base)
-        data = {name: self._data_of(config, name) for name in unseen_data(config)}
+        data = {name: self.data_of(config, name) for name in unseen_data(config)}
         tensors = adapter.read(adapter.tensors)
         if hash_inputs([config.adapter], adapter.digests()).items() - hashes.items():
             raise DataError(f"{adapter.folder}: changed while it was in use")
@@ -286,12 +289,7 @@ class Worker:
 
     def _load(self):
         check_memory(self.config, [self.base])
-        model = load_model(
-            self.base.folder,
-            dtype=self.config.dtype,
-            device=self.config.device,
-            trust_remote_code=self.config.trust_remote_code,
-        )
+        model = load_model(self.base.folder, **self.config.load_options)
         self.base.watch.check()  # none of its files changed while it was read
         return model
 
@@ -299,7 +297,7 @@ class Worker:
     def _tokenizer(self):
         return load_tokenizer(self.base.folder, trust_remote_code=self.config.trust_remote_code)
 
-    def _data_of(self, config, name="dataset"):
+    def data_of(self, config, name="dataset"):
         """(batches on the device, records, dropped, truncated), tokenised once for all jobs."""
         key = (
             getattr(config, name),
@@ -308,8 +306,8 @@ class Worker:
             config.max_seq_length,
             config.batch_size,
         )
-        held = self._data.get(key)
-        if held is None:
+        tokenised = self._data.get(key)
+        if tokenised is None:
             try:
                 file = local_file(getattr(config, name))
                 watch = Watch() if file is None else self._watch_of(file)
@@ -317,16 +315,16 @@ class Worker:
                 watch.check()
                 batches = batches_of(config, records, self._tokenizer, self.base.config)
                 on_device = [{k: v.to(self.device) for k, v in b.items()} for b in batches]
-                held = on_device, len(records), batches.num_dropped, batches.num_truncated
+                tokenised = on_device, len(records), batches.num_dropped, batches.num_truncated
             except AntidoteError as error:  # for every job that names these data
-                held = error
-            self._data[key] = held
+                tokenised = error
+            self._data[key] = tokenised
             if len(self._data) > _DATA_SETS:
                 self._data.popitem(last=False)
         self._data.move_to_end(key)
-        if isinstance(held, AntidoteError):
-            raise type(held)(str(held))
-        return held
+        if isinstance(tokenised, AntidoteError):
+            raise type(tokenised)(str(tokenised))
+        return tokenised
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a worker lives as long as its process
     def _hashes_of(self, file):
@@ -374,18 +372,6 @@ class _Read:
     hashes: dict | None = None
     report: dict | None = None
     seconds: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Base(Checkpoint):
-    """A base whose fingerprint is read once."""
-
-    @functools.cached_property
-    def _fingerprint(self):
-        return super().fingerprint()
-
-    def fingerprint(self):
-        return self._fingerprint
 
 
 _DEVICE_ERRORS = (getattr(torch, "AcceleratorError", ()),)

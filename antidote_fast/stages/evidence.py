@@ -80,13 +80,8 @@ def _load(inputs):
     """The model of the folders, its adapter on it."""
     config = inputs.config
     check_memory(config, [inputs.base, inputs.adapter])
-    model = load_model(
-        inputs.base.folder,
-        dtype=config.dtype,
-        device=config.device,
-        device_map=config.device_map,
-        trust_remote_code=config.trust_remote_code,
-    )
+    options = config.load_options
+    model = load_model(inputs.base.folder, device_map=config.device_map, **options)
     return model if inputs.adapter is None else load_adapter(model, inputs.adapter)
 
 

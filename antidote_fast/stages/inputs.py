@@ -15,7 +15,6 @@ import torch
 from antidote_fast import backends
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import CalibrateConfig, PruneConfig
-from antidote_fast.config.scores import SCORES
 from antidote_fast.data.load import load_records
 from antidote_fast.data.records import Record
 from antidote_fast.distributed.fsdp import is_sharded
@@ -23,6 +22,7 @@ from antidote_fast.distributed.ranks import ALONE, World
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.commit import (
+    RUN_INPUTS,
     check_free_space,
     check_output_folder,
     digest_of,
@@ -32,7 +32,7 @@ from antidote_fast.files.fingerprint import block_name
 from antidote_fast.files.manifest import check_input
 from antidote_fast.files.provenance import input_files, run_inputs
 from antidote_fast.files.pruned_copy import check_copied
-from antidote_fast.files.resume import MANIFEST_ENTRY, Run, is_finished, run_folder
+from antidote_fast.files.resume import Run, is_finished, run_folder
 from antidote_fast.files.safe_open import Watch
 from antidote_fast.models.adapters import check_adapter, load_adapter
 from antidote_fast.models.loading import (
@@ -146,12 +146,16 @@ class Inputs:
         return {"base_fingerprint": self.base.fingerprint()} if prunes else {}
 
     @contextlib.contextmanager
-    def output_folder(self) -> Iterator[Path]:
-        """The staged folder that takes output_dir's name, unless an input has changed meanwhile."""
+    def output_folder(self, progress: Any = False) -> Iterator[Path]:
+        """The staged folder that takes output_dir's name, unless an input has changed meanwhile.
+
+        Args:
+            progress: as :func:`antidote_fast.files.commit.output_folder` takes it.
+        """
         config = self.config
-        entries = self._entries | {MANIFEST_ENTRY: digest_of(self.made_from)}
+        entries = self._entries | {RUN_INPUTS: digest_of(self.made_from)}
         with output_folder(
-            config.output_dir, config.overwrite, progress=self.progress, **entries
+            config.output_dir, config.overwrite, progress=progress, **entries
         ) as folder:
             yield folder
             self.watch.check()
@@ -169,7 +173,7 @@ class Inputs:
 
 def open_inputs(
     config: CalibrateConfig,
-    given: Mapping[str, Any] | None = None,
+    in_memory: Mapping[str, Any] | None = None,
     *,
     model: torch.nn.Module | None = None,
     tokenizer: Any = None,
@@ -182,7 +186,7 @@ def open_inputs(
 
     Args:
         config: a :class:`CalibrateConfig` or :class:`PruneConfig`.
-        given: {field of the config: what is in memory already}: records of ``dataset`` and
+        in_memory: {field of the config: what is in memory already}: records of ``dataset`` and
             ``preserve_dataset``, :class:`ActivationNorms` as ``norms`` and ``preserve_norms``.
         model: a live model to prune in place of the folder that the config names; ``adapter`` is
             loaded onto it.
@@ -195,7 +199,7 @@ def open_inputs(
         PeerFailed: another rank refused.
     """
     inputs = Inputs(config=config, given_tokenizer=tokenizer, progress=progress, world=world)
-    given = {} if given is None else given
+    in_memory = {} if in_memory is None else in_memory
     with world.together():
         if model is None:
             check_ranks(config, world)
@@ -219,20 +223,18 @@ def open_inputs(
                 learner.check_stage(config, inputs.base, is_adapter, world)
             inputs.aligned = _open_aligned(inputs, is_adapter)
             inputs.evidence = Evidence(score=config.score)
-            _add_given_norms(inputs, given)
+            _add_saved_norms(inputs, in_memory)
         unseen = unseen_data(config, inputs.evidence)
         if unseen and model is not None and tokenizer is None:
             raise UsageError("tokenizer=None: must be the tokenizer of the live model")
-        inputs.records = {name: load_data(config, given.get(name), name) for name in unseen}
+        inputs.records = {name: load_data(config, in_memory.get(name), name) for name in unseen}
         if model is None:
             inputs.made_from = run_inputs(
                 config,
                 inputs.base,
                 inputs.adapter,
-                records=inputs.records.get("dataset"),
-                norms=inputs.evidence.norms,
-                preserve_records=inputs.records.get("preserve_dataset"),
-                preserve_norms=inputs.evidence.preserve_norms,
+                records=inputs.records,
+                norms=inputs.evidence.named_norms,
                 aligned=inputs.aligned,
             )
     return inputs
@@ -240,7 +242,7 @@ def open_inputs(
 
 def learner_of(config: CalibrateConfig) -> Any:
     """The module that learns the config's score before the prune; None where it is computed."""
-    name = SCORES[config.score].learner if isinstance(config, PruneConfig) else None
+    name = config.scoring.learner if isinstance(config, PruneConfig) else None
     return None if name is None else importlib.import_module(name)
 
 
@@ -254,10 +256,9 @@ def unseen_data(config: CalibrateConfig, evidence: Evidence | None = None) -> li
     evidence = evidence or Evidence()
     if not isinstance(config, PruneConfig):
         return ["dataset"]
-    score = SCORES[config.score]
-    learns = score.learner is not None and evidence.scores is None
+    learns = config.scoring.learner is not None and evidence.scores is None
     needed = {
-        "dataset": learns or (score.needs_norms and evidence.norms is None),
+        "dataset": learns or (config.scoring.needs_norms and evidence.norms is None),
         "preserve_dataset": learns or (config.preserves and evidence.preserve_norms is None),
     }
     return [name for name, is_needed in needed.items() if is_needed]
@@ -303,29 +304,29 @@ def open_folders(config: Any, progress: Any = False) -> tuple[Checkpoint, Checkp
 
 
 def _open_aligned(inputs, is_adapter):
-    """The checkpoint of ``config.base_model``; None without one."""
+    """The checkpoint of ``config.aligned_model``; None without one."""
     config, model = inputs.config, inputs.model
-    if config.base_model is None:
+    if config.aligned_model is None:
         return None
     if model is None:
         return open_aligned(config, inputs.base, inputs.progress)
     if is_adapter:
         raise UsageError(
-            f"base_model={config.base_model!r}: must be left out with an adapter, whose zero "
+            f"aligned_model={config.aligned_model!r}: must be left out with an adapter, whose zero "
             "already falls back to the aligned model"
         )
     parameters = dict(model.named_parameters())
     if any(is_sharded(parameter) for parameter in parameters.values()):
         raise UsageError(
-            f"base_model={config.base_model!r}: must be left out where weights are sharded; or "
-            "prune the saved checkpoint"
+            f"aligned_model={config.aligned_model!r}: must be left out where weights are sharded; "
+            "or prune the saved checkpoint"
         )
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     return _open_like(config, shapes, model.config.model_type, inputs.progress)
 
 
 def open_aligned(config: Any, base: Checkpoint, progress: Any = False) -> Checkpoint | None:
-    """Checkpoint of ``config.base_model``, checked by its headers and hashes; None without one.
+    """Checkpoint of ``config.aligned_model``, checked by its headers and hashes; None without one.
 
     Args:
         config: a :class:`PruneConfig` or :class:`SweepConfig`.
@@ -341,10 +342,10 @@ def open_aligned(config: Any, base: Checkpoint, progress: Any = False) -> Checkp
 
 
 def _open_like(config, shapes, model_type, progress):
-    if config.base_model is None:
+    if config.aligned_model is None:
         return None
-    where = f"base_model={config.base_model!r}"
-    aligned = open_model(config, "base_model")
+    where = f"aligned_model={config.aligned_model!r}"
+    aligned = open_model(config, "aligned_model")
     check_not_quantized(aligned)
     check_input(aligned.folder, progress)
     theirs = aligned.config.get("model_type")
@@ -366,10 +367,10 @@ def _block_shapes(shapes):
     return {name: shape for name, shape in named.items() if name is not None}
 
 
-def _add_given_norms(inputs, given):
+def _add_saved_norms(inputs, in_memory):
     """Take the norms that are there: in memory, or in the files that the config names."""
     for name, data in (("norms", "dataset"), ("preserve_norms", "preserve_dataset")):
-        norms, path = given.get(name), getattr(inputs.config, name)
+        norms, path = in_memory.get(name), getattr(inputs.config, name)
         if norms is None and path is not None:
             norms = load_norms(path, name)
         if norms is not None:
@@ -385,7 +386,7 @@ def load_data(config: Any, records: list[Record] | None, name: str = "dataset") 
     if records is not None:
         return records[: config.num_calibration_samples]
     # What a score is learned on are prompts that the aligned model answers.
-    answered = not isinstance(config, PruneConfig) or SCORES[config.score].learner is None
+    answered = learner_of(config) is None
     limit = config.num_calibration_samples
     return load_records(getattr(config, name), limit=limit, require_output=answered)
 

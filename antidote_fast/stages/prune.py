@@ -46,7 +46,7 @@ def run(config: PruneConfig, *, progress: Any = False, world: World = ALONE) -> 
 
 def prune_folder(
     config: PruneConfig,
-    given: dict[str, Any] | None = None,
+    in_memory: dict[str, Any] | None = None,
     *,
     tokenizer: Any = None,
     progress: Any = False,
@@ -57,7 +57,7 @@ def prune_folder(
     On the ranks of ``world`` but the first, which writes, it is (None, {}). Arguments and errors
     are those of :func:`antidote_fast.stages.inputs.open_inputs` and :func:`run`.
     """
-    inputs = open_inputs(config, given, tokenizer=tokenizer, progress=progress, world=world)
+    inputs = open_inputs(config, in_memory, tokenizer=tokenizer, progress=progress, world=world)
     if inputs.is_whole(room=sum(f.stat().st_size for f in inputs.source.weight_files)):
         contents = {} if world.rank else read_report(config.output_dir)
         return None if world.rank else PruneReport.from_dict(contents), contents
@@ -72,7 +72,7 @@ def prune_folder(
             return None, {}
         weights = read_weights(inputs)
         report = prune_weights(inputs, weights)
-        with inputs.output_folder() as folder:
+        with inputs.output_folder(progress) as folder:
             write_pruned(inputs.source, folder, pruned_of(weights, report), progress)
             contents = finish(folder, inputs, report)
     return report, contents
@@ -155,7 +155,7 @@ def finish(folder: Any, inputs: Inputs, report: PruneReport, hashes: dict | None
         "stage_seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
     if inputs.aligned is not None:
-        results["base_model_fingerprint"] = inputs.aligned.fingerprint()
+        results["aligned_model_fingerprint"] = inputs.aligned.fingerprint()
     if hashes is None:
         read = inputs.adapter.digests() if inputs.adapter is not None else None
         hashes = hash_inputs(input_files(config), read)

@@ -68,12 +68,7 @@ def load_trainable(config, folder):
     Returns:
         ``(model, dtype)``: the model (a ``peft.PeftModel`` for LoRA), and the dtype it computes in.
     """
-    model = load_model(
-        folder,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    model = load_model(folder, **config.load_options)
     if model.dtype == torch.float16:
         model = model.to(torch.bfloat16)
     dtype = model.dtype

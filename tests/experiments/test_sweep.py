@@ -36,7 +36,7 @@ def test_rows_are_what_prune_and_evaluate_give_one_by_one(kind, made, tmp_path):
     adapter = kind == "adapter"
     options = {"scores": ALL, "preserve_dataset": f"{made.root}/keep.jsonl"}
     if kind == "revert":
-        options |= {"base_model": made.twin, "score_delta": True, "scores": ALL[:4]}
+        options |= {"aligned_model": made.twin, "score_delta": True, "scores": ALL[:4]}
         options |= {"targets": ["q_proj", "down_proj"], "ignore": ["re:.*layers.1.mlp"]}
     benign = f"{made.root}/benign.jsonl"
     config = config_of(

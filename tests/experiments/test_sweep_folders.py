@@ -81,7 +81,7 @@ def test_the_command_it_prints_makes_what_it_measured(
     monkeypatch.setattr(candidates, "evaluate_model", script)
     options = {"save_norms": saved, "max_accuracy_drop": 0, "scopes": ["row", "global"]}
     if kind == "revert":
-        options |= {"base_model": made.twin, "score_delta": "true"}
+        options |= {"aligned_model": made.twin, "score_delta": "true"}
         options |= {"targets": ["q_proj", "down_proj"], "ignore": ["re:.*layers.1.mlp"]}
     if kind == "preserve":
         options |= {"scores": ["wanda-preserve"], "preserve_dataset": f"{made.root}/keep.jsonl"}
@@ -157,15 +157,15 @@ def test_the_flags_on_the_command_line(made, tmp_path):
         ({"num_samples": 0}, "num_samples=0: must be greater than 0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: must be greater than 0"),
         ({"num_calibration_samples": 0}, "num_calibration_samples=0: must be greater than 0"),
-        ({"score_delta": True}, "score_delta=True: must be left out without base_model"),
+        ({"score_delta": True}, "score_delta=True: must be left out without aligned_model"),
         (
-            {"score_delta": True, "base_model": "b", "adapter": None, "scores": ["random"]},
+            {"score_delta": True, "aligned_model": "b", "adapter": None, "scores": ["random"]},
             "score_delta=True: must be left out with score random",
         ),
         (
-            {"base_model": "b"},
-            "base_model='b': must be left out with adapter, whose zero already falls back to the "
-            "aligned model",
+            {"aligned_model": "b"},
+            "aligned_model='b': must be left out with adapter, whose zero already falls back to "
+            "the aligned model",
         ),
     ],
 )

@@ -133,7 +133,7 @@ ASIDE = {
 }
 # Of these it is what lies there that counts, not the name.
 CONTENTS = {
-    *("model_name_or_path", "adapter", "base_model", "reference_model"),
+    *("model_name_or_path", "adapter", "aligned_model", "reference_model"),
     *("dataset", "harmful_dataset", "safe_dataset", "preserve_dataset"),
     *("task_dataset", "benign_dataset", "drift_dataset", "norms", "preserve_norms"),
 }
@@ -196,7 +196,7 @@ def test_the_same_again_is_done_wherever_it_lies(made, tmp_path):
             "was made with another dataset than",
         ),
         ({"preserve_dataset": None}, "was made with another preserve_dataset than None"),
-        ({"base_model": "{0}/base"}, "was made with another base_model than"),
+        ({"aligned_model": "{0}/base"}, "was made with another aligned_model than"),
     ],
     ids=str,
 )
@@ -261,6 +261,8 @@ def test_a_folder_of_another_release(made, monkeypatch):
         monkeypatch.setattr(provenance, "read_report", changed)
 
     without("gate_steps", old_flag=None)
+    assert provenance.is_done(folder, config)
+    without("aligned_model", base_model=None)  # its name then
     assert provenance.is_done(folder, config)
     without("ratio", old_flag=3)
     assert provenance.difference(folder, config) == "was made with old_flag=3, not None"

@@ -27,7 +27,7 @@ from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.files import checkpoint
 from antidote_fast.files.manifest import read_manifest
-from antidote_fast.fleet.manifest import read_manifest_file
+from antidote_fast.fleet.jobs import read_jobs
 from antidote_fast.models import loading
 from antidote_fast.models.loading import load_model, load_tokenizer, resolve_folder
 from antidote_fast.selection import Selection
@@ -158,7 +158,7 @@ def test_nobodys_home_is_no_folder_here():
 def test_a_manifest_beside_which_nothing_lies(home, tmp_path):
     (tmp_path / "jobs.jsonl").write_text('{"adapter": "~/adapter", "dataset": "~/data.jsonl:safe"}')
     config = FleetConfig(**NEEDED, manifest=str(tmp_path / "jobs.jsonl"))
-    [job] = read_manifest_file(config)
+    [job] = read_jobs(config)
     assert job.config.adapter == f"{home}/adapter"
     assert job.config.dataset == f"{home}/data.jsonl:safe"
 

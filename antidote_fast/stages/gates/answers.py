@@ -93,7 +93,7 @@ def check_texts(tokenizer, harmful, preserve, *, template="alpaca", max_seq_leng
         text = build_prompt(record, template, tokenizer)
         prompt_ids(text, tokenizer, max_seq_length, record.where or "a prompt")
     for record in preserve:
-        if record.output.strip() and _fits(record, tokenizer, **options):
+        if record.output.strip() and fits(record, tokenizer, **options):
             encode([record], tokenizer, **options)
 
 
@@ -142,7 +142,7 @@ def fill_pools(
     pools.examples["harmful"] = _cut(encode(kept, tokenizer, **options), answer_tokens)
     task = [record for record in preserve if record.output.strip()]
     if task:
-        room = [r for r in task if _fits(r, tokenizer, template, max_seq_length)]
+        room = [r for r in task if fits(r, tokenizer, template, max_seq_length)]
         pools.counts["task"] = {
             "num_records": len(task),
             "num_used": len(room),
@@ -178,7 +178,8 @@ def _answered(records, answers):
     return [Record(r.instruction, r.input, text) for r, text in pairs if text is not None]
 
 
-def _fits(record, tokenizer, template, max_seq_length):
+def fits(record: Record, tokenizer, template: str, max_seq_length: int) -> bool:
+    """Whether a record's prompt leaves room for an answer."""
     text = build_prompt(record, template, tokenizer)
     return len(prompt_ids(text, tokenizer, max_seq_length)) < max_seq_length
 

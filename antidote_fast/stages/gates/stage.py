@@ -25,11 +25,13 @@ def check_stage(config, base, is_adapter, world=ALONE):
     Raises:
         UsageError, DataError: naming the argument.
     """
-    if config.score != "gate":
+    if config.scoring.learner is None:
         return
     config.check_aligned(is_adapter)
     if world.size > 1:
-        raise UsageError("score='gate': must be left out with torchrun; start one process")
+        raise UsageError(
+            f"score={config.score!r}: must be left out with torchrun; start one process"
+        )
     if base is not None and "quantization_config" in base.config:
         raise DataError(f"{base.folder}: is quantised; with score gate it must not be")
 
