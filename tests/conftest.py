@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import faulty
+import sampling
 import tiny
 
 hypothesis.settings.register_profile("fuzz", max_examples=100_000)  # make fuzz
@@ -22,7 +23,18 @@ hypothesis.settings.register_profile("fuzz", max_examples=100_000)  # make fuzz
 _LANGUAGE = ("triton.language", "triton.language.core")
 
 
-def pytest_configure():
+def pytest_addoption(parser):
+    parser.addoption(
+        "--whole", action="store_true", help="every case and example, not a fixed sample of them"
+    )
+
+
+def pytest_configure(config):
+    sampling.WHOLE = config.getoption("whole")
+    interpret_faster()
+
+
+def interpret_faster():
     """Interpret in a third of the time: Triton patches its language anew for each inner call."""
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         from triton.runtime import interpreter

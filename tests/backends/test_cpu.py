@@ -6,6 +6,7 @@ import threading
 import oracle
 import parity
 import pytest
+import sampling
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -232,7 +233,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
         prune_mask(torch.ones(2, 3), None, Selection(0.5), backend="cpu")
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=sampling.examples(3000, 400), deadline=None)
 @given(st.data())
 def test_any_call(data):
     weights, norms, selection, preserve, bases = parity.draw_call(data)

@@ -5,6 +5,7 @@ import itertools
 import oracle
 import parity
 import pytest
+import sampling
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -261,7 +262,7 @@ def test_prune_linear_is_its_parts():
     assert oracle.same_bits(pruned.cpu(), prune_(weight.clone(), norm.cpu(), Selection(0.1)))
 
 
-@settings(max_examples=300 if COMPILED else 60, deadline=None)
+@settings(max_examples=300 if COMPILED else sampling.examples(60, 15), deadline=None)
 @given(st.data())
 def test_any_call(data):
     widths = st.integers(0, 140) | st.sampled_from([512, 520, 1024, 1030])

@@ -9,6 +9,7 @@ import zlib
 
 import oracle
 import pytest
+import sampling
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -377,7 +378,7 @@ def test_scratch_does_not_grow_with_the_weights(monkeypatch):
     assert scratch.untyped_storage().nbytes() < 20e6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=sampling.examples(60, 15), deadline=None)
 @given(st.data())
 def test_anything(data):
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
