@@ -31,6 +31,16 @@ def pytest_configure(config):
     interpreting.interpret_faster()
 
 
+# Files of a few long tests: two workers that share the rest end at the same time.
+LONGEST = ("test_kill", "test_benchmarks", "test_protocol", "test_ranks", "test_ray_pool")
+LONGEST += ("test_dry_run", "test_experiment", "test_memory", "test_soak", "test_package")
+
+
+def pytest_collection_modifyitems(items):
+    items[:] = sampling.thinned(items)
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Folders of a model (two shapes of file), its twin of another seed, and an adapter."""

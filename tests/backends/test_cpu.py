@@ -25,7 +25,10 @@ from antidote_fast import (
 from antidote_fast import score as score_op
 from antidote_fast.backends import cpu, load
 
-pytestmark = pytest.mark.skipif(load("cpu")[1] is not None, reason=f"cpu backend: {load('cpu')[1]}")
+pytestmark = [
+    pytest.mark.skipif(load("cpu")[1] is not None, reason=f"cpu backend: {load('cpu')[1]}"),
+    pytest.mark.thin,
+]
 
 
 @pytest.fixture(params=cpu.ISAS)

@@ -26,6 +26,7 @@ from antidote_fast.backends import cuda, load
 pytestmark = [
     pytest.mark.skipif(load("cuda")[1] is not None, reason=f"cuda backend: {load('cuda')[1]}"),
     pytest.mark.table,
+    pytest.mark.thin,
 ]
 DEVICE = "cpu" if cuda.EMULATED else "cuda"
 KINDS = list(itertools.product(oracle.WEIGHT_KINDS, ("none", "uniform", "dead", "nan")))

@@ -22,7 +22,7 @@ from antidote_fast.selection import num_pruned
 if load("cuda")[1] is not None:
     pytest.skip(f"cuda backend: {load('cuda')[1]}", allow_module_level=True)
 
-pytestmark = pytest.mark.table
+pytestmark = [pytest.mark.table, pytest.mark.thin]
 
 DEVICE = "cpu" if cuda.EMULATED else "cuda"
 SAMPLE = 512 if cuda.EMULATED else 8192

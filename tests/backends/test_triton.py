@@ -26,11 +26,13 @@ from antidote_fast import score as score_op
 from antidote_fast.backends import load
 from antidote_fast.errors import BackendUnavailable
 
-pytestmark = pytest.mark.skipif(
-    load("triton")[1] is not None, reason=f"triton backend: {load('triton')[1]}"
-)
-
 COMPILED = torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.skipif(
+        load("triton")[1] is not None, reason=f"triton backend: {load('triton')[1]}"
+    ),
+    pytest.mark.thin(strength=2 if COMPILED else 1),
+]
 DEVICE = "cuda" if COMPILED else "cpu"
 # Interpreted, an operation takes a fifth of a second: one kind of weight a case there, not all.
 KINDS = list(itertools.product(oracle.WEIGHT_KINDS, ("none", "uniform", "dead", "nan")))

@@ -30,7 +30,10 @@ from antidote_fast.backends.triton_kernels import (  # noqa: E402
     launch,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of NaN and overflow
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, of NaN and overflow
+    pytest.mark.thin(strength=2 if DEVICE.type == "cuda" else 1),
+]
 
 SHAPES = [(1, 1), (7, 2), (5, 8), (9, 15), (4, 16), (6, 33), (3, 257), (33, 64), (2, 1000)]
 LISTS = {

@@ -18,24 +18,39 @@ def sample(cases, count):
     return [cases[i] for i in (0, *sorted(inner), len(cases) - 1)]
 
 
-def pairs(*axes):
-    """So many cases of a product that every two values of two axes meet in one of them."""
-    product = list(itertools.product(*axes))
-    if WHOLE:
-        return product
-    axes_of_two = list(itertools.combinations(range(len(axes)), 2))
-
-    def met(case):
-        return {(i, j, case[i], case[j]) for i, j in axes_of_two}
-
-    to_meet = set().union(*map(met, product))
-    chosen = []
-    while to_meet:
-        chosen.append(max(product, key=lambda case: len(met(case) & to_meet)))
-        to_meet -= met(chosen[-1])
-    return chosen
-
-
 def examples(whole, few):
     """How many examples a property gets."""
     return whole if WHOLE else few
+
+
+def thinned(items):
+    """The tests that pytest collected, without most cases of those marked ``thin(strength)``.
+
+    With strength 1 every value of every parameter of a test is in one of its cases; with 2 (the
+    default) every two values of two parameters are in one together.
+    """
+    if WHOLE:
+        return items
+    chosen = []
+    for _, group in itertools.groupby(items, lambda item: item.nodeid.partition("[")[0]):
+        cases = list(group)
+        mark = cases[0].get_closest_marker("thin")
+        if mark is not None and len(cases) > 1:
+            cases = _covering(cases, mark.kwargs.get("strength", 2))
+        chosen += cases
+    return chosen
+
+
+def _covering(cases, strength):
+    """Cases, chosen one by one, each the one that adds most values that had not met yet."""
+    met_in = []
+    for case in cases:
+        values = sorted((name, id(value)) for name, value in case.callspec.params.items())
+        met_in.append(set(itertools.combinations(values, min(strength, len(values)))))
+    to_meet = set().union(*met_in)
+    chosen = set()
+    while to_meet:
+        best = max(range(len(cases)), key=lambda i: len(met_in[i] & to_meet))
+        chosen.add(best)
+        to_meet -= met_in[best]
+    return [cases[i] for i in sorted(chosen)]
