@@ -122,7 +122,7 @@ def _calibration(made, inputs) -> list[Target]:
         _stream(made, batches)
     else:
         made.hold("weights", cost.weight_bytes)
-    made.hold("activations", cost.activation_bytes(*made.shape))
+        made.hold("activations", cost.activation_bytes(*made.shape))
     # float64, of a batch and in all
     made.hold("norms", 4 * len(inputs.records) * _norm_bytes(config, targets))
     made.read(base, made.adapter)
@@ -142,6 +142,7 @@ def _stream(made, batches):
     hidden = tokens * cost.config.hidden_size * cost.dtype.itemsize
     made.hold("embeddings and adapter", model.outside_bytes + 4 * cost.lora)
     made.hold("blocks", (2 + ahead) * max(model.num_bytes(i) for i in range(len(model))))
+    made.hold("activations", cost.activation_bytes(*made.shape))
     made.hold("hidden states", min(hidden, room))
     if hidden > room:
         made.plan.notes.append(
@@ -224,10 +225,10 @@ def _pruning(made, matrices, bases, written, sees_data, learns):
             made.plan.bytes_read -= size  # counted already
     whole = config.scope == "global" and not config.stream
     together = weights if whole else math.prod(largest.shape)
-    if config.score == "random":
-        memory["scores"] = 4 * together
-    elif learns:  # as they were learned, and the copies that are selected from
+    if learns:  # as they were learned, and the copies that are selected from
         memory["scores"] = 4 * (weights + together)
+    elif config.scoring.own_matrix:
+        memory["scores"] = 4 * together
     made.phase(memory)
 
 

@@ -142,15 +142,15 @@ def check_all(layers: Sequence[Layer], selection: Selection) -> None:
     by_device: dict[torch.device, list] = {}
     for layer in layers:
         by_device.setdefault(layer.matrix.device, []).append(layer)
-    for there in by_device.values():
-        nothing = [None] * len(there)
-        matrices, bases = [x.matrix for x in there], [x.base for x in there]
+    for here in by_device.values():
+        nothing = [None] * len(here)
+        matrices, bases = [x.matrix for x in here], [x.base for x in here]
         try:
             _check.prune_lists(matrices, nothing, selection, nothing, bases, write=True, many=True)
         except (TypeError, ValueError) as error:
 
-            def named(match, there=there):
-                return there[int(match[2])].key + (" in base_weights" if match[1] else "")
+            def named(match, here=here):
+                return here[int(match[2])].key + (" in base_weights" if match[1] else "")
 
             text = re.sub(r"(base_)?weights?\[(\d+)\]", named, str(error))
             raise DataError(text) from None

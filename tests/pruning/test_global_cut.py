@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import sampling
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,7 +124,7 @@ def test_all_scores_equal(value, largest):
         assert torch.equal(flat, expected)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=sampling.examples(150, 40), deadline=None)
 @given(data=st.data())
 def test_as_all_at_once_whatever_comes(data):
     number = data.draw(st.integers(1, 4))
@@ -192,7 +193,7 @@ def test_scores_that_span_all_magnitudes():
 
 def test_random_scores_are_drawn_in_parts():
     whole = random_scores("a", (700, 1000), 5)  # more than one chunk
-    parts = list(global_cut._chunks("a", torch.empty(700, 1000), None, "random", 5))
+    parts = list(global_cut._chunks("a", torch.empty(700, 1000), Evidence(score="random"), 5))
     assert len(parts) > 1
     assert torch.equal(torch.cat(parts).view(torch.float32), whole)
 
