@@ -1,6 +1,7 @@
 """A stage's dataclass as flags, as YAML and as help; mistakes become one line in our own words."""
 
 import dataclasses
+import functools
 import difflib
 import json
 import os
@@ -136,6 +137,7 @@ def _is_list(kind):
     return any(item in ((str,), (float,)) for item in items)
 
 
+@functools.cache  # a grid makes hundreds of configs; a parser takes as long as its values
 def _parser(config_class, **options):
     try:
         import jsonargparse
