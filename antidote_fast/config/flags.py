@@ -1,8 +1,8 @@
 """A stage's dataclass as flags, as YAML and as help; mistakes become one line in our own words."""
 
 import dataclasses
-import functools
 import difflib
+import functools
 import json
 import os
 import re
