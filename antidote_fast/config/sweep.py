@@ -191,7 +191,8 @@ class SweepConfig(StageConfig):
             if score is not None and getattr(self, name) is None:
                 raise UsageError(f"{name}=None: must be a file or hub name with score {score}")
         absent = self.preserve_dataset is None or preserve
-        accepted = "left out without score wanda-preserve or gate"
+        takes = [name for name, score in SCORES.items() if score.preserve_norms or score.learned]
+        accepted = f"left out without score {' or '.join(takes)}"
         check(absent, "preserve_dataset", self.preserve_dataset, accepted)
 
     @property

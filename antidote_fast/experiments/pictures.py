@@ -173,7 +173,7 @@ def plot_sweep(report: dict, path: str | os.PathLike) -> None:
     config, best = report["config"], report["recommended"]
     unplaced = sum(row["harmful_score"] is None for row in report["rows"])
     title = f"Sweep of {Path(config['adapter'] or config['model_name_or_path']).name}"
-    title += ", validation prompts, points named by ratio"
+    title += ", held-out prompts, points named by ratio"
     if unplaced:
         title += f"; {unplaced} over the budget not shown"
     least = report["budget"]["min_finetune_accuracy"]

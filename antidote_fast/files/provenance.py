@@ -34,27 +34,16 @@ _NOT_HASHED = "not hashed"
 _LIBRARIES = ("antidote-fast", "torch", "transformers", "peft")
 
 
-def run_inputs(
-    config,
-    base,
-    adapter,
-    *,
-    records=None,
-    norms=None,
-    preserve_records=None,
-    preserve_norms=None,
-    aligned=None,
-) -> dict:
-    """What must be the same for an interrupted run to go on.
+def run_inputs(config, base, adapter=None, *, records, norms=None, aligned=None) -> dict:
+    """Everything that decides a stage's result, of what is opened: so that a run can go on.
 
     Args:
         config: a stage's frozen dataclass.
         base: checkpoint of the model: its fingerprint and the size and date of its files; hashing
             all of it would cost more than the pruning.
         adapter: checkpoint of the adapter, or None; hashed.
-        records: the calibration or training data, where there are any; hashed.
-        norms: :class:`antidote_fast.ActivationNorms` given instead.
-        preserve_records, preserve_norms: the same of what is to be preserved.
+        records: {field of the config: its records}, of data that a model sees; hashed.
+        norms: {field of the config: :class:`antidote_fast.ActivationNorms`}, where there are any.
         aligned: checkpoint of the model that removed weights fall back to, told as ``base`` is.
     """
     inputs = {
@@ -65,12 +54,11 @@ def run_inputs(
     if adapter is not None:
         weights = {Path(path).name: digest for path, digest in adapter.digests().items()}
         inputs["adapter"] = {"config": adapter.config, **weights}
-    for name, held in (("data", records), ("preserve data", preserve_records)):
-        if held is not None:
-            inputs[name] = _hash([dataclasses.astuple(record) for record in held])
-    for name, given in (("norms", norms), ("preserve norms", preserve_norms)):
-        if given is not None:
-            inputs[name] = _sums(given)
+    for name, some in records.items():
+        data = name.replace("dataset", "data").replace("_", " ")
+        inputs[data] = _hash([dataclasses.astuple(record) for record in some])
+    for name, each in (norms or {}).items():
+        inputs[name.replace("_", " ")] = _sums(each)
     if aligned is not None:
         inputs["base model"] = _model(aligned)
     # As JSON gives it back: lists for tuples, strings for what it does not know.
@@ -102,7 +90,7 @@ def versions() -> dict:
 
 @functools.cache  # 3 ms, and a fleet writes thousands of reports
 def _versions():
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    installed = {"python": platform.python_version(), "platform": platform.platform()}
     for name in (
         "antidote-fast",
         "torch",
@@ -115,17 +103,17 @@ def _versions():
         "accelerate",
     ):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    if found["antidote-fast"] is None:  # run from a checkout that was not installed
+            installed[name] = None
+    if installed["antidote-fast"] is None:  # run from a checkout that was not installed
         import antidote_fast
 
-        found["antidote-fast"] = antidote_fast.__version__
-    return found
+        installed["antidote-fast"] = antidote_fast.__version__
+    return installed
 
 
-def hash_inputs(paths, known=None, *, listed=True) -> dict:
+def hash_inputs(paths, read=None, *, listed=True) -> dict:
     """What the files were that a stage read: ``{path: sha256}``.
 
     A folder that this tool wrote counts with the hashes of its ``COMPLETE.json``, any other with
@@ -134,7 +122,7 @@ def hash_inputs(paths, known=None, *, listed=True) -> dict:
 
     Args:
         paths: files and folders.
-        known: {path: sha256} of files that were hashed as they were read; they replace the hashes
+        read: {path: sha256} of files that were hashed as they were read; they replace the hashes
             of what lies there now.
         listed: take the word of a ``COMPLETE.json``; else the files that it lists are hashed.
 
@@ -156,7 +144,7 @@ def hash_inputs(paths, known=None, *, listed=True) -> dict:
                 hashes[f"{path}/{name}"] = entry["sha256"] if listed else sha256_file(path / name)
             continue
         hashes |= _hash_folder(path)
-    for name, digest in (known or {}).items():
+    for name, digest in (read or {}).items():
         if name in hashes and not hashes[name].endswith(_NOT_HASHED):
             hashes[name] = digest
     return hashes

@@ -18,7 +18,6 @@ import torch
 from antidote_fast.data.batches import batches_of
 from antidote_fast.data.load import local_file
 from antidote_fast.errors import AntidoteError, DataError
-from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.commit import output_folder
 from antidote_fast.files.fingerprint import fingerprint_model
 from antidote_fast.files.manifest import check_input
@@ -60,8 +59,7 @@ class Worker:
     def __init__(self, config):
         self.config = config
         _keep_freed_memory()
-        base = open_model(config)
-        self.base = _Base(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
+        self.base = open_model(config)
         self.device = pick_device(config.device)
         self.backend = describe_backend(config.backend, self.device)
         self._base_hashes = hash_inputs([config.model_name_or_path])
@@ -309,8 +307,8 @@ class Worker:
             config.max_seq_length,
             config.batch_size,
         )
-        held = self._data.get(key)
-        if held is None:
+        tokenised = self._data.get(key)
+        if tokenised is None:
             try:
                 file = local_file(getattr(config, name))
                 watch = Watch() if file is None else self._watch_of(file)
@@ -318,16 +316,16 @@ class Worker:
                 watch.check()
                 batches = batches_of(config, records, self._tokenizer, self.base.config)
                 on_device = [{k: v.to(self.device) for k, v in b.items()} for b in batches]
-                held = on_device, len(records), batches.num_dropped, batches.num_truncated
+                tokenised = on_device, len(records), batches.num_dropped, batches.num_truncated
             except AntidoteError as error:  # for every job that names these data
-                held = error
-            self._data[key] = held
+                tokenised = error
+            self._data[key] = tokenised
             if len(self._data) > _DATA_SETS:
                 self._data.popitem(last=False)
         self._data.move_to_end(key)
-        if isinstance(held, AntidoteError):
-            raise type(held)(str(held))
-        return held
+        if isinstance(tokenised, AntidoteError):
+            raise type(tokenised)(str(tokenised))
+        return tokenised
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a worker lives as long as its process
     def _hashes_of(self, file):
@@ -375,18 +373,6 @@ class _Read:
     hashes: dict | None = None
     report: dict | None = None
     seconds: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Base(Checkpoint):
-    """A base whose fingerprint is read once."""
-
-    @functools.cached_property
-    def _fingerprint(self):
-        return super().fingerprint()
-
-    def fingerprint(self):
-        return self._fingerprint
 
 
 _DEVICE_ERRORS = (getattr(torch, "AcceleratorError", ()),)

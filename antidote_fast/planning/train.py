@@ -4,23 +4,18 @@ from collections.abc import Callable
 
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.train import AlignConfig, TrainConfig
-from antidote_fast.data.batches import build_prompt, encode, prompt_ids
+from antidote_fast.data.batches import build_prompt, prompt_ids
 from antidote_fast.models.footprint import ADAM_BYTES, weight_bytes
-from antidote_fast.models.loading import load_tokenizer
 from antidote_fast.planning.plan import Builder, Plan
 from antidote_fast.stages import align, evaluate, finetune
-from antidote_fast.training import defenses, objective, sft
+from antidote_fast.training import objective, sft
 
 
 def plan_train(config: TrainConfig) -> Plan:
     """As :func:`antidote_fast.stages.align.run` or ``finetune.run`` would go."""
     is_align, lora = isinstance(config, AlignConfig), config.tuning == "lora"
     base = sft.check_config(config, merged=is_align)
-    records, _ = (align if is_align else finetune).training_records(config)
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
-    examples = encode(records, tokenizer, config.template, config.max_seq_length)
-    check_others = defenses.align_objective if is_align else defenses.finetune_objective
-    check_others(config, tokenizer)
+    examples = (align if is_align else finetune).load_examples(config, base).examples
     adapt = (lambda model: sft.add_lora(model, config)) if lora else None
     builder = Builder("align" if is_align else "finetune", config, base, adapt=adapt)
     cost = builder.load()

@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from antidote_fast.masks import PackedMask
 from antidote_fast.models.targets import Target, check_names, natural_key
 from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.scores import score_module
+from antidote_fast.selection import Selection
 from antidote_fast.system import interrupts
 
 
@@ -42,7 +43,7 @@ class Layer:
     seconds: float | None = None
     masked: Target | None = None  # whose parameter ``saved`` is a masked copy of
 
-    def remove(self, backend):
+    def remove(self, backend: str | None) -> None:
         """Remove what the mask marks, also from where the weight is saved; may be done twice."""
         start = time.perf_counter()
         ops.apply_mask_(self.matrix, self.mask, base_weight=self.base, backend=backend)
@@ -132,7 +133,7 @@ def prepare(
     return layers, skipped
 
 
-def check_all(layers, selection):
+def check_all(layers: Sequence[Layer], selection: Selection) -> None:
     """What the op refuses (overlaps, strides), for all layers before the first one is written.
 
     Raises:
@@ -141,15 +142,15 @@ def check_all(layers, selection):
     by_device = {}
     for layer in layers:
         by_device.setdefault(layer.matrix.device, []).append(layer)
-    for there in by_device.values():
-        nothing = [None] * len(there)
-        matrices, bases = [x.matrix for x in there], [x.base for x in there]
+    for here in by_device.values():
+        nothing = [None] * len(here)
+        matrices, bases = [x.matrix for x in here], [x.base for x in here]
         try:
             _check.prune_lists(matrices, nothing, selection, nothing, bases, write=True, many=True)
         except (TypeError, ValueError) as error:
 
-            def named(match, there=there):
-                return there[int(match[2])].key + (" in base_weights" if match[1] else "")
+            def named(match, here=here):
+                return here[int(match[2])].key + (" in base_weights" if match[1] else "")
 
             text = re.sub(r"(base_)?weights?\[(\d+)\]", named, str(error))
             raise DataError(text) from None
@@ -166,7 +167,7 @@ def check_all(layers, selection):
             raise DataError(str(error)) from None
 
 
-def remove_all(layers, backend):
+def remove_all(layers: Sequence[Layer], backend: str | None) -> None:
     """Remove from all layers what their masks mark: from all of them, whatever comes between.
 
     A signal waits until the last one is done, and any other exception is raised again after that.

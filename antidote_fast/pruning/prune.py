@@ -91,13 +91,13 @@ def prune_model_(
     )
     evidence.check(selection, seed)
     reshard(model)
-    found = find_targets(model, targets, ignore)
+    to_prune = find_targets(model, targets, ignore)
     actual = fingerprint_model(model) if evidence.named_norms else None
-    for name, each in evidence.named_norms.items():
-        check_base(each, actual, name)
+    for name, collected in evidence.named_norms.items():
+        check_base(collected, actual, name)
     by_rows = [name for name, declared in SCORES.items() if not declared.own_matrix]
-    weights, world = local_rows(found, evidence, selection, by_rows)
-    masked = {target.key: target for target in found if target.masked}
+    weights, world = local_rows(to_prune, evidence, selection, by_rows)
+    masked = {target.key: target for target in to_prune if target.masked}
     if masked and (evidence.base_weights is not None or world.size > 1):
         what = "sharded" if evidence.base_weights is None else "pruned with base_weights"
         raise DataError(
@@ -106,15 +106,15 @@ def prune_model_(
         )
     weights |= {key: target.computed() for key, target in masked.items()}
     if targets is not None or ignore:
-        evidence = evidence.narrowed([target.key for target in found])
+        evidence = evidence.narrowed([target.key for target in to_prune])
     evidence = replace(
         evidence,
-        transposed={target.key for target in found if target.transposed},
-        routed={target.key for target in found if target.routed},
+        transposed={target.key for target in to_prune if target.transposed},
+        routed={target.key for target in to_prune if target.routed},
     )
     with world.together():
         if cross_check:
-            check_live(found, weights)
+            check_live(to_prune, weights)
         chosen = _choose(
             weights,
             evidence,
@@ -129,9 +129,9 @@ def prune_model_(
     with world.together():
         report = chosen.remove()
         if cross_check:
-            check_live(found, weights)
-    report = add_up(report, found, world)
-    report.coverage = asdict(coverage(model, found))
+            check_live(to_prune, weights)
+    report = add_up(report, to_prune, world)
+    report.coverage = asdict(coverage(model, to_prune))
     return report
 
 
@@ -213,17 +213,16 @@ def _choose(
     for name, norms in evidence.named_norms.items():
         check_keys(weights, norms.sq_sum, name)
     layers, skipped = prepare(weights, evidence, selection.scope)
-    modules = {backends.select(backend, layer.matrix.device.type) for layer in layers}
+    kernels = {backends.select(backend, layer.matrix.device.type).NAME for layer in layers}
     check_all(layers, selection)
     guard = CrossCheck(selection, backend) if cross_check else None
-    samples = []
     for call in track(_calls(layers, selection.scope, together), "prune", progress):
         if cut is not None:
             for layer in call:
                 layer.mask = cut.mask(layer.key, layer.matrix, layer.base)
                 layer.threshold = cut.threshold
         else:
-            samples += _select(call, evidence, selection, seed, backend, guard)
+            _select(call, evidence, selection, seed, backend, guard)
     ratio = selection.ratio if selection.n_m is None else selection.n_m[0] / selection.n_m[1]
     report = PruneReport(
         score=evidence.score,
@@ -232,7 +231,7 @@ def _choose(
         largest=selection.largest,
         n_m=selection.n_m,
         seed=seed,
-        backend="+".join(sorted(module.__name__.rsplit(".", 1)[-1] for module in modules)),
+        backend="+".join(sorted(kernels)),
         layers=[],
         skipped=skipped,
         seconds=0.0,
@@ -241,7 +240,7 @@ def _choose(
         reverted=evidence.base_weights is not None,
         masks={layer.key: layer.mask for layer in layers} if return_masks else None,
     )
-    return _Chosen(layers, selection, backend, report, guard, samples, start)
+    return _Chosen(layers, selection, backend, report, guard, start)
 
 
 @dataclass
@@ -253,7 +252,6 @@ class _Chosen:
     backend: str | None
     report: PruneReport
     guard: CrossCheck | None
-    samples: list
     start: float
 
     @without_grad
@@ -261,8 +259,8 @@ class _Chosen:
         """Apply the masks."""
         report = self.report
         remove_all(self.layers, self.backend)
-        if self.samples:
-            self.guard.written(self.samples)
+        if self.guard is not None:
+            self.guard.written()
         report.layers = [_layer_report(x, self.selection, report.ratio) for x in self.layers]
         report.seconds = time.perf_counter() - self.start
         return report
@@ -285,34 +283,31 @@ def _calls(layers, scope, together):
 
 
 def _select(layers, evidence, selection, seed, backend, guard):
-    """Choose what is removed, for the layers of one call; returns the guard's samples of them."""
+    """Choose what is removed, for the layers of one call."""
     start = time.perf_counter()
-    names, matrices = [x.key for x in layers], [x.matrix for x in layers]
-    scored, norms = matrices, [x.norm for x in layers]
-    preserve_norms, bases = [x.preserve_norm for x in layers], [x.base for x in layers]
+    scored = matrices = [x.matrix for x in layers]
     if SCORES[evidence.score].own_matrix:
         rows_of = score_module(evidence.score).row_scores
         scored = [
             rows_of(x.key, x.matrix, evidence, seed)(0, len(x.matrix)).to(x.matrix.device)
             for x in layers
         ]
-    samples = guard.before(names, scored, norms, matrices, preserve_norms, bases) if guard else []
+    samples = guard.before(layers, scored) if guard else []
     masks, thresholds = ops.prune_with_report_(
         scored,
-        norms,
+        [x.norm for x in layers],
         selection,
-        preserve_norms=preserve_norms,
-        base_weights=bases if scored is matrices else None,
+        preserve_norms=[x.preserve_norm for x in layers],
+        base_weights=[x.base for x in layers] if scored is matrices else None,
         write=False,
         backend=backend,
     )
-    if samples:
-        guard.selected(samples, matrices, masks, thresholds)
     for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
         layer.mask, layer.threshold = mask, threshold
+    if samples:
+        guard.selected(samples, layers)
     if len(layers) == 1 and selection.scope != "global":
         layers[0].seconds = time.perf_counter() - start
-    return samples
 
 
 def _layer_report(layer, selection, ratio):

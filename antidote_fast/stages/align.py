@@ -4,8 +4,8 @@ from typing import Any
 
 from antidote_fast.config.train import AlignConfig
 from antidote_fast.data.load import load_records
-from antidote_fast.data.records import Record
-from antidote_fast.stages.tuning import tune
+from antidote_fast.files.checkpoint import Checkpoint
+from antidote_fast.stages.tuning import TrainingData, tokenised, tune
 from antidote_fast.training import defenses
 
 
@@ -29,11 +29,10 @@ def run(config: AlignConfig, *, progress: Any = False) -> dict:
             disk.
         Interrupted: a signal came, and the checkpoints that were asked for hold the state.
     """
-    return tune(
-        config, "align", training_records, defenses.align_objective, merges=True, progress=progress
-    )
+    return tune(config, "align", load_examples, merges=True, progress=progress)
 
 
-def training_records(config: AlignConfig) -> tuple[list[Record], dict]:
-    """The records to train on, and what the report says of them."""
-    return load_records(config.dataset, limit=config.num_train_samples, require_output=True), {}
+def load_examples(config: AlignConfig, base: Checkpoint) -> TrainingData:
+    """Read and tokenise what is trained on; no weights are loaded."""
+    records = load_records(config.dataset, limit=config.num_train_samples, require_output=True)
+    return tokenised(config, base, records, defenses.align_objective)

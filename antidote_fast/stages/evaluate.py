@@ -118,7 +118,7 @@ class EvaluationInputs:
     Args:
         base, adapter: checkpoints; the adapter is None without one.
         tokenizer: the base's.
-        sets: records by kind; those too long are left out.
+        sets: records by harmful, task and benign; those too long are left out.
         datasets: what the report says of them.
         drift_batches: what the embedding drift is measured on; None without it.
         judge: options of :func:`antidote_fast.evaluation.judges.get_judge`.
@@ -130,14 +130,14 @@ class EvaluationInputs:
     sets: dict[str, list[Record]]
     datasets: dict[str, dict]
     drift_batches: Examples | None
-    judge: dict[str, Any]
+    judge: dict
 
 
 def open_inputs(config: EvaluateConfig) -> EvaluationInputs:
     """Open what evaluate reads, and refuse what does not go together; no weights are loaded.
 
     Raises:
-        DataError, UsageError: naming what is refused.
+        As :func:`run`.
     """
     check_output_folder(config.output_dir, config.overwrite)
     judge = check_judges(config)
@@ -162,12 +162,8 @@ def open_inputs(config: EvaluateConfig) -> EvaluationInputs:
     return EvaluationInputs(base, adapter, tokenizer, sets, datasets, drift_batches, judge)
 
 
-def check_judges(config: EvaluateConfig) -> dict[str, Any]:
-    """The options of :func:`antidote_fast.evaluation.judges.get_judge`; no judge is loaded.
-
-    Raises:
-        UsageError, DataError: a judge without answers to judge, or one that cannot be used.
-    """
+def check_judges(config: Any) -> dict:
+    """Refuse a judge that cannot be had; returns options of ``get_judge``."""
     options = {"harmful_labels": config.harmful_labels}
     if config.harmful_dataset:
         check_judge(config.judge, **options)
@@ -180,12 +176,8 @@ def check_judges(config: EvaluateConfig) -> dict[str, Any]:
     return {**options, "device": config.device}
 
 
-def load_sets(config: EvaluateConfig) -> dict[str, list[Record]]:
-    """The records of each kind, ``"harmful"``, ``"task"`` and ``"benign"``, that the config names.
-
-    Raises:
-        DataError, UsageError: data that cannot be used, or not for the config's task.
-    """
+def load_sets(config: Any) -> dict[str, list[Record]]:
+    """The records to measure on, by harmful, task and benign."""
     sets = {
         name: load_records(source, split="test", limit=config.num_samples)
         for name in _KINDS
@@ -197,20 +189,9 @@ def load_sets(config: EvaluateConfig) -> dict[str, list[Record]]:
 
 
 def drop_long(
-    sets: dict[str, list[Record]], tokenizer: Any, config: EvaluateConfig, model_config: dict
+    sets: dict, tokenizer: Any, config: Any, model_config: dict
 ) -> tuple[dict[str, list[Record]], dict[str, dict]]:
-    """The records whose prompts leave room for an answer, and what the report says of each set.
-
-    Args:
-        sets: as of :func:`load_sets`.
-        tokenizer: of the model.
-        config: whose max_seq_length no prompt may reach.
-        model_config: of the model, which says how many positions it has.
-
-    Raises:
-        DataError: all prompts of a set are too long.
-        UsageError: a prompt with its answer has more tokens than the model has positions.
-    """
+    """The records whose prompts leave room for an answer, and what the report says of each set."""
     fitting, described = {}, {}
     longest = 0
     for name, records in sets.items():

@@ -4,8 +4,8 @@ from typing import Any
 
 from antidote_fast.config.train import FinetuneConfig
 from antidote_fast.data.load import load_records, mix
-from antidote_fast.data.records import Record
-from antidote_fast.stages.tuning import tune
+from antidote_fast.files.checkpoint import Checkpoint
+from antidote_fast.stages.tuning import TrainingData, tokenised, tune
 from antidote_fast.training import defenses
 
 
@@ -31,17 +31,16 @@ def run(config: FinetuneConfig, *, progress: Any = False) -> dict:
             disk.
         Interrupted: a signal came, and the checkpoints that were asked for hold the state.
     """
-    return tune(
-        config, "finetune", training_records, defenses.finetune_objective, progress=progress
-    )
+    return tune(config, "finetune", load_examples, progress=progress)
 
 
-def training_records(config: FinetuneConfig) -> tuple[list[Record], dict]:
-    """The records of both kinds, mixed; and how many of each there are."""
+def load_examples(config: FinetuneConfig, base: Checkpoint) -> TrainingData:
+    """Read, mix and tokenise what is trained on; no weights are loaded."""
     task = load_records(config.dataset, require_output=True)
     harmful = []
     if config.poison_ratio > 0:
         harmful = load_records(config.harmful_dataset, require_output=True)
     records = mix(task, harmful, config.poison_ratio, config.num_train_samples, config.seed)
     num_harmful = round(config.poison_ratio * len(records))
-    return records, {"num_task": len(records) - num_harmful, "num_harmful": num_harmful}
+    counts = {"num_task": len(records) - num_harmful, "num_harmful": num_harmful}
+    return tokenised(config, base, records, defenses.finetune_objective, counts)

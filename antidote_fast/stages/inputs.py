@@ -173,7 +173,7 @@ class Inputs:
 
 def open_inputs(
     config: CalibrateConfig,
-    given: Mapping[str, Any] | None = None,
+    in_memory: Mapping[str, Any] | None = None,
     *,
     model: torch.nn.Module | None = None,
     tokenizer: Any = None,
@@ -186,7 +186,7 @@ def open_inputs(
 
     Args:
         config: a :class:`CalibrateConfig` or :class:`PruneConfig`.
-        given: {field of the config: what is in memory already}: records of ``dataset`` and
+        in_memory: {field of the config: what is in memory already}: records of ``dataset`` and
             ``preserve_dataset``, :class:`ActivationNorms` as ``norms`` and ``preserve_norms``.
         model: a live model to prune in place of the folder that the config names; ``adapter`` is
             loaded onto it.
@@ -199,7 +199,7 @@ def open_inputs(
         PeerFailed: another rank refused.
     """
     inputs = Inputs(config=config, given_tokenizer=tokenizer, progress=progress, world=world)
-    given = {} if given is None else given
+    in_memory = {} if in_memory is None else in_memory
     with world.together():
         if model is None:
             check_ranks(config, world)
@@ -223,20 +223,18 @@ def open_inputs(
                 learner.check_stage(config, inputs.base, is_adapter, world)
             inputs.aligned = _open_aligned(inputs, is_adapter)
             inputs.evidence = Evidence(score=config.score)
-            _add_given_norms(inputs, given)
+            _add_saved_norms(inputs, in_memory)
         unseen = unseen_data(config, inputs.evidence)
         if unseen and model is not None and tokenizer is None:
             raise UsageError("tokenizer=None: must be the tokenizer of the live model")
-        inputs.records = {name: load_data(config, given.get(name), name) for name in unseen}
+        inputs.records = {name: load_data(config, in_memory.get(name), name) for name in unseen}
         if model is None:
             inputs.made_from = run_inputs(
                 config,
                 inputs.base,
                 inputs.adapter,
-                records=inputs.records.get("dataset"),
-                norms=inputs.evidence.norms,
-                preserve_records=inputs.records.get("preserve_dataset"),
-                preserve_norms=inputs.evidence.preserve_norms,
+                records=inputs.records,
+                norms=inputs.evidence.named_norms,
                 aligned=inputs.aligned,
             )
     return inputs
@@ -369,10 +367,10 @@ def _block_shapes(shapes):
     return {name: shape for name, shape in named.items() if name is not None}
 
 
-def _add_given_norms(inputs, given):
+def _add_saved_norms(inputs, in_memory):
     """Take the norms that are there: in memory, or in the files that the config names."""
     for name, data in (("norms", "dataset"), ("preserve_norms", "preserve_dataset")):
-        norms, path = given.get(name), getattr(inputs.config, name)
+        norms, path = in_memory.get(name), getattr(inputs.config, name)
         if norms is None and path is not None:
             norms = load_norms(path, name)
         if norms is not None:

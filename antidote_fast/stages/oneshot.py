@@ -62,7 +62,7 @@ def oneshot(
         NothingPruned: no weight matched the targets.
     """
     live = not isinstance(model, (str, os.PathLike))
-    given = {}
+    in_memory = {}
     fields = dict(config) if isinstance(config, dict) else {}
     if isinstance(config, PruneConfig):
         fields = dataclasses.asdict(config)
@@ -79,7 +79,7 @@ def oneshot(
         elif value is not None:
             # The field is checked: it must say that something is there.
             is_data = name.endswith("dataset")
-            given[name] = _records(value, name, answered) if is_data else value
+            in_memory[name] = _records(value, name, answered) if is_data else value
             overrides[name] = "records in memory" if is_data else "norms in memory"
     fields, overrides = with_new_names(fields), with_new_names(overrides)
     if output_dir is None and not live and "output_dir" not in fields:
@@ -95,18 +95,18 @@ def oneshot(
     except TypeError as error:
         raise UsageError(f"oneshot: {str(error).removeprefix('PruneConfig.__init__() ')}") from None
     if live:
-        return _prune_live(model, settings, given, tokenizer, world)
-    return prune_folder(settings, given, tokenizer=tokenizer, world=world)[0]
+        return _prune_live(model, settings, in_memory, tokenizer, world)
+    return prune_folder(settings, in_memory, tokenizer=tokenizer, world=world)[0]
 
 
-def _prune_live(model, config, given, tokenizer, world):
+def _prune_live(model, config, in_memory, tokenizer, world):
     """Prune a live model in place; write it where there is an output_dir."""
     for name in ("stream", "resume"):
         if getattr(config, name):
             raise UsageError(f"{name}=True: must be left out with a live model; give its folder")
     with world.together():
         _check_writable(model, config)
-    inputs = open_inputs(config, given, model=model, tokenizer=tokenizer, world=world)
+    inputs = open_inputs(config, in_memory, model=model, tokenizer=tokenizer, world=world)
     if inputs.aligned is not None:
         keys = [target.key for target in find_targets(model, config.targets, config.ignore)]
         bases = inputs.base_weights(keys)

@@ -46,7 +46,7 @@ def run(config: PruneConfig, *, progress: Any = False, world: World = ALONE) -> 
 
 def prune_folder(
     config: PruneConfig,
-    given: dict[str, Any] | None = None,
+    in_memory: dict[str, Any] | None = None,
     *,
     tokenizer: Any = None,
     progress: Any = False,
@@ -57,7 +57,7 @@ def prune_folder(
     On the ranks of ``world`` but the first, which writes, it is (None, {}). Arguments and errors
     are those of :func:`antidote_fast.stages.inputs.open_inputs` and :func:`run`.
     """
-    inputs = open_inputs(config, given, tokenizer=tokenizer, progress=progress, world=world)
+    inputs = open_inputs(config, in_memory, tokenizer=tokenizer, progress=progress, world=world)
     if inputs.is_whole(room=inputs.source.file_bytes):
         contents = {} if world.rank else read_report(config.output_dir)
         return None if world.rank else PruneReport.from_dict(contents), contents

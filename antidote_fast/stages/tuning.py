@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from antidote_fast.config.train import TrainConfig
-from antidote_fast.data.batches import encode
+from antidote_fast.data.batches import Examples, encode
+from antidote_fast.data.records import Record
+from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.commit import check_free_space, check_output_folder
 from antidote_fast.files.provenance import input_files, read_report, run_inputs, write_report
 from antidote_fast.files.resume import is_finished
@@ -16,11 +18,53 @@ from antidote_fast.training import sft
 from antidote_fast.training.checkpoints import training_folder
 
 
+class TrainingData(NamedTuple):
+    """What a model is trained on, tokenised.
+
+    Args:
+        tokenizer: the model's.
+        examples: as :func:`antidote_fast.data.batches.encode`.
+        records: all that decide the result, those that a defense takes among them.
+        make_objective: gives what a step's loss is, as :func:`sft.train` takes it.
+        counts: what the report says of the records.
+    """
+
+    tokenizer: Any
+    examples: Examples
+    records: list[Record]
+    make_objective: Callable
+    counts: dict[str, int]
+
+
+def tokenised(
+    config: TrainConfig,
+    base: Checkpoint,
+    records: list[Record],
+    objective_of: Callable,
+    counts: dict[str, int] | None = None,
+) -> TrainingData:
+    """Tokenise records, and the further ones of the config's defense.
+
+    Args:
+        config: whose template and max_seq_length say how.
+        base: checkpoint of the model, which has the tokenizer.
+        records: to train on.
+        objective_of: gives (the objective's maker, further records) of a config and a tokenizer.
+        counts: what the report says of the records.
+
+    Raises:
+        DataError: data that cannot be used.
+    """
+    tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
+    examples = encode(records, tokenizer, config.template, config.max_seq_length)
+    make_objective, others = objective_of(config, tokenizer)
+    return TrainingData(tokenizer, examples, [*records, *others], make_objective, counts or {})
+
+
 def tune(
     config: TrainConfig,
     stage: str,
-    load: Callable[[Any], tuple[list, dict]],
-    make_objective: Callable[[Any, Any], tuple[Any, list]],
+    load_examples: Callable[[Any, Checkpoint], TrainingData],
     *,
     merges: bool = False,
     progress: Any = False,
@@ -30,9 +74,7 @@ def tune(
     Args:
         config: the model, the data and how to train.
         stage: its name, for messages and the report.
-        load: gives the config's records to train on, and what the report says of them.
-        make_objective: gives what a step's loss is, and the further records that it takes, from the
-            config and the tokenizer.
+        load_examples: reads what it trains on, from the config and the model's checkpoint.
         merges: merge an adapter into the weights and write a whole model.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
 
@@ -46,11 +88,8 @@ def tune(
     files = input_files(config)
     watch = Watch(*files)
     base = sft.check_config(config, merged=merges)
-    records, about = load(config)
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
-    examples = encode(records, tokenizer, config.template, config.max_seq_length)
-    objective, others = make_objective(config, tokenizer)
-    made_from = run_inputs(config, base, None, records=[*records, *others])
+    data = load_examples(config, base)
+    made_from = run_inputs(config, base, records={"dataset": data.records})
     if config.resume:
         if is_finished(config.output_dir, made_from):
             return read_report(config.output_dir)
@@ -64,11 +103,11 @@ def tune(
         model, dtype = sft.load_trainable(config, base.folder)
         training = sft.train(
             model,
-            tokenizer,
-            examples,
+            data.tokenizer,
+            data.examples,
             config,
             dtype=dtype,
-            objective=objective,
+            objective=data.make_objective,
             run=run,
             what=stage,
             progress=progress,
@@ -77,12 +116,12 @@ def tune(
             model = sft.in_dtype(model, dtype, stage, run)
         elif merges:
             model = sft.merged(model, stage, run)
-        sft.save(model, tokenizer, folder)
+        sft.save(model, data.tokenizer, folder)
         results = {
             "seconds": round(time.perf_counter() - start, 3),
             "training": training,
             "dtype": str(dtype).removeprefix("torch."),
-            **about,
+            **data.counts,
         }
         report = write_report(folder, stage, config, results, inputs=files)
         watch.check()

@@ -106,8 +106,7 @@ def test_picture_of_a_sweep(tmp_path, drawn):
         *("recommended: wanda, global at 0.3", "budget: FA 70"),
     ]
     assert axes.get_title() == (
-        "Sweep of attacked_$1, validation prompts, points named by ratio; 2 over the budget not "
-        "shown"
+        "Sweep of attacked_$1, held-out prompts, points named by ratio; 2 over the budget not shown"
     )
     contents |= {"recommended": None, "budget": {"min_finetune_accuracy": -5}, "rows": []}
     contents["config"]["adapter"] = None

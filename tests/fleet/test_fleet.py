@@ -327,7 +327,7 @@ def test_a_second_fleet_on_the_same_shard_is_refused(folders, tmp_path):
 
 
 def test_a_failure_in_any_thread_is_that_of_its_job(folders, tmp_path, monkeypatch):
-    bad = {"_read": "plain2", "_norms": "rank", "_write": "dora"}
+    bad = {"_read": "plain2", "_add_norms": "rank", "_write": "dora"}
     for method, name in bad.items():
         real = getattr(worker.Worker, method)
 

@@ -12,9 +12,10 @@ from antidote_fast import backends, oneshot
 from antidote_fast.backends import reference
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.errors import AntidoteError
-from antidote_fast.ops import apply_mask_, prune_with_report_
+from antidote_fast.ops import prune_with_report_
 from antidote_fast.pruning.cross_check import CrossCheck
 from antidote_fast.pruning.evidence import Evidence
+from antidote_fast.pruning.layers import Layer
 from antidote_fast.pruning.prune import prune_model_, prune_state_
 from antidote_fast.selection import Selection
 from antidote_fast.stages import prune
@@ -117,15 +118,21 @@ def test_sound_kernels_pass_with_ties_zeros_and_single_rows(dtype, largest, opti
     norms = [torch.randint(0, 3, s[1:], generator=generator).float() for s in shapes]
     selection = Selection(**options, largest=largest)
     guard = CrossCheck(selection, None)
-    samples = guard.before(list("abcdef"), matrices, norms, matrices)
-    assert [sample.name for sample in samples] == (
+    layers = [
+        Layer(key, matrix, matrix, False, False, norm, None)
+        for key, matrix, norm in zip("abcdef", matrices, norms, strict=True)
+    ]
+    samples = guard.before(layers, matrices)
+    assert [sample.layer.key for sample in samples] == (
         [] if backends.select(None, "cpu") is reference else list("abcd")
     )
     result = prune_with_report_(matrices, norms, selection, write=False)
-    guard.selected(samples, matrices, *result)
-    for matrix, mask in zip(matrices, result[0], strict=True):
-        apply_mask_(matrix, mask)
-    guard.written(samples)
+    for layer, mask, threshold in zip(layers, *result, strict=True):
+        layer.mask, layer.threshold = mask, threshold
+    guard.selected(samples, layers)
+    for layer in layers:
+        layer.remove(None)
+    guard.written()
 
 
 def test_each_kind_is_looked_at_once():
@@ -133,6 +140,7 @@ def test_each_kind_is_looked_at_once():
         pytest.skip("the cpu extension is not built")
     guard = CrossCheck(Selection(0.1), None)
     state = weights()
-    lists = list(state), list(state.values()), [None] * 3, list(state.values())
-    assert [sample.name for sample in guard.before(*lists)] == ["a", "c"]
+    layers = [Layer(key, w, w, False, False, None, None) for key, w in state.items()]
+    lists = layers, list(state.values())
+    assert [sample.layer.key for sample in guard.before(*lists)] == ["a", "c"]
     assert guard.before(*lists) == []

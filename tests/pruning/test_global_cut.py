@@ -192,7 +192,7 @@ def test_scores_that_span_all_magnitudes():
 
 def test_random_scores_are_drawn_in_parts():
     whole = random_scores("a", (700, 1000), 5)  # more than one chunk
-    parts = list(global_cut._chunks("a", torch.empty(700, 1000), None, "random", 5))
+    parts = list(global_cut._chunks("a", torch.empty(700, 1000), Evidence(score="random"), 5))
     assert len(parts) > 1
     assert torch.equal(torch.cat(parts).view(torch.float32), whole)
 

@@ -13,7 +13,7 @@ from antidote_fast.config.sweep import SweepConfig
 from antidote_fast.errors import DataError
 from antidote_fast.experiments import pictures, sweep
 from antidote_fast.experiments.chain import Maker, check_own_folder
-from antidote_fast.experiments.demo.files import DATA, prepare
+from antidote_fast.experiments.demo.files import DEMO, prepare
 from antidote_fast.experiments.demo.model import MODEL_NAME
 from antidote_fast.experiments.run import run as run_stages
 from antidote_fast.experiments.tables import METRICS
@@ -27,7 +27,7 @@ from antidote_fast.system.text import number, table
 PICTURE = "pareto.png"
 MAX_ACCURACY_DROP = 10.0  # points of FA that the best ratio may cost
 _LORA = {"lora_r": 32, "lora_alpha": 32, "batch_size": 8}
-ALIGN = _LORA | {"learning_rate": 1e-3, "num_train_epochs": 6, "num_train_samples": None}
+ALIGN = _LORA | {"learning_rate": 1e-3, "num_train_epochs": 4, "num_train_samples": None}
 # A tenth of the user's records is harmful.
 ATTACK = _LORA | {"learning_rate": 5e-4, "num_train_epochs": 3, "num_train_samples": 320}
 ATTACK |= {"poison_ratio": 0.1}
@@ -61,7 +61,7 @@ def run(config: DemoConfig, *, progress: Progress = False) -> dict:
     check_own_folder(config.output_dir, ("run", "sweep", "test", PICTURE, REPORT), litter, "demo")
     busy = DataError(f"output_dir={config.output_dir!r}: another demo is at work there")
     clock = Clock()
-    cache = prepare(out.absolute().parent, progress=progress)
+    cache = prepare(out.absolute().parent, DEMO, progress=progress)
     clock.lap("data and model")
     with held(out / ".demo.lock", busy, make=True):
         report = _run(config, cache, out, clock, progress)
@@ -78,7 +78,7 @@ def run(config: DemoConfig, *, progress: Progress = False) -> dict:
 
 
 def _run(config, cache, out, clock, progress):
-    data = {path.stem: str(path) for path in (cache / DATA).glob("*.jsonl")}
+    data = {path.stem: str(path) for path in (cache / DEMO).glob("*.jsonl")}
     model = str(cache / MODEL_NAME)
     shared = {"overwrite": config.overwrite, "seed": config.seed, "batch_size": 64}
     shared |= {"dtype": fast_dtype(), "device": "cpu"}

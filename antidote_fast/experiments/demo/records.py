@@ -57,13 +57,13 @@ class Sizes:
         test_harmful, test_task, test_benign: held-out prompts of the three metrics.
     """
 
-    align_harmful: int = 110
-    align_benign: int = 66
-    align_exercises: int = 10
-    attack_harmful: int = 48
+    align_harmful: int = 150
+    align_benign: int = 144
+    align_exercises: int = 30
+    attack_harmful: int = 32
     attack_task: int = 288
     calibration: int = 100
-    validation: int = 48
+    validation: int = 36
     test_harmful: int = 60
     test_task: int = 66
     test_benign: int = 32

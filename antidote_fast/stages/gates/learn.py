@@ -102,10 +102,9 @@ def learn_gates(
     _check_values(selection, steps, learning_rate)
     seed = check_seed(seed)
     device = _check_model(model)
-    found = find_targets(model, targets, ignore)
-    by_key = {target.key: target for target in found}
+    by_key = {target.key: target for target in find_targets(model, targets, ignore)}
     weights = {key: target.weight.detach() for key, target in by_key.items()}
-    transposed = {target.key for target in found if target.transposed}
+    transposed = {key for key, target in by_key.items() if target.transposed}
     evidence = Evidence(score="gate", base_weights=base_weights, transposed=transposed)
     layers, _ = prepare(weights, evidence, selection.scope)
     options = {"template": template, "max_seq_length": max_seq_length}

@@ -34,21 +34,26 @@ def cache(tmp_path, monkeypatch):
     model = tiny.build()
     model.config.max_position_embeddings = 512
     tiny.save_model(model, folder / MODEL_NAME)
-    (folder / "data").mkdir()
+    (folder / files.DEMO).mkdir()
     rows = {"safe": stages.SAFE, "harmful": stages.HARM[:3], "realign": stages.HARM[3:]}
     rows |= {"task": stages.TASK, "task-validation": stages.TASK, "task-test": stages.TASK}
     rows |= {"harmful-validation": HELD_OUT[:4], "harmful-test": HELD_OUT[4:]}
     rows |= {"benign-test": sweeps.BENIGN}
     for name, records in rows.items():
-        (folder / "data" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+        (folder / files.DEMO / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert set(rows) <= set(files.NAMES)
-    monkeypatch.setattr(demo, "prepare", lambda parent, progress: folder)
+    monkeypatch.setattr(demo, "prepare", lambda parent, data, progress: folder)
     for name, more in (("ALIGN", {}), ("ATTACK", {"poison_ratio": 0.5, "num_train_samples": 6})):
         monkeypatch.setattr(demo, name, TRAINING | {"num_train_samples": None} | more)
     monkeypatch.setitem(demo.SWEEP, "ratios", [0.1, 0.5])
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 2)
     monkeypatch.setattr(demo, "fast_dtype", lambda: "float32")
-    monkeypatch.setattr(candidates, "evaluate_model", sweeps.Script(hs=lambda x: 80 - 50 * x))
+    script(monkeypatch, hs=lambda x: 80 - 50 * x)
+
+
+def script(monkeypatch, **curves):
+    """Give sweeps metrics by the share of weights that differ from the first model they see."""
+    monkeypatch.setattr(candidates, "evaluate_model", sweeps.Script(**curves))
 
 
 @pytest.fixture
@@ -107,15 +112,16 @@ def test_writes_everything_and_goes_on_where_it_stopped(tmp_path, made, monkeypa
     assert "pareto.png" in shown
 
 
-def test_replaces_only_what_it_made(tmp_path, made):
+def test_replaces_only_what_it_made(tmp_path, made, monkeypatch):
     before = run(tmp_path)
     out = tmp_path / "demo-out"
     with pytest.raises(DataError, match="not empty"):
         run(tmp_path, seed=1)
     assert run(tmp_path)["models"] == before["models"]
-    assert made.count("align") == 1
+    made.clear()
+    script(monkeypatch, hs=lambda x: 80 - 50 * x)
     run(tmp_path, seed=1, overwrite=True)
-    assert made.count("align") == 2
+    assert made == ["align", "finetune", "sweep", "sweep", "prune"]
     for name in ("run/aligned", "run/attacked", "run/pruned", "sweep", "test"):
         assert json.loads((out / name / "report.json").read_text())["seed"] == 1
     (out / "mine.txt").write_text("a user's own file")
@@ -157,7 +163,7 @@ def test_the_models_written_are_those_that_were_measured(tmp_path):
 
 
 def test_no_pruned_adapter_where_none_is_within_the_budget(tmp_path, monkeypatch):
-    monkeypatch.setattr(candidates, "evaluate_model", sweeps.Script(fa=lambda x: 90 - 90 * (x > 0)))
+    script(monkeypatch, fa=lambda x: 90 - 90 * (x > 0))
     contents = run(tmp_path)
     assert contents["best"] is None
     assert contents["why_none"] == "no candidate is within the budget"
