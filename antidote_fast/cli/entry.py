@@ -109,8 +109,8 @@ def _dispatch(argv, quiet):
     elif command in STAGES:
         _run_stage(command, rest, quiet or rank > 0, size)
     elif command in PLAIN:
-        module = "describe" if command in ("env", "inspect") else command
-        _function(f"antidote_fast.{module}:{command}_command")(rest)
+        module = "inspect" if command == "env" else command
+        _function(f"antidote_fast.cli.{module}:{command}_command")(rest)
     else:
         raise UsageError(
             f"{command!r}: no such command{flags.close_to(command, [*STAGES, *PLAIN])}"

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from antidote_fast.cli import entry, verify
 from antidote_fast.config.prune import CalibrateConfig, PruneConfig
 from antidote_fast.errors import DataError
-from antidote_fast.files import commit
+from antidote_fast.files import manifest
 from antidote_fast.files.checkpoint import Checkpoint, open_checkpoint
 from antidote_fast.files.commit import check_output_folder, output_folder
 from antidote_fast.files.manifest import check_input, sha256_file
 from antidote_fast.models.adapters import check_adapter, load_adapter
 from antidote_fast.models.loading import load_model
-from antidote_fast.stages import calibrate, prune
+from antidote_fast.stages import calibrate, inputs, prune
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def no_compute(monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("something was computed")
 
-    for module, name in ((calibrate, "load_model"), (prune, "prune_state_")):
+    for module, name in ((inputs, "load_model"), (prune, "prune_state_")):
         monkeypatch.setattr(module, name, never)
     monkeypatch.setattr(Checkpoint, "read", never)
 
@@ -247,7 +247,7 @@ def test_a_damaged_list_of_files(copies, damage, says):
 
 def test_hashed_once_while_it_stays(copies, monkeypatch):
     calls = []
-    monkeypatch.setattr(verify, "sha256_file", lambda p: calls.append(p) or sha256_file(p))
+    monkeypatch.setattr(manifest, "sha256_file", lambda p: calls.append(p) or sha256_file(p))
     for _ in range(2):
         check_input("norms")
     assert [p.name for p in calls] == ["norms.safetensors"]
@@ -281,5 +281,5 @@ def test_verify_goes_so_deep_and_no_deeper(tmp_path, monkeypatch):
         check_output_folder(tmp_path / "out", overwrite=True)
     shutil.rmtree(tmp_path / "out" / "d")
     (tmp_path / "out" / "loop").unlink()
-    monkeypatch.setattr(commit, "_MAX_FILES", 1)
+    monkeypatch.setattr(manifest, "_MAX_FILES", 1)
     assert "more than 1 files" in verify.verify(tmp_path / "out")["problems"][0]

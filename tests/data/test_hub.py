@@ -136,7 +136,7 @@ def test_slices_of_alpaca_eval_do_not_overlap(tmp_path, no_probe):
 def test_unreachable_hub_is_one_line_within_seconds(tmp_path, environment, expected):
     code = (
         "import sys\n"
-        "from antidote_fast.data.batches import load_records\n"
+        "from antidote_fast.data.load import load_records\n"
         "try: load_records('PKU-Alignment/BeaverTails:safe')\n"
         "except Exception as error: print(type(error).__name__, error)\n"
     )

@@ -33,6 +33,7 @@ from antidote_fast.distributed.ranks import (
     check_same_masks,
     ranks_launched,
     session,
+    world,
 )
 from antidote_fast.errors import PeerFailed
 from antidote_fast.files.manifest import sha256_file, verify_folder
@@ -166,10 +167,10 @@ def test_ranks_that_the_environment_names(values, found, monkeypatch):
 
 
 def test_one_process_needs_no_group():
-    with session() as world:
-        assert world == ALONE == world()
-    norms = ActivationNorms.collect(tiny.build(), tiny.batches(), world=world)
-    again = all_reduce_norms(norms, world)
+    with session() as alone:
+        assert alone == ALONE == world()
+    norms = ActivationNorms.collect(tiny.build(), tiny.batches(), world=alone)
+    again = all_reduce_norms(norms, alone)
     assert_close(again, norms)
     assert not torch.distributed.is_initialized()
 

@@ -404,7 +404,7 @@ def test_judges_module_needs_no_model_library():
     import sys
 
     code = (
-        "import sys; from antidote_fast.stages import judges; "
+        "import sys; from antidote_fast.evaluation import judges; "
         "judges.get_judge('refusal')(None, ['a']); "
         "print([m for m in ('transformers', 'torch', 'peft') if m in sys.modules])"
     )

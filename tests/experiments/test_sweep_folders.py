@@ -216,7 +216,7 @@ def test_files_and_data_are_refused_before_weights_load(
         values[name] = value.format(**placed) if isinstance(value, str) else value
     monkeypatch.setattr(sweep, "evaluate_model", None)
     if "targets" not in options:
-        monkeypatch.setattr(sweep.checkpoint, "load_model", None)
+        monkeypatch.setattr(sweep, "load_model", None)
     assert entry.main(["sweep", *sweeps.words(values), *dry]) == code
     found = capsys.readouterr()
     assert found.out == "" or dry

@@ -16,7 +16,7 @@ from antidote_fast.files.commit import output_folder
 from antidote_fast.files.fingerprint import fingerprint_model
 from antidote_fast.files.manifest import verify_folder
 from antidote_fast.models.adapters import load_adapter
-from antidote_fast.models.loading import load_model
+from antidote_fast.models.loading import check_not_quantized, load_model
 from antidote_fast.norms.activation_norms import ActivationNorms
 from antidote_fast.pruning.prune import prune_model_, prune_state_
 from antidote_fast.selection import Selection
@@ -69,8 +69,7 @@ def test_write_pruned_model(folders, tmp_path, name):
     model = load_model(source)
     norms = ActivationNorms.collect(model, tiny.batches())
     prune_model_(model, norms, Selection(0.25))
-    tensors, transposed = ck.read_prunable(open_checkpoint(source), norms)
-    assert set(transposed) == norms.transposed
+    tensors = open_checkpoint(source).read(norms.keys)
     prune_state_(tensors, norms, Selection(0.25))
     with output_folder(tmp_path / "out") as staged:
         ck.write_pruned(source, staged, tensors)
@@ -107,8 +106,7 @@ def test_write_pruned_adapter(folders, tmp_path, dtype):
     # From here on no model is there.
     norms = ActivationNorms.load(tmp_path / "norms.safetensors")
     assert norms.fingerprint == open_checkpoint(folders / "model").fingerprint()
-    tensors, transposed = ck.read_prunable(source, norms)
-    assert transposed == []
+    tensors = source.read(norms.keys)
     report = prune_state_(tensors, norms, Selection(0.25))
     assert len(report.layers) == 12
     with output_folder(tmp_path / "out") as staged:
@@ -172,29 +170,24 @@ def test_prefix_left_out_of_the_file(copy_of):
     checkpoint = open_checkpoint(folder)
     assert fingerprint_model(model) == checkpoint.fingerprint()
     norms = ActivationNorms.collect(model, tiny.batches())
-    read, transposed = ck.read_prunable(checkpoint, norms)
-    assert list(read) == norms.keys == transposed
+    read = checkpoint.read(norms.keys)
+    assert list(read) == norms.keys
     assert torch.equal(read[norms.keys[0]], model.get_parameter(norms.keys[0]))
-    bare, transposed = ck.read_prunable(checkpoint)
-    assert list(bare) == transposed == [k.removeprefix("transformer.") for k in norms.keys]
     assert (
         checkpoint.find("wte.weight") == checkpoint.find("transformer.wte.weight") == "wte.weight"
     )
 
 
-def test_read_prunable(folders, copy_of):
+def test_read_by_name(folders):
     model = open_checkpoint(folders / "model")
-    assert len(ck.read_prunable(model)[0]) == 6
-    assert len(ck.read_prunable(model, targets="all-linear")[0]) == 14
-    adapter = open_checkpoint(folders / "adapter")
-    assert len(ck.read_prunable(adapter)[0]) == 12
-    assert len(ck.read_prunable(adapter, targets=["q_proj"])[0]) == 4
+    assert list(model.read(["model.norm.weight"])) == ["model.norm.weight"]
     with pytest.raises(DataError, match="has no tensor 'x'"):
         model.read(["x"])
+
+
+def test_a_quantised_model_is_refused(copy_of):
     folder = copy_of("model")
-    tiny.edit_json(
-        folder / "config.json",
-        lambda c: c.update(quantization_config={"quant_method": "gptq"}),
-    )
+    change = {"quantization_config": {"quant_method": "gptq"}}
+    tiny.edit_json(folder / "config.json", lambda c: c.update(change))
     with pytest.raises(DataError, match=r"is quantised \(gptq\)"):
-        ck.read_prunable(open_checkpoint(folder))
+        check_not_quantized(open_checkpoint(folder))

@@ -246,7 +246,8 @@ def test_modes_are_those_of_the_umask(out, monkeypatch):
 MOUNTED = """
     import os, subprocess, sys
     from pathlib import Path
-    from antidote_fast.files.commit import check_output_folder, output_folder, verify_folder
+    from antidote_fast.files.commit import check_output_folder, output_folder
+    from antidote_fast.files.manifest import verify_folder
     from antidote_fast.errors import DataError
     def mount(*words):
         if subprocess.run(["mount", *words], stderr=subprocess.DEVNULL).returncode:

@@ -86,7 +86,7 @@ def test_versions_of_a_checkout_and_of_what_is_missing(monkeypatch):
 
 def test_peak_memory_is_of_this_process_alone():
     """What a process was forked from does not count."""
-    code = "from antidote_fast.files.provenance import peak_memory_bytes as peak; print(peak())"
+    code = "from antidote_fast.system.memory import peak_memory_bytes as peak; print(peak())"
     size = 1 << 30
     with mmap.mmap(-1, size) as large:
         for start in range(0, size, 4096):

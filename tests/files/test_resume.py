@@ -416,8 +416,6 @@ def test_calibrate_keeps_it_too(whole, tmp_path, monkeypatch, capsys):
 
 def test_no_room_before_the_model_is_begun(work, monkeypatch, capsys):
     """In global scope the norms are there by then."""
-    from antidote_fast.models import loading
-
     assert entry.main(words(scope="global", output_dir="whole")) == 0
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2)
@@ -425,7 +423,7 @@ def test_no_room_before_the_model_is_begun(work, monkeypatch, capsys):
     state = (work / ".out.run" / "run.json").read_bytes()
     with monkeypatch.context() as patch:
         usage = type("Usage", (), {"free": 100})
-        patch.setattr(loading.shutil, "disk_usage", lambda folder: usage)
+        patch.setattr(shutil, "disk_usage", lambda folder: usage)
         assert entry.main(words("--resume", scope="global")) == 1
     assert "free on its disk" in capsys.readouterr().err
     assert (work / ".out.run" / "run.json").read_bytes() == state

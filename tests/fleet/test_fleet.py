@@ -363,7 +363,7 @@ def test_a_full_disk_ends_the_fleet(folders, tmp_path, monkeypatch):
         real(adapter, folder, tensors)
 
     monkeypatch.setattr(worker, "write_pruned", full)
-    monkeypatch.setattr(fleet_folder, "has_room", lambda out, size: False)
+    monkeypatch.setattr(worker, "has_room", lambda out, size: False)
     with pytest.raises(AntidoteError, match="No space left") as raised:
         fleet.run(config(folders, tmp_path / "out"))
     assert raised.value.exit_code == 1

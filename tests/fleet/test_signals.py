@@ -21,13 +21,13 @@ def folders(tmp_path_factory):
 _SLOW = """
 import sys, time
 from antidote_fast import cli
-from antidote_fast.stages import fleet_worker
-real = fleet_worker.Worker._norms
+from antidote_fast.fleet import worker
+real = worker.Worker._norms
 def slow(self, read):
     print(read.job.name, flush=True)
     time.sleep(0.5)
     return real(self, read)
-fleet_worker.Worker._norms = slow
+worker.Worker._norms = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -11,6 +11,7 @@ from antidote_fast.config.prune import CalibrateConfig, PruneConfig
 from antidote_fast.config.train import FinetuneConfig, TrainConfig
 from antidote_fast.errors import AntidoteError
 from antidote_fast.files.checkpoint import open_checkpoint
+from antidote_fast.models import footprint
 from antidote_fast.models.footprint import check_memory, weight_bytes
 from antidote_fast.planning import cost as estimate
 from antidote_fast.training import objective, sft
@@ -167,7 +168,7 @@ def test_weights_that_fit_exactly_are_not_refused(left, folder, monkeypatch):
     path = folder("llama")
     base = open_checkpoint(path)
     needed = weight_bytes(base)
-    monkeypatch.setattr(estimate, "available_memory", lambda: needed + left)
+    monkeypatch.setattr(footprint, "available_memory", lambda: needed + left)
     config = configured(CalibrateConfig, path, device="cpu")
     if left >= 0:
         check_memory(config, [base, None])
@@ -189,7 +190,7 @@ def test_weights_that_fit_exactly_are_not_refused(left, folder, monkeypatch):
     ],
 )
 def test_refusals_say_what_is_needed(make, words, folder, monkeypatch):
-    monkeypatch.setattr(estimate, "available_memory", lambda: 7)
+    monkeypatch.setattr(footprint, "available_memory", lambda: 7)
     path = folder("llama")
     with pytest.raises(AntidoteError, match=words) as error:
         check_memory(make(path), [open_checkpoint(path)])
@@ -198,7 +199,7 @@ def test_refusals_say_what_is_needed(make, words, folder, monkeypatch):
 
 
 def test_a_gpu_is_asked_for_its_own_memory(folder, monkeypatch):
-    monkeypatch.setattr(estimate, "pick_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(footprint, "pick_device", lambda device: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5000, 10**9))
     path = folder("llama")
     with pytest.raises(AntidoteError, match=r"5 kB are available on cuda"):
@@ -206,7 +207,7 @@ def test_a_gpu_is_asked_for_its_own_memory(folder, monkeypatch):
 
 
 def test_a_model_that_is_spread_is_not_refused(folder, monkeypatch):
-    monkeypatch.setattr(estimate, "available_memory", lambda: 7)
+    monkeypatch.setattr(footprint, "available_memory", lambda: 7)
     path = folder("llama")
     config = configured(CalibrateConfig, path, device_map="auto")
     check_memory(config, [open_checkpoint(path)])

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 import stages
@@ -14,7 +15,8 @@ from antidote_fast.config.fleet import FleetConfig
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.fleet import fleet
-from antidote_fast.planning import cost, rates
+from antidote_fast.models import footprint
+from antidote_fast.planning import rates
 from antidote_fast.planning.dry_run import plan
 
 
@@ -102,7 +104,7 @@ def test_a_broken_model_ends_a_plan_as_it_ends_the_stage(break_it, made, tmp_pat
 
 @pytest.mark.parametrize("stage", ["calibrate", "prune", "align", "finetune", "evaluate"])
 def test_what_cannot_fit_is_refused_before_weights_load(stage, made, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cost, "available_memory", lambda: 50_000)
+    monkeypatch.setattr(footprint, "available_memory", lambda: 50_000)
     words = [*stage_words(made, stage), "--output_dir", str(tmp_path / "out")]
     assert entry.main([*words, "--dry_run"]) == 1
     planned = capsys.readouterr()
@@ -116,10 +118,8 @@ def test_what_cannot_fit_is_refused_before_weights_load(stage, made, tmp_path, c
 
 @pytest.mark.parametrize("stage", ["prune", "prune norms", "align", "finetune full"])
 def test_a_full_disk_is_refused_before_the_work(stage, made, tmp_path, capsys, monkeypatch):
-    from antidote_fast.models import loading
-
     disk = type("Usage", (), {"free": 1000, "total": 10**9})
-    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: disk)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
     words = [*stage_words(made, stage), "--output_dir", str(tmp_path / "out")]
     assert entry.main([*words, "--dry_run"]) == 1
     planned = capsys.readouterr().err
@@ -150,7 +150,7 @@ def test_a_fleet_that_is_refused_ends_a_plan_alike(made, tmp_path):
 
 
 def test_a_fleet_whose_base_cannot_fit_ends_a_plan_alike(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(cost, "available_memory", lambda: 50_000)
+    monkeypatch.setattr(footprint, "available_memory", lambda: 50_000)
     words = fleet_words(made, tmp_path, [{"adapter": str(made / "adapter")}])
     config, _ = flags.from_words(FleetConfig, words[1:], "fleet")
     planned = plan(config).refusal

@@ -161,12 +161,12 @@ def test_prompts_that_fill_the_limit(work, capsys):
 
 
 def test_a_batch_of_pads_alone(work, capsys, monkeypatch):
-    from antidote_fast.stages import calibrate
+    from antidote_fast.data import batches as data_batches
 
     batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long)}
     batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
     batches = type("Batches", (list,), {"num_dropped": 0, "num_truncated": 0})([batch])
-    monkeypatch.setattr(calibrate, "make_batches", lambda *args, **kwargs: batches)
+    monkeypatch.setattr(data_batches, "make_batches", lambda *args, **kwargs: batches)
     refused(words(), 3, "hold 0 tokens to count", capsys)
 
 

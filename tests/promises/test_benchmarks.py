@@ -95,7 +95,7 @@ def test_both_backends_are_checked_with_every_tool(benchmarks, monkeypatch):
     assert steps["build"].environment == {"ANTIDOTE_CUDA_ARCHS": "90"}
     for backend in check.BACKENDS:
         files = " ".join(map(str, steps[f"tests {backend}"].command))
-        assert f"tests/test_{backend}.py" in files
+        assert f"tests/backends/test_{backend}.py" in files
         assert "_compile" not in files
         assert f"memcheck {backend}" in steps
     for tool in ("racecheck", "synccheck"):

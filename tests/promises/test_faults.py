@@ -6,6 +6,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from antidote_fast.cli import entry
-from antidote_fast.files import pruned_copy as ck
 from antidote_fast.files.commit import output_folder
 from antidote_fast.files.manifest import verify_folder
 from antidote_fast.models.adapters import load_adapter
@@ -227,12 +227,12 @@ def test_no_room_for_what_a_stage_writes(work):
 
 @pytest.mark.parametrize("stage", ["align", "prune an adapter", "prune a model"])
 def test_a_full_disk_is_seen_before_anything_is_computed(stage, work, monkeypatch, capsys):
-    from antidote_fast.models import loading
-    from antidote_fast.stages import calibrate, prune
+    from antidote_fast.stages import inputs, prune
+    from antidote_fast.training import sft
 
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(loading.shutil, "disk_usage", lambda folder: usage)
-    for module, name in ((calibrate, "load_model"), (prune, "prune_state_"), (ck, "load_model")):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    for module, name in ((inputs, "load_model"), (prune, "prune_state_"), (sft, "load_model")):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("something was computed"))
     assert entry.main(STAGES[stage]) == 1
     assert re.search(r"GB needed, 0\.00 GB free on its disk", capsys.readouterr().err)

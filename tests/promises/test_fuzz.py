@@ -1,7 +1,7 @@
 """No file makes a reader fall over: it gives a value or one line, and soon.
 
-Files are made from sound ones (tests/support/fuzzing.py). `make fuzz` runs the same properties with 100,000
-inputs from new seeds; here the seed stays, and the inputs are few.
+Files are made from sound ones (tests/support/fuzzing.py). `make fuzz` runs the same properties with
+100,000 inputs from new seeds; here the seed stays, and the inputs are few.
 """
 
 import itertools

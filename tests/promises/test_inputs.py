@@ -468,7 +468,7 @@ def test_data_of_a_fleet_are_hashed_as_they_were_read(folders, tmp_path, monkeyp
         os.utime(data, ns=(0, 0))  # the contents may be others now
         return found
 
-    monkeypatch.setattr(calibrate, "load_data", loaded)
+    monkeypatch.setattr(worker, "load_data", loaded)
     with pytest.raises(DataError, match=r"harmful\.jsonl: changed while it was in use"):
         fleet.run(fleets.config(folders, tmp_path / "out", dataset=str(data)))
     assert not (tmp_path / "out").exists()

@@ -168,7 +168,7 @@ def test_the_code_of_the_process(line, code):
 def test_a_closed_number_goes_to_no_file():
     """What is opened after ``2>&-`` does not get number 2, and with it what libraries print."""
     code = (
-        "from antidote_fast import progress; import os\n"
+        "from antidote_fast.system import progress; import os\n"
         "progress.open_missing_streams()\n"
         "assert os.open(os.devnull, os.O_RDONLY) > 2\n"
         "os.write(2, b'to nobody')"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from antidote_fast import DataError, oneshot
 from antidote_fast.cli import entry
 from antidote_fast.errors import JobsSetAside
-from antidote_fast.files import pruned_copy as ck
+from antidote_fast.experiments import sweep
 from antidote_fast.files.checkpoint import open_checkpoint
 from antidote_fast.fleet import fleet, worker
 from antidote_fast.models.adapters import load_adapter
@@ -101,7 +101,7 @@ def test_the_base_is_not_copied_for_nothing(customers, tmp_path, monkeypatch):
 
 
 def test_every_road_refuses_before_any_work(customers, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("antidote_fast.models.loading.load_model", None)
+    monkeypatch.setattr("antidote_fast.stages.inputs.load_model", None)
     data = str(customers.root / "harmful.jsonl")
     flags = ["--model_name_or_path", str(customers.base), "--output_dir", str(tmp_path / "out")]
     roads = {
@@ -126,7 +126,7 @@ def test_a_sweep_refuses_before_any_work(dry, folders, copy_of, tmp_path, capsys
     offender = copy_of("adapter")
     change = {"init_lora_weights": "pissa"}
     tiny.edit_json(offender / "adapter_config.json", lambda c: c.update(change))
-    monkeypatch.setattr(ck, "load_model", None)
+    monkeypatch.setattr(sweep, "load_model", None)
     values = sweeps.fields(made, tmp_path / "out", adapter=True) | {"adapter": str(offender)}
     assert entry.main(["sweep", *sweeps.words(values), *dry]) == 3
     assert "init_lora_weights='pissa' changes" in capsys.readouterr().err

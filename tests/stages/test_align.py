@@ -8,7 +8,6 @@ import torch
 
 from antidote_fast.config.train import AlignConfig
 from antidote_fast.errors import AntidoteError, DataError
-from antidote_fast.files import pruned_copy
 from antidote_fast.files.manifest import verify_folder
 from antidote_fast.models.loading import load_model, load_tokenizer
 from antidote_fast.stages import align
@@ -109,7 +108,7 @@ def test_nothing_is_left_when_the_loss_is_not_finite(tmp_path, base):
 
 
 def test_data_are_checked_before_the_model_is_loaded(tmp_path, base, monkeypatch):
-    monkeypatch.setattr(pruned_copy, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(sft, "load_model", lambda *a, **k: pytest.fail("loaded"))
     settings = config(tmp_path, base)
     (tmp_path / "safe.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"broken\n')
     with pytest.raises(DataError, match=r"safe\.jsonl.*2"):

@@ -10,9 +10,9 @@ from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.data.batches import build_prompt
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError
-from antidote_fast.evaluation import metrics
+from antidote_fast.evaluation import measure, metrics
 from antidote_fast.evaluation.generate import generate
-from antidote_fast.evaluation.measure import _hash, evaluate_model
+from antidote_fast.evaluation.measure import evaluate_model, hash_of
 from antidote_fast.evaluation.refusals import EMPTY, HARMFUL, RefusalJudge
 from antidote_fast.stages import evaluate
 
@@ -42,7 +42,7 @@ def scripted(monkeypatch):
         keys = [p.split("### Instruction:\n")[1].split("\n")[0] for p in prompts]
         return [script[key] for key in keys]
 
-    monkeypatch.setattr(evaluate, "generate", fake)
+    monkeypatch.setattr(measure, "generate", fake)
     return calls
 
 
@@ -171,9 +171,9 @@ def test_run_with_an_adapter_is_another_model(files, tmp_path):
     prompts = [build_prompt(Record(f"harm {'x' * i}".strip())) for i in range(3)]
     prompts[0] = build_prompt(Record("harm "))
     answers = generate(adapted, texts.byte_tokenizer(), prompts, max_new_tokens=6)
-    assert report["metrics"]["harmful"]["answers_sha256"] == _hash(answers)
+    assert report["metrics"]["harmful"]["answers_sha256"] == hash_of(answers)
     assert report["metrics"]["harmful"]["num_prompts"] == 3
-    assert plain["metrics"]["harmful"]["answers_sha256"] != _hash(answers)
+    assert plain["metrics"]["harmful"]["answers_sha256"] != hash_of(answers)
 
 
 def test_run_with_model_judges(files, tmp_path):
@@ -241,7 +241,7 @@ def test_run_refuses_before_loading_a_model(files, tmp_path, monkeypatch, change
     def no_loading(*args, **options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(evaluate.checkpoint, "load_model", no_loading)
+    monkeypatch.setattr(evaluate, "load_model", no_loading)
     places = {"tmp": str(tmp_path), **files}
     changes = {k: v.format(**places) if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(error, match=expected) as caught:

@@ -14,7 +14,6 @@ import torch
 from antidote_fast.cli import entry
 from antidote_fast.config.train import DEFENSE_FLAGS, AlignConfig, FinetuneConfig
 from antidote_fast.errors import AntidoteError, DataError, Interrupted, UsageError
-from antidote_fast.files import pruned_copy
 from antidote_fast.files.manifest import verify_folder
 from antidote_fast.stages import align, finetune
 from antidote_fast.training import sft
@@ -334,7 +333,7 @@ def test_what_is_whole_is_left_as_it_is(work, inputs, monkeypatch):
         first = run(inputs, job, job, **options)
         stamp = (work / job / "COMPLETE.json").stat().st_mtime_ns
         with monkeypatch.context() as patch:
-            patch.setattr(pruned_copy, "load_model", lambda *_, **__: pytest.fail("loaded"))
+            patch.setattr(sft, "load_model", lambda *_, **__: pytest.fail("loaded"))
             again = run(inputs, job, job, save_steps=2, resume=True)
             assert again == first == json.loads((work / job / "report.json").read_text())
             with pytest.raises(DataError, match="was made from other data, another model or oth"):

@@ -30,6 +30,7 @@ from antidote_fast.planning.dry_run import plan
 from antidote_fast.pruning.global_cut import find_cut
 from antidote_fast.pruning.report import PruneReport
 from antidote_fast.stages import prune
+from antidote_fast.stages.gates import stage
 from antidote_fast.stages.gates.answers import KINDS, answer_prompts
 from antidote_fast.stages.gates.learn import learn_gates
 
@@ -338,13 +339,13 @@ def sweep_fields(made, out, kind="adapter"):
 def test_a_sweep_learns_for_each_ratio_and_prints_the_line(kind, made, tmp_path, monkeypatch):
     config = SweepConfig(**sweep_fields(made, tmp_path / "sweep", kind), max_accuracy_drop=100)
     learned = []
-    learn = sweep.gate_stage.learn
+    learn = stage.learn
 
     def watched(settings, *args):
         learned.append((settings.scope, settings.ratio, learn(settings, *args)))
         return learned[-1][-1]
 
-    monkeypatch.setattr(sweep.gate_stage, "learn", watched)
+    monkeypatch.setattr(stage, "learn", watched)
     report = sweep.run(config)
     monkeypatch.undo()
     tried = [(row["scope"], row["ratio"]) for row in report["rows"]]
