@@ -78,7 +78,7 @@ soak: $(MARK)-test
 
 # Fails on a broken link and on a public name without a docstring. Nothing is fetched.
 docs: $(MARK)-docs
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs -q build
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 # Those that want a GPU say so and exit with 2.
 bench: $(MARK)-test
