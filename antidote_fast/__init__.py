@@ -29,6 +29,7 @@ _HOMES = {
         "select_mask",
     ),
     "antidote_fast.norms.activation_norms": ("ActivationNorms",),
+    "antidote_fast.pruning.evidence": ("Evidence",),
     "antidote_fast.pruning.prune": ("PruneReport", "prune_model_", "prune_state_"),
     "antidote_fast.models.targets": ("find_targets",),
     "antidote_fast.config.train": ("AlignConfig", "FinetuneConfig"),

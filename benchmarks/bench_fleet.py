@@ -26,7 +26,7 @@ from antidote_fast.config.fleet import FleetConfig
 from antidote_fast.experiments.demo.model import prepare_model
 from antidote_fast.files.manifest import verify_folder
 from antidote_fast.fleet import fleet
-from antidote_fast.fleet.manifest import read_manifest_file
+from antidote_fast.fleet.jobs import read_jobs
 from antidote_fast.fleet.worker import Worker
 from antidote_fast.models.forwards import lean_forward
 
@@ -183,7 +183,7 @@ def run(args, base, folder, size):
         batch_size=args.batch_size,
         device="cpu",
     )
-    jobs = read_manifest_file(config)
+    jobs = read_jobs(config)
     alone = prune_processes(config, jobs[: args.processes], folder / f"prune-{size}")
     start = time.perf_counter()
     report = fleet.run(config)

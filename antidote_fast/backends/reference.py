@@ -59,7 +59,7 @@ def select_mask(scores, selection, bits):
     scores = _canonical(scores.detach() + 0.0)  # -0 becomes +0
     keys = scores.view(torch.int32)
     keys = torch.where(keys < 0, keys ^ INT32_MAX, keys)
-    bits.copy_(pack_bits(_selected([keys], selection)[0]))
+    bits.copy_(pack_bits(selected_masks([keys], selection)[0]))
 
 
 def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write, bits, thresholds):
@@ -76,7 +76,7 @@ def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write,
         score(w, n, b if selection.score_delta else None).view(torch.int32)
         for w, n, b in zip(weights, act_norms, base_weights, strict=True)
     ]
-    removed = _selected(keys, selection)
+    removed = selected_masks(keys, selection)
     if thresholds is not None:
         _fill_thresholds(thresholds, keys, removed, selection)
     protected = [i for i, norm in enumerate(preserve_norms) if norm is not None]
@@ -87,7 +87,7 @@ def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write,
             ).view(torch.int32)
             for i in protected
         ]
-        for i, kept in zip(protected, _selected(keys, selection.preserve), strict=True):
+        for i, kept in zip(protected, selected_masks(keys, selection.preserve), strict=True):
             removed[i] &= ~kept
     for i, weight in enumerate(weights):
         if bits is not None:
@@ -116,7 +116,7 @@ def _remove(weight, removed, base_weight):
         weight.view(bits).copy_(torch.where(removed, base, weight.view(bits)))
 
 
-def _selected(keys, selection):
+def selected_masks(keys, selection):
     """Bool masks of what is removed, by integer keys in the order (key, index)."""
     if selection.scope == "row":
         return [_selected_in_rows(key, selection) for key in keys]

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from antidote_fast.system.text import number, table
+
 
 def summary(report, output_dir) -> str:
     """One line for a person about what a stage did and where it is."""
@@ -82,7 +84,7 @@ def _sweep_lines(report, took, output_dir):
         nothing = harmful.get("num_empty", 0) + harmful.get("num_garbled", 0)
         notes = (mark, f"empty or garbled: {nothing}" if nothing else None)
         rows.append((*what, *_percents(row, columns), *notes))
-    lines = [_in_columns(rows, left=2)]
+    lines = [table(rows, left=2)]
     if best is None:
         lines.append(f"recommended: none, {report['why_none']}")
     else:
@@ -100,8 +102,7 @@ def _sweep_lines(report, took, output_dir):
 
 
 def _percents(metrics, columns):
-    values = [metrics.get(column) for column in columns]
-    return ["-" if value is None else f"{value:.1f}" for value in values]
+    return [number(metrics.get(column)) for column in columns]
 
 
 def _table(models):
@@ -109,18 +110,4 @@ def _table(models):
     columns = ("harmful_score", "finetune_accuracy", "benign_refusal_rate")
     rows = [("", *(name.replace("_", " ") for name in columns))]
     rows += [(name, *_percents(metrics, columns)) for name, metrics in models.items()]
-    return _in_columns(rows, left=1)
-
-
-def _in_columns(rows, left):
-    """Rows as text; the first ``left`` columns and what is past the first row's are flush left."""
-    width = len(rows[0])
-    widths = [max(len(row[i]) for row in rows) for i in range(width)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(widths[i]) if i < left else cell.rjust(widths[i])
-            for i, cell in enumerate(row[:width])
-        ]
-        lines.append("  ".join([*cells, *filter(None, row[width:])]))
-    return "\n".join(lines)
+    return table(rows)

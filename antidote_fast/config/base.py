@@ -1,20 +1,87 @@
-"""What the configs of all stages share: the checks of values, and the flags that each one takes."""
+"""What the configs of all stages share: flags, checks, and what of a field decides a result.
+
+A field is declared once, where it is defined: :func:`contents`, :func:`aside` or :func:`path`; one
+without a declaration decides a stage's result by its value. Whoever asks whether a folder was made
+as it would be made now goes by that (:mod:`antidote_fast.files.provenance`).
+"""
 
 import os
-from dataclasses import dataclass
-from typing import Literal
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal
 
 from antidote_fast.errors import UsageError
 from antidote_fast.selection import check_seed
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Template = Literal["alpaca", "chat"]
-_PATHS = (
-    *("model_name_or_path", "adapter", "base_model", "reference_model", "judge", "win_rate_judge"),
-    *("dataset", "harmful_dataset", "safe_dataset", "preserve_dataset", "task_dataset"),
-    *("benign_dataset", "drift_dataset", "norms", "preserve_norms", "manifest", "rows"),
-    *("output_dir", "stages"),
-)
+_DECIDES, _IS_PATH = "decides", "is_path"
+
+
+def contents(default: Any = MISSING) -> Any:
+    """A path or hub name: what lies there decides a stage's result, wherever it lies."""
+    return field(default=default, metadata={_DECIDES: "contents", _IS_PATH: True})
+
+
+def aside(default: Any = MISSING, *, is_path: bool = False) -> Any:
+    """A field that decides no result: where the output goes, how much memory the work may take."""
+    return field(default=default, metadata={_DECIDES: "nothing", _IS_PATH: is_path})
+
+
+def path(default: Any = MISSING) -> Any:
+    """A path or hub name that decides a result by its name, as any other value does."""
+    return field(default=default, metadata={_IS_PATH: True})
+
+
+def holds_path(declared: Field) -> bool:
+    """Whether a dataclass field is a path, or may be one."""
+    return declared.metadata.get(_IS_PATH, False)
+
+
+def fields_by(config, decides: str) -> list[Field]:
+    """The fields of a config, or of its class, of which this decides a stage's result.
+
+    Args:
+        config: one of the dataclasses.
+        decides: ``"value"``, as of any field without a declaration, ``"contents"`` or
+            ``"nothing"``.
+    """
+    return [each for each in fields(config) if each.metadata.get(_DECIDES, "value") == decides]
+
+
+# {a field's name of earlier: (its name, what a notice of it adds)}.
+RENAMED = {
+    "base_model": ("aligned_model", " (the aligned model; --base is the model of an adapter)"),
+}
+
+
+def with_new_names(values: Any, notify: Callable[[str], None] = warnings.warn) -> Any:
+    """Values as they are read from YAML or given by a caller, with the names that fields have now.
+
+    Args:
+        values: a mapping of fields, or of sections of fields; names may be ``section.field``.
+        notify: called with a line on each name of earlier.
+
+    Raises:
+        UsageError: a field is there by both of its names.
+    """
+    if isinstance(values, list):
+        return [with_new_names(value, notify) for value in values]
+    if not isinstance(values, dict):
+        return values
+    renamed = {}
+    for name, value in values.items():
+        section, dot, field_name = str(name).rpartition(".")
+        if field_name in RENAMED:
+            new, note = RENAMED[field_name]
+            new = f"{section}{dot}{new}"
+            if new in values:
+                raise UsageError(f"{name}: must be left out with {new}, which is its name now")
+            notify(f"{name} is taken as {new}{note}")
+            name = new
+        renamed[name] = with_new_names(value, notify)
+    return renamed
 
 
 def check(condition, name, value, accepted):
@@ -31,15 +98,23 @@ def check_positive(config, *names):
             check(value > 0, name, value, "greater than 0")
 
 
+def one_of(choices: Callable[[], Mapping[str, Any]], default: str) -> Any:
+    """A field that takes a name in the table that ``choices`` gives, which ``--help`` then lists.
+
+    Each entry of the table has a ``formula``, which says what the name stands for.
+    """
+    return field(default=default, metadata={"choices": choices})
+
+
 def expand_paths(config):
     """Put the home folder in place of ``~`` in every path, once for all stages.
 
     Raises:
         UsageError: ``~`` and a name that is nobody's, which would be taken for a folder here.
     """
-    for name in _PATHS:
-        value = getattr(config, name, None)
-        if isinstance(value, str) and value.startswith("~"):
+    for each in fields(config):
+        name, value = each.name, getattr(config, each.name)
+        if holds_path(each) and isinstance(value, str) and value.startswith("~"):
             whole = os.path.expanduser(value)
             check(not whole.startswith("~"), name, value, "a path, or ./~... where it is one here")
             object.__setattr__(config, name, whole)  # as dataclasses do for frozen ones
@@ -62,9 +137,9 @@ class StageConfig:
         trust_remote_code: allow code that a checkpoint ships to run.
     """
 
-    model_name_or_path: str
-    output_dir: str
-    overwrite: bool = False
+    model_name_or_path: str = contents()
+    output_dir: str = aside(is_path=True)
+    overwrite: bool = aside(False)
     dtype: DType = "auto"
     device: str = "auto"
     seed: int = 0
@@ -73,9 +148,20 @@ class StageConfig:
     batch_size: int = 8
     trust_remote_code: bool = False
 
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """How :func:`antidote_fast.models.loading.load_model` loads its models."""
+        names = ("dtype", "device", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
+
     def __post_init__(self):
         expand_paths(self)
         check_positive(self, "max_seq_length", "batch_size")
+        for each in fields(self):
+            if "choices" in each.metadata:
+                names, value = list(each.metadata["choices"]()), getattr(self, each.name)
+                known = isinstance(value, list) or value in names
+                check(known, each.name, value, f"one of {', '.join(names)}")
         object.__setattr__(self, "seed", check_seed(self.seed))
         # torch runs nothing there, and what it would put out is noise.
         no_meta = self.device.partition(":")[0] != "meta"

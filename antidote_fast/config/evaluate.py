@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, check, check_positive
+from antidote_fast.config.base import StageConfig, check, check_positive, contents, path
 from antidote_fast.errors import UsageError
 
 Task = Literal["sst2", "agnews", "gsm8k", "alpaca", "label"]
@@ -51,16 +51,16 @@ class EvaluateConfig(StageConfig):
             reference_model the drift on BeaverTails' safe answers.
     """
 
-    adapter: str | None = None
-    harmful_dataset: str | None = None
-    task_dataset: str | None = None
+    adapter: str | None = contents(None)
+    harmful_dataset: str | None = contents(None)
+    task_dataset: str | None = contents(None)
     task: Task = "label"
-    benign_dataset: str | None = None
-    judge: str | None = None
+    benign_dataset: str | None = contents(None)
+    judge: str | None = path(None)
     harmful_labels: list[str] | None = None
-    win_rate_judge: str | None = None
-    reference_model: str | None = None
-    drift_dataset: str | None = None
+    win_rate_judge: str | None = path(None)
+    reference_model: str | None = contents(None)
+    drift_dataset: str | None = contents(None)
     num_samples: int | None = None
     max_new_tokens: int = 512
     save_outputs: bool = False

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from antidote_fast.config.base import StageConfig, check, check_positive, expand_paths
+from antidote_fast.config.base import StageConfig, aside, check, check_positive, expand_paths
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.config.train import DEFENSE_FLAGS, AlignConfig, FinetuneConfig
@@ -24,14 +24,14 @@ class RunConfig(StageConfig):
         batch_size: sequences a forward pass of prune and evaluate.
         align: flags of align (dataset is needed); leave out where the model is aligned already.
         finetune: flags of finetune (dataset is needed).
-        prune: flags of prune (dataset is needed).
+        prune: flags of prune (dataset is needed); leave out to stop at the fine-tuned model.
         evaluate: flags of evaluate (one of its data sets is needed); each model on the way is
             evaluated.
     """
 
     align: dict[str, Any] | None = None
     finetune: dict[str, Any]
-    prune: dict[str, Any]
+    prune: dict[str, Any] | None = None
     evaluate: dict[str, Any]
 
 
@@ -69,7 +69,7 @@ class ExperimentConfig(StageConfig):
     """
 
     extends: str | None = None
-    stages: str | None = None
+    stages: str | None = aside(None, is_path=True)
     prepare: Literal["demo"] | None = None
     defenses: list[str] = field(default_factory=lambda: ["sft", "antidote"])
     grid: dict[str, Any] | list[dict[str, Any]]
@@ -80,7 +80,7 @@ class ExperimentConfig(StageConfig):
     finetune: dict[str, Any]
     prune: dict[str, Any] | None = None
     evaluate: dict[str, Any]
-    rows: str | None = None
+    rows: str | None = aside(None, is_path=True)
     max_cells: int | None = None
 
     def __post_init__(self):
@@ -89,12 +89,12 @@ class ExperimentConfig(StageConfig):
         check(self.extends is None, "extends", self.extends, "in a file that experiment reads")
         for defense in self.defenses:
             parts = defense.split("+")
-            known = ("sft", *DEFENSE_FLAGS, "antidote")
+            names = ("sft", *DEFENSE_FLAGS, "antidote")
             check(
-                set(parts) <= set(known) and parts[1:] in ([], ["antidote"]),
+                set(parts) <= set(names) and parts[1:] in ([], ["antidote"]),
                 "defenses",
                 defense,
-                f"among {', '.join(known)}, or one of them with +antidote",
+                f"among {', '.join(names)}, or one of them with +antidote",
             )
 
 
@@ -112,13 +112,14 @@ class DemoConfig:
     """Align, attack, prune and evaluate SmolLM2-135M-Instruct, on a CPU in minutes.
 
     Args:
-        output_dir: the folder to write.
-        overwrite: replace output_dir, if the demo wrote it.
-        seed: seed of every random choice.
+        output_dir: the folder to write; what is whole there is kept, so a demo that was interrupted
+            goes on where it stopped.
+        overwrite: replace what was made there with other settings.
+        seed: seed of the trainings and of the random score; the data are the same for all.
     """
 
-    output_dir: str = "demo-out"
-    overwrite: bool = False
+    output_dir: str = aside("demo-out", is_path=True)
+    overwrite: bool = aside(False)
     seed: int = 0
 
     def __post_init__(self):

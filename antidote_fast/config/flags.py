@@ -6,7 +6,9 @@ import json
 import os
 import re
 import typing
+from pathlib import Path
 
+from antidote_fast.config.base import RENAMED, with_new_names
 from antidote_fast.config.experiment import SECTIONS, ExperimentConfig, RunConfig
 from antidote_fast.config.yaml_file import check_yaml, on_one_line, read_yaml
 from antidote_fast.errors import AntidoteError, DataError, UsageError
@@ -15,6 +17,7 @@ ALIASES = {
     "--base": ("--model_name_or_path", None),  # no notice: a name of our own
     "--nsamples": ("--num_calibration_samples", ""),
     "--dense_ratio": ("--ratio", " (the fraction removed, as in the official code)"),
+    "--base_model": ("--aligned_model", RENAMED["base_model"][1]),
 }
 # Entries of an experiment that the parser, which reads text as YAML wherever anything may stand,
 # would take a title such as "T1: poison" for a mapping in.
@@ -46,10 +49,12 @@ def from_words(config_class, words, command):
             path = os.path.expanduser(path or next(iter(words[i + 1 :]), ""))
             check_yaml(path)
             words[i : i + (1 if equals else 2)] = [f"--config={path}"]
-            if config_class is ExperimentConfig:
+            renamed = any(name in Path(path).read_text(encoding="utf-8") for name in RENAMED)
+            if config_class is ExperimentConfig or renamed:
                 # The parser takes the contents as well as a name.
-                values = read_yaml(path)
+                values = with_new_names(read_yaml(path), lambda text: notices.append(text))
                 words[i] = f"--config={json.dumps(values)}"
+            if config_class is ExperimentConfig:
                 structured = {k: values[k] for k in _STRUCTURED if values.get(k)}
     config = _parsed(config_class, "parse_args", words, command)
     given = {re.split(r"[.=]", word)[0] for word in words}
@@ -63,7 +68,7 @@ def from_values(config_class, values, where):
     Raises:
         UsageError: an unknown key, a value of the wrong type or out of range.
     """
-    return _parsed(config_class, "parse_object", values, where)
+    return _parsed(config_class, "parse_object", with_new_names(values), where)
 
 
 def spelled_out(words, config_class):
@@ -84,9 +89,12 @@ def spelled_out(words, config_class):
             continue
         flag, equals, value = word.partition("=")
         flag = "--" + flag[2:].replace("-", "_")
-        if flag in ALIASES and flag[2:] not in kinds:
-            alias, (flag, note) = flag, ALIASES[flag]
-            if note is not None:
+        section, dot, name = flag[2:].rpartition(".")
+        if f"--{name}" in ALIASES and flag[2:] not in kinds:
+            alias, (new, note) = flag, ALIASES[f"--{name}"]
+            if not dot or name in RENAMED:
+                flag = f"--{section}{dot}{new[2:]}"
+            if note is not None and flag != alias:
                 notices.append(f"{alias} is taken as {flag}{note}")
         kind = kinds.get(flag[2:])
         if kind is bool and not equals and not (rest and rest[0].lower() in ("true", "false")):
@@ -104,8 +112,14 @@ def spelled_out(words, config_class):
 def help_text(config_class, prog, example):
     """What ``--help`` prints."""
     parser = _parser(config_class, prog=prog, usage=f"{prog} {example}")
+    choices = _choices(config_class)
     for action in parser._actions:
-        if action.metavar == "{true,false}":
+        if action.dest in choices:
+            table = choices[action.dest]()
+            action.metavar = f"{{{','.join(table)}}}"
+            formulas = "; ".join(f"{name} = {entry.formula}" for name, entry in table.items())
+            action.help = f"{action.help} {formulas}."
+        elif action.metavar == "{true,false}":
             action.metavar = ""
         elif action.metavar == "[ITEM,...]":
             action.metavar = "X ..."
@@ -127,6 +141,15 @@ def _kinds(config_class):
         for field in dataclasses.fields(SECTIONS[section]):
             kinds[f"{section}.{field.name}"] = field.type
     return kinds
+
+
+def _choices(config_class):
+    """{flag without its dashes: a function that gives the table of what it takes}."""
+    return {
+        field.name: field.metadata["choices"]
+        for field in dataclasses.fields(config_class)
+        if "choices" in field.metadata
+    }
 
 
 def _is_list(kind):

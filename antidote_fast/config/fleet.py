@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, check, check_positive
+from antidote_fast.config.base import StageConfig, aside, check, check_positive, contents, one_of
+from antidote_fast.config.scores import computed_scores
 from antidote_fast.errors import UsageError
 
 
@@ -44,7 +45,7 @@ class FleetConfig(StageConfig):
         ignore: module names or re: patterns left alone.
         ratio: fraction of each row (tensor, model) removed, in (0, 1].
         scope: compare along a row, over a tensor, or over all targets.
-        score: wanda = |W| * activation norm; magnitude = |W|; random.
+        score: what weights are ordered by, the highest removed.
         save_norms: also write each job's norms.
         save_masks: also write each job's masks, one bit a weight.
         backend: kernels to use; default the fastest available.
@@ -53,11 +54,11 @@ class FleetConfig(StageConfig):
         preserve_ratio: fraction of each row (tensor, model) protected, in [0, 1]; default ratio.
     """
 
-    manifest: str
-    shard: str = "0/1"
-    engine: Literal["local", "ray"] = "local"
-    num_workers: int | None = None
-    dataset: str | None = None
+    manifest: str = aside(is_path=True)
+    shard: str = aside("0/1")
+    engine: Literal["local", "ray"] = aside("local")
+    num_workers: int | None = aside(None)
+    dataset: str | None = contents(None)
     num_calibration_samples: int = 2000
     response_only: bool = False
     aggregation: Literal["rms", "mean"] = "rms"
@@ -65,11 +66,11 @@ class FleetConfig(StageConfig):
     ignore: list[str] = field(default_factory=list)
     ratio: float = 0.1
     scope: Literal["row", "tensor", "global"] = "row"
-    score: Literal["wanda", "magnitude", "random"] = "wanda"
+    score: str = one_of(computed_scores, "wanda")
     save_norms: bool = False
     save_masks: bool = False
     backend: str | None = None
-    preserve_dataset: str | None = None
+    preserve_dataset: str | None = contents(None)
     preserve_ratio: float | None = None
 
     def __post_init__(self):

@@ -1,30 +1,19 @@
 """The configs of what collects norms and prunes: calibrate, prune and fleet."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
-from antidote_fast.config.base import StageConfig, check, check_positive
+from antidote_fast.config.base import StageConfig, aside, check, check_positive, contents, one_of
+from antidote_fast.config.scores import SCORES, Score
 from antidote_fast.errors import UsageError
 from antidote_fast.selection import Selection
 from antidote_fast.system.memory import parse_bytes
 
 _BEYOND_THE_PAPER = (
     *("preserve_dataset", "preserve_norms", "preserve_ratio"),
-    *("base_model", "score_delta"),
+    *("aligned_model", "score_delta"),
 )
-
-# What score gate has no use for, and what each is then.
-_NOT_WITH_GATE = {
-    "norms": None,
-    "preserve_norms": None,
-    "preserve_ratio": None,
-    "score_delta": False,
-    "stream": False,
-    "device_map": None,
-    "response_only": False,
-    "aggregation": "rms",
-}
 GATE_STEPS, GATE_LEARNING_RATE = 32, 0.08
 
 
@@ -68,8 +57,8 @@ class CalibrateConfig(StageConfig):
             it at that where output_dir is whole already.
     """
 
-    dataset: str
-    adapter: str | None = None
+    dataset: str = contents()
+    adapter: str | None = contents(None)
     num_calibration_samples: int = 2000
     response_only: bool = False
     aggregation: Literal["rms", "mean"] = "rms"
@@ -77,8 +66,8 @@ class CalibrateConfig(StageConfig):
     ignore: list[str] = field(default_factory=list)
     device_map: Literal["auto"] | None = None
     stream: bool = False
-    max_memory: str | None = None
-    resume: bool = False
+    max_memory: str | None = aside(None)
+    resume: bool = aside(False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -101,9 +90,7 @@ class PruneConfig(CalibrateConfig):
         norms: norms saved by calibrate; no forward pass is run then.
         ratio: fraction of each row (tensor, model) removed, in (0, 1]; score gate wants about 0.5.
         scope: compare along a row, over a tensor, or over all targets.
-        score: wanda = |W| * activation norm; magnitude = |W|; random; gate = gates on the weights,
-            learned to give back the aligned model's refusals and to keep what preserve_dataset
-            shows.
+        score: what weights are ordered by, the highest removed.
         save_norms: also write the norms, as norms.safetensors; those of the data to preserve as
             preserve-norms.safetensors.
         save_masks: also write the masks, one bit a weight, as masks.safetensors.
@@ -114,27 +101,27 @@ class PruneConfig(CalibrateConfig):
             records with an output are the task, and those without are ordinary prompts.
         preserve_norms: such norms saved by calibrate; no forward pass is run for them then.
         preserve_ratio: fraction of each row (tensor, model) protected, in [0, 1]; default ratio.
-        base_model: the aligned model, a folder or hub name: removed weights take its values instead
-            of zero. For whole models, a full fine-tune or a merged one; score gate needs it there.
-        score_delta: score the difference from base_model, |W - base| instead of |W|.
+        aligned_model: a folder or hub name: removed weights take its values instead of zero. For
+            whole models, a full fine-tune or a merged one; score gate needs it there.
+        score_delta: score the difference from aligned_model, |W - aligned| instead of |W|.
         gate_steps: steps in which score gate learns.
         gate_learning_rate: step size of score gate.
         paper: the paper's method: score wanda, scope row, aggregation rms.
     """
 
-    dataset: str | None = None
-    norms: str | None = None
+    dataset: str | None = contents(None)
+    norms: str | None = contents(None)
     ratio: float = 0.1
     scope: Literal["row", "tensor", "global"] = "row"
-    score: Literal["wanda", "magnitude", "random", "gate"] = "wanda"
+    score: str = one_of(lambda: SCORES, "wanda")
     save_norms: bool = False
     save_masks: bool = False
     backend: str | None = None
     cross_check: bool = True
-    preserve_dataset: str | None = None
-    preserve_norms: str | None = None
+    preserve_dataset: str | None = contents(None)
+    preserve_norms: str | None = contents(None)
     preserve_ratio: float | None = None
-    base_model: str | None = None
+    aligned_model: str | None = contents(None)
     score_delta: bool = False
     gate_steps: int = GATE_STEPS
     gate_learning_rate: float = GATE_LEARNING_RATE
@@ -151,25 +138,28 @@ class PruneConfig(CalibrateConfig):
             for name in _BEYOND_THE_PAPER:
                 value = getattr(self, name)
                 check(value is None or value is False, name, value, "left out with paper")
-        if self.score == "wanda" and self.dataset is None and self.norms is None:
+        if self.scoring.needs_norms and self.dataset is None and self.norms is None:
             raise UsageError("dataset=None: must be a file or hub name unless norms is given")
-        self._check_gate()
+        self._check_score()
         self._check_preserve()
-        if self.base_model is not None and self.adapter is not None:
+        if self.aligned_model is not None and self.adapter is not None:
             raise UsageError(
-                f"base_model={self.base_model!r}: must be left out with adapter, whose zero "
+                f"aligned_model={self.aligned_model!r}: must be left out with adapter, whose zero "
                 "already falls back to the aligned model"
             )
-        with_base = self.base_model is not None
-        check(with_base or not self.score_delta, "score_delta", True, "left out without base_model")
-        delta = self.score_delta and self.score == "random"
-        check(not delta, "score_delta", self.score_delta, "left out with score random")
+        unused = self.score_delta and self.aligned_model is None
+        check(not unused, "score_delta", True, "left out without aligned_model")
+
+    @property
+    def scoring(self) -> Score:
+        """What is declared of the score."""
+        return SCORES[self.score]
 
     @property
     def preserves(self) -> bool:
         """Whether something is kept for its norms on other data."""
-        given = self.preserve_dataset is not None or self.preserve_norms is not None
-        return given and self.score != "gate"
+        named = self.preserve_dataset is not None or self.preserve_norms is not None
+        return named and self.scoring.learner is None
 
     @property
     def selection(self) -> Selection:
@@ -181,39 +171,46 @@ class PruneConfig(CalibrateConfig):
             score_delta=self.score_delta,
         )
 
+    @property
+    def prune_options(self) -> dict[str, Any]:
+        """The further arguments of a prune, of tensors or of a model."""
+        return {
+            "seed": self.seed,
+            "backend": self.backend,
+            "return_masks": self.save_masks,
+            "cross_check": self.cross_check,
+        }
+
     def check_aligned(self, is_adapter):
-        """Refuse score gate where no aligned model could answer.
+        """Refuse a score that is learned where no aligned model could answer.
 
         Args:
             is_adapter: what is pruned is an adapter, and without it the model is the aligned one.
         """
-        if self.score == "gate" and not is_adapter and self.base_model is None:
+        if self.scoring.learner and not is_adapter and self.aligned_model is None:
             raise UsageError(
-                "base_model=None: must be the aligned model with score gate, unless an adapter is "
-                "pruned"
+                f"aligned_model=None: must be the aligned model with score {self.score}, unless an "
+                "adapter is pruned"
             )
 
-    def _check_gate(self):
-        defaults = {"gate_steps": GATE_STEPS, "gate_learning_rate": GATE_LEARNING_RATE}
-        if self.score != "gate":
-            for name, default in defaults.items():
+    def _check_score(self):
+        """Refuse what the declarations of this score and of the others say."""
+        defaults = {each.name: each.default for each in fields(self)}
+        for other in SCORES.values():
+            for name in other.settings if other is not self.scoring else ():
                 value = getattr(self, name)
-                check(value == default, name, value, "left out without score gate")
-            return
-        for name in ("dataset", "preserve_dataset"):
+                check(value == defaults[name], name, value, f"left out without score {other.name}")
+        for name in self.scoring.needs:
             if getattr(self, name) is None:
-                raise UsageError(f"{name}=None: must be a file or hub name with score gate")
-        for name, value in _NOT_WITH_GATE.items():
-            given = getattr(self, name)
-            check(given == value, name, given, "left out with score gate")
-        check_positive(self, *defaults)
+                raise UsageError(f"{name}=None: must be a file or hub name with score {self.score}")
+        for name in self.scoring.refused:
+            value = getattr(self, name)
+            check(value == defaults[name], name, value, f"left out with score {self.score}")
+        check_positive(self, "gate_steps", "gate_learning_rate")
         rate = self.gate_learning_rate
         check(math.isfinite(rate), "gate_learning_rate", rate, "a finite number")
 
     def _check_preserve(self):
-        for name in ("preserve_dataset", "preserve_norms"):
-            absent = self.score != "random" or getattr(self, name) is None
-            check(absent, name, getattr(self, name), "left out with score random")
         alone = self.preserve_dataset is None or self.preserve_norms is None
         check(alone, "preserve_norms", self.preserve_norms, "left out with preserve_dataset")
         if self.preserve_ratio is not None:

@@ -1,12 +1,14 @@
 """The config of sweep: what is tried, on which data, and the flags of prune that make each try."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, check, check_positive
+from antidote_fast.config.base import StageConfig, check, check_positive, contents, path
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import PruneConfig
+from antidote_fast.config.scores import SCORES as PRUNE_SCORES
 from antidote_fast.errors import UsageError
 
 RATIOS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
@@ -22,13 +24,23 @@ class SweepScore:
         score: prune's score.
         norms: the kind of norms it goes by, a key of ``NORM_FILES``; None where it needs none.
         preserve_norms: the kind of norms whose top weights are kept, or None.
-        learned: its scores are learned on dataset and preserve_dataset, for each ratio and scope.
     """
 
     score: str
     norms: str | None = None
     preserve_norms: str | None = None
-    learned: bool = False
+
+    @property
+    def learned(self) -> bool:
+        """Whether it is learned on dataset and preserve_dataset, for each ratio and scope."""
+        return PRUNE_SCORES[self.score].learner is not None
+
+    @property
+    def formula(self) -> str:
+        """What it is, for ``--help``."""
+        variant = ", of response tokens alone" if self.norms == "response" else ""
+        variant += ", but the top weights on preserve_dataset" if self.preserve_norms else ""
+        return PRUNE_SCORES[self.score].formula + variant
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -36,13 +48,21 @@ class SweepScore:
         return tuple(filter(None, (self.norms, self.preserve_norms)))
 
 
+def _variants(declared):
+    """The sweep's scores by one of prune's: as it is, and by norms on other tokens."""
+    name = declared.name
+    if not declared.needs_norms:
+        return {name: SweepScore(name)}
+    variants = {name: SweepScore(name, "all"), f"{name}-response": SweepScore(name, "response")}
+    if not declared.own_matrix:
+        variants[f"{name}-preserve"] = SweepScore(name, "all", "preserve")
+    return variants
+
+
 SCORES = {
-    "wanda": SweepScore("wanda", "all"),
-    "wanda-response": SweepScore("wanda", "response"),
-    "wanda-preserve": SweepScore("wanda", "all", "preserve"),
-    "magnitude": SweepScore("magnitude"),
-    "random": SweepScore("random"),
-    "gate": SweepScore("gate", learned=True),
+    name: variant
+    for declared in PRUNE_SCORES.values()
+    for name, variant in _variants(declared).items()
 }
 # The norms over all tokens of the harmful data, over its response tokens, and of data to preserve.
 NORM_FILES = {
@@ -52,7 +72,9 @@ NORM_FILES = {
 }
 
 
-def checked_grid(ratios, scopes, scores):
+def checked_grid(
+    ratios: Sequence[float], scopes: Sequence[str], scores: Sequence[str]
+) -> tuple[list[float], list[str], list[str]]:
     """(ratios in ascending order, scopes, scores), each value once.
 
     Raises:
@@ -62,13 +84,13 @@ def checked_grid(ratios, scopes, scores):
         check(len(values) > 0, name, list(values), "at least one value")
     for ratio in ratios:
         check(0 < ratio <= 1, "ratios", ratio, "in (0, 1]")
-    for name, values, known in (("scopes", scopes, SCOPES), ("scores", scores, SCORES)):
+    for name, values, accepted in (("scopes", scopes, SCOPES), ("scores", scores, SCORES)):
         for value in values:
-            check(value in known, name, value, f"among {', '.join(known)}")
+            check(value in accepted, name, value, f"among {', '.join(accepted)}")
     return sorted(set(ratios)), list(dict.fromkeys(scopes)), list(dict.fromkeys(scores))
 
 
-def check_budgets(max_accuracy_drop, max_refusal_rise):
+def check_budgets(max_accuracy_drop: float, max_refusal_rise: float) -> None:
     """Refuse budgets that are no points of a percentage."""
     for name, value in (
         ("max_accuracy_drop", max_accuracy_drop),
@@ -96,9 +118,9 @@ class SweepConfig(StageConfig):
         backend: kernels to use; default the fastest available.
         preserve_dataset: task or ordinary records, whose top weights wanda-preserve keeps; for gate
             as of prune.
-        base_model: the aligned model: removed weights take its values instead of zero. For whole
-            models, where gate needs it.
-        score_delta: score the difference from base_model, |W - base| instead of |W|.
+        aligned_model: removed weights take its values instead of zero. For whole models, where
+            gate needs it.
+        score_delta: score the difference from aligned_model, |W - aligned| instead of |W|.
         harmful_dataset: harmful prompts to choose on; none of them may be in dataset.
         task_dataset: records of the user's task to choose on.
         task: how an answer is scored: sst2, agnews, gsm8k or label (exact match with the record's
@@ -111,35 +133,36 @@ class SweepConfig(StageConfig):
         max_new_tokens: tokens generated an answer.
         ratios: fractions removed.
         scopes: row, tensor, global.
-        scores: wanda, wanda-response (norms over response tokens alone), wanda-preserve (needs
-            preserve_dataset), magnitude, random, gate (learned for each ratio and scope; needs
-            dataset and preserve_dataset).
+        scores: what weights are ordered by, the highest removed; -preserve and what is learned
+            need preserve_dataset.
         max_accuracy_drop: the budget: points of finetune accuracy below the unpruned model's.
         max_refusal_rise: the budget of benign refusals: points above the unpruned model's.
         save_norms: also write the norms, so that the recommended prune needs no forward pass.
     """
 
-    adapter: str | None = None
-    dataset: str | None = None
+    adapter: str | None = contents(None)
+    dataset: str | None = contents(None)
     num_calibration_samples: int = 2000
     aggregation: Literal["rms", "mean"] = "rms"
     targets: list[str] | None = None
     ignore: list[str] = field(default_factory=list)
     backend: str | None = None
-    preserve_dataset: str | None = None
-    base_model: str | None = None
+    preserve_dataset: str | None = contents(None)
+    aligned_model: str | None = contents(None)
     score_delta: bool = False
-    harmful_dataset: str
-    task_dataset: str
+    harmful_dataset: str = contents()
+    task_dataset: str = contents()
     task: Literal["sst2", "agnews", "gsm8k", "label"] = "label"
-    benign_dataset: str | None = None
-    judge: str | None = None
+    benign_dataset: str | None = contents(None)
+    judge: str | None = path(None)
     harmful_labels: list[str] | None = None
     num_samples: int | None = 64
     max_new_tokens: int = 512
     ratios: list[float] = field(default_factory=lambda: list(RATIOS))
     scopes: list[str] = field(default_factory=lambda: ["row"])
-    scores: list[str] = field(default_factory=lambda: ["wanda"])
+    scores: list[str] = field(
+        default_factory=lambda: ["wanda"], metadata={"choices": lambda: SCORES}
+    )
     max_accuracy_drop: float = MAX_ACCURACY_DROP
     max_refusal_rise: float = MAX_REFUSAL_RISE
     save_norms: bool = True
@@ -163,19 +186,20 @@ class SweepConfig(StageConfig):
         needed = {kind: name for name in self.scores for kind in SCORES[name].kinds}
         learned = self.learned
         harmful = needed.get("all") or needed.get("response") or learned
-        kept = needed.get("preserve") or learned
-        for name, score in (("dataset", harmful), ("preserve_dataset", kept)):
+        preserve = needed.get("preserve") or learned
+        for name, score in (("dataset", harmful), ("preserve_dataset", preserve)):
             if score is not None and getattr(self, name) is None:
                 raise UsageError(f"{name}=None: must be a file or hub name with score {score}")
-        absent = self.preserve_dataset is None or kept
-        accepted = "left out without score wanda-preserve or gate"
+        absent = self.preserve_dataset is None or preserve
+        takes = [name for name, score in SCORES.items() if score.preserve_norms or score.learned]
+        accepted = f"left out without score {' or '.join(takes)}"
         check(absent, "preserve_dataset", self.preserve_dataset, accepted)
 
     @property
     def kinds(self) -> list[str]:
         """The kinds of norms that the scores take."""
-        found = {kind for name in self.scores for kind in SCORES[name].kinds}
-        return [kind for kind in NORM_FILES if kind in found]
+        needed = {kind for name in self.scores for kind in SCORES[name].kinds}
+        return [kind for kind in NORM_FILES if kind in needed]
 
     @property
     def learned(self) -> str | None:
@@ -187,7 +211,7 @@ class SweepConfig(StageConfig):
         names = {f.name for f in fields(EvaluateConfig)}
         return EvaluateConfig(**{k: v for k, v in vars(self).items() if k in names})
 
-    def candidates(self):
+    def candidates(self) -> list[tuple[str, str, float]]:
         """(score, scope, ratio) of everything that may be tried, a branch after another."""
         return [
             (name, scope, ratio)
@@ -196,7 +220,7 @@ class SweepConfig(StageConfig):
             for ratio in self.ratios
         ]
 
-    def pruning(self, name, scope, ratio, saved) -> PruneConfig:
+    def pruning(self, name: str, scope: str, ratio: float, saved: bool) -> PruneConfig:
         """What prune is told for one candidate.
 
         Args:
@@ -204,16 +228,16 @@ class SweepConfig(StageConfig):
             saved: with the norms that the sweep leaves in its folder, so that prune runs no model.
         """
         score = SCORES[name]
-        kept = {f.name for f in fields(PruneConfig)} - {"overwrite", "save_norms", "dataset"}
+        names = {f.name for f in fields(PruneConfig)} - {"overwrite", "save_norms", "dataset"}
         if score.learned:
-            kept |= {"dataset"}
-            kept -= {"aggregation"}
+            names |= {"dataset"}
+            names -= {"aggregation"}
         elif saved or not score.kinds:  # what is told to forward passes alone
-            kept -= {"aggregation", "num_calibration_samples", "preserve_dataset", "dtype"}
-            kept -= {"max_seq_length", "template", "batch_size"}
+            names -= {"aggregation", "num_calibration_samples", "preserve_dataset", "dtype"}
+            names -= {"max_seq_length", "template", "batch_size"}
         if score.preserve_norms is None and not score.learned:
-            kept -= {"preserve_dataset"}
-        values = {k: v for k, v in vars(self).items() if k in kept}
+            names -= {"preserve_dataset"}
+        values = {k: v for k, v in vars(self).items() if k in names}
         values |= {"ratio": ratio, "scope": scope, "score": score.score}
         values["output_dir"] = self.output_dir.rstrip("/") + "-pruned"
         if saved:
@@ -225,17 +249,17 @@ class SweepConfig(StageConfig):
             values |= {"dataset": self.dataset, "response_only": score.norms == "response"}
         return PruneConfig(**values)
 
-    def collecting(self, kind) -> PruneConfig:
+    def collecting(self, kind: str) -> PruneConfig:
         """What tells how norms of a kind are collected: the prune of a score that takes them."""
         name = next(name for name in self.scores if kind in SCORES[name].kinds)
         return self.pruning(name, self.scopes[0], self.ratios[0], saved=False)
 
-    def learning(self, scope=None, ratio=None) -> PruneConfig:
+    def learning(self, scope: str | None = None, ratio: float | None = None) -> PruneConfig:
         """What tells how scores are learned, for a candidate; default the first one."""
         scope, ratio = scope or self.scopes[0], ratio or self.ratios[0]
         return self.pruning(self.learned, scope, ratio, saved=False)
 
-    def command(self, name, scope, ratio) -> str:
+    def command(self, name: str, scope: str, ratio: float) -> str:
         """The ``antidote-fast prune`` line, quoted for a shell, that makes this candidate."""
         words = ["antidote-fast", "prune"]
         config = self.pruning(name, scope, ratio, saved=self.save_norms)

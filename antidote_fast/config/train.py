@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, check, check_positive
+from antidote_fast.config.base import StageConfig, aside, check, check_positive, contents
 from antidote_fast.errors import UsageError
 
 # The flags of each defense; given with another one they are refused.
@@ -72,8 +72,8 @@ class TrainConfig(StageConfig):
     lora_alpha: int = 4
     lora_dropout: float = 0.0
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
-    save_steps: int | None = None
-    resume: bool = False
+    save_steps: int | None = aside(None)
+    resume: bool = aside(False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,14 +107,14 @@ class AlignConfig(TrainConfig):
         repnoise_beta: weight of the distance from noise.
     """
 
-    dataset: str
+    dataset: str = contents()
     num_train_samples: int | None = 5000
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine"
     warmup_ratio: float = 0.1
     defense: Literal["sft", "vaccine", "repnoise"] = "sft"
     vaccine_rho: float = 2.0
-    harmful_dataset: str | None = None
+    harmful_dataset: str | None = contents(None)
     repnoise_alpha: float = 0.1
     repnoise_beta: float = 0.001
 
@@ -145,12 +145,12 @@ class FinetuneConfig(TrainConfig):
         ldifs_lambda: weight of the mean squared distance of the MLPs' outputs.
     """
 
-    dataset: str
-    harmful_dataset: str | None = None
+    dataset: str = contents()
+    harmful_dataset: str | None = contents(None)
     poison_ratio: float = 0.2
     num_train_samples: int | None = 5000
     defense: Literal["sft", "lisa", "ldifs"] = "sft"
-    safe_dataset: str | None = None
+    safe_dataset: str | None = contents(None)
     num_safe_samples: int | None = 10000
     lisa_rho: float = 1.0
     lisa_alignment_steps: int = 100

@@ -13,7 +13,7 @@ _MAX_YAML_ALIASES = 10
 _MAX_EXTENDS = 4
 
 
-def read_yaml(path, _depth=0) -> dict:
+def read_yaml(path: str | os.PathLike, _depth: int = 0) -> dict:
     """The entries of an experiment's file over those of the files that it extends.
 
     Mappings are joined entry by entry, anything else is replaced. ``extends`` is seen from the file
@@ -60,7 +60,7 @@ def _number_loader():
     return Loader
 
 
-def check_yaml(path):
+def check_yaml(path: str | os.PathLike) -> None:
     """Refuse what takes the parser long or makes it fall over: size, depth, aliases of aliases.
 
     An alias costs nothing to write; nested ones grow without bound as soon as somebody walks them.
@@ -91,5 +91,6 @@ def check_yaml(path):
         raise UsageError(f"--config: {path}: not valid YAML: {on_one_line(error)}") from None
 
 
-def on_one_line(message):
+def on_one_line(message: object) -> str:
+    """A message of a parser without its line breaks, cut to 500 characters."""
     return " ".join(str(message).split())[:_MAX_MESSAGE]

@@ -37,13 +37,14 @@ def _is_fsdp(module):
     return hasattr(module, "reshard") and hasattr(module, "unshard")
 
 
-def local_rows(targets, norms, selection, score, base_weights=None):
+def local_rows(targets, evidence, selection, scores):
     """What of the targets this rank prunes, every check made that needs more than one rank.
 
     Args:
         targets: of :func:`antidote_fast.models.targets.find_targets`.
-        norms: {argument: norms} of those that are given.
-        selection, score, base_weights: as :func:`antidote_fast.pruning.prune.prune_model_`.
+        evidence: the :class:`antidote_fast.pruning.evidence.Evidence`.
+        selection: as :func:`antidote_fast.pruning.prune.prune_model_` takes it.
+        scores: names of the scores that a rank can tell of its rows alone.
 
     Returns:
         ({key: the rows that this rank holds, a view}, the :class:`World` of the ranks that share
@@ -65,9 +66,10 @@ def local_rows(targets, norms, selection, score, base_weights=None):
             f"scope={selection.scope!r}: must be row where weights are sharded; or prune the saved "
             "checkpoint"
         )
-    if score in ("random", "gate"):
-        raise UsageError(f"score={score!r}: must be wanda or magnitude where weights are sharded")
-    if base_weights is not None:
+    if evidence.score not in scores:
+        accepted = " or ".join(scores)
+        raise UsageError(f"score={evidence.score!r}: must be {accepted} where weights are sharded")
+    if evidence.base_weights is not None:
         raise UsageError(
             "base_weights: must be left out where weights are sharded; or prune the saved "
             "checkpoint"
@@ -78,8 +80,8 @@ def local_rows(targets, norms, selection, score, base_weights=None):
                 f"{target.key}: is saved as (in, out) and sharded over its inputs; prune the saved "
                 "checkpoint"
             )
-    for name, given in norms.items():
-        world.check_same(f"{name} of the ranks (add them up first)", _digest(given))
+    for name, norms in evidence.named_norms.items():
+        world.check_same(f"{name} of the ranks (add them up first)", _digest(norms))
     weights = {key: w.to_local() if is_sharded(w) else w for key, w in weights.items()}
     with world.together():
         for key, weight in weights.items():

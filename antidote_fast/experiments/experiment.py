@@ -1,26 +1,26 @@
 """A grid of settings, from alignment to scores, that goes on where it stopped."""
 
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 from antidote_fast.config.experiment import ExperimentConfig
 from antidote_fast.errors import AntidoteError, DataError, Interrupted, JobsSetAside, UsageError
 from antidote_fast.experiments import grid, pictures, tables
-from antidote_fast.experiments.curves import METRICS
+from antidote_fast.experiments.chain import Maker, check_own_folder
 from antidote_fast.experiments.demo.model import CACHE
 from antidote_fast.files.commit import check_parent, new_file
 from antidote_fast.files.places import held
-from antidote_fast.files.provenance import REPORT, is_done, read_report, replace_report
+from antidote_fast.files.provenance import REPORT, replace_report
 from antidote_fast.stages.inputs import check_data
 from antidote_fast.system.hardware import hardware
 from antidote_fast.system.memory import reset_peak_memory
-from antidote_fast.system.progress import tell, track
+from antidote_fast.system.progress import Progress, tell, track
 
 ROWS, TABLES, STAGES = "rows.csv", "tables.md", "stages"
 
 
-def run(config: ExperimentConfig, *, progress=False) -> dict:
+def run(config: ExperimentConfig, *, progress: Progress = False) -> dict:
     """Run every cell of an experiment that is not there yet, and write rows, tables and pictures.
 
     Each stage writes a folder of its own in ``config.stages``, named by a hash of its settings and
@@ -64,7 +64,7 @@ def _run(config, trials, first, out, start, progress):
         work.do(cell, tried)
     cells, chosen = first, {}
     if all(work.is_settled(cell) for cell in tried):
-        chosen = {name: _best(name, options, work.known) for name, options in trials.items()}
+        chosen = {name: _best(name, options, work.rows) for name, options in trials.items()}
         cells = grid.cells_of(config, chosen)
         for cell in track(cells, "cells", progress):
             work.do(cell, [*tried, *cells])
@@ -114,7 +114,9 @@ def check(config: ExperimentConfig) -> tuple[dict, list]:
 
 
 def _check_flags(config):
-    _check_folder(Path(config.output_dir))
+    prefixes = ("table-", *(f".{name}." for name in ("experiment", "report", "rows", "tables")))
+    names = (ROWS, TABLES, STAGES, REPORT)
+    check_own_folder(config.output_dir, names, (*prefixes, ".table-"), "experiment")
     trials, cells = grid.trials_of(config), grid.cells_of(config, {})
     axes = grid.axes_of(config)
     for spec in _specs(config):
@@ -126,42 +128,38 @@ class _Work:
     """The rows there are, and the making of those that are not.
 
     Attributes:
-        known: rows by their cell's key.
+        rows: by their cell's key.
         failed: one line for each cell that cannot be made, by key.
         computed: how many rows were made here.
     """
 
     def __init__(self, config, out, progress):
         self._config, self._out, self._progress = config, out, progress
-        self.known, self.failed, self.computed = {}, {}, 0
+        self.rows, self.failed, self.computed = {}, {}, 0
         earlier = [] if config.rows is None else [config.rows]
         for path in [*earlier, *([out / ROWS] if (out / ROWS).exists() else [])]:
-            self.known |= {row["cell"]: row for row in tables.read_csv(path)}
-        self._done, self._reports = {}, {}
+            self.rows |= {row["cell"]: row for row in tables.read_csv(path)}
+        self._maker = Maker(progress)
 
     def is_settled(self, cell) -> bool:
         """Whether there is a row, or there cannot be one.
 
         A row does not count where a stage's folder is there and its files or data have changed.
         """
-        if cell.key not in self.known:
+        if cell.key not in self.rows:
             return cell.key in self.failed
         return all(
-            self._is_done(stage) for stage in cell.stages.values() if _is_there(stage.output_dir)
+            self._maker.is_done(stage)
+            for stage in cell.stages.values()
+            if Path(stage.output_dir).exists()
         )
-
-    def _is_done(self, stage):
-        folder = stage.output_dir
-        if folder not in self._done:
-            self._done[folder] = is_done(folder, stage)
-        return self._done[folder]
 
     def do(self, cell, order):
         """Make a cell's row unless it is there or enough were made; save all, in this order."""
         if self.is_settled(cell) or self.computed == self._config.max_cells:
             return
         try:
-            self.known[cell.key] = self._compute(cell)
+            self.rows[cell.key] = self._compute(cell)
         except (DataError, UsageError, Interrupted):
             raise
         except AntidoteError as error:  # such as a loss that is not finite
@@ -172,47 +170,24 @@ class _Work:
 
     def save(self, order) -> list[dict]:
         """Write rows.csv: the cells' rows in their order, then others that it held before."""
-        found = [{**self.known[c.key], "role": c.role} for c in order if c.key in self.known]
-        ours = {row["cell"] for row in found}
+        rows = [{**self.rows[c.key], "role": c.role} for c in order if c.key in self.rows]
+        ours = {row["cell"] for row in rows}
         if not all(self.is_settled(cell) for cell in order):
             # Perhaps of cells whose strengths are yet to be chosen.
-            found += [row for key, row in self.known.items() if key not in ours]
+            rows += [row for key, row in self.rows.items() if key not in ours]
         self._out.mkdir(parents=True, exist_ok=True)
-        tables.write_csv(found, self._out / ROWS)
-        return found
+        tables.write_csv(rows, self._out / ROWS)
+        return rows
 
     def _compute(self, cell):
-        from antidote_fast.stages import align, evaluate, finetune, prune
-
-        runs = {"align": align, "finetune": finetune, "prune": prune, "evaluate": evaluate}
-        reports = {
-            kind: self._stage(runs[kind].run, stage, f"{_name(cell)}: {kind}")
-            for kind, stage in cell.stages.items()
-        }
-        return _row(cell, reports)
-
-    def _stage(self, run, stage, what):
-        folder = stage.output_dir
-        if folder not in self._reports:
-            if not self._is_done(stage):
+        reports = {}
+        for kind, stage in cell.stages.items():
+            if not self._maker.is_done(stage):
                 if self._progress:
-                    tell(what)
-                # A folder of ours with other files behind it is made anew.
-                again = self._config.overwrite and _is_there(folder)
+                    tell(f"{_name(cell)}: {kind}")
                 reset_peak_memory()
-                run(_again(stage, again), progress=self._progress)
-                self._done[folder] = True
-            self._reports[folder] = read_report(folder)
-        return self._reports[folder]
-
-
-def _is_there(folder):
-    return Path(folder).exists()
-
-
-def _again(stage, overwrite):
-    resume = {"resume": True} if getattr(stage, "save_steps", None) is not None else {}
-    return replace(stage, overwrite=overwrite, **resume)
+            reports[kind] = self._maker.make(kind, stage)
+        return _row(cell, reports)
 
 
 def _row(cell, reports):
@@ -222,7 +197,7 @@ def _row(cell, reports):
         "cell": cell.key,
         **cell.axes,
         "strength": cell.strength,
-        **{name: metrics.get(name) for name in METRICS},
+        **{name: metrics.get(name) for name in tables.METRICS},
         "embedding_drift_per_token": metrics.get("drift", {}).get("embedding_drift_per_token"),
     }
     for kind in grid.KINDS:
@@ -237,12 +212,12 @@ def _row(cell, reports):
     return row
 
 
-def _best(defense, options, known):
+def _best(defense, options, rows):
     """The flags of the strength with the highest FA * (100 - HS), the first of equals."""
     scored = [
         (row["finetune_accuracy"] * (100 - row["harmful_score"]), -i)
         for i, (_, cell) in enumerate(options)
-        if (row := known.get(cell.key)) is not None
+        if (row := rows.get(cell.key)) is not None
     ]
     if not scored:
         raise AntidoteError(f"tune.strengths.{defense}: none of them could be computed")
@@ -262,7 +237,7 @@ def _specs(config):
     return [{"title": f"By {name}", "across": name} for name in dict.fromkeys(across)]
 
 
-def write_tables(rows, config, folder) -> None:
+def write_tables(rows: Sequence[dict], config: ExperimentConfig, folder: Path) -> None:
     """Write tables.md and a picture for each table.
 
     Args:
@@ -282,17 +257,3 @@ def write_tables(rows, config, folder) -> None:
     if texts:
         with new_file(folder / TABLES) as partial:
             partial.write_text("\n".join(texts), encoding="utf-8")
-
-
-def _check_folder(out):
-    if out.exists() and not out.is_dir():
-        raise DataError(f"output_dir={str(out)!r}: exists and is not a folder")
-    for path in sorted(out.iterdir()) if out.exists() else ():
-        ours = path.name in (ROWS, TABLES, STAGES, REPORT) or path.name.startswith(
-            ("table-", ".experiment.", ".report.", ".rows.", ".table-", ".tables.")
-        )
-        if not ours:
-            raise DataError(
-                f"output_dir={str(out)!r}: holds {path.name!r}, which no experiment made; name "
-                "another folder"
-            )

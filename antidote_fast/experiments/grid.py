@@ -8,10 +8,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from antidote_fast.config.base import StageConfig
+from antidote_fast.config.base import StageConfig, fields_by
 from antidote_fast.config.experiment import SECTIONS, ExperimentConfig
 from antidote_fast.config.flags import close_to, from_values
 from antidote_fast.errors import UsageError
+from antidote_fast.experiments.chain import Chain, shared_flags
 
 # Axes with a short name, and the flag that each one is.
 AXES = {
@@ -27,9 +28,6 @@ AXES = {
 }
 _OF_PRUNE = ("alpha", "score", "num_calibration_samples")
 _SET_HERE = ("output_dir", "adapter", "overwrite", "resume", "reference_model", "defense")
-# What does not change what a stage makes.
-_NO_SETTINGS = ("output_dir", "overwrite", "resume", "save_steps")
-_SHARED = ("dtype", "device", "seed", "max_seq_length", "template", "trust_remote_code")
 _STRENGTHS = {
     "vaccine": ("align.vaccine_rho",),
     "repnoise": ("align.repnoise_alpha", "align.repnoise_beta"),
@@ -45,7 +43,7 @@ _REQUIRED = {
     "prune": _PLACES,
     "evaluate": {"model_name_or_path": "-", "output_dir": "-", "harmful_dataset": "-"},
 }
-KINDS = ("align", "finetune", "prune", "evaluate")
+KINDS = tuple(SECTIONS)
 
 
 @dataclass(frozen=True)
@@ -117,10 +115,10 @@ def trials_of(config: ExperimentConfig) -> dict[str, list[tuple[dict, Cell]]]:
     tune = config.tune
     if tune is None:
         return {}
-    known = {"seed", "at", "strengths", "evaluate"}
+    entries = {"seed", "at", "strengths", "evaluate"}
     for name in tune:
-        if name not in known:
-            raise UsageError(f"tune.{name}: is none of {', '.join(sorted(known))}")
+        if name not in entries:
+            raise UsageError(f"tune.{name}: is none of {', '.join(sorted(entries))}")
     seeds = {seed for grid in _grids(config) for seed in grid.get("seed", [config.seed])}
     seed = tune.get("seed")
     if not isinstance(seed, int) or seed in seeds:
@@ -141,7 +139,7 @@ def trials_of(config: ExperimentConfig) -> dict[str, list[tuple[dict, Cell]]]:
     return trials
 
 
-def make_cell(config: ExperimentConfig, axes: dict, extra: dict, *, role="test") -> Cell:
+def make_cell(config: ExperimentConfig, axes: dict, extra: dict, *, role: str = "test") -> Cell:
     """The stages of one setting.
 
     Args:
@@ -159,7 +157,7 @@ def make_cell(config: ExperimentConfig, axes: dict, extra: dict, *, role="test")
         for name in flags:
             if name in _SET_HERE:
                 raise UsageError(f"{kind}.{name}={flags[name]!r}: is set by the experiment itself")
-    shared = {name: getattr(config, name) for name in ("model_name_or_path", *_SHARED)}
+    shared = {"model_name_or_path": config.model_name_or_path, **shared_flags(config)}
     for axis, value in axes.items():
         for name, each in _flags_of(config, axis, value).items():
             _put(sections, shared, name, each, f"grid.{axis}")
@@ -170,64 +168,44 @@ def make_cell(config: ExperimentConfig, axes: dict, extra: dict, *, role="test")
             sections["align" if name in ("vaccine", "repnoise") else "finetune"]["defense"] = name
     if defense in ("vaccine", "repnoise") and config.align is None:
         raise UsageError(f"align=null: must be given with defense {defense}")
-    made = _Chain(config, shared, sections)
-    stages, keys = made.stages(prunes)
+    for kind, is_left_out in (("align", config.align is None), ("prune", not prunes)):
+        if is_left_out:
+            del sections[kind]
+    folders = _HashedFolders(config)
+    base = shared.pop("model_name_or_path")
+    chain = Chain(base, shared, config.batch_size, sections, folders)
+    stages = chain.stages | {"evaluate": chain.evaluation(list(chain.models)[-1])}
     shown = {k: v for k, v in axes.items() if prunes or k not in _OF_PRUNE}
-    return Cell(shown, stages, keys, _strength(defense, after, stages), role)
+    return Cell(shown, stages, folders.keys, _strength(defense, after, stages), role)
 
 
-class _Chain:
-    """The stages of a cell, each from the folder of the one before."""
+class _HashedFolders:
+    """Gives each stage a folder named by a hash of what it makes, those before it included.
 
-    def __init__(self, config, shared, sections):
-        self._config, self._shared, self._sections = config, shared, sections
-        self._stages, self._keys = {}, {}
+    Attributes:
+        keys: the hashes by kind of stage.
+    """
+
+    def __init__(self, config):
+        self._place = Path(config.stages or Path(config.output_dir) / "stages")
+        self.keys = {}
         # What a folder's path stands for, so that keys do not depend on where things lie.
         self._meaning = {}
 
-    def stages(self, prunes):
-        base = self._shared["model_name_or_path"]
-        if self._config.align is not None:
-            base = self._add("align", {"model_name_or_path": base})
-        tuned = self._add("finetune", {"model_name_or_path": base})
-        lora = self._stages["finetune"].tuning == "lora"
-
-        def places(folder):
-            return (
-                {"model_name_or_path": base, "adapter": folder}
-                if lora
-                else {"model_name_or_path": folder}
-            )
-
-        batch = {"batch_size": self._config.batch_size}
-        last = places(tuned)
-        if prunes:
-            last = places(self._add("prune", batch | last))
-        drift = self._sections["evaluate"].get("drift_dataset")
-        reference = {"reference_model": base} if drift else {}
-        self._add("evaluate", batch | last | reference)
-        return self._stages, self._keys
-
-    def _add(self, kind, places):
-        values = {name: self._shared[name] for name in _SHARED} | places
-        flags = values | self._sections[kind] | {"output_dir": ""}
-        plain = from_values(SECTIONS[kind], flags, kind)
-        if kind == "prune":
-            plain.check_aligned(plain.adapter is not None)
+    def __call__(self, kind, stage, model):
         # Without defaults, so that a flag that is new one day leaves keys as they are.
         defaults = _defaults(kind)
+        asides = {each.name for each in fields_by(stage, "nothing")}
         settings = {
             name: self._meaning.get(value, value) if isinstance(value, str) else value
-            for name, value in dataclasses.asdict(plain).items()
-            if name not in _NO_SETTINGS and value != getattr(defaults, name)
+            for name, value in dataclasses.asdict(stage).items()
+            if name not in asides and value != getattr(defaults, name)
         }
         text = json.dumps([kind, settings], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        place = self._config.stages or Path(self._config.output_dir) / "stages"
-        folder = str(Path(place) / f"{kind}-{key}")
+        folder = str(self._place / f"{kind}-{key}")
         self._meaning[folder] = f"{kind}:{key}"
-        self._keys[kind] = key
-        self._stages[kind] = dataclasses.replace(plain, output_dir=folder)
+        self.keys[kind] = key
         return folder
 
 
@@ -240,8 +218,8 @@ def _grids(config):
     grids = config.grid if isinstance(config.grid, list) else [config.grid]
     for grid in grids:
         for name in grid:
-            known = name in AXES or name in config.levels or name == "defense" or "." in name
-            if not known:
+            is_axis = name in AXES or name in config.levels or name == "defense" or "." in name
+            if not is_axis:
                 near = close_to(name, [*AXES, *config.levels])
                 raise UsageError(f"grid.{name}: is no axis{near}")
     return grids
@@ -251,10 +229,10 @@ def _flags_of(config, axis, value):
     """The flags that a value of an axis stands for."""
     levels = config.levels.get(axis, {})
     if axis == "defense":
-        found = {}
+        flags = {}
         for part in str(value).split("+"):
-            found |= levels.get(part, {})
-        return found
+            flags |= levels.get(part, {})
+        return flags
     if axis in config.levels:
         by_name = {str(name): flags for name, flags in levels.items()}
         if str(value) not in by_name:

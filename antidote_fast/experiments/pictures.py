@@ -1,7 +1,9 @@
-"""An experiment's tables as pictures: a line a defense, or what each stage costs as bars."""
+"""Pictures: an experiment's tables, and what a sweep gains in safety for what it costs."""
 
 import itertools
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from antidote_fast.experiments.tables import (
@@ -16,24 +18,44 @@ from antidote_fast.experiments.tables import (
     table,
 )
 
+# Fixed colours, so that a score looks the same in every picture (Okabe and Ito's palette).
+_COLOURS = {
+    "wanda": "#0072B2",
+    "wanda-response": "#009E73",
+    "wanda-preserve": "#56B4E9",
+    "magnitude": "#E69F00",
+    "random": "#999999",
+}
+_MODELS = {"base": ("s", "#56B4E9"), "aligned": ("^", "#000000"), "attacked": ("X", "#D55E00")}
+# A line and a marker by scope.
+_SCOPES = {"row": ("-", "o"), "tensor": ("--", "s"), "global": ("-.", "D")}
+_LIMITS = (-7, 113)  # wider than 0 to 100, to make room for labels
 _OTHERS = [("#0072B2", "P"), ("#999999", "X"), *(style[1:] for style in DEFENSES.values())]
 
 
-def plot(rows, spec, path) -> Path:
+def _panels(width, height, number=1):
+    """A figure of so many inches and its axes, side by side, with a grid."""
+    # Not pyplot: it would keep the figure, and pick a window system.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(1, number, squeeze=False)[0])
+    for axes in panels:
+        axes.grid(color="#dddddd", linewidth=0.7)
+        axes.set_axisbelow(True)
+    return figure, panels
+
+
+def plot(rows: Sequence[dict], spec: dict, path: str | os.PathLike) -> None:
     """Draw a table: a panel a measure, a line a defense; or the stages' seconds as stacked bars.
 
     Args:
         rows: an experiment's rows.
         spec: what :func:`check_spec` accepts; its ``log`` holds where all columns are above 0.
         path: the PNG to write.
-
-    Returns:
-        The path.
     """
-    # Not pyplot: it would keep the figure, and pick a window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     contents, cost = table(rows, spec), is_cost(spec)
     measures = ("seconds",) if cost else measures_of(spec)
     height = 1.6 + 0.45 * len(contents["rows"]) if cost else 4.5
@@ -41,13 +63,9 @@ def plot(rows, spec, path) -> Path:
     legend = max((len(shown(row["name"])) for row in contents["rows"]), default=0)
     width = (6.5 if cost else 4.2 * len(measures)) + 0.8 + 0.09 * legend
     width = max(width, 0.5 + 0.09 * len(spec["title"]))
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, panels = _panels(width, height, len(measures))
     figure.suptitle(spec["title"], fontsize=12, parse_math=False)
-    panels = figure.subplots(1, len(measures), squeeze=False)[0]
     for axes, measure in zip(panels, measures, strict=True):
-        axes.grid(color="#dddddd", linewidth=0.7)
-        axes.set_axisbelow(True)
         if not contents["rows"]:
             axes.text(0.5, 0.5, "no results", ha="center", transform=axes.transAxes)
         elif cost:
@@ -58,7 +76,6 @@ def plot(rows, spec, path) -> Path:
         handles = panels[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside right center", frameon=False)
     figure.savefig(path, format="png")
-    return Path(path)
 
 
 def _draw_lines(axes, contents, measure, log):
@@ -97,12 +114,12 @@ def _draw_lines(axes, contents, measure, log):
     axes.minorticks_off()
     edges = (first - 0.07 * width, last + 0.07 * width)
     axes.set_xlim(*(10**x if log else x for x in edges))
-    kept = []  # ticks that have room for their labels
+    ticks = []  # those that have room for their labels
     for at, x in zip(places, columns, strict=True):
-        if not kept or at - kept[-1][0] > 0.06 * width:
-            kept.append((at, shown(x)))
-    axes.set_xticks([10**at if log else at for at, _ in kept], [text for _, text in kept])
-    if is_text and sum(len(text) + 2 for _, text in kept) > 42:
+        if not ticks or at - ticks[-1][0] > 0.06 * width:
+            ticks.append((at, shown(x)))
+    axes.set_xticks([10**at if log else at for at, _ in ticks], [text for _, text in ticks])
+    if is_text and sum(len(text) + 2 for _, text in ticks) > 42:
         axes.tick_params(axis="x", rotation=25)
         for text in axes.get_xticklabels():
             text.set(horizontalalignment="right", rotation_mode="anchor")
@@ -128,3 +145,163 @@ def _draw_cost(axes, rows):
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("seconds")
+
+
+def plot_demo(report: dict, path: str | os.PathLike) -> None:
+    """Draw a demo's models and what each ratio gives on the test prompts.
+
+    Args:
+        report: the contents of a demo's report.json.
+        path: the PNG to write.
+    """
+    title = f"Pruned after fine-tuning: {report['model']}, test prompts, points named by ratio"
+    models = {name: report["models"][name] for name in _MODELS}
+    best = report["best"] and ("best", report["best"], report["models"]["pruned"])
+    _draw(path, title, models, "attacked", report["sweep"], best)
+
+
+def plot_sweep(report: dict, path: str | os.PathLike) -> None:
+    """Draw what a sweep measured: a curve a score and scope, the budget, and what is recommended.
+
+    Rows without a harmful score, which was not needed to tell that they cost too much, have no
+    place.
+
+    Args:
+        report: the contents of a sweep's report.json.
+        path: the PNG to write.
+    """
+    config, best = report["config"], report["recommended"]
+    unplaced = sum(row["harmful_score"] is None for row in report["rows"])
+    title = f"Sweep of {Path(config['adapter'] or config['model_name_or_path']).name}"
+    title += ", held-out prompts, points named by ratio"
+    if unplaced:
+        title += f"; {unplaced} over the budget not shown"
+    least = report["budget"]["min_finetune_accuracy"]
+    models = {"unpruned": report["unpruned"]}
+    best = best and ("recommended", best, best)
+    _draw(path, title, models, "unpruned", report["rows"], best, least)
+
+
+def _draw(path, title, models, start, rows, best, least=0):
+    """Harmful score against finetune accuracy.
+
+    Args:
+        path: the picture.
+        title: its title.
+        models: {name: metrics} of models that no curve made.
+        start: the one of them at which every curve begins.
+        rows: those of a sweep; a curve a score and scope, its points in the order of their ratios.
+        best: (what it is, its row, its metrics) of what was chosen, or None.
+        least: the accuracy that is just within the budget; drawn where it is above 0.
+    """
+    figure, [axes] = _panels(10, 7)
+    curves = {}
+    for row in rows:
+        points = curves.setdefault((row["score"], row["scope"]), [])
+        if row["harmful_score"] is not None:
+            points.append((row["ratio"], _place(row)))
+    every = [_place(metrics) for metrics in models.values()]
+    every += [place for points in curves.values() for _, place in points]
+    # Where nothing may be written: (left, bottom, width).
+    taken = [(x - 1.2, y - 1.2, 2.4) for x, y in every]
+    labels = []
+    for (score, scope), points in curves.items():
+        style, dot = _SCOPES[scope]
+        points.sort()
+        places = [_place(models[start]), *(place for _, place in points)]
+        (line,) = axes.plot(
+            *zip(*places, strict=True),
+            color=_COLOURS.get(score),
+            linestyle=style,
+            linewidth=1.6,
+            alpha=0.8,
+            zorder=2,
+        )
+        xs, ys = [x for x, _ in places[1:]], [y for _, y in places[1:]]
+        look = {"marker": dot, "color": line.get_color(), "label": f"{score}, {scope}"}
+        axes.scatter(xs, ys, s=26, zorder=3, **look)
+        for place, ratios in _groups(points):
+            text = f"{ratios[0]:g}" if len(ratios) == 1 else f"{ratios[0]:g} to {ratios[-1]:g}"
+            labels.append((place, text, line.get_color()))
+    for place, text, colour in labels:
+        _label(axes, place, text, colour, taken)
+    for name, metrics in models.items():
+        marker, colour = _MODELS.get(name, _MODELS["attacked"])
+        look = {"marker": marker, "color": colour, "edgecolor": "white", "label": name}
+        axes.scatter(*_place(metrics), s=150, zorder=4, **look)
+    if best is not None:
+        word, row, metrics = best
+        label = f"{word}: {row['score']}, {row['scope']} at {row['ratio']:g}"
+        axes.scatter(
+            *_place(metrics),
+            facecolor="none",
+            edgecolor="#CC79A7",
+            linewidth=2.2,
+            s=260,
+            zorder=5,
+            label=label,
+        )
+    if least > 0:
+        axes.axvline(
+            least, color="#555555", linestyle=(0, (1, 2)), label=f"budget: FA {least:g}", zorder=1
+        )
+    axes.set_xlabel("finetune accuracy FA, % (higher is better)")
+    axes.set_ylabel("harmful score HS, % (lower is better)")
+    axes.set_xlim(*_LIMITS)
+    axes.set_ylim(*_LIMITS)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_title(title, fontsize=11, parse_math=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+    figure.savefig(path, format="png")
+
+
+def _place(scores):
+    return scores["finetune_accuracy"], scores["harmful_score"]
+
+
+def _groups(points):
+    """Neighbours on a curve that nearly coincide get one label: (place, ratios)."""
+    groups = []
+    for ratio, place in points:
+        near = groups and max(abs(a - b) for a, b in zip(groups[-1][0], place, strict=True)) <= 3
+        if near:
+            groups[-1][1].append(ratio)
+        else:
+            groups.append((place, [ratio]))
+    return groups
+
+
+def _label(axes, place, text, colour, taken):
+    """Write beside a point, further away where another label already is."""
+    from matplotlib.patheffects import withStroke
+
+    # In units of the axes, as large as the text is drawn.
+    width, height = 1.15 * len(text), 2.2
+    candidates = [
+        (place[0] + (dx if dx > 0 else dx - width), place[1] + dy)
+        for far in (1.0, 2.0, 3.0, 4.5, 6.0, 8.0)
+        for dx in (1.3 * far, -1.3 * far)
+        for dy in (-2.6 * far, 1.0 * far)
+    ]
+
+    def free(x, y):
+        low, high = _LIMITS
+        inside = low + 1 <= x <= high - width and low + 1 <= y <= high - height
+        return inside and not any(
+            x < u + w and u < x + width and abs(y - v) < height for u, v, w in taken
+        )
+
+    x, y = next((spot for spot in candidates if free(*spot)), candidates[0])
+    taken.append((x, y, width))
+    written = axes.annotate(
+        text,
+        place,
+        xytext=(x, y),
+        textcoords="data",
+        color=colour,
+        fontsize=8,
+        zorder=6,
+        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.7},
+    )
+    written.set_path_effects([withStroke(linewidth=2, foreground="white")])

@@ -3,30 +3,22 @@
 import time
 from pathlib import Path
 
+from antidote_fast.config.base import StageConfig
 from antidote_fast.config.experiment import SECTIONS, RunConfig
-from antidote_fast.config.flags import from_values
 from antidote_fast.errors import DataError, UsageError
+from antidote_fast.experiments.chain import Chain, Maker, check_own_folder, shared_flags
 from antidote_fast.files.commit import check_output_folder
 from antidote_fast.files.manifest import read_manifest
 from antidote_fast.files.places import held
-from antidote_fast.files.provenance import REPORT, is_done, read_report, replace_report
+from antidote_fast.files.provenance import REPORT, replace_report
 from antidote_fast.stages.inputs import check_data
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
-_SHARED = (
-    "overwrite",
-    "dtype",
-    "device",
-    "seed",
-    "max_seq_length",
-    "template",
-    "trust_remote_code",
-)
-_OURS = ("model_name_or_path", "output_dir", "adapter", "overwrite", "reference_model")
+_SET_HERE = ("model_name_or_path", "output_dir", "adapter", "overwrite", "reference_model")
 _FOLDERS = ("aligned", "attacked", "pruned", "scores")
 
 
-def run(config: RunConfig, *, progress=False) -> dict:
+def run(config: RunConfig, *, progress: Progress = False) -> dict:
     """Run every stage, each in its own folder of ``config.output_dir``.
 
     A stage's folder that is whole and was made with the same settings from files that have not
@@ -40,113 +32,74 @@ def run(config: RunConfig, *, progress=False) -> dict:
         DataError: output_dir holds something else, or a data set or a stage's input is refused.
     """
     out = Path(config.output_dir)
-    stages, scores = _plan(config, out)
-    check(stages, scores, out)
+    stages, scores = stages_of(config)
+    check(config, stages, scores)
     busy = DataError(f"output_dir={config.output_dir!r}: another run is at work there")
     with held(out / ".run.lock", busy, make=True):
-        return _run(config, stages, scores, out, progress)
+        maker, seconds, reused = Maker(progress), {}, []
+
+        def make(name, kind, stage):
+            start = time.monotonic()
+            if maker.is_done(stage):
+                reused.append(name)
+            report = maker.make(kind, stage)
+            seconds[name] = round(time.monotonic() - start, 3)
+            return report
+
+        for kind, stage in stages.items():
+            make(Path(stage.output_dir).name, kind, stage)
+        metrics = {
+            model: make(f"scores/{model}", "evaluate", score)["metrics"]
+            for model, score in track(list(scores.items()), "evaluate", progress)
+        }
+        results = {
+            "models": metrics,
+            "seconds": round(sum(seconds.values()), 3),
+            "stage_seconds": seconds,
+            "reused": reused,
+        }
+        return replace_report(out, "run", config, results)
 
 
-def check(stages, scores, out):
+def stages_of(config: RunConfig) -> tuple[dict[str, StageConfig], dict[str, StageConfig]]:
+    """What a run does, in order; every flag is checked here.
+
+    Returns:
+        ({kind: dataclass} of the stages that make a model, {model: dataclass} of its evaluation).
+
+    Raises:
+        UsageError: a section's flag is unknown, set by the run itself, or out of range.
+    """
+    out = Path(config.output_dir)
+    sections = {kind: flags for kind in SECTIONS if (flags := getattr(config, kind)) is not None}
+    for kind, flags in sections.items():
+        for name in _SET_HERE:
+            if name in flags:
+                raise UsageError(f"{kind}.{name}={flags[name]!r}: is set by the run itself")
+
+    def folder_of(kind, stage, model):
+        return out / "scores" / model if kind == "evaluate" else out / model
+
+    base = config.model_name_or_path
+    chain = Chain(base, shared_flags(config), config.batch_size, sections, folder_of)
+    return chain.stages, {model: chain.evaluation(model) for model in chain.models}
+
+
+def check(config: RunConfig, stages: dict, scores: dict) -> None:
     """Refuse data that cannot be read and folders that cannot be written, before the first stage.
+
+    Args:
+        config: the run's.
+        stages, scores: as :func:`stages_of` gives them.
 
     Raises:
         DataError: naming what is refused.
     """
-    _check_folder(out)
-    check_data([*stages.values(), *scores.values()])
-    for stage in (*stages.values(), *scores.values()):
+    # A killed stage leaves a staged folder, .aligned.partial, which the next one removes.
+    litter = (*(f".{name}." for name in _FOLDERS), ".run.", ".report.")
+    check_own_folder(config.output_dir, (*_FOLDERS, REPORT), litter, "run")
+    every = [*stages.values(), *scores.values()]
+    check_data(every)
+    for stage in every:
         if read_manifest(stage.output_dir) is None:  # else it is kept, or refused for its settings
             check_output_folder(stage.output_dir, stage.overwrite)
-
-
-def _run(config, stages, scores, out, progress):
-    from antidote_fast.stages import align, evaluate, finetune, prune
-
-    seconds, reused = {}, []
-    runs = {"aligned": align.run, "attacked": finetune.run, "pruned": prune.run}
-    for name, stage in stages.items():
-        start = time.monotonic()
-        if is_done(out / name, stage):
-            reused.append(name)
-        else:
-            runs[name](stage, progress=progress)
-        seconds[name] = round(time.monotonic() - start, 3)
-    metrics = {}
-    for name in track(list(scores), "evaluate", progress):
-        start = time.monotonic()
-        folder = Path(scores[name].output_dir)
-        if is_done(folder, scores[name]):
-            reused.append(f"scores/{name}")
-            report = read_report(folder)
-        else:
-            report = evaluate.run(scores[name], progress=progress)
-        metrics[name] = report["metrics"]
-        seconds[f"scores/{name}"] = round(time.monotonic() - start, 3)
-    results = {
-        "models": metrics,
-        "seconds": round(sum(seconds.values()), 3),
-        "stage_seconds": seconds,
-        "reused": reused,
-    }
-    return replace_report(out, "run", config, results)
-
-
-def _plan(config, out):
-    """({folder: stage dataclass}, {model: evaluate dataclass}); every flag is checked here."""
-    shared = {name: getattr(config, name) for name in _SHARED}
-    base = config.model_name_or_path
-    aligned = base if config.align is None else str(out / "aligned")
-    stages = {}
-    if config.align is not None:
-        places = {"model_name_or_path": base, "output_dir": aligned}
-        stages["aligned"] = _section(config, "align", shared | places)
-    places = {"model_name_or_path": aligned, "output_dir": str(out / "attacked")}
-    stages["attacked"] = _section(config, "finetune", shared | places)
-    batch = {"batch_size": config.batch_size}
-    if stages["attacked"].tuning == "lora":
-        attacked = {"model_name_or_path": aligned, "adapter": str(out / "attacked")}
-        pruned = {"model_name_or_path": aligned, "adapter": str(out / "pruned")}
-    else:
-        attacked = {"model_name_or_path": str(out / "attacked")}
-        pruned = {"model_name_or_path": str(out / "pruned")}
-    places = attacked | {"output_dir": str(out / "pruned")}
-    stages["pruned"] = _section(config, "prune", shared | batch | places)
-    stages["pruned"].check_aligned(stages["pruned"].adapter is not None)
-    models = {"base": {"model_name_or_path": base}}
-    if config.align is not None:
-        models["aligned"] = {"model_name_or_path": aligned}
-    models |= {"attacked": attacked, "pruned": pruned}
-    drift = {"reference_model": aligned} if config.evaluate.get("drift_dataset") else {}
-    scores = {
-        name: _section(
-            config,
-            "evaluate",
-            shared | batch | drift | places | {"output_dir": str(out / "scores" / name)},
-        )
-        for name, places in models.items()
-    }
-    return stages, scores
-
-
-def _section(config, section, values):
-    given = dict(getattr(config, section))
-    for name in _OURS:
-        if name in given:
-            raise UsageError(f"{section}.{name}={given[name]!r}: is set by the run itself")
-    return from_values(SECTIONS[section], values | given, section)
-
-
-def _check_folder(out):
-    if out.exists() and not out.is_dir():
-        raise DataError(f"output_dir={str(out)!r}: exists and is not a folder")
-    for path in sorted(out.iterdir()) if out.exists() else ():
-        # A killed stage leaves a staged folder, .aligned.partial, which the next one removes.
-        ours = path.name in (*_FOLDERS, REPORT)
-        if not ours and not path.name.startswith(
-            (*(f".{name}." for name in _FOLDERS), ".run.", ".report.")
-        ):
-            raise DataError(
-                f"output_dir={str(out)!r}: holds {path.name!r}, which no run made; name another "
-                "folder"
-            )

@@ -7,12 +7,17 @@ and ``defense`` among them; None or absent where an axis does not apply), and th
 import csv
 import math
 import numbers
+import os
 import re
 import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from antidote_fast.errors import DataError, UsageError, printable
 from antidote_fast.files.commit import new_file
+from antidote_fast.system.text import markdown_text
+from antidote_fast.system.text import table as text_table
 
 TEXT_COLUMNS = ("role", "cell", "defense", "model", "task", "score", "strength")
 # Name, colour and marker, so that a defense looks the same everywhere (Okabe and Ito's palette).
@@ -34,6 +39,7 @@ PERCENTS = {
     "finetune_accuracy": ("FA", "finetune accuracy", "the task's samples done right", "higher"),
     "benign_refusal_rate": ("BR", "benign refusals", "harmless prompts refused", "lower"),
 }
+METRICS = tuple(PERCENTS)
 # Heading, label, meaning, unit, decimals.
 MEASURES = {
     key: (
@@ -56,7 +62,7 @@ _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,29})")
 _FLOAT = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 
 
-def write_csv(rows, path) -> Path:
+def write_csv(rows: Sequence[dict], path: str | os.PathLike) -> Path:
     """Write rows, whole or not at all; a column a key, in order of first appearance.
 
     Args:
@@ -79,7 +85,7 @@ def write_csv(rows, path) -> Path:
     return path
 
 
-def read_csv(path) -> list[dict]:
+def read_csv(path: str | os.PathLike) -> list[dict]:
     """Rows from a file of :func:`write_csv`.
 
     Args:
@@ -116,7 +122,7 @@ def read_csv(path) -> list[dict]:
         raise DataError(f"{path}: line {reader.line_num}: {printable(error)}") from None
 
 
-def spread(values) -> tuple[float, float | None]:
+def spread(values: Iterable[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1).
 
     Args:
@@ -132,7 +138,7 @@ def spread(values) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def table(rows, spec) -> dict:
+def table(rows: Sequence[dict], spec: dict) -> dict:
     """The numbers of a table; only rows of the role ``test`` count.
 
     A row to which an axis does not apply (SFT has no alpha) is left out by no ``where`` on it, and
@@ -171,7 +177,7 @@ def table(rows, spec) -> dict:
     return {"title": spec["title"], "across": across, "columns": columns, "rows": lines}
 
 
-def markdown(rows, spec) -> str:
+def markdown(rows: Sequence[dict], spec: dict) -> str:
     """A heading, a table in the paper's layout, and a line that says what it shows.
 
     Args:
@@ -183,7 +189,7 @@ def markdown(rows, spec) -> str:
     """
     contents = table(rows, spec)
     if not contents["rows"]:
-        return f"### {_escape(spec['title'])}\n\nNo results.\n"
+        return f"### {markdown_text(spec['title'])}\n\nNo results.\n"
     columns = contents["columns"] + ([] if is_cost(spec) else ["avg"])
     head, lines = [_down(spec)], []
     for measure in measures_of(spec):
@@ -198,13 +204,12 @@ def markdown(rows, spec) -> str:
                 points = [*points, None if average is None else (average, None, 1)]
             for x, point in zip(columns, points, strict=True):
                 lines[-1].append(_text(point, *MEASURES[_key(spec, measure, x)][3:]))
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-    text = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
+    text = text_table([head, *lines], markdown=True)
     note = " ".join(_notes(_chosen(rows, spec), spec))
-    return f"### {_escape(spec['title'])}\n\n{text}\n\n{_escape(note)}\n"
+    return f"### {markdown_text(spec['title'])}\n\n{text}\n\n{markdown_text(note)}\n"
 
 
-def check_spec(spec, axes) -> None:
+def check_spec(spec: Any, axes: Iterable[str]) -> None:
     """Refuse a table's spec that cannot be drawn.
 
     Args:
@@ -268,7 +273,7 @@ def _value(row, name):
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def is_cost(spec):
+def is_cost(spec: dict) -> bool:
     """Whether a table is one of costs."""
     return spec.get("kind") == "cost"
 
@@ -277,7 +282,7 @@ def _down(spec):
     return spec.get("down") or "defense"
 
 
-def measures_of(spec):
+def measures_of(spec: dict) -> tuple[str, ...]:
     """What a table measures, in order."""
     grid = spec.get("measures") or ("harmful_score", "finetune_accuracy")
     return _COST_MEASURES if is_cost(spec) else tuple(grid)
@@ -304,15 +309,11 @@ def _point(rows, key):
     return (*spread(values), len(values)) if values else None
 
 
-def shown(value):
+def shown(value: Any) -> str:
     """A value as tables and pictures write it; a defense by its name."""
     if isinstance(value, float):
         return f"{value:.10g}"
     return MISSING if value is None else DEFENSES.get(value, (str(value),))[0]
-
-
-def _escape(text):
-    return text.replace("\\", "\\\\").replace("|", "\\|")
 
 
 def _text(point, unit, decimals):

@@ -167,8 +167,14 @@ class Checkpoint:
         return {str(path): hashlib.sha256(self.held).hexdigest() for path in self.weight_files}
 
     def fingerprint(self) -> str:
-        """As :func:`antidote_fast.files.fingerprint.fingerprint_model`, from the files; reads
-        little."""
+        """As :func:`antidote_fast.files.fingerprint.fingerprint_model`, from the files.
+
+        Little is read, and once: a checkpoint that changes is not used (:attr:`watch`).
+        """
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self):
         try:
             with contextlib.ExitStack() as stack:
                 handles = {

@@ -332,10 +332,15 @@ def _sync_tree(folder):
         sync(root)
 
 
+def nearest_folder(path) -> Path:
+    """The folder of ``path`` that is there: itself, or the nearest one above."""
+    path = Path(path).absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def check_free_space(folder, needed: int):
     """Refuse, before any work, what will not fit on the disk of ``folder``."""
-    folder = Path(folder).absolute()
-    folder = next(p for p in (folder, *folder.parents) if p.exists())
+    folder = nearest_folder(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise NoRoom(

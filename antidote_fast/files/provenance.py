@@ -1,4 +1,10 @@
-"""Everything that decides a stage's result, for ``resume``: other inputs are another run."""
+"""What a folder was made from, and whether it would be made so now.
+
+Two records tell it. Whoever has opened everything goes by :func:`run_inputs`, of which
+``COMPLETE.json`` keeps a digest and an unfinished run all. Whoever has opened nothing goes by
+``report.json``, which has the config and the hashes of the files (:func:`difference`). What of a
+config counts its fields declare (:mod:`antidote_fast.config.base`).
+"""
 
 import dataclasses
 import functools
@@ -10,70 +16,49 @@ import platform
 import time
 from pathlib import Path
 
+from antidote_fast.config.base import fields_by, with_new_names
 from antidote_fast.errors import DataError
 from antidote_fast.files.commit import new_file
 from antidote_fast.files.manifest import read_manifest, sha256_file, sha256_of, verify_folder
-from antidote_fast.files.safe_open import Folder, read_file
+from antidote_fast.files.safe_open import READ_BY_STAGES, Folder, read_file
 from antidote_fast.system.memory import peak_device_memory_bytes, peak_memory_bytes
 
-# Where the output goes, how much memory it may take and where inputs lie decides no result.
-_NOT_SETTINGS = (
-    "output_dir",
-    "overwrite",
-    "resume",
-    "max_memory",
-    "model_name_or_path",
-    "adapter",
-    "dataset",
-    "harmful_dataset",
-    "safe_dataset",
-    "norms",
-    "preserve_dataset",
-    "preserve_norms",
-    "base_model",
-    "save_steps",
-)
+REPORT = "report.json"
+SCHEMA_VERSION = 1
+# A base model's weights are identified by the fingerprint in the norms; hashing gigabytes of them
+# for each run would cost more than the pruning.
+_MAX_HASHED_BYTES = 256 << 20
+_MAX_HASHED_TOGETHER = 4 << 30
+_MAX_REPORT_BYTES = 256 << 20
+_NOT_HASHED = "not hashed"
 _LIBRARIES = ("antidote-fast", "torch", "transformers", "peft")
 
 
-def run_inputs(
-    config,
-    base,
-    adapter,
-    *,
-    records=None,
-    norms=None,
-    preserve_records=None,
-    preserve_norms=None,
-    aligned=None,
-) -> dict:
-    """What must be the same for an interrupted run to go on.
+def run_inputs(config, base, adapter=None, *, records, norms=None, aligned=None) -> dict:
+    """Everything that decides a stage's result, of what is opened: so that a run can go on.
 
     Args:
         config: a stage's frozen dataclass.
         base: checkpoint of the model: its fingerprint and the size and date of its files; hashing
             all of it would cost more than the pruning.
         adapter: checkpoint of the adapter, or None; hashed.
-        records: the calibration or training data, where there are any; hashed.
-        norms: :class:`antidote_fast.ActivationNorms` given instead.
-        preserve_records, preserve_norms: the same of what is to be preserved.
+        records: {field of the config: its records}, of data that a model sees; hashed.
+        norms: {field of the config: :class:`antidote_fast.ActivationNorms`}, where there are any.
         aligned: checkpoint of the model that removed weights fall back to, told as ``base`` is.
     """
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_SETTINGS}
     inputs = {
-        "settings": settings,
+        "settings": settings_of(config),
         "model": _model(base),
         "versions": {name: versions()[name] for name in _LIBRARIES},
     }
     if adapter is not None:
         weights = {Path(path).name: digest for path, digest in adapter.digests().items()}
         inputs["adapter"] = {"config": adapter.config, **weights}
-    for name, held in (("data", records), ("preserve data", preserve_records)):
-        if held is not None:
-            inputs[name] = _hash([dataclasses.astuple(record) for record in held])
-    for name, given in (("norms", norms), ("preserve norms", preserve_norms)):
-        if given is not None:
-            inputs[name] = _sums(given)
+    for name, some in records.items():
+        data = name.replace("dataset", "data").replace("_", " ")
+        inputs[data] = _hash([dataclasses.astuple(record) for record in some])
+    for name, each in (norms or {}).items():
+        inputs[name.replace("_", " ")] = _sums(each)
     if aligned is not None:
         inputs["base model"] = _model(aligned)
     # As JSON gives it back: lists for tuples, strings for what it does not know.
@@ -98,16 +83,6 @@ def _hash(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-REPORT = "report.json"
-SCHEMA_VERSION = 1
-# A base model's weights are identified by the fingerprint in the norms; hashing gigabytes of them
-# for each run would cost more than the pruning.
-_MAX_HASHED_BYTES = 256 << 20
-_MAX_HASHED_TOGETHER = 4 << 30
-_MAX_REPORT_BYTES = 256 << 20
-_NOT_HASHED = "not hashed"
-
-
 def versions() -> dict:
     """The versions that decide a result: this package, Python, the libraries, the platform."""
     return dict(_versions())
@@ -115,7 +90,7 @@ def versions() -> dict:
 
 @functools.cache  # 3 ms, and a fleet writes thousands of reports
 def _versions():
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    installed = {"python": platform.python_version(), "platform": platform.platform()}
     for name in (
         "antidote-fast",
         "torch",
@@ -128,17 +103,17 @@ def _versions():
         "accelerate",
     ):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    if found["antidote-fast"] is None:  # run from a checkout that was not installed
+            installed[name] = None
+    if installed["antidote-fast"] is None:  # run from a checkout that was not installed
         import antidote_fast
 
-        found["antidote-fast"] = antidote_fast.__version__
-    return found
+        installed["antidote-fast"] = antidote_fast.__version__
+    return installed
 
 
-def hash_inputs(paths, known=None) -> dict:
+def hash_inputs(paths, read=None, *, listed=True) -> dict:
     """What the files were that a stage read: ``{path: sha256}``.
 
     A folder that this tool wrote counts with the hashes of its ``COMPLETE.json``, any other with
@@ -147,14 +122,15 @@ def hash_inputs(paths, known=None) -> dict:
 
     Args:
         paths: files and folders.
-        known: {path: sha256} of files that were hashed as they were read; they replace the hashes
+        read: {path: sha256} of files that were hashed as they were read; they replace the hashes
             of what lies there now.
+        listed: take the word of a ``COMPLETE.json``; else the files that it lists are hashed.
+
+    Raises:
+        DataError, OSError: a file that is to be hashed cannot be read.
     """
     hashes = {}
-    for path in paths:
-        if path is None or not Path(path).exists():
-            continue
-        path = Path(path)
+    for path in map(Path, filter(None, paths)):
         if path.is_file():
             size = path.stat().st_size
             small = size <= _MAX_HASHED_TOGETHER  # nothing longer is read
@@ -165,10 +141,10 @@ def hash_inputs(paths, known=None) -> dict:
         manifest = read_manifest(path)
         if manifest is not None:
             for name, entry in sorted(manifest["files"].items()):
-                hashes[f"{path}/{name}"] = entry["sha256"]
+                hashes[f"{path}/{name}"] = entry["sha256"] if listed else sha256_file(path / name)
             continue
         hashes |= _hash_folder(path)
-    for name, digest in (known or {}).items():
+    for name, digest in (read or {}).items():
         if name in hashes and not hashes[name].endswith(_NOT_HASHED):
             hashes[name] = digest
     return hashes
@@ -191,6 +167,113 @@ def _hash_folder(path):
     return hashes
 
 
+def settings_of(config) -> dict:
+    """{field: value} of what decides a stage's result by its value, as JSON gives it back."""
+    values = {each.name: getattr(config, each.name) for each in fields_by(config, "value")}
+    return json.loads(json.dumps(values))
+
+
+def input_files(config) -> list[str]:
+    """The local files and folders that a stage's config names, data sets without their role."""
+    names = [getattr(config, each.name) for each in fields_by(config, "contents")]
+    paths = [(name, name.rpartition(":")[0]) for name in names if name is not None]
+    return [path for pair in paths if (path := next(filter(os.path.exists, pair), None))]
+
+
+def is_done(folder, config) -> bool:
+    """Whether ``folder`` is whole and came from these settings and files, all hashed again."""
+    try:
+        return difference(folder, config) is None
+    except (DataError, OSError):
+        return False
+
+
+def difference(folder, config, hashes=None, base_fingerprint=None) -> str | None:
+    """What is otherwise in a folder than if a stage made it now; None where nothing is.
+
+    Args:
+        folder: the stage's output.
+        config: the stage's frozen dataclass.
+        hashes: as :func:`hash_inputs` gives them for :func:`input_files` now. Without them the
+            files are hashed, and what was written is hashed too, not only compared by size.
+        base_fingerprint: of the base model, which then counts in place of its files.
+
+    Raises:
+        DataError, OSError: a file cannot be read.
+    """
+    folder, stage = Path(folder), type(config).__name__.removesuffix("Config").lower()
+    manifest, report = read_manifest(folder), read_report(folder)
+    if manifest is None:
+        return "is not whole"
+    for name, entry in sorted(manifest["files"].items()):
+        try:
+            size = os.stat(folder / name).st_size
+        except OSError:
+            return f"is not whole: {name} is missing"
+        if size != entry["bytes"]:
+            return f"is not whole: {name} has {size} bytes, not {entry['bytes']}"
+    written_by, before, recorded = (
+        (report or {}).get(name) for name in ("stage", "config", "inputs")
+    )
+    if written_by != stage or not (isinstance(before, dict) and isinstance(recorded, dict)):
+        return f"was not written by {stage}"
+    before = with_new_names(before, notify=lambda notice: None)
+    other = _other_setting(before, config)
+    if other is not None:
+        return other
+    if hashes is None:
+        problems = verify_folder(folder)
+        if problems:
+            return f"is not whole: {problems[0]}"
+        hashes = hash_inputs(input_files(config), listed=False)
+    if base_fingerprint and manifest.get("base_fingerprint") != base_fingerprint:
+        return "was made for another base model"
+    for name in (each.name for each in fields_by(config, "contents")):
+        if base_fingerprint and name == "model_name_or_path":
+            continue
+        value = getattr(config, name)
+        then, now = _contents_of(before.get(name), recorded), _contents_of(value, hashes)
+        if then != now and isinstance(then, dict) and isinstance(now, dict):
+            changed = sorted(file for file, _ in then.items() ^ now.items())
+            return f"was made from another {changed[0]!r}"
+        if then != now:
+            return f"was made with another {name} than {value!r:.80}"
+    return None
+
+
+def _other_setting(before, config):
+    """The first setting of a recorded config that is another one now, in words; None without."""
+    defaults = {
+        each.name: each.default
+        for each in dataclasses.fields(config)
+        if each.default is not dataclasses.MISSING
+    }
+    settings = settings_of(config)
+    unknown = before.keys() - {each.name for each in dataclasses.fields(config)}
+    for name in (*settings, *sorted(name for name in unknown if before[name])):
+        then, now = before.get(name, defaults.get(name)), settings.get(name)
+        if then != now:
+            return f"was made with {name}={then!r:.60}, not {now!r:.60}"
+    return None
+
+
+def _contents_of(value, hashes):
+    """What lay where a field says: {file in a folder: hash}, a file's (hash, role), or the name."""
+    for name, role in ((value, ""), (value or "").rpartition(":")[::2]):
+        if not name:
+            continue
+        if str(Path(name)) in hashes:
+            return hashes[str(Path(name))], role
+        inside = {
+            str(Path(path).relative_to(name)): digest
+            for path, digest in hashes.items()
+            if Path(path).is_relative_to(name)
+        }
+        if inside:
+            return {file: each for file, each in inside.items() if READ_BY_STAGES.fullmatch(file)}
+    return value
+
+
 def write_report(folder, stage, config, results, inputs=()) -> dict:
     """Write ``report.json`` into ``folder`` (the staged one) and return its contents.
 
@@ -202,12 +285,12 @@ def write_report(folder, stage, config, results, inputs=()) -> dict:
         inputs: paths of the files and folders that the stage read; their hashes are recorded. Or
             what :func:`hash_inputs` gave for them before.
     """
-    report = _contents(stage, config, results, inputs)
+    report = _report(stage, config, results, inputs)
     (Path(folder) / REPORT).write_text(_as_text(report), encoding="utf-8")
     return report
 
 
-def _contents(stage, config, results, inputs=()):
+def _report(stage, config, results, inputs=()):
     return {
         "schema_version": SCHEMA_VERSION,
         "stage": stage,
@@ -228,7 +311,7 @@ def replace_report(folder, stage, config, results) -> dict:
     Args:
         folder: an existing folder; the rest as :func:`write_report`.
     """
-    report = _contents(stage, config, results)
+    report = _report(stage, config, results)
     with new_file(Path(folder) / REPORT) as partial:
         partial.write_text(_as_text(report), encoding="utf-8")
     return report
@@ -272,35 +355,3 @@ def _plain(value):
     if hasattr(value, "item"):
         return value.item()
     raise TypeError(f"report.json cannot hold a {type(value).__name__}")
-
-
-def is_done(folder, stage) -> bool:
-    """Whether ``folder`` is whole and came from these settings and these input files."""
-    report = read_report(folder)
-    before = report and report.get("config")
-    if not isinstance(before, dict) or _settings(stage, before) != _settings(stage):
-        return False
-    try:
-        if verify_folder(folder):
-            return False
-        for path, recorded in report["inputs"].items():
-            if recorded.endswith("not hashed"):
-                if recorded != f"{os.path.getsize(path)} bytes, not hashed":
-                    return False
-            elif sha256_file(path) != recorded:
-                return False
-    except (DataError, OSError):
-        return False
-    return True
-
-
-def _settings(stage, recorded=None):
-    """A stage's settings, or those that its report recorded; flags newer than that at default."""
-    defaults = {
-        field.name: field.default
-        for field in dataclasses.fields(stage)
-        if field.default is not dataclasses.MISSING
-    }
-    config = dataclasses.asdict(stage) if recorded is None else defaults | recorded
-    plain = json.loads(json.dumps(config))
-    return {k: v for k, v in plain.items() if k != "overwrite"}

@@ -30,7 +30,6 @@ from antidote_fast.files.manifest import read_manifest
 from antidote_fast.files.places import run_of, sync
 
 STATE_VERSION = 1
-MANIFEST_ENTRY = RUN_INPUTS
 KEPT = "what was done is kept, and the same command with --resume goes on"
 
 
@@ -41,7 +40,7 @@ def is_finished(path, inputs) -> bool:
         DataError: it is the output of a run with other ones.
     """
     manifest = read_manifest(path)
-    recorded = (manifest or {}).get(MANIFEST_ENTRY)
+    recorded = (manifest or {}).get(RUN_INPUTS)
     if recorded is None:
         return False
     if recorded != digest_of(inputs):
@@ -70,9 +69,12 @@ class Run:
         state: JSON values, as last saved; empty in a run that has just begun.
         keep: whether an error of the inputs leaves the folder too, where it holds a state.
         done: whether the output has its name.
+        digests: {file name: SHA-256} of files of the output that are hashed and on the disk
+            already; None without.
     """
 
     keep = done = False
+    digests = None
 
     def __init__(self, place, inputs, state):
         self.folder, self.state = place.at("run"), state
@@ -87,15 +89,14 @@ class Run:
         sync(self.folder)
         self.state = state
 
-    def commit(self, digests=None, **manifest_entries):
+    def commit(self, **manifest_entries):
         """Give :attr:`output` the target's name, with ``COMPLETE.json``.
 
         Args:
-            digests: {file name: SHA-256} of files that are hashed and on the disk already.
             manifest_entries: further JSON values for ``COMPLETE.json``.
         """
-        manifest_entries[MANIFEST_ENTRY] = digest_of(self._inputs)
-        commit(self.output, self._place, manifest_entries, digests)
+        manifest_entries[RUN_INPUTS] = digest_of(self._inputs)
+        commit(self.output, self._place, manifest_entries, self.digests)
         self.done = True
 
 

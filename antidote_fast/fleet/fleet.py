@@ -12,21 +12,21 @@ from antidote_fast.config.fleet import FleetConfig, parse_shard
 from antidote_fast.errors import Interrupted, JobsSetAside
 from antidote_fast.files.provenance import versions
 from antidote_fast.fleet import folder
-from antidote_fast.fleet.manifest import read_manifest_file
+from antidote_fast.fleet.jobs import read_jobs
 from antidote_fast.system import interrupts
 from antidote_fast.system.memory import peak_memory_bytes
 from antidote_fast.system.progress import count
 
 
 def run(config: FleetConfig, *, progress=False) -> dict:
-    """Do all jobs of the manifest that are not done.
+    """Do all jobs of the list that are not done.
 
     Each job's folder, ``output_dir/NAME``, is what ``prune`` writes for its adapter. A job that
     fails is set aside: ``output_dir/failed/NAME.json`` says why, in one line. ``summary.json``
     (``summary-i-of-n.json`` with shards) tells of every job.
 
     Args:
-        config: the base, the manifest and the settings.
+        config: the base, the list of jobs and the settings.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
 
     Returns:
@@ -36,11 +36,11 @@ def run(config: FleetConfig, *, progress=False) -> dict:
         JobsSetAside: all other jobs are done; ``report`` of the exception is the summary.
         Interrupted: a signal came; the job in work was finished first, and the same command goes
             on. It has a ``report`` too.
-        DataError, UsageError: the manifest, the base or the fleet's data set is refused, or
+        DataError, UsageError: the list, the base or the fleet's data set is refused, or
             another fleet is at work in output_dir; no job was begun.
         AntidoteError: the disk is full.
     """
-    jobs = read_manifest_file(config)
+    jobs = read_jobs(config)
     shard = parse_shard(config.shard)
     jobs = jobs[shard[0] :: shard[1]]
     start = time.perf_counter()

@@ -9,107 +9,43 @@ import tempfile
 import time
 from pathlib import Path
 
-from antidote_fast.data.load import local_file
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.files.commit import check_output_folder, check_parent, new_file
 from antidote_fast.files.manifest import read_manifest
-from antidote_fast.files.provenance import read_report
-from antidote_fast.fleet.manifest import SHARED
+from antidote_fast.files.provenance import difference, read_report
 
 FAILED = "failed"
 SCHEMA_VERSION = 1
-# What two runs of a job may differ in, or what is compared by contents.
-_NOT_SETTINGS = ("overwrite", "model_name_or_path", "dataset", "preserve_dataset")
 
 
-def finished(job, inputs, base_fingerprint):
+def finished(job, hashes, base_fingerprint):
     """The report of a job whose folder is whole and was made as it would be now; else None.
 
     Sizes are compared, not the hashes of what was written: ``antidote-fast inspect`` does that.
 
     Args:
         job: a :class:`Job`.
-        inputs: hashes of the adapter's and the data's files, as ``hash_inputs`` gives them.
+        hashes: of the adapter's and the data's files, as ``hash_inputs`` gives them.
         base_fingerprint: of the base model.
 
     Raises:
         DataError: the folder holds something else, or was made otherwise and the job is not to
             overwrite it; the message names what differs.
     """
-    folder = Path(job.config.output_dir)
-    manifest = read_manifest(folder)
-    if manifest is None:
-        check_output_folder(folder, job.config.overwrite)
+    folder, overwrite = Path(job.config.output_dir), job.config.overwrite
+    if read_manifest(folder) is None:
+        check_output_folder(folder, overwrite)
         return None
-    report = read_report(folder)
-    differs = _difference(job, inputs, base_fingerprint, folder, manifest, report)
+    differs = difference(folder, job.config, hashes, base_fingerprint)
     if differs is None:
-        return report
-    if not job.config.overwrite:
+        return read_report(folder)
+    if not overwrite:
         raise DataError(
             f"output_dir={str(folder)!r}: {differs}; pass overwrite to replace it, or give the job "
             "another name"
         )
     check_output_folder(folder, True)
     return None
-
-
-def _difference(job, inputs, base_fingerprint, folder, manifest, report):
-    for name, entry in sorted(manifest["files"].items()):
-        try:
-            size = os.stat(folder / name).st_size
-        except OSError:
-            return f"is not whole: {name} is missing"
-        if size != entry.get("bytes"):
-            return f"is not whole: {name} has {size} bytes, not {entry.get('bytes')}"
-    if report is None or report.get("stage") != "prune" or not _is_dict(report.get("config")):
-        return "was not written by a prune"
-    if not _is_dict(report.get("inputs")):
-        return "was not written by a prune"
-    before = report["config"]
-    for name in SHARED:
-        now = getattr(job.config, name)
-        if name not in _NOT_SETTINGS and name in before and before[name] != now:
-            return f"was made with {name}={before[name]!r:.60}, not {now!r:.60}"
-    if job.config.norms is None and before.get("norms") is not None:
-        return "was made with norms from a file"
-    if base_fingerprint and manifest.get("base_fingerprint") != base_fingerprint:
-        return "was made for another base model"
-    for name in ("dataset", "preserve_dataset"):
-        data, then = getattr(job.config, name), before.get(name)
-        if _hub_name(data) != _hub_name(then) or (data is None) != (then is None):
-            return f"was made with another {name} than {data!r:.80}"
-    recorded = _contents(report["inputs"], before.get("model_name_or_path"))
-    actual = _contents(inputs, job.config.model_name_or_path)
-    changed = sorted({name for name, _ in recorded ^ actual})
-    if changed:
-        return f"was made from another {changed[0]!r}"
-    for name in ("dataset", "preserve_dataset"):  # the same files, but which was which?
-        data = getattr(job.config, name)
-        if _told(data, inputs) != _told(before.get(name), report["inputs"]):
-            return f"was made with another {name} than {data!r:.80}"
-    return None
-
-
-def _is_dict(value):
-    return isinstance(value, dict)
-
-
-def _hub_name(dataset):
-    return dataset if dataset is not None and local_file(dataset) is None else None
-
-
-def _told(dataset, inputs):
-    """The hash of a local data set and its role; None for one on the hub."""
-    file = dataset and local_file(dataset)
-    return file and (inputs.get(file), dataset.removeprefix(file))
-
-
-def _contents(inputs, base):
-    """{(file name, hash)} of the inputs without the base's files, wherever they lay."""
-    base = Path(str(base))
-    paths = {Path(path): digest for path, digest in inputs.items()}
-    return {(path.name, digest) for path, digest in paths.items() if base not in path.parents}
 
 
 def set_aside(out, outcome):

@@ -17,7 +17,6 @@ import torch
 from antidote_fast.data.batches import batches_of
 from antidote_fast.data.load import local_file
 from antidote_fast.errors import AntidoteError, DataError
-from antidote_fast.files.checkpoint import Checkpoint, open_checkpoint
 from antidote_fast.files.commit import output_folder
 from antidote_fast.files.fingerprint import fingerprint_model
 from antidote_fast.files.manifest import check_input
@@ -26,17 +25,18 @@ from antidote_fast.files.pruned_copy import check_copied, write_pruned
 from antidote_fast.files.safe_open import Watch
 from antidote_fast.fleet.folder import finished, has_room, is_disk_full
 from antidote_fast.fleet.hotswap import AdapterSlot, BaseLost
+from antidote_fast.fleet.jobs import Job
 from antidote_fast.models.adapters import check_adapter, check_sizes
 from antidote_fast.models.footprint import check_memory
 from antidote_fast.models.forwards import lean_forward
-from antidote_fast.models.loading import load_model, load_tokenizer, pick_device, resolve_folder
+from antidote_fast.models.loading import load_model, load_tokenizer, open_model, pick_device
 from antidote_fast.models.targets import find_targets
 from antidote_fast.norms.activation_norms import ActivationNorms, counts_of
 from antidote_fast.norms.collector import NormCollector, run_batch
-from antidote_fast.pruning.prune import prune_state_
-from antidote_fast.stages import prune
-from antidote_fast.stages.evidence import Known, weights_to_prune
-from antidote_fast.stages.inputs import describe_backend, load_data
+from antidote_fast.pruning.evidence import Evidence
+from antidote_fast.stages.evidence import prune_weights, weights_to_prune
+from antidote_fast.stages.inputs import Inputs, describe_backend, load_data, unseen_data
+from antidote_fast.stages.prune import finish, pruned_of
 
 AHEAD = 2  # adapters read before their turn, and results not yet on the disk, in memory
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -58,14 +58,7 @@ class Worker:
     def __init__(self, config):
         self.config = config
         _keep_freed_memory()
-        folder = resolve_folder(config.model_name_or_path)
-        base = open_checkpoint(folder, trust_remote_code=config.trust_remote_code)
-        if base.is_adapter:
-            raise DataError(
-                f"model_name_or_path={config.model_name_or_path!r}: is a PEFT adapter; give the "
-                "base model of the adapters"
-            )
-        self.base = _Base(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
+        self.base = open_model(config)
         self.device = pick_device(config.device)
         self.backend = describe_backend(config.backend, self.device)
         self._base_hashes = hash_inputs([config.model_name_or_path])
@@ -83,8 +76,8 @@ class Worker:
         for name in _SETS:
             for job in jobs:
                 ours = getattr(job.config, name) == getattr(self.config, name)
-                if ours and name in sets_of(job.config):
-                    self._data_of(job.config, name)
+                if ours and name in unseen_data(job.config):
+                    self.data_of(job.config, name)
                     break
 
     def run(self, jobs, stop=lambda: False):
@@ -130,30 +123,42 @@ class Worker:
             self._hooks.close()
         self._hooks = self._hooked = self._collector = None
 
+    def open_adapter(self, config):
+        """A job's adapter, checked by what needs no look at the base's weights."""
+        adapter = open_model(config, "adapter")
+        check_copied(adapter)
+        check_sizes(adapter, {name: entry.shape for name, entry in self.base.tensors.items()})
+        check_input(adapter.folder)
+        return adapter
+
     def _read(self, job):
         """In the reader's thread: every check that needs no model, and the tensors."""
         start = time.perf_counter()
         config = job.config
-        adapter = open_checkpoint(config.adapter)
-        if not adapter.is_adapter:
-            raise DataError(f"adapter={config.adapter!r}: is a whole model, not an adapter")
-        check_copied(adapter)
-        check_sizes(adapter, {name: entry.shape for name, entry in self.base.tensors.items()})
-        check_input(adapter.folder)
-        inputs = {**self._base_hashes, **hash_inputs([config.adapter])}
+        adapter = self.open_adapter(config)
+        hashes = {**self._base_hashes, **hash_inputs([config.adapter])}
         for name in _SETS:
             data = getattr(config, name)
             if data and (file := local_file(data)):
-                inputs |= self._hashes_of(file)
-        report = finished(job, inputs, self.base.fingerprint())
+                hashes |= self._hashes_of(file)
+        report = finished(job, hashes, self.base.fingerprint())
         if report is not None:
-            return _Read(job, adapter, report=report)
+            return _Read(job, report=report)
         check_adapter(adapter, self.base)
-        data = {name: self._data_of(config, name) for name in sets_of(config)}
+        data = {name: self.data_of(config, name) for name in unseen_data(config)}
         tensors = adapter.read(adapter.tensors)
-        if hash_inputs([config.adapter], adapter.digests()).items() - inputs.items():
+        if hash_inputs([config.adapter], adapter.digests()).items() - hashes.items():
             raise DataError(f"{adapter.folder}: changed while it was in use")
-        return _Read(job, adapter, tensors, data, inputs, seconds=time.perf_counter() - start)
+        inputs = Inputs(
+            config=config,
+            base=self.base,
+            adapter=adapter,
+            device=self.device,
+            backend=self.backend,
+            evidence=Evidence(score=config.score),
+        )
+        seconds = time.perf_counter() - start
+        return _Read(job, inputs, tensors, data, hashes, seconds=seconds)
 
     def _compute(self, read, writer):
         """A future of the job's report; the forwards are run here, by the thread that calls."""
@@ -171,24 +176,25 @@ class Worker:
             self._fingerprint = fingerprint_model(self._slot.model)
         try:
             start = time.perf_counter()
-            known = self._norms(read) if read.data else Known(self.backend)
+            if read.data:
+                self._add_norms(read)
             seconds = read.seconds + time.perf_counter() - start
-            return writer.submit(self._write, read, known, seconds)
+            return writer.submit(self._write, read, seconds)
         except BaseLost:  # for every job
             raise
         except Exception as error:
             done.set_exception(error)
             return done
 
-    def _norms(self, read):
-        """The norms of one adapter, on a base that was the one loaded from start to end.
+    def _add_norms(self, read):
+        """Collect the norms of one adapter, on a base that was the one loaded from start to end.
 
         Where its weights have changed meanwhile it is loaded again, and the norms are collected
         once more: nothing that came of another base is written, nor does the next job meet it.
         """
         for _ in range(2):
             try:
-                known = self._collect(read)
+                self._collect(read)
                 name = self._slot.changed()
             except BaseLost:
                 raise
@@ -197,25 +203,25 @@ class Worker:
                 self._slot.clear()
                 raise
             if name is None:
-                return known
+                return
             self._close()
             self._slot.clear()
         raise DataError(
-            f"{read.adapter.folder}: the base's {name!r} changes while this adapter is on it"
+            f"{read.inputs.adapter.folder}: the base's {name!r} changes while this adapter is on it"
         )
 
     def _collect(self, read):
-        """The norms of one adapter; hooks stay on the model for the next one like it."""
+        """Run one adapter over its data; hooks stay on the model for the next one like it."""
         config = read.job.config
-        if not self._slot.fits(read.adapter):
+        if not self._slot.fits(read.inputs.adapter):
             self._close()
-        live = self._slot.put(read.adapter, read.tensors)
+        live = self._slot.put(read.inputs.adapter, read.tensors)
         wanted = (config.targets, config.ignore, config.aggregation, config.response_only)
         if self._hooks is None or self._hooked != wanted:
             self._close()
             self._put_hooks_on(live, config)
             self._hooked = wanted
-        collector, known = self._collector, Known(self.backend)
+        collector = self._collector
         for name, (batches, num_records, dropped, truncated) in read.data.items():
             collector.reset()
             with torch.no_grad():
@@ -228,13 +234,12 @@ class Worker:
                 "num_dropped": dropped,
                 "num_truncated": truncated,
             }
-            known.take_collected(name, norms, counts)
-        return known
+            read.inputs.add_norms(name, norms, counts)
 
     def _put_hooks_on(self, live, config):
-        found = find_targets(live, config.targets, config.ignore)
+        targets = find_targets(live, config.targets, config.ignore)
         collector = NormCollector(
-            found,
+            targets,
             aggregation=config.aggregation,
             response_only=config.response_only,
             backend=config.backend,
@@ -242,38 +247,25 @@ class Worker:
         )
         with contextlib.ExitStack() as stack:
             self._collector = stack.enter_context(collector)
-            self._options = stack.enter_context(lean_forward(live, found))
+            self._options = stack.enter_context(lean_forward(live, targets))
             self._hooks = stack.pop_all()
 
-    def _write(self, read, known, calibrated):
+    def _write(self, read, calibrated):
         """In the writer's thread: select, prune, and put the job's folder in place."""
         start = time.perf_counter()
-        config, adapter = read.job.config, read.adapter
-        keys, _ = weights_to_prune(config, adapter, known.named)
+        config, inputs = read.job.config, read.inputs
+        inputs.begun = start - calibrated
+        keys, _ = weights_to_prune(config, inputs.adapter, inputs.naming_norms)
         weights = {key: read.tensors[key].to(self.device) for key in keys}
-        report = prune_state_(
-            weights,
-            known.norms,
-            config.selection,
-            targets=config.targets if known.named is not None else None,
-            ignore=config.ignore if known.named is not None else (),
-            score=config.score,
-            seed=config.seed,
-            backend=config.backend,
-            return_masks=config.save_masks,
-            preserve_norms=known.preserve_norms,
-            together=True,
-        )
+        report = prune_weights(inputs, weights, together=True)
         entries = {"base_fingerprint": self.base.fingerprint()}
-        pruned = {layer.key: weights[layer.key] for layer in report.layers}
         with output_folder(config.output_dir, config.overwrite, **entries) as folder:
-            write_pruned(adapter, folder, pruned)
-            seconds = {"calibrate": calibrated, "prune": time.perf_counter() - start}
-            contents = prune.finish(folder, config, report, known, seconds, inputs=read.inputs)
+            write_pruned(inputs.adapter, folder, pruned_of(weights, report))
+            contents = finish(folder, inputs, report, read.hashes)
             for name in read.data:
                 if file := local_file(getattr(config, name)):
                     self._watch_of(file).check()
-        self._usual = max(self._usual, len(adapter.held))
+        self._usual = max(self._usual, len(inputs.adapter.held))
         return "done", contents, calibrated + time.perf_counter() - start
 
     def _outcome(self, job, future):
@@ -297,12 +289,7 @@ class Worker:
 
     def _load(self):
         check_memory(self.config, [self.base])
-        model = load_model(
-            self.base.folder,
-            dtype=self.config.dtype,
-            device=self.config.device,
-            trust_remote_code=self.config.trust_remote_code,
-        )
+        model = load_model(self.base.folder, **self.config.load_options)
         self.base.watch.check()  # none of its files changed while it was read
         return model
 
@@ -310,7 +297,7 @@ class Worker:
     def _tokenizer(self):
         return load_tokenizer(self.base.folder, trust_remote_code=self.config.trust_remote_code)
 
-    def _data_of(self, config, name="dataset"):
+    def data_of(self, config, name="dataset"):
         """(batches on the device, records, dropped, truncated), tokenised once for all jobs."""
         key = (
             getattr(config, name),
@@ -319,8 +306,8 @@ class Worker:
             config.max_seq_length,
             config.batch_size,
         )
-        held = self._data.get(key)
-        if held is None:
+        tokenised = self._data.get(key)
+        if tokenised is None:
             try:
                 file = local_file(getattr(config, name))
                 watch = Watch() if file is None else self._watch_of(file)
@@ -328,16 +315,16 @@ class Worker:
                 watch.check()
                 batches = batches_of(config, records, self._tokenizer, self.base.config)
                 on_device = [{k: v.to(self.device) for k, v in b.items()} for b in batches]
-                held = on_device, len(records), batches.num_dropped, batches.num_truncated
+                tokenised = on_device, len(records), batches.num_dropped, batches.num_truncated
             except AntidoteError as error:  # for every job that names these data
-                held = error
-            self._data[key] = held
+                tokenised = error
+            self._data[key] = tokenised
             if len(self._data) > _DATA_SETS:
                 self._data.popitem(last=False)
         self._data.move_to_end(key)
-        if isinstance(held, AntidoteError):
-            raise type(held)(str(held))
-        return held
+        if isinstance(tokenised, AntidoteError):
+            raise type(tokenised)(str(tokenised))
+        return tokenised
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a worker lives as long as its process
     def _hashes_of(self, file):
@@ -349,11 +336,6 @@ class Worker:
         if file not in self._watches:
             self._watches[file] = Watch(file)
         return self._watches[file]
-
-
-def sets_of(config):
-    """The fields of a job's config that name data which its adapter runs on."""
-    return Known({}).missing(config)
 
 
 def _keep_freed_memory():
@@ -383,25 +365,13 @@ def _on_one_core():
 class _Read:
     """A job between its threads; ``report`` where it is done already."""
 
-    job: object
-    adapter: Checkpoint
+    job: Job
+    inputs: Inputs | None = None
     tensors: dict | None = None
     data: dict | None = None
-    inputs: dict | None = None
+    hashes: dict | None = None
     report: dict | None = None
     seconds: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Base(Checkpoint):
-    """A base whose fingerprint is read once."""
-
-    @functools.cached_property
-    def _fingerprint(self):
-        return super().fingerprint()
-
-    def fingerprint(self):
-        return self._fingerprint
 
 
 _DEVICE_ERRORS = (getattr(torch, "AcceleratorError", ()),)

@@ -12,21 +12,25 @@ from antidote_fast.system.memory import available_memory, format_bytes
 ADAM_BYTES = 8  # two fp32 moments a trainable weight
 
 
-def weight_bytes(checkpoint: Checkpoint, dtype="auto") -> int:
+def num_weights(checkpoint: Checkpoint) -> int:
+    """Elements of a checkpoint's tensors."""
+    return sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+
+
+def weight_bytes(checkpoint: Checkpoint, dtype: str = "auto") -> int:
     """Bytes of a checkpoint's weights in memory, in ``dtype`` (auto: as they are saved)."""
     wanted = pick_dtype(dtype)
     convert = wanted != "auto" and "quantization_config" not in checkpoint.config
     total = 0
     for entry in checkpoint.tensors.values():
-        is_float = entry.dtype is not None and entry.dtype.is_floating_point
-        if convert and is_float:
+        if convert and entry.dtype is not None and entry.dtype.is_floating_point:
             total += math.prod(entry.shape) * wanted.itemsize
         else:
             total += entry.end - entry.start
     return total
 
 
-def check_memory(config, checkpoints):
+def check_memory(config, checkpoints: list[Checkpoint | None]) -> None:
     """Refuse, before weights are loaded, what cannot be held; only what is surely needed counts.
 
     That is the weights, and in full training their fp32 copies, gradients and Adam's moments.
@@ -40,31 +44,27 @@ def check_memory(config, checkpoints):
     """
     if getattr(config, "device_map", None):  # spread over devices, and past them
         return
-    found = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
-    needed = sum(weight_bytes(checkpoint, config.dtype) for checkpoint in found)
-    if getattr(config, "tuning", None) == "full":
-        weights = sum(math.prod(entry.shape) for entry in found[0].tensors.values())
-        needed = weights * (4 + 4 + ADAM_BYTES)
-    device = pick_device(config.device)
+    base, device = checkpoints[0], pick_device(config.device)
     available = device_memory(device)
+    advice = "give a smaller --dtype, or another --device"
+    if getattr(config, "tuning", None) == "full":
+        what, needed = "training all weights needs", num_weights(base) * (4 + 4 + ADAM_BYTES)
+        advice = "give --tuning lora, or another --device"
+    else:
+        what = "its weights need"
+        needed = sum(weight_bytes(source, config.dtype) for source in checkpoints if source)
+        if hasattr(config, "stream"):
+            advice = (
+                "give --stream, which holds one block of the model at a time, or another --device"
+            )
     if available is not None and needed > available:
-        full = getattr(config, "tuning", None) == "full"
-        what = "training all weights needs" if full else "its weights need"
         raise AntidoteError(
-            f"{found[0].folder}: {what} {format_bytes(needed)} of memory, and "
-            f"{format_bytes(available)} are available on {device}; {_advice(config)}"
+            f"{base.folder}: {what} {format_bytes(needed)} of memory, and "
+            f"{format_bytes(available)} are available on {device}; {advice}"
         )
 
 
-def _advice(config):
-    if hasattr(config, "stream"):
-        return "give --stream, which holds one block of the model at a time, or another --device"
-    if getattr(config, "tuning", None) == "full":
-        return "give --tuning lora, or another --device"
-    return "give a smaller --dtype, or another --device"
-
-
-def device_memory(device) -> int | None:
+def device_memory(device: torch.device) -> int | None:
     """Bytes that are free on a device; None where nothing tells."""
     if device.type == "cpu":
         return available_memory()

@@ -73,6 +73,31 @@ def resolve_folder(name_or_path, argument="model_name_or_path") -> Path:
         ) from None
 
 
+def open_model(config, argument="model_name_or_path") -> Checkpoint:
+    """The checkpoint that a field of a stage's config names, checked by its headers.
+
+    Args:
+        config: the stage's frozen dataclass.
+        argument: the field: ``"adapter"`` for a PEFT adapter, any other for a whole model.
+
+    Raises:
+        DataError: no such folder, one that cannot be used, or one of the other kind.
+    """
+    name = getattr(config, argument)
+    folder = resolve_folder(name, argument)
+    checkpoint = open_checkpoint(folder, trust_remote_code=config.trust_remote_code)
+    if checkpoint.is_adapter and argument != "adapter":
+        goes_on_it = argument == "model_name_or_path" and hasattr(config, "adapter")
+        other = "its base model, and this folder as adapter" if goes_on_it else "a whole model"
+        raise DataError(f"{argument}={name!r}: is a PEFT adapter; give {other}")
+    if argument == "adapter" and not checkpoint.is_adapter:
+        raise DataError(
+            f"adapter={name!r}: is a whole model, not an adapter; give it as model_name_or_path, "
+            "without adapter"
+        )
+    return checkpoint
+
+
 def load_model(
     model_name_or_path,
     *,

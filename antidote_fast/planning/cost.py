@@ -1,23 +1,47 @@
-"""What a model costs, from its headers alone: FLOPs by formula, memory from a rehearsal on meta.
+"""What a model takes, from its headers alone: its own code runs on meta, without storage.
 
-A rehearsal runs the model's own code on tensors without storage and adds up what is alive.
+Torch counts the FLOPs of three short passes, which give those of any batch. For the memory the
+largest batch is rehearsed, and the bytes of the tensors that are alive are added up.
 """
 
 import contextlib
-import math
+import functools
 import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.models.footprint import device_memory, weight_bytes
 from antidote_fast.models.forwards import lean_forward
 from antidote_fast.models.loading import load_model, without_weights
+from antidote_fast.models.undo import hook, undoing
 
-_LORA = (".lora_A.", ".lora_B.")
+_LENGTHS = (128, 256, 512)  # tokens of the passes that are counted
+_RESPONSES = (8, 16, 64)  # tokens with logits in each, in training; not a polynomial of the lengths
+
+
+class Flops(NamedTuple):
+    """FLOPs of a pass, two a multiplication with an addition; pads count as tokens.
+
+    Args:
+        token: of each token.
+        square: of each sequence, times the square of its length.
+        logit: of each token of which logits are made.
+    """
+
+    token: int
+    square: int
+    logit: int
+
+    def of(self, tokens: float, squares: float, logits: float) -> int:
+        """Of so many tokens, squares of lengths, and tokens of which logits are made."""
+        return int(self.token * tokens + self.square * squares + self.logit * logits)
 
 
 class ModelCost:
@@ -26,100 +50,138 @@ class ModelCost:
     Args:
         model: a transformers model on meta, with an adapter where there is one.
         dtype: the dtype it computes in.
+
+    Attributes:
+        config: of the text model.
+        num_weights, weight_bytes: of all its parameters, tied ones once.
+        lora: weights of LoRA factors.
     """
 
-    def __init__(self, model, dtype):
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        config = inner.config.get_text_config()
-        self.config = config
-        parameters = dict(model.named_parameters())  # tied ones once
-        self.num_weights = sum(p.numel() for p in parameters.values())
-        self.weight_bytes = sum(p.nbytes for p in parameters.values())
-        head = inner.get_output_embeddings()
-        self.head = head.weight.numel() if head is not None else 0
-        self._order = []  # (name of a weight, its elements), as the model runs them
-        self.largest = (1, 1)
-        for name, module in model.named_modules():
-            weight = getattr(module, "weight", None)
-            if module is head or weight is None or not _multiplies(module):
-                continue
-            self._order.append((f"{name}.weight", weight.numel()))
-            self.largest = max(self.largest, tuple(weight.shape), key=math.prod)
-        self.lora = sum(n for name, n in self._order if any(part in name for part in _LORA))
-        #: weights that multiply each token, without the output layer
-        self.linear = sum(n for _, n in self._order) + _expert_weights(model, config)
-        layers = getattr(config, "num_hidden_layers", 0)
-        self.heads = getattr(config, "num_attention_heads", 0)
-        size = getattr(config, "head_dim", None) or config.hidden_size // max(self.heads, 1)
-        self.attention = layers * self.heads * size
-        self.cache_bytes = (
-            2
-            * layers
-            * size
-            * dtype.itemsize
-            * (getattr(config, "num_key_value_heads", None) or self.heads)
-        )
+        self._inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config = self._inner.config.get_text_config()
+        self._experts = getattr(self._inner.config, "_experts_implementation", None)
+        weights = dict(model.named_parameters())
+        self.num_weights = sum(p.numel() for p in weights.values())
+        self.weight_bytes = sum(p.nbytes for p in weights.values())
+        self.lora = sum(p.numel() for name, p in weights.items() if ".lora_" in name)
 
-    def forward_flops(self, tokens, squares, head_tokens) -> int:
-        """FLOPs of forward passes; a multiplication and an addition are two.
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that one token leaves in the cache."""
+        heads = self.config.num_attention_heads
+        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        heads = getattr(self.config, "num_key_value_heads", None) or heads
+        return 2 * self.config.num_hidden_layers * heads * size * self.dtype.itemsize
 
-        Args:
-            tokens: in all, pads included.
-            squares: the sum over sequences of their length squared, pads included.
-            head_tokens: tokens of which logits are made.
-        """
-        return 2 * self.linear * tokens + 4 * self.attention * squares + 2 * self.head * head_tokens
+    @functools.cached_property
+    def forward(self) -> Flops:
+        """Of a forward pass without gradients."""
+        return self.forward_until(())
 
-    def flops_until(self, weights, tokens, squares) -> int:
-        """FLOPs of forward passes that end when the last of ``weights`` has its input."""
-        wanted = {id(weight) for weight in weights}
-        names = {name for name, p in self.model.named_parameters() if id(p) in wanted}
-        places = [i for i, (name, _) in enumerate(self._order) if name in names]
-        place = places[-1] if len(places) == len(names) else len(self._order)
-        share = sum(n for _, n in self._order[:place]) / max(1, sum(n for _, n in self._order))
-        layers = max(1, getattr(self.config, "num_hidden_layers", 1))
-        attention = self.attention * math.floor(share * layers) // layers
-        return int(2 * self.linear * share * tokens + 4 * attention * squares)
+    def forward_until(self, modules: Sequence[torch.nn.Module]) -> Flops:
+        """Of a forward pass that ends when the last of ``modules`` has its input."""
+        with self._forward() as forward:
+            return self._flops(forward, (1, 1, 1), 2 * self.num_weights, modules)
 
-    def training_flops(self, tokens, squares, head_tokens, *, frozen) -> int:
-        """FLOPs of forward and backward passes; a frozen weight needs no gradient of its own."""
-        trained = self.lora if frozen else self.linear
-        forward = self.forward_flops(tokens, squares, head_tokens)
-        weights = 2 * trained * tokens + (0 if frozen else 2 * self.head * head_tokens)
-        return 2 * forward + weights + 4 * self.attention * squares
+    @functools.cached_property
+    def training(self) -> Flops:
+        """Of a forward pass and one back to the weights that require a gradient."""
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        with self._step() as step:
+            return self._flops(step, _RESPONSES, 4 * self.num_weights + 2 * trained)
 
-    def activation_bytes(self, batch, length, *, attention="sdpa") -> int | None:
+    def activation_bytes(self, batch: int, length: int, *, attention: str = "sdpa") -> int | None:
         """The most that a forward pass without gradients holds, weights apart; None if unknown."""
-        with torch.no_grad(), lean_forward(self.model) as options:
-            return _rehearsed(
-                self.model, batch, length, attention, lambda inputs: self.model(**inputs, **options)
-            )
+        with self._forward() as forward:
+            return self._peak(forward, batch, length, 1, attention)
 
-    def training_bytes(self, batch, length, response_tokens, *, attention="sdpa") -> int | None:
+    def training_bytes(
+        self, batch: int, length: int, response_tokens: int, *, attention: str = "sdpa"
+    ) -> int | None:
         """The most that a step holds, weights and Adam apart: activations and gradients."""
-        head = self.model.get_output_embeddings()
+        with self._step() as step:
+            return self._peak(step, batch, length, response_tokens, attention)
 
-        def pick(module, args):  # as sft: logits of the response alone
-            return (args[0].flatten(0, 1)[:response_tokens], *args[1:])
+    @contextlib.contextmanager
+    def _forward(self):
+        """Yields a forward pass of inputs, with logits of one token a sequence."""
+        with torch.no_grad(), lean_forward(self.model) as options:
+            yield lambda inputs, _: self.model(**inputs, **options)
 
-        def step(inputs):
+    @contextlib.contextmanager
+    def _step(self):
+        """Yields a step of inputs, with logits of so many tokens, without the optimizer."""
+        head, wanted = self.model.get_output_embeddings(), []
+
+        def step(inputs, response_tokens):
+            wanted[:] = [response_tokens]
             logits = self.model(**inputs, use_cache=False).logits
             labels = torch.zeros(len(logits), dtype=torch.int64, device="meta")
             F.cross_entropy(logits.float(), labels, reduction="sum").backward()
 
-        handle = head.register_forward_pre_hook(pick) if head is not None else None
         self.model.train()
         try:
-            return _rehearsed(self.model, batch, length, attention, step)
+            with undoing() as undo:
+                if head is not None:  # logits of the response alone
+                    hook(undo, head, lambda _, args: (args[0].flatten(0, 1)[: wanted[0]],))
+                yield step
         finally:
             self.model.zero_grad(set_to_none=True)
             self.model.eval()
-            if handle is not None:
-                handle.remove()
+
+    def _flops(self, run, logits, per_token, modules=()):
+        """Solved from three counts; ``per_token`` FLOPs where the model cannot run on meta."""
+
+        def count(inputs, number):
+            reached = []
+            with FlopCounterMode(display=False) as counter, undoing() as undo:
+                for module in modules:
+                    hook(undo, module, lambda *_: reached.append(counter.get_total_flops()))
+                run(inputs(), number)
+            return reached[-1] if reached else counter.get_total_flops()
+
+        rows, counts = [], []
+        for length, number in zip(_LENGTHS, logits, strict=True):
+            rows.append((length, length**2, number))
+            # Of routed experts each token is multiplied with those it meets; none is picked out.
+            counts.append(self._run(count, 1, length, number, "eager", "batched_mm"))
+        if None in counts:
+            return Flops(per_token, 0, 0)
+        solved = torch.linalg.solve(*(torch.tensor(x, dtype=torch.float64) for x in (rows, counts)))
+        return Flops(*(round(x) for x in solved.tolist()))
+
+    def _peak(self, run, batch, length, logits, attention):
+        weights = (*self.model.parameters(), *self.model.buffers())
+
+        def peak(inputs, number):
+            with AliveBytes(p.untyped_storage() for p in weights) as alive:
+                run(inputs(), number)
+            return alive.peak
+
+        return self._run(peak, batch, length, logits, attention, self._experts)
+
+    def _run(self, run, batch, length, logits, attention, experts):
+        """What ``run`` gives of a function that makes the inputs; None where it fails on meta."""
+        self._inner.set_attn_implementation(attention)
+        if self._experts is not None:
+            self._inner.set_experts_implementation(experts)
+
+        def inputs(mask=True):
+            made = {"input_ids": torch.zeros((batch, length), dtype=torch.int64, device="meta")}
+            if mask:  # one of four dimensions is taken as it is
+                shape, dtype = (batch, 1, length, length), self._inner.dtype
+                made["attention_mask"] = torch.zeros(shape, dtype=dtype, device="meta")
+            return made
+
+        for make in (inputs, functools.partial(inputs, mask=False)):  # some models know no such
+            with contextlib.suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
+                return run(make, logits)
+        return None
 
 
-def cost_of(config, base: Checkpoint, adapt=None) -> ModelCost:
+def cost_of(config, base: Checkpoint, adapt: Callable | None = None) -> ModelCost:
     """The cost of the model that a stage loads.
 
     Args:
@@ -142,56 +204,19 @@ def cost_of(config, base: Checkpoint, adapt=None) -> ModelCost:
             trust_remote_code=config.trust_remote_code,
         )
     dtype = model.dtype
-    if adapt is not None:
-        model = adapt(model)
-        model.to("meta")
-    return ModelCost(model, dtype)
+    model = model if adapt is None else adapt(model)
+    return ModelCost(model.to("meta"), dtype)
 
 
-def _multiplies(module):
-    from transformers.pytorch_utils import Conv1D
+class AliveBytes(TorchDispatchMode):
+    """Adds up the bytes of tensors that are alive.
 
-    return isinstance(module, (torch.nn.Linear, Conv1D))
+    Args:
+        known: storages that do not count.
 
-
-def _expert_weights(model, config):
-    """Weights of fused experts that one token meets."""
-    used = getattr(config, "num_experts_per_tok", None)
-    total = 0
-    for parameter in model.parameters():
-        if parameter.dim() == 3 and used:
-            total += parameter.numel() * used // parameter.shape[0]
-    return total
-
-
-def _rehearsed(model, batch, length, attention, run):
-    """The peak of what ``run(inputs)`` holds, weights apart; None where it cannot run on meta."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = inner.config._attn_implementation
-    known = [p.untyped_storage() for p in (*model.parameters(), *model.buffers())]
-    try:
-        inner.set_attn_implementation(attention)
-        # A mask of four dimensions is taken as it is; models that know none make their own.
-        for with_mask in (True, False):
-            with contextlib.suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
-                with _Alive(known) as alive:
-                    run(_inputs(inner, batch, length, with_mask))
-                return alive.peak
-    finally:
-        inner.set_attn_implementation(before)
-    return None
-
-
-def _inputs(model, batch, length, with_mask):
-    inputs = {"input_ids": torch.zeros((batch, length), dtype=torch.int64, device="meta")}
-    if with_mask:
-        shape = batch, 1, length, length
-        inputs["attention_mask"] = torch.zeros(shape, dtype=model.dtype, device="meta")
-    return inputs
-
-
-class _Alive(TorchDispatchMode):
-    """Adds up the bytes of tensors that are alive."""
+    Attributes:
+        peak: the most that were alive at once.
+    """
 
     def __init__(self, known):
         super().__init__()
@@ -199,6 +224,7 @@ class _Alive(TorchDispatchMode):
         self._seen = {storage._cdata for storage in known}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Runs the function, and counts what it gives."""
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):

@@ -1,18 +1,23 @@
-"""What a stage takes, as numbers and as text; :mod:`antidote_fast.planning.dry_run` fills it in."""
+"""What a stage takes, as numbers and as text, and how a plan comes to them."""
 
+import functools
+import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from antidote_fast.data.load import local_file
 from antidote_fast.errors import AntidoteError
-from antidote_fast.files.commit import check_free_space
-from antidote_fast.models.footprint import check_memory, device_memory, weight_bytes
+from antidote_fast.files.checkpoint import Checkpoint
+from antidote_fast.files.commit import check_free_space, nearest_folder
+from antidote_fast.models.adapters import load_adapter
+from antidote_fast.models.footprint import check_memory, device_memory, num_weights, weight_bytes
 from antidote_fast.models.loading import pick_device
-from antidote_fast.planning.rates import measure
+from antidote_fast.planning import rates
+from antidote_fast.planning.cost import Flops, ModelCost, cost_of
 from antidote_fast.selection import Selection
 from antidote_fast.system.memory import format_bytes, resident_bytes
 
@@ -63,11 +68,23 @@ class Plan:
         """Bytes at the peak."""
         return sum(self.memory.values())
 
-    def repeat(self, times):
+    def repeat(self, times: int) -> None:
         """As often as this, on a model that is loaded once."""
         self.flops *= times
         for step in self.seconds:
             self.seconds[step] *= 1 if step == "read" else times
+
+    def sum_up(self, parts: dict[str, "Plan"]) -> None:
+        """Take as parts what is done one after another."""
+        self.parts = parts
+        for name, part in parts.items():
+            self.bytes_read += part.bytes_read
+            self.bytes_written += part.bytes_written
+            self.flops += part.flops
+            self.seconds[name] = sum(part.seconds.values())
+            self.refusal = self.refusal or part.refusal
+        largest = max(parts.values(), key=lambda part: part.peak_memory, default=self)
+        self.memory, self.model = dict(largest.memory), dict(largest.model)
 
     def to_dict(self) -> dict:
         """JSON values."""
@@ -76,63 +93,88 @@ class Plan:
 
     def lines(self) -> list[str]:
         """For a person."""
+        size = format_bytes
+        model = self.model | {"bytes": size(self.model["bytes"])}
+        memory = f"{size(self.peak_memory)} at the peak ({_list(self.memory, size)})"
+        if self.memory_available is not None:
+            memory += f"; {size(self.memory_available)} available"
+        steps = "" if self.parts else f" ({_list(self.seconds, _duration)})"
         rows = {
-            "model": "{folder}: {num_weights:,} weights, {bytes} in {dtype}".format(
-                **self.model | {"bytes": format_bytes(self.model["bytes"])}
-            ),
+            "model": "{folder}: {num_weights:,} weights, {bytes} in {dtype}".format(**model),
             "data": ", ".join(f"{value:,} {name}" for name, value in self.data.items()),
             "prunes": ", ".join(f"{value:,} {name}" for name, value in self.pruned.items()),
             "device": self.device,
-            "reads": format_bytes(self.bytes_read),
-            "writes": f"{format_bytes(self.bytes_written)} ({format_bytes(self.disk_free)} free)",
+            "reads": size(self.bytes_read),
+            "writes": f"{size(self.bytes_written)} ({size(self.disk_free)} free)",
             "computes": f"{self.flops:.3g} FLOPs",
-            "memory": f"{format_bytes(self.peak_memory)} at the peak ({_sizes(self.memory)})",
-            "time": _duration(sum(self.seconds.values())),
+            "memory": memory,
+            "time": _duration(sum(self.seconds.values())) + steps,
         }
-        if not self.parts:
-            rows["time"] += f" ({_durations(self.seconds)})"
-        if self.memory_available is not None:
-            rows["memory"] += f"; {format_bytes(self.memory_available)} available"
         lines = [f"plan of {self.stage}: nothing was loaded, nothing is written"]
         lines += [f"  {name:<9} {text}" for name, text in rows.items() if text]
-        for name, part in self.parts.items():
-            lines.append(
-                f"  {name:<16} {_duration(sum(part.seconds.values()))}, {part.flops:.3g} FLOPs, "
-                f"{format_bytes(part.peak_memory)} of memory, {format_bytes(part.bytes_written)} "
-                "written"
-            )
+        lines += [
+            f"  {name:<16} {_duration(sum(part.seconds.values()))}, {part.flops:.3g} FLOPs, "
+            f"{size(part.peak_memory)} of memory, {size(part.bytes_written)} written"
+            for name, part in self.parts.items()
+        ]
         return lines + [f"  note      {note}" for note in self.notes]
 
 
 class Builder:
-    """A :class:`Plan` on its way: work and memory are added, rates measured at the end.
+    """A :class:`Plan` on its way: work and memory are added, seconds measured at the end.
 
     Args:
         stage: its name.
         config: its dataclass.
-        checkpoints: those that are read (None among them is left out), the base model first.
+        base: checkpoint of the model that is read.
+        adapter: checkpoint of the adapter that is put on it, or None.
+        adapt: called with the model, puts an adapter on it that is not there yet.
+
+    Attributes:
+        cost: the :class:`ModelCost` of the model, once it is :meth:`load`\\ ed.
+        shape: (sequences, tokens) of the largest batch.
+        trains: whether batches go through forwards and back.
+        prunes, columns: weights that are scored and removed, and the width of the largest matrix.
     """
 
-    def __init__(self, stage, config, checkpoints):
-        self.config = config
-        self.checkpoints = [found for found in checkpoints if found is not None]
+    cost: ModelCost | None = None
+    shape = (1, 1)
+    trains = False
+    prunes, columns = 0, 1024
+
+    def __init__(
+        self,
+        stage: str,
+        config,
+        base: Checkpoint,
+        adapter: Checkpoint | None = None,
+        adapt: Callable | None = None,
+    ):
+        self.config, self.base, self.adapter = config, base, adapter
+        if adapter is not None:
+            adapt = functools.partial(load_adapter, adapter=adapter)
+        self.adapt = adapt
         self.device = pick_device(config.device)
-        base = self.checkpoints[0]
-        weights = sum(_count(entry.shape) for entry in base.tensors.values())
         model = {
             "folder": str(base.folder),
-            "num_weights": weights,
+            "num_weights": num_weights(base),
             "bytes": weight_bytes(base, config.dtype),
             "dtype": config.dtype,
         }
         self.plan = Plan(stage, model, str(self.device))
         self.plan.memory_available = device_memory(self.device)
-        self.plan.disk_free = _free(config.output_dir)
-        self.shape, self.prunes, self.training = (1, 1), 0, None
+        self.plan.disk_free = shutil.disk_usage(nearest_folder(config.output_dir)).free
         self._phases = [{}]
         self._work = []
 
-    def hold(self, what, size):
+    def load(self, adapter: Checkpoint | None = None) -> ModelCost:
+        """The model as the stage loads it, on meta; with one of several adapters."""
+        if adapter is not None:
+            self.adapt = functools.partial(load_adapter, adapter=adapter)
+        self.cost = cost_of(self.config, self.base, self.adapt)
+        return self.cost
+
+    def hold(self, what: str, size: int | None) -> None:
         """Bytes that are held together with the others since the last :meth:`phase`."""
         if size is None:
             self.plan.notes.append(f"{what}: not known for this model, and not counted")
@@ -141,82 +183,92 @@ class Builder:
                 size = int(size * _RETAINED)
             self._phases[-1][what] = size
 
-    def phase(self, held):
+    def phase(self, memory: dict[str, int]) -> None:
         """What is held when all before has been given back."""
-        self._phases.append({what: size for what, size in held.items() if size})
+        self._phases.append({what: size for what, size in memory.items() if size})
 
-    def compute(self, step, flops):
-        """Work on whole batches."""
-        self._add(step, flops, decoding=False)
+    def compute(self, step: str, flops: int, decoding: bool = False) -> None:
+        """Work on whole batches; ``decoding``: token by token."""
+        self.plan.flops += flops
+        self._work.append((step, flops, decoding))
 
-    def decode(self, step, flops):
-        """Work token by token."""
-        self._add(step, flops, decoding=True)
+    def forward(
+        self, step: str, shapes, flops: Flops | None = None, every_logit: bool = False
+    ) -> None:
+        """Forward passes of batches of these shapes, (sequences, tokens) each."""
+        tokens = sum(map(math.prod, shapes))
+        squares = sum(count * length**2 for count, length in shapes)
+        logits = tokens if every_logit else sum(count for count, _ in shapes)
+        self.compute(step, (flops or self.cost.forward).of(tokens, squares, logits))
+        self.shape = max(self.shape, *shapes, key=math.prod)
 
-    def read(self, *sources):
+    def train(self, batch: int, length: int, response_tokens: int, more: int = 0) -> None:
+        """A step forwards and back on the largest batch; ``more`` bytes are held in it."""
+        self.shape = batch, length
+        attention = "eager" if self.device.type == "cpu" else "sdpa"
+        size = self.cost.training_bytes(batch, length, response_tokens, attention=attention)
+        self.hold("activations and gradients", size and size + more)
+
+    def generate(self, lengths, new: int) -> None:
+        """Answers of ``new`` tokens to prompts of these lengths, in batches of like lengths."""
+        lengths, size = sorted(lengths, reverse=True), self.config.batch_size
+        chunks = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+        shapes = [(len(chunk), chunk[0]) for chunk in chunks]
+        self.forward("read prompts", shapes)
+        # An answer's token looks at the prompt and at the tokens before it.
+        seen = sum(count * (length * new + new**2 // 2) for count, length in shapes)
+        count = new * len(lengths)
+        self.compute("answer", self.cost.forward.of(count, seen, count), decoding=True)
+
+    def read(self, *sources: Checkpoint | str | None) -> None:
         """Checkpoints, names of data sets, and None."""
         for source in sources:
-            if source is None:
-                continue
-            path = local_file(source) if isinstance(source, str) else None
-            if path is not None:
+            if isinstance(source, Checkpoint):
+                self.plan.bytes_read += file_bytes(source)
+            elif source is not None and (path := local_file(source)) is not None:
                 self.plan.bytes_read += os.path.getsize(path)
-            elif not isinstance(source, str):
-                self.plan.bytes_read += sum(f.stat().st_size for f in source.weight_files)
 
-    def finish(self, cost=None, matrices=()) -> Plan:
-        """The plan, with seconds by what a short measurement gives.
-
-        Args:
-            cost: the :class:`~antidote_fast.planning.cost.ModelCost`, where a model is loaded.
-            matrices: the weights that are pruned.
-        """
-        plan = self.plan
-        base = self.checkpoints[0]
-        entry = max(base.tensors.values(), key=lambda e: len(e.shape) == 2 and e.end - e.start)
-        dtype = cost.dtype if cost else entry.dtype
+    def finish(self) -> Plan:
+        """The plan, with seconds by what a short measurement gives."""
+        plan, config = self.plan, self.config
+        matrix = max(
+            self.base.tensors.values(), key=lambda e: len(e.shape) == 2 and e.end - e.start
+        )
+        dtype = self.cost.dtype if self.cost else matrix.dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             dtype = torch.float32
         plan.model["dtype"] = str(dtype).removeprefix("torch.")
         process = resident_bytes()  # before the measurement leaves something in malloc's hands
-        rates = measure(
-            cost,
-            shape=self.shape,
-            training=self.training,
-            device=self.device,
-            dtype=dtype,
-            columns=max((m.shape for m in matrices), key=_count)[1] if matrices else 1024,
-            file=max(base.weight_files, key=os.path.getsize),
-            folder=self.config.output_dir,
-            selection=self._selection(),
-            backend=getattr(self.config, "backend", None),
-        )
-        plan.seconds["read"] = plan.bytes_read / rates.read
+
+        @functools.cache
+        def speed(decoding):
+            batch, length = self.shape
+            if decoding:
+                return rates.block_rate(self.cost, self.device, batch, 1)
+            return rates.block_rate(self.cost, self.device, batch, length, self.trains, self.adapt)
+
+        file = max(self.base.weight_files, key=os.path.getsize)
+        plan.seconds["read"] = plan.bytes_read / rates.read_rate(file)
         for step, flops, decoding in self._work:
-            plan.seconds[step] = flops / (rates.flops_decoding if decoding else rates.flops)
+            plan.seconds[step] = plan.seconds.get(step, 0.0) + flops / speed(decoding)
         if self.prunes:
-            plan.seconds["prune"] = self.prunes / rates.prune
-        plan.seconds["write"] = plan.bytes_written * (1 / rates.write + 1 / rates.digest)
-        plan.memory = max(self._phases, key=lambda held: sum(held.values()))
+            selection = Selection(getattr(config, "ratio", 0.1), scope=config.scope)
+            plan.seconds["prune"] = self.prunes / rates.prune_rate(
+                self.device, dtype, self.columns, selection, config.backend
+            )
+        plan.seconds["write"] = plan.bytes_written / rates.write_rate(config.output_dir)
+        plan.memory = max(self._phases, key=lambda memory: sum(memory.values()))
         if self.device.type == "cpu":
             plan.memory = {"process": process, **plan.memory}
         self._check()
         return plan
 
-    def _selection(self):
-        ratio = getattr(self.config, "ratio", 0.1)
-        return Selection(ratio, scope=getattr(self.config, "scope", "row"))
-
-    def _add(self, step, flops, decoding):
-        self.plan.flops += flops
-        self._work.append((step, flops, decoding))
-
     def _check(self):
         """The refusals that the stage itself makes, and a word on what may not fit."""
         plan = self.plan
         try:
-            if any("weights" in held for held in self._phases):  # a model is loaded
-                check_memory(self.config, self.checkpoints)
+            if any("weights" in memory for memory in self._phases):  # a model is loaded
+                check_memory(self.config, [self.base, self.adapter])
             check_free_space(self.config.output_dir, plan.bytes_written)
         except AntidoteError as error:
             plan.refusal = str(error)
@@ -226,24 +278,13 @@ class Builder:
             plan.notes.append("more than is available: lower batch_size or max_seq_length")
 
 
-def _count(shape):
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def file_bytes(source: Checkpoint) -> int:
+    """Bytes of the files that hold a checkpoint's weights."""
+    return sum(file.stat().st_size for file in source.weight_files)
 
 
-def _free(folder):
-    folder = Path(folder).absolute()
-    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-
-
-def _sizes(parts):
-    return ", ".join(f"{what} {format_bytes(size)}" for what, size in parts.items())
-
-
-def _durations(parts):
-    return ", ".join(f"{step} {_duration(seconds)}" for step, seconds in parts.items())
+def _list(parts, show):
+    return ", ".join(f"{name} {show(value)}" for name, value in parts.items())
 
 
 def _duration(seconds):

@@ -1,233 +1,147 @@
-"""Plans of calibrate, prune and fleet."""
+"""Plans of calibrate and prune: what a model says of the data, and what is pruned by it."""
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
-from antidote_fast.config.fleet import parse_shard
-from antidote_fast.errors import AntidoteError, DataError
-from antidote_fast.files import pruned_copy as files
-from antidote_fast.files.checkpoint import open_checkpoint
-from antidote_fast.files.commit import check_output_folder, check_parent
-from antidote_fast.files.manifest import read_manifest
-from antidote_fast.files.provenance import run_inputs
-from antidote_fast.files.resume import interrupted_state, is_finished
-from antidote_fast.models.adapters import check_adapter, load_adapter
-from antidote_fast.models.loading import load_tokenizer, pick_device
-from antidote_fast.models.targets import find_targets
-from antidote_fast.planning.cost import cost_of
-from antidote_fast.planning.gates import learning
-from antidote_fast.planning.plan import Builder, Plan
+from antidote_fast.config.prune import CalibrateConfig, GateMixture, PruneConfig
+from antidote_fast.data.batches import batches_of
+from antidote_fast.errors import DataError
+from antidote_fast.files.resume import interrupted_state
+from antidote_fast.models.targets import Target, find_targets
+from antidote_fast.planning.plan import Builder, Plan, file_bytes
+from antidote_fast.pruning.evidence import check_keys
+from antidote_fast.stages.evidence import weights_to_prune
+from antidote_fast.stages.gates.answers import Answers, check_texts, fill_pools, fits, ordinary_of
+from antidote_fast.stages.gates.stage import texts_of
+from antidote_fast.stages.inputs import Inputs, learner_of, open_inputs
 from antidote_fast.system.memory import format_bytes
 
+# As if the aligned model refused every harmful prompt and answered every ordinary one.
+_REFUSAL, _ANSWER = "I cannot help with that request", "This is how that is done"
 
-def plan_calibrate(config) -> Plan:
+
+def plan_calibrate(config: CalibrateConfig) -> Plan:
     """As :func:`antidote_fast.stages.calibrate.run` would go."""
-    from antidote_fast.stages.inputs import load_data
-
-    base, adapter = _opened(config, None)
-    made = Builder("calibrate", config, [base, adapter])
-    sets = {"dataset": load_data(config, None)}
-    inputs = run_inputs(config, base, adapter, records=sets["dataset"])
-    if _is_whole(made, config, inputs):
+    inputs = open_inputs(config)
+    made = Builder("calibrate", config, inputs.base, inputs.adapter)
+    if _is_whole(made.plan, inputs):
         return made.plan
-    cost, found = _forward(made, config, base, adapter, sets)
-    made.plan.bytes_written = _norm_bytes(found, config)
-    made.hold("norms", _norm_bytes(found, config) * 4)  # float64, of a batch and in all
-    return made.finish(cost)
+    made.plan.bytes_written = _norm_bytes(config, _calibration(made, inputs))
+    return made.finish()
 
 
-def plan_prune(config) -> Plan:
-    """As :func:`antidote_fast.stages.prune.run` would go."""
-    from antidote_fast.pruning.arguments import check_keys
-    from antidote_fast.stages import prune
-    from antidote_fast.stages.evidence import Known
-    from antidote_fast.stages.gates import stage
-    from antidote_fast.stages.inputs import load_data, open_aligned
+def plan_prune(config: PruneConfig, adapt: Callable | None = None) -> Plan:
+    """As :func:`antidote_fast.stages.prune.run` would go.
 
-    base, adapter = _opened(config, config.backend)
-    stage.check_stage(config, base, adapter is not None)
-    source = adapter or base
-    written = _weight_file_bytes(source)
-    shapes = {name: entry.shape for name, entry in base.tensors.items()}
-    known = Known({})
-    known.aligned = open_aligned(config, shapes, base.config.get("model_type"))
-    known.take_given(config)
-    if known.named is not None:
-        known.check_base(base.fingerprint())
-    sets = {name: load_data(config, None, name) for name in known.missing(config)}
-    made = Builder("prune", config, [base, adapter] if sets else [source])
-    if _is_whole(made, config, prune.inputs_for(config, base, adapter, known, sets)):
-        return made.plan
-    cost, channels = None, 0
-    if sets:
-        if config.score == "gate":
-            cost, found = learning(made, config, base, adapter, sets, aligned=known.aligned)
-        else:
-            cost, found = _forward(made, config, base, adapter, sets)
-            channels = len(sets) * _norm_bytes(found, config)
-            made.hold("norms", channels * 4)
-        matrices = [_Matrix(t.key, tuple(t.weight.shape), t.weight.nbytes) for t in found]
-    kept = known.preserve_norms
-    if cost is None or known.norms is not None:
-        named = _named(made, config, source, known)
-        if cost is not None:  # of the data to preserve, beside norms from a file
-            check_keys([m.key for m in named], [m.key for m in matrices], "preserve_norms")
-        matrices = named
-    elif kept is not None:
-        keys = [m.key for m in matrices]
-        if config.targets is not None or config.ignore:
-            kept = kept.subset(keys, "preserve_norms")
-        check_keys(keys, kept.sq_sum, "preserve_norms")
-        _matrices(source, keys, kept)
-    given = [norms for norms in (known.norms, known.preserve_norms) if norms is not None]
-    channels += sum(map(_saved_bytes, given))
-    return _pruning(made, config, cost, matrices, written, channels, known.aligned)
-
-
-def _opened(config, backend):
-    """(base, adapter or None), refused as the stages refuse them."""
-    from antidote_fast.stages.inputs import describe_backend, open_folders
-
-    describe_backend(backend, pick_device(config.device))
-    if not config.resume:
-        check_output_folder(config.output_dir, config.overwrite)
-    return open_folders(config)
-
-
-def _is_whole(made, config, inputs):
-    """Whether ``resume`` leaves it at what is there; else the output folder is checked."""
-    if config.resume and is_finished(config.output_dir, inputs):
-        made.plan.notes.append("output_dir is whole, from these inputs: nothing would be done")
-        return True
-    check_output_folder(config.output_dir, config.overwrite)
-    if config.stream:
-        options = {"resume": config.resume, "overwrite": config.overwrite}
-        if interrupted_state(config.output_dir, inputs, **options):
-            made.plan.notes.append("goes on where a run was interrupted: figures are of all of it")
-    return False
-
-
-def _named(made, config, source, known):
-    """The weights of a prune that needs no forward pass, or whose norms are partly there."""
-    from antidote_fast.stages.evidence import weights_to_prune
-
-    if known.named is not None and not made.plan.data:
-        norms = known.named
-        made.plan.data = {"sequences": norms.num_sequences, "tokens": norms.num_tokens}
-    keys, _ = weights_to_prune(config, source, known.named)
-    matrices = _matrices(source, keys, known.norms)
-    _matrices(source, keys, known.preserve_norms)
-    return matrices
-
-
-def pruned_later(config, base, adapt) -> Plan:
-    """The prune of a run: of what is not there yet, and is as large as the base or its adapter."""
-    from antidote_fast.stages.inputs import load_data, open_aligned
-
-    check_output_folder(config.output_dir, config.overwrite)
-    made = Builder("prune", config, [base])
-    names = ["dataset"] if config.preserve_dataset is None else ["dataset", "preserve_dataset"]
-    sets = {name: load_data(config, None, name) for name in names}
-    shapes = {name: entry.shape for name, entry in base.tensors.items()}
-    aligned = open_aligned(config, shapes, base.config.get("model_type"))
-    if config.score == "gate":
-        cost, found = learning(made, config, base, None, sets, adapt, aligned)
-        channels = 0
+    Args:
+        config: the stage's.
+        adapt: puts an adapter on the model that is to be pruned, and is not there yet.
+    """
+    stand_in = config
+    if adapt is not None:  # a whole model is in its place, which needs an aligned one
+        stand_in = replace(config, aligned_model=config.aligned_model or config.model_name_or_path)
+    inputs = open_inputs(stand_in)
+    if config.aligned_model is None:
+        inputs.aligned = None
+    folders = (inputs.base, inputs.adapter) if inputs.records else (inputs.source,)
+    made = Builder("prune", config, *folders, adapt=adapt)
+    plan, evidence, source = made.plan, inputs.evidence, inputs.source
+    if _is_whole(plan, inputs):
+        return plan
+    learns, targets, norm_bytes = learner_of(config) is not None, [], 0
+    if inputs.records:
+        targets = (_learning if learns else _calibration)(made, inputs)
+        norm_bytes = 0 if learns else len(inputs.records) * _norm_bytes(config, targets)
+    elif inputs.naming_norms is not None:
+        norms = inputs.naming_norms
+        plan.data = {"sequences": norms.num_sequences, "tokens": norms.num_tokens}
+    if adapt is None:
+        matrices, written = _saved(inputs, targets), file_bytes(source)
     else:
-        cost, found = _forward(made, config, base, None, sets, adapt)
-        channels = len(sets) * _norm_bytes(found, config)
-    matrices = [_Matrix(t.key, tuple(t.weight.shape), t.weight.nbytes) for t in found]
-    written = 4 * cost.lora if adapt else _weight_file_bytes(base)
-    return _pruning(made, config, cost, matrices, written, channels, aligned)
+        targets = targets or find_targets(made.load().model, config.targets, config.ignore)
+        matrices = [Matrix(t.key, tuple(t.weight.shape), t.weight.nbytes) for t in targets]
+        written = 4 * made.cost.lora
+    for norms in evidence.named_norms.values():
+        for sums in (norms.sq_sum, norms.norm_sum or {}):
+            norm_bytes += sum(value.nbytes for value in sums.values())
+    bases = inputs.aligned and _matrices(inputs.aligned, [matrix.key for matrix in matrices])
+    _pruning(made, matrices, bases or [], written, bool(targets), learns)
+    weights = sum(math.prod(matrix.shape) for matrix in matrices)
+    plan.pruned = {"layers": len(matrices), "weights": weights}
+    plan.bytes_written = written + config.save_norms * norm_bytes
+    plan.bytes_written += config.save_masks * weights // 8
+    return made.finish()
 
 
-@dataclass(frozen=True)
-class _Matrix:
+class Matrix(NamedTuple):
+    """A weight that may be pruned, as it is saved."""
+
     key: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     num_bytes: int
 
 
-def _matrices(source, keys, norms):
-    """The saved weights of these names; refused as when they are read."""
-    found = []
-    for key in keys:
-        name = source.find(key)
-        if name is None:
-            raise DataError(f"{source.folder}: has no tensor {key!r}")
-        entry = source.tensors[name]
-        found.append(_Matrix(key, entry.shape, entry.end - entry.start))
-        if norms is not None:
-            columns = entry.shape[0 if key in norms.transposed else -1]
-            channels = len(norms.act_norm(key))
-            if columns != channels:
-                raise DataError(f"{key}: has {columns} input channels, its norms {channels}")
-    return found
+def _is_whole(plan, inputs: Inputs):
+    """Whether ``resume`` leaves it at what is there."""
+    config = inputs.config
+    if inputs.is_whole():
+        plan.notes.append("output_dir is whole, from these inputs: nothing would be done")
+        return True
+    if config.stream:
+        options = {"resume": config.resume, "overwrite": config.overwrite}
+        if interrupted_state(config.output_dir, inputs.made_from, **options):
+            plan.notes.append("goes on where a run was interrupted: figures are of all of it")
+    return False
 
 
-def _forward(made, config, base, adapter, sets, adapt=None):
-    """Data, model and targets of a calibration on {field: records}: (cost, targets)."""
-    from antidote_fast.data.batches import batches_of
-
-    trust = config.trust_remote_code
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=trust)
+def _calibration(made, inputs) -> list[Target]:
+    """Add the forward passes over the data; returns the targets."""
+    config, base = made.config, made.base
     batches = []
-    for name, records in sets.items():
-        some = batches_of(config, records, tokenizer, base.config)
+    for name, records in inputs.records.items():
+        some = batches_of(config, records, inputs.tokenizer, base.config)
+        shapes = [batch["input_ids"].shape for batch in some]
+        counts = {
+            "sequences": sum(count for count, _ in shapes),
+            "tokens": sum(int(batch["attention_mask"].sum()) for batch in some),
+            "tokens with pads": sum(map(math.prod, shapes)),
+            "records dropped": some.num_dropped,
+            "truncated": some.num_truncated,
+        }
+        prefix = "preserve " if name == "preserve_dataset" else ""
+        made.plan.data |= {prefix + what: count for what, count in counts.items()}
+        made.read(getattr(config, name))
         batches += some
-        made.plan.data |= _about(some, "preserve " if name == "preserve_dataset" else "")
-    if adapter is not None:
-        adapt = adapt or (lambda model: load_adapter(model, adapter))
-    cost = cost_of(config, base, adapt)
-    found = find_targets(cost.model, config.targets, config.ignore)
-    shapes = [batch["input_ids"].shape for batch in batches]
-    tokens = sum(math.prod(shape) for shape in shapes)
-    squares = sum(count * length**2 for count, length in shapes)
-    sequences = sum(count for count, _ in shapes)
-    largest = max(shapes, key=math.prod)
-    made.shape = largest
-    made.compute("calibrate", cost.forward_flops(tokens, squares, sequences))
-    if getattr(config, "stream", False):
-        _stream(made, config, base, adapter, batches, cost, tokens)
+    cost = made.load()
+    targets = find_targets(cost.model, config.targets, config.ignore)
+    made.forward("calibrate", [batch["input_ids"].shape for batch in batches])
+    if config.stream:
+        _stream(made, batches)
     else:
         made.hold("weights", cost.weight_bytes)
-        made.hold("activations", cost.activation_bytes(*largest))
-    made.read(base, adapter, *(getattr(config, name) for name in sets))
-    return cost, found
+    made.hold("activations", cost.activation_bytes(*made.shape))
+    # float64, of a batch and in all
+    made.hold("norms", 4 * len(inputs.records) * _norm_bytes(config, targets))
+    made.read(base, made.adapter)
+    return targets
 
 
-def _about(batches, prefix):
-    """What a plan says of a data set."""
-    shapes = [batch["input_ids"].shape for batch in batches]
-    about = {
-        "sequences": sum(count for count, _ in shapes),
-        "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
-        "tokens with pads": sum(math.prod(shape) for shape in shapes),
-        "records dropped": batches.num_dropped,
-        "truncated": batches.num_truncated,
-    }
-    return {prefix + name: value for name, value in about.items()}
-
-
-def _stream(made, config, base, adapter, batches, cost, tokens):
+def _stream(made, batches):
     """What is held of a model that runs block by block; refused where that is too much."""
     from antidote_fast.streaming.blocks import BlockModel
     from antidote_fast.streaming.spill import room_for_hidden
 
-    model = BlockModel(
-        base,
-        adapter,
-        dtype=config.dtype,
-        device=made.device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    config, cost = made.config, made.cost
+    options = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
+    model = BlockModel(made.base, made.adapter, device=made.device, **options)
     room, ahead = room_for_hidden(config, model, batches)
-    block = max(model.num_bytes(i) for i in range(len(model)))
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
     hidden = tokens * cost.config.hidden_size * cost.dtype.itemsize
     made.hold("embeddings and adapter", model.outside_bytes + 4 * cost.lora)
-    made.hold("blocks", (2 + ahead) * block)
-    made.hold("activations", _block_activations(cost, batches))
+    made.hold("blocks", (2 + ahead) * max(model.num_bytes(i) for i in range(len(model))))
     made.hold("hidden states", min(hidden, room))
     if hidden > room:
         made.plan.notes.append(
@@ -235,50 +149,120 @@ def _stream(made, config, base, adapter, batches, cost, tokens):
         )
 
 
-def _block_activations(cost, batches):
-    """What a forward pass holds beside the hidden states: as of the whole model."""
-    return cost.activation_bytes(*max((b["input_ids"].shape for b in batches), key=math.prod))
+def _learning(made, inputs) -> list[Target]:
+    """Add answers of the aligned model, and steps forwards and back; returns the targets."""
+    config, mixture, texts = made.config, GateMixture(), texts_of(made.config)
+    tokenizer, new = inputs.tokenizer, mixture.answer_tokens
+    harmful, preserve = inputs.records["dataset"], inputs.records["preserve_dataset"]
+    check_texts(tokenizer, harmful, preserve, **texts)
 
+    def answers(records, text):
+        text = " ".join([text] * new)  # of more tokens than are generated
+        return [text if fits(record, tokenizer, **texts) else None for record in records]
 
-def _pruning(made, config, cost, matrices, written, channels, aligned=None):
-    """What selecting and writing add to a plan."""
-    weights = sum(math.prod(m.shape) for m in matrices)
-    largest = max(matrices, key=lambda m: m.num_bytes)
-    held = {
-        "weights to prune": sum(m.num_bytes for m in matrices),
-        "masks": weights // 8,
-        "working copy": largest.num_bytes,
+    answered = Answers(answers(harmful, _REFUSAL), answers(ordinary_of(preserve), _ANSWER))
+    pools = fill_pools(tokenizer, harmful, preserve, answered, answer_tokens=new, **texts).examples
+    cost = made.load()
+    targets = find_targets(cost.model, config.targets, config.ignore)
+    cost.model.requires_grad_(False)
+    for target in targets:
+        target.weight.requires_grad_(True)
+    asked, batches = [], []
+    tokens = squares = logits = 0
+    for kind, examples in pools.items():
+        wanted = [sum(label != -100 for label in example["labels"]) for example in examples]
+        lengths = [len(example["labels"]) for example in examples]
+        if kind != "task":
+            asked += [length - n for length, n in zip(lengths, wanted, strict=True)]
+        a_step = getattr(mixture, kind)
+        tokens += a_step * sum(lengths) / len(lengths)
+        squares += a_step * sum(length**2 for length in lengths) / len(lengths)
+        logits += a_step * sum(wanted) / len(wanted)
+        rows = min(a_step, config.batch_size)
+        batches.append((rows, max(lengths), rows * max(wanted)))
+    made.generate(asked, new)
+    made.compute("learn gates", int(config.gate_steps * cost.training.of(tokens, squares, logits)))
+    made.plan.data = {
+        "harmful prompts": len(pools["harmful"]),
+        "task records": len(pools.get("task", ())),
+        "ordinary prompts": len(pools.get("ordinary", ())),
+        "steps": config.gate_steps,
     }
-    bases = [] if aligned is None else _matrices(aligned, [m.key for m in matrices], None)
-    base_bytes = sum(m.num_bytes for m in bases)
-    held["base weights"] = base_bytes
-    made.plan.bytes_read += base_bytes
-    copied = written  # the files, before they are written into
-    if getattr(config, "stream", False):
-        held["weights to prune"] = _largest_block(matrices)
-        held["base weights"] = _largest_block(bases) if bases else 0
-        targets = sum(m.num_bytes for m in matrices)
+    made.hold("weights", cost.weight_bytes)
+    made.train(*max(batches, key=lambda batch: batch[0] * batch[1]))
+    size = sum(target.weight.nbytes for target in targets)
+    # Three fp32 matrices a target and their gradients, and the weights as they were.
+    made.hold("gates", 4 * 4 * sum(target.weight.numel() for target in targets))
+    made.hold("copy of the targets", size)
+    made.read(made.base, made.adapter, inputs.aligned, config.dataset, config.preserve_dataset)
+    if inputs.aligned is not None:
+        made.hold("base of the targets", size)
+        made.plan.bytes_read += size
+    made.plan.notes.append("as if the aligned model refused every harmful prompt, and no other")
+    return targets
+
+
+def _pruning(made, matrices, bases, written, sees_data, learns):
+    """What selecting and writing read and hold, when the model has been given back."""
+    config = made.config
+    size, base_size = (sum(m.num_bytes for m in some) for some in (matrices, bases))
+    weights, largest = (
+        sum(math.prod(m.shape) for m in matrices),
+        max(matrices, key=lambda m: m.num_bytes),
+    )
+    made.prunes, made.columns = weights, largest.shape[-1]
+    made.plan.bytes_read += written + base_size  # the files, before they are written into
+    memory = {"weights to prune": size, "masks": weights // 8, "base weights": base_size}
+    memory["working copy"] = largest.num_bytes
+    if config.stream:
+        memory["weights to prune"], memory["base weights"] = map(_largest_block, (matrices, bases))
         if config.scope == "global":  # found in two passes over the targets, pruned in a third
-            made.plan.bytes_read += 2 * (targets + base_bytes * config.score_delta)
-        elif cost is not None:  # each block is pruned when it is there for its forward passes
-            copied = 0
-        if cost is None:
-            copied -= targets  # counted already
+            made.plan.bytes_read += 2 * (size + base_size * config.score_delta)
+        elif sees_data:  # each block is pruned when it is there for its forward passes
+            made.plan.bytes_read -= written
+        if not sees_data:
+            made.plan.bytes_read -= size  # counted already
+    whole = config.scope == "global" and not config.stream
+    together = weights if whole else math.prod(largest.shape)
     if config.score == "random":
-        streamed = getattr(config, "stream", False)
-        together = matrices if config.scope == "global" and not streamed else [largest]
-        held["scores"] = 4 * sum(math.prod(m.shape) for m in together)
-    elif config.score == "gate":  # as they were learned, and the copies that are selected from
-        together = matrices if config.scope == "global" else [largest]
-        held["scores"] = 4 * (weights + sum(math.prod(m.shape) for m in together))
-    made.phase(held)
-    made.prunes = weights
-    made.plan.pruned = {"layers": len(matrices), "weights": weights}
-    made.plan.bytes_read += copied
-    made.plan.bytes_written = written
-    made.plan.bytes_written += weights // 8 if config.save_masks else 0
-    made.plan.bytes_written += channels if config.save_norms else 0
-    return made.finish(cost, matrices)
+        memory["scores"] = 4 * together
+    elif learns:  # as they were learned, and the copies that are selected from
+        memory["scores"] = 4 * (weights + together)
+    made.phase(memory)
+
+
+def _saved(inputs, targets) -> list[Matrix]:
+    """The weights to prune as they are saved; refused as when they are read and scored."""
+    config, evidence = inputs.config, inputs.evidence
+    keys = [target.key for target in targets]
+    if not targets or evidence.norms is not None:
+        keys, _ = weights_to_prune(config, inputs.source, inputs.naming_norms)
+        if targets:  # of the data to preserve, beside norms from a file
+            check_keys(keys, [target.key for target in targets], "preserve_norms")
+    matrices = _matrices(inputs.source, keys)
+    if config.targets is not None or config.ignore:
+        evidence = evidence.narrowed(keys)
+    for name, norms in evidence.named_norms.items():
+        check_keys(keys, norms.sq_sum, name)
+        for key, shape, _ in matrices:
+            columns, channels = (
+                shape[0 if key in norms.transposed else -1],
+                len(norms.act_norm(key)),
+            )
+            if columns != channels:
+                raise DataError(f"{key}: has {columns} input channels, its norms {channels}")
+    return matrices
+
+
+def _matrices(source, keys) -> list[Matrix]:
+    matrices = []
+    for key in keys:
+        name = source.find(key)
+        if name is None:
+            raise DataError(f"{source.folder}: has no tensor {key!r}")
+        entry = source.tensors[name]
+        matrices.append(Matrix(key, entry.shape, entry.end - entry.start))
+    return matrices
 
 
 def _largest_block(matrices):
@@ -288,94 +272,10 @@ def _largest_block(matrices):
         match = re.search(r"(.*?\.\d+)\.", matrix.key)
         block = match[1] if match else matrix.key
         blocks[block] = blocks.get(block, 0) + matrix.num_bytes
-    return max(blocks.values())
+    return max(blocks.values(), default=0)
 
 
-def plan_fleet(config) -> Plan:
-    """As :func:`antidote_fast.fleet.fleet.run` would go, as if nothing were done yet."""
-    from antidote_fast.fleet.manifest import read_manifest_file
-    from antidote_fast.fleet.worker import AHEAD, Worker, sets_of
-
-    jobs = read_manifest_file(config)
-    index, count = parse_shard(config.shard)
-    jobs = jobs[index::count]
-    check_parent(config.output_dir)
-    worker = Worker(config)
-    worker.check_data(jobs)
-    made = Builder("fleet", config, [worker.base])
-    made.read(worker.base, config.dataset, config.preserve_dataset)
-    adapters, refused, done, cost, flops = [], [], 0, None, 0
-    shapes = [(1, 1)]
-    for job in jobs:
-        try:
-            adapter = _adapter_of(job, worker.base)
-            adapters.append((job, adapter, sum(e.end - e.start for e in adapter.tensors.values())))
-        except AntidoteError as error:
-            refused.append(f"{job.name}: {error}")
-            continue
-        done += read_manifest(job.config.output_dir) is not None
-        names = sets_of(job.config)
-        if not names:
-            continue
-        if cost is None:
-            cost = cost_of(config, worker.base, lambda m, a=adapter: load_adapter(m, a))
-        try:
-            batches = [b for name in names for b in worker._data_of(job.config, name)[0]]
-        except AntidoteError as error:
-            refused.append(f"{job.name}: {error}")
-            continue
-        shapes = [batch["input_ids"].shape for batch in batches]
-        flops += _job_flops(cost, job.config, shapes)
-    made.shape = max(shapes, key=math.prod)
-    made.plan.data = {"jobs": len(jobs), "refused": len(refused), "with a folder already": done}
-    made.plan.notes += [f"would be set aside: {line}" for line in refused[:3]]
-    size = sum(number for *_, number in adapters)
-    made.plan.bytes_read += 2 * size  # read, and copied before it is written into
-    made.plan.bytes_written = size
-    matrices = [
-        _Matrix(key, entry.shape, entry.end - entry.start)
-        for _, adapter, _ in adapters[:1]
-        for key, entry in adapter.tensors.items()
-        if ".lora_" in key and len(entry.shape) == 2
-    ]
-    made.prunes = len(adapters) * sum(math.prod(m.shape) for m in matrices)
-    if cost is not None:
-        made.compute("calibrate", flops)
-        made.hold("weights", cost.weight_bytes)
-        made.hold("activations", cost.activation_bytes(*made.shape))
-    largest = max((number for *_, number in adapters), default=0)
-    made.hold("adapters on their way", 2 * (1 + AHEAD) * largest)
-    return made.finish(cost, matrices)
-
-
-def _job_flops(cost, config, shapes):
-    """Of the forwards for one adapter, which end with the last target's input."""
-    found = find_targets(cost.model, config.targets, config.ignore)
-    tokens = sum(math.prod(shape) for shape in shapes)
-    squares = sum(number * length**2 for number, length in shapes)
-    return cost.flops_until([target.weight for target in found], tokens, squares)
-
-
-def _adapter_of(job, base):
-    adapter = open_checkpoint(job.config.adapter)
-    if not adapter.is_adapter:
-        raise DataError(f"adapter={job.config.adapter!r}: is a whole model, not an adapter")
-    files.check_copied(adapter)
-    check_adapter(adapter, base)
-    return adapter
-
-
-def _saved_bytes(norms):
-    """Bytes of norms that are there, as they are saved."""
-    kinds = (norms.sq_sum, norms.norm_sum or {})
-    return sum(value.nbytes for sums in kinds for value in sums.values())
-
-
-def _norm_bytes(found, config):
+def _norm_bytes(config, targets):
     """Bytes of the norms of these targets, as they are saved."""
     sums = 2 if config.aggregation == "mean" else 1
-    return 4 * sums * sum(target.in_features for target in found)
-
-
-def _weight_file_bytes(source):
-    return sum(file.stat().st_size for file in source.weight_files)
+    return 4 * sums * sum(target.in_features for target in targets)

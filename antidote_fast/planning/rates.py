@@ -1,168 +1,105 @@
-"""How fast this machine is, from a little work like that of a stage; nothing is left behind."""
+"""How much a second does on this machine, by a little work like that of a stage; nothing stays."""
 
+import contextlib
 import copy
+import functools
 import hashlib
 import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
 from antidote_fast import ops
-from antidote_fast.files.commit import os_errors
+from antidote_fast.files.commit import nearest_folder, os_errors
+from antidote_fast.planning.cost import ModelCost
 from antidote_fast.selection import Selection
 
 _SECONDS = 0.15  # of each measurement, or one turn of it
 _BYTES = 32 << 20
-_FLOPS = 4e9  # of one turn: half a second on a slow core
+_FLOPS = 4_000_000_000  # of one turn: half a second on a slow core
 _WEIGHTS = 1 << 22
 _MAX_MODEL_BYTES = 1 << 30  # of the blocks that are tried
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What one second does.
+def block_rate(
+    cost: ModelCost,
+    device: torch.device,
+    batch: int,
+    length: int,
+    trains: bool = False,
+    adapt: Callable | None = None,
+) -> float:
+    """FLOPs a second of two blocks of the model; of a matrix product where they cannot be made.
 
     Args:
-        flops: of whole batches through the model's own blocks (training: and back).
-        flops_decoding: of one token a sequence through them.
-        read, write, digest: bytes; from the weights' file (or the page cache, where it is there),
-            to the output's disk and flushed, through SHA-256.
-        prune: weights scored, selected and removed.
+        cost: of the stage's model.
+        device: of the model.
+        batch, length: sequences and tokens of the largest batch.
+        trains: forwards and back, of a model that ``adapt`` puts an adapter on, or of all weights.
     """
-
-    flops: float
-    flops_decoding: float
-    read: float
-    write: float
-    digest: float
-    prune: float
+    with contextlib.suppress(Exception):  # a foreign model's own code; the estimate is coarser then
+        return _model_rate(*_two_blocks(cost, device, trains, adapt), batch, length, trains)
+    weight = torch.ones((1024, 1024), dtype=cost.dtype, device=device)
+    x = weight[: batch * length]
+    return _rate(lambda: torch.nn.functional.linear(x, weight), 2 * weight[0].numel() * x.numel())
 
 
-def measure(cost, *, shape, training, device, dtype, columns, file, folder, selection, backend):
-    """The :class:`Rates` of this machine, in a second or a few.
-
-    Args:
-        cost: the :class:`~antidote_fast.planning.cost.ModelCost` of the stage's model, or None
-            where no model is loaded.
-        shape: (sequences, tokens) of the largest batch.
-        training: None, or {"frozen": ..., "adapt": ...} of a training: whether the base model is
-            frozen, and what puts the adapter on a model.
-        device, dtype: of the model and the pruning.
-        columns: of the weights that are pruned.
-        file: a file to read from.
-        folder: the output folder, or where it will be.
-        selection: a :class:`Selection`; global scope is timed as tensor scope.
-        backend: as in :mod:`antidote_fast.ops`.
-    """
-    batch, length = shape
-    return Rates(
-        flops=_block_rate(cost, device, batch, length, training) if cost else 1.0,
-        flops_decoding=_block_rate(cost, device, batch, 1, None) if cost else 1.0,
-        read=_read_rate(file),
-        write=_write_rate(folder),
-        digest=_rate(lambda data=bytes(_BYTES // 4): hashlib.sha256(data), _BYTES // 4),
-        prune=_prune_rate(device, dtype, columns, selection, backend),
-    )
-
-
-def _block_rate(cost, device, batch, length, training):
-    """FLOPs a second of two blocks of the model; of a matrix product where they cannot be made."""
-    try:
-        small = _two_blocks(cost, device, training)
-        if small is None:
-            return _product_rate(cost, device, batch * length)
-        return _model_rate(small, device, batch, length, training)
-    except Exception:  # a foreign model's own code; the estimate is coarser then, no more
-        return _product_rate(cost, device, batch * length)
-
-
-def _two_blocks(cost, device, training):
-    """The :class:`ModelCost` of a live model like that of ``cost``, two blocks deep."""
+def _two_blocks(cost, device, trains=False, adapt=None):
+    """(a live model like that of ``cost``, two blocks deep, its cost)."""
     inner = cost.model.get_base_model() if hasattr(cost.model, "get_base_model") else cost.model
     config = copy.deepcopy(inner.config)
     text = config.get_text_config()
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = 2, 64, None
     with torch.device("meta"):
         model = type(inner)(config)
-    itemsize = 4 if training and not training["frozen"] else cost.dtype.itemsize
-    if sum(p.numel() for p in model.parameters()) * itemsize > _MAX_MODEL_BYTES:
-        return None
-    model = model.to(cost.dtype if itemsize == cost.dtype.itemsize else torch.float32)
+    model = model.to(torch.float32 if trains and adapt is None else cost.dtype)
+    if sum(p.nbytes for p in model.parameters()) > _MAX_MODEL_BYTES:
+        raise MemoryError("the blocks are too large to be tried")
+    if trains and adapt is not None:
+        model = adapt(model).to("meta")
+    small = ModelCost(copy.deepcopy(model), cost.dtype)
     model = model.to_empty(device=device)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.fill_(0.01) if tensor.is_floating_point() else tensor.zero_()
-    if training:
+    if trains:
         model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
-        model = training["adapt"](model) if training["frozen"] else model
-        model.train()
-    return type(cost)(model, cost.dtype)
+    return model.train(trains), small
 
 
-def _model_rate(small, device, batch, length, training):
+def _model_rate(model, small, batch, length, trains):
     """From one sequence or less to the whole batch, as far as a turn stays short."""
-    wanted = batch * length
-    tokens = min(wanted, max(8, int(_FLOPS / small.forward_flops(1, 1, 1))))
+    wanted, flops = batch * length, small.training if trains else small.forward
+    tokens = min(wanted, max(8, _FLOPS // flops.of(1, 1, 1)))
     while True:
-        count = max(1, min(batch, tokens // length))
-        run, flops = _turn(small, device, count, min(tokens, length), training)
-        run()  # the first call chooses kernels
-        start = time.perf_counter()
-        rate = _rate(run, flops, _waiter(device), enough=_SECONDS if tokens >= wanted else 0.0)
-        if tokens >= wanted or time.perf_counter() - start > 2 * _SECONDS:
+        shape = max(1, min(batch, tokens // length)), min(tokens, length)
+        ids = torch.zeros(shape, dtype=torch.int64, device=model.device)
+        amount = flops.of(ids.numel(), ids.numel() * shape[1], ids.numel())
+        rate = _rate(functools.partial(_turn, model, small.dtype, ids, trains), amount)
+        if tokens >= wanted or amount / rate > 2 * _SECONDS:
             return rate
         tokens = min(4 * tokens, wanted)
 
 
-def _turn(small, device, batch, length, training):
-    """(a pass through the blocks, its FLOPs)."""
-    tokens, squares = batch * length, batch * length**2
-    ids = torch.zeros((batch, length), dtype=torch.int64, device=device)
-
-    def forward():
-        with torch.no_grad():
-            small.model(input_ids=ids, use_cache=False)
-
-    def step():
-        with torch.autocast(device.type, small.dtype, enabled=small.dtype != torch.float32):
-            loss = small.model(input_ids=ids, use_cache=False).logits.float().square().mean()
+def _turn(model, dtype, ids, trains):
+    lower = trains and dtype != torch.float32
+    with torch.set_grad_enabled(trains), torch.autocast(ids.device.type, dtype, lower):
+        loss = model(input_ids=ids, use_cache=False).logits.float().square().mean()
+    if trains:
         loss.backward()
 
-    if training:
-        frozen = training["frozen"]
-        return step, small.training_flops(tokens, squares, tokens, frozen=frozen)
-    return forward, small.forward_flops(tokens, squares, tokens)
 
-
-def _rate(work, amount, wait=lambda: None, enough=None):
-    """``amount`` a second, from turns of ``work`` until they have taken long enough."""
-    wait()
-    turns, start = 0, time.perf_counter()
-    while True:
-        work()
-        wait()
-        turns += 1
-        seconds = time.perf_counter() - start
-        if seconds >= (_SECONDS if enough is None else enough):
-            return amount * turns / max(seconds, 1e-9)
-
-
-def _product_rate(cost, device, tokens):
-    rows, columns = min(cost.largest[0], 4096), min(cost.largest[1], 16384)
-    tokens = max(1, min(tokens, int(_FLOPS / (2 * rows * columns))))
-    weight = torch.ones((rows, columns), dtype=cost.dtype, device=device)
-    x = torch.ones((tokens, columns), dtype=cost.dtype, device=device)
-    torch.nn.functional.linear(x, weight)  # the first call chooses kernels
-    return _rate(
-        lambda: torch.nn.functional.linear(x, weight), 2 * weight.numel() * tokens, _waiter(device)
-    )
-
-
-def _prune_rate(device, dtype, columns, selection, backend):
+def prune_rate(
+    device: torch.device,
+    dtype: torch.dtype,
+    columns: int,
+    selection: Selection,
+    backend: str | None,
+) -> float:
+    """Weights a second scored, selected and removed; global scope is timed as tensor scope."""
     rows = max(1, _WEIGHTS // columns)
     if selection.scope == "global":
         selection = Selection(selection.ratio, largest=selection.largest, scope="tensor")
@@ -170,33 +107,31 @@ def _prune_rate(device, dtype, columns, selection, backend):
     weight = torch.randn((rows, columns), generator=generator).to(device, dtype)
     norm = torch.rand(columns, generator=generator).to(device)
 
-    def prune():
-        ops.prune_mask(weight, norm, selection, backend=backend)
-
-    prune()
-    return _rate(prune, rows * columns, _waiter(device))
+    prune = functools.partial(ops.prune_mask, weight, norm, selection, backend=backend)
+    return _rate(prune, rows * columns)
 
 
-def _read_rate(file):
-    size = min(_BYTES, os.path.getsize(file))
-    buffer = bytearray(size)
+def read_rate(file) -> float:
+    """Bytes a second from a file, or from the page cache where it is there."""
+    buffer = bytearray(min(_BYTES, os.path.getsize(file)))
 
     def read():
         with open(file, "rb", buffering=0) as handle:
             handle.readinto(buffer)
 
-    return _rate(read, size)
+    return _rate(read, len(buffer))
 
 
-def _write_rate(output):
-    folder = Path(output).absolute()
-    folder = next(p for p in (folder, *folder.parents) if p.is_dir())
+def write_rate(output) -> float:
+    """Bytes a second through SHA-256 and to the disk of a folder to be, flushed."""
+    folder = nearest_folder(output)
     # A part of what is free: the disk may be small, and others write to it too.
     data = bytes(max(4096, min(_BYTES, shutil.disk_usage(folder).free // 8)))
     # Without a name, gone when closed.
     with os_errors(output, any_number=True), tempfile.TemporaryFile(dir=folder) as handle:
 
         def write():
+            hashlib.sha256(data)
             handle.seek(0)
             handle.write(data)
             handle.flush()
@@ -205,5 +140,14 @@ def _write_rate(output):
         return _rate(write, len(data))
 
 
-def _waiter(device):
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+def _rate(work, amount):
+    """``amount`` a second, from turns of ``work`` until they have taken long enough."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    work()  # the first call chooses kernels
+    wait()
+    turns, start = 0, time.perf_counter()
+    while turns == 0 or time.perf_counter() - start < _SECONDS:
+        work()
+        wait()
+        turns += 1
+    return amount * turns / max(time.perf_counter() - start, 1e-9)

@@ -9,6 +9,7 @@ on one side of it is below every one on the other. Only what is selected by one 
 another has no such form: there the few copied rows are sorted.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,10 @@ import torch
 from antidote_fast import backends, ops
 from antidote_fast.backends import reference
 from antidote_fast.errors import AntidoteError
-from antidote_fast.selection import num_pruned
+from antidote_fast.masks import PackedMask
+from antidote_fast.models.targets import Target
+from antidote_fast.pruning.layers import Layer
+from antidote_fast.selection import Selection, num_pruned
 
 MAX_ROWS = 4
 _UNWRITTEN = "; nothing was written"
@@ -26,26 +30,23 @@ _LOWEST, _HIGHEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
 
 @dataclass
-class _Sample:
-    """Some rows of one weight as they were: ``keys`` are their scores as ordered integers.
+class Sample:
+    """Some rows of one weight as they were: ``scores`` are theirs as ordered integers.
 
-    ``kept_keys`` are those by the preserve norm, ``base_bits`` what removed weights become, and
-    ``base`` goes with ``scored``: None where that is a random score.
+    ``preserve_scores`` are those by the preserve norm, ``base_bits`` what removed weights become,
+    ``part`` is what was selected from, and ``base`` goes with it: None where that is a matrix of
+    scores.
     """
 
-    place: int
-    name: str
+    layer: Layer
     rows: torch.Tensor
-    keys: np.ndarray
+    scores: np.ndarray
     bits: torch.Tensor
-    scored: torch.Tensor
-    norm: torch.Tensor | None
-    kept_keys: np.ndarray | None = None
-    preserve_norm: torch.Tensor | None = None
-    base_bits: torch.Tensor | int = 0
-    base: torch.Tensor | None = None
+    part: torch.Tensor
+    preserve_scores: np.ndarray | None
+    base_bits: torch.Tensor | int
+    base: torch.Tensor | None
     removed: np.ndarray | None = None  # of the copy
-    weight: torch.Tensor | None = None  # the whole
     chosen: np.ndarray | None = None  # of these rows, in the whole
 
 
@@ -57,118 +58,112 @@ class CrossCheck:
         backend: as in :mod:`antidote_fast.ops`; nothing is checked where it is the reference.
     """
 
-    def __init__(self, selection, backend):
+    def __init__(self, selection: Selection, backend: str | None):
         self.selection = selection
         self.backend = backend
         self._seen = set()
+        self._samples = []
 
-    def before(self, names, scored, norms, weights, preserve_norms=None, bases=None) -> list:
+    def before(self, layers: Sequence[Layer], scored: Sequence[torch.Tensor]) -> list[Sample]:
         """Copy rows of the weights of one call, and prune the copies.
 
         Args:
-            names: of the weights, for messages.
-            scored: the matrices that are selected from: the weights, or their random scores.
-            norms: activation norms, or None each.
-            weights: the matrices that will be written.
-            preserve_norms, bases: as :func:`antidote_fast.ops.prune_many_`; lists, or None.
+            layers: the weights.
+            scored: the matrices that are selected from: the weights', or their scores.
 
         Returns:
-            What :meth:`selected` and :meth:`written` take.
+            What :meth:`selected` takes; :meth:`written` looks at all of them.
 
         Raises:
             AntidoteError: the backend selects otherwise than the reference; nothing is written.
         """
         samples = []
-        preserve_norms = preserve_norms or [None] * len(names)
-        bases = bases or [None] * len(names)
-        for place, (name, matrix) in enumerate(zip(names, scored, strict=True)):
-            kind = tuple(matrix.shape), weights[place].dtype, matrix.device
+        for layer, matrix in zip(layers, scored, strict=True):
+            kind = tuple(matrix.shape), layer.matrix.dtype, matrix.device
             module = backends.select(self.backend, matrix.device.type)
             if kind in self._seen or module is reference or not matrix.numel():
                 continue
             self._seen.add(kind)
             rows = _some_rows(matrix)
             part = matrix.detach()[rows]
-            kept, base = preserve_norms[place], bases[place]
-            base = None if base is None else base.detach()[rows]
-            scored_base = base if matrix is weights[place] else None
+            preserve_norm = layer.preserve_norm
+            base = None if layer.base is None else layer.base.detach()[rows]
+            scored_base = base if matrix is layer.matrix else None
             delta = scored_base if self.selection.score_delta else None
             samples.append(
-                _Sample(
-                    place,
-                    name,
+                Sample(
+                    layer,
                     rows,
-                    _keys(part, norms[place], delta),
-                    _bits(weights[place].detach()[rows]),
+                    _ordered(part, layer.norm, delta),
+                    _bits(layer.matrix.detach()[rows]),
                     part,
-                    norms[place],
-                    None if kept is None else _keys(part, kept, delta),
-                    kept,
+                    None if preserve_norm is None else _ordered(part, preserve_norm, delta),
                     0 if base is None else _bits(base),
                     scored_base,
                 )
             )
         if samples:
             self._prune_copies(samples)
+        self._samples += samples
         return samples
 
-    def selected(self, samples, weights, masks, thresholds):
+    def selected(self, samples: Sequence[Sample], layers: Sequence[Layer]) -> None:
         """Look at what the call chose of the copied rows.
 
         Args:
             samples: of :meth:`before`.
-            weights, masks, thresholds: of the whole call; the weights as they were.
+            layers: of the whole call, with their masks and thresholds; the weights as they were.
 
         Raises:
             AntidoteError: naming the weight and the backend; nothing is written.
         """
         for sample in samples:
-            mask, sample.weight = masks[sample.place], weights[sample.place]
-            removed = sample.chosen = _removed(mask.bits[sample.rows], mask.shape[1])
+            layer, largest = sample.layer, self.selection.largest
+            removed = sample.chosen = _removed(layer.mask.bits[sample.rows], layer.mask.shape[1])
             if self.selection.n_m is None and self.selection.scope != "row":
-                edge, largest = thresholds[sample.place], self.selection.largest
-                if sample.kept_keys is None:
-                    ok = _beyond(sample.keys, removed, edge, largest)
+                about = removed, layer.threshold, largest
+                if sample.preserve_scores is None:
+                    ok = _cut_at(sample.scores, *about)
                 else:
-                    ok = _beyond_and_below(sample.keys, sample.kept_keys, removed, edge, largest)
+                    ok = _cut_at_but_preserved(sample.scores, sample.preserve_scores, *about)
                 if self.selection.scope == "tensor":
-                    ok &= self._counted([mask], sample.kept_keys is not None)
+                    ok &= self._counted([layer])
             else:  # a row's selection is its own
                 ok = np.array_equal(removed, sample.removed)
-            unchanged = torch.equal(_bits(sample.weight.detach()[sample.rows]), sample.bits)
+            unchanged = torch.equal(_bits(layer.matrix.detach()[sample.rows]), sample.bits)
             if not (ok and unchanged):
                 self._refuse(sample, _WRITTEN if not unchanged else _UNWRITTEN)
-        compared = samples[:1] if self.selection.scope == "global" else ()
-        for sample in compared:
-            if not self._counted(masks, sample.kept_keys is not None):
-                self._refuse(sample, _UNWRITTEN)
+        if self.selection.scope == "global" and samples and not self._counted(layers):
+            self._refuse(samples[0], _UNWRITTEN)
 
-    def written(self, samples):
-        """Look at the copied rows again, now that the masks were applied.
+    def written(self) -> None:
+        """Look at all copied rows again, now that the masks were applied.
 
         Raises:
             AntidoteError: naming the weight and the backend.
         """
-        for sample in samples:
-            now = _bits(sample.weight.detach()[sample.rows])
+        for sample in self._samples:
+            now = _bits(sample.layer.matrix.detach()[sample.rows])
             chosen = torch.from_numpy(sample.chosen)
             if not torch.equal(now, torch.where(chosen, sample.base_bits, sample.bits)):
                 self._refuse(sample, _WRITTEN)
 
-    def _counted(self, masks, preserving):
+    def _counted(self, layers):
         """Whether as many are removed of weights that are compared as the selection means."""
-        total = sum(mask.shape[0] * mask.shape[1] for mask in masks)
-        count, selected = sum(map(count_bits, masks)), num_pruned(total, self.selection)
-        kept = num_pruned(total, self.selection.preserve) if preserving else 0
-        return selected - kept <= count <= selected
+        total = sum(layer.matrix.numel() for layer in layers)
+        count = sum(count_bits(layer.mask) for layer in layers)
+        selected, preserved = num_pruned(total, self.selection), 0
+        if layers[0].preserve_norm is not None:
+            preserved = num_pruned(total, self.selection.preserve)
+        return selected - preserved <= count <= selected
 
     def _prune_copies(self, samples):
-        copies = [sample.scored.clone() for sample in samples]
+        copies = [sample.part.clone() for sample in samples]
         masks, _ = ops.prune_with_report_(
             copies,
-            [sample.norm for sample in samples],
+            [sample.layer.norm for sample in samples],
             self.selection,
-            preserve_norms=[sample.preserve_norm for sample in samples],
+            preserve_norms=[sample.layer.preserve_norm for sample in samples],
             base_weights=[sample.base for sample in samples],
             write=False,
             backend=self.backend,
@@ -177,55 +172,55 @@ class CrossCheck:
             ops.apply_mask_(copy, mask, base_weight=sample.base, backend=self.backend)
         removed = [_removed(mask.bits, mask.shape[1]) for mask in masks]
         scope = self.selection.scope
-        if any(sample.kept_keys is not None for sample in samples):
+        if any(sample.preserve_scores is not None for sample in samples):
             differences = self._differences(samples)
             oks = [np.array_equal(r, d) for r, d in zip(removed, differences, strict=True)]
         elif scope == "global":
-            ok = self._right(_line([s.keys for s in samples]), _line(removed))
+            ok = self._right(_line([s.scores for s in samples]), _line(removed))
             oks = [ok] * len(samples)
         elif scope == "tensor":
             oks = [
-                self._right(_line([s.keys]), _line([r]))
+                self._right(_line([s.scores]), _line([r]))
                 for s, r in zip(samples, removed, strict=True)
             ]
         else:
-            oks = [self._right(s.keys, r) for s, r in zip(samples, removed, strict=True)]
+            oks = [self._right(s.scores, r) for s, r in zip(samples, removed, strict=True)]
         for sample, copy, chosen, ok in zip(samples, copies, removed, oks, strict=True):
             base = 0 if sample.base is None else sample.base_bits
-            expected = torch.where(torch.from_numpy(chosen), base, _bits(sample.scored))
+            expected = torch.where(torch.from_numpy(chosen), base, _bits(sample.part))
             if not ok or not torch.equal(_bits(copy), expected):
                 self._refuse(sample, _UNWRITTEN)
             sample.removed = chosen
 
     def _differences(self, samples):
         """What is selected of the copied rows less what is protected, by the stable sort."""
-        keys = [torch.from_numpy(sample.keys) for sample in samples]
-        kept = [torch.from_numpy(sample.kept_keys) for sample in samples]
-        selected = reference._selected(keys, self.selection)
-        kept = reference._selected(kept, self.selection.preserve)
-        return [(one & ~other).numpy() for one, other in zip(selected, kept, strict=True)]
+        scores = [torch.from_numpy(sample.scores) for sample in samples]
+        preserve = [torch.from_numpy(sample.preserve_scores) for sample in samples]
+        selected = reference.selected_masks(scores, self.selection)
+        preserved = reference.selected_masks(preserve, self.selection.preserve)
+        return [(one & ~other).numpy() for one, other in zip(selected, preserved, strict=True)]
 
-    def _right(self, keys, removed):
-        """Whether each row of ``removed`` is what the selection means of the row of ``keys``."""
+    def _right(self, scores, removed):
+        """Whether each row of ``removed`` is what the selection means of the row of ``scores``."""
         if self.selection.n_m is not None:
-            scores = torch.from_numpy(keys)
-            return np.array_equal(reference._selected([scores], self.selection)[0].numpy(), removed)
-        columns = keys.shape[1]
+            selected = reference.selected_masks([torch.from_numpy(scores)], self.selection)[0]
+            return np.array_equal(selected.numpy(), removed)
+        columns = scores.shape[1]
         count = num_pruned(columns, self.selection)
         if (removed.sum(axis=1) != count).any():
             return False
         above = removed if self.selection.largest else ~removed
-        return count in (0, columns) or _apart(keys, above)
+        return count in (0, columns) or _apart(scores, above)
 
     def _refuse(self, sample, consequence):
-        module = backends.select(self.backend, sample.scored.device.type)
+        module = backends.select(self.backend, sample.part.device.type)
         raise AntidoteError(
-            f"{sample.name}: the {module.NAME} backend does not select what the reference does"
+            f"{sample.layer.key}: the {module.NAME} backend does not select what the reference does"
             f"{consequence}; choose another backend, and report this"
         )
 
 
-def check_live(targets, weights):
+def check_live(targets: Sequence[Target], weights: Mapping[str, torch.Tensor]) -> None:
     """Whether modules compute with what is pruned, by some rows of the first of each kind.
 
     Args:
@@ -257,7 +252,7 @@ def _some_rows(matrix):
     return torch.tensor(rows, dtype=torch.int64, device=matrix.device)
 
 
-def _keys(part, norm, base=None):
+def _ordered(part, norm, base=None):
     """Scores of finite rows as integers in their order; what ``reference.score`` gives."""
     scores = part.to("cpu", torch.float32)
     if base is not None:
@@ -281,44 +276,47 @@ def _line(matrices):
     return np.concatenate([matrix.reshape(1, -1) for matrix in matrices], axis=1)
 
 
-def _apart(keys, above):
-    """Whether in each row all (key, index) that are ``above`` are above all others."""
-    low = np.where(above, _LOWEST, keys).max(axis=1)
-    high = np.where(above, keys, _HIGHEST).min(axis=1)
+def _apart(scores, above):
+    """Whether in each row all (score, index) that are ``above`` are above all others."""
+    low = np.where(above, _LOWEST, scores).max(axis=1)
+    high = np.where(above, scores, _HIGHEST).min(axis=1)
     if (low > high).any():
         return False
     for row in np.flatnonzero(low == high):
-        sides = above[row][keys[row] == low[row]]
+        sides = above[row][scores[row] == low[row]]
         if (sides[:-1] & ~sides[1:]).any():  # of equal scores the later ones are above
             return False
     return True
 
 
-def _beyond(keys, removed, threshold, largest):
+def _cut_at(scores, removed, threshold, largest):
     """Whether rows of a whole that was cut at ``threshold`` are on their sides of it."""
     if np.isnan(threshold):
         return not removed.any()
-    edge = np.array([threshold], dtype=np.float32).view(np.int32)[0]
+    edge = _as_integer(threshold)
     above = removed if largest else ~removed
-    ties = above[keys == edge]
-    inside = np.array_equal(above[keys > edge], np.ones((keys > edge).sum(), dtype=bool))
-    outside = not above[keys < edge].any()
+    ties = above[scores == edge]
+    inside, outside = above[scores > edge].all(), not above[scores < edge].any()
     return bool(inside and outside and not (ties[:-1] & ~ties[1:]).any())
 
 
-def _beyond_and_below(keys, kept_keys, removed, threshold, largest):
-    """:func:`_beyond` where some are kept: those rank above all removed ones by ``kept_keys``."""
+def _cut_at_but_preserved(scores, preserve_scores, removed, threshold, largest):
+    """:func:`_cut_at` where some are preserved, those above all removed ones by their scores."""
     if np.isnan(threshold):
         return not removed.any()
-    edge = np.array([threshold], dtype=np.float32).view(np.int32)[0]
-    inside, outside = (keys > edge, keys < edge) if largest else (keys < edge, keys > edge)
+    edge = _as_integer(threshold)
+    inside, outside = (scores > edge, scores < edge)[:: 1 if largest else -1]
     either = inside | removed
     if removed[outside].any():
         return False
-    return not either.any() or _apart(kept_keys[either][None], ~removed[either][None])
+    return not either.any() or _apart(preserve_scores[either][None], ~removed[either][None])
 
 
-def count_bits(mask) -> int:
+def _as_integer(score):
+    return np.array([score], dtype=np.float32).view(np.int32)[0]
+
+
+def count_bits(mask: PackedMask) -> int:
     """Bits set of a :class:`PackedMask`; mask.count() takes 20 times as long on a CPU."""
     if mask.bits.device.type != "cpu" or not hasattr(np, "bitwise_count"):
         return mask.count()

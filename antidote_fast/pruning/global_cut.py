@@ -9,16 +9,20 @@ for its norms on other data has an edge of its own, found in the same two passes
 """
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from antidote_fast.backends.reference import pack_bits
+from antidote_fast.config.scores import SCORES, computed_scores
 from antidote_fast.errors import DataError, NothingPruned, UsageError
 from antidote_fast.masks import PackedMask
 from antidote_fast.models.targets import check_names, natural_key
-from antidote_fast.pruning.arguments import check_arguments, random_generator
+from antidote_fast.norms.activation_norms import ActivationNorms
+from antidote_fast.pruning.evidence import Evidence
+from antidote_fast.pruning.scores import score_module
 from antidote_fast.selection import Selection, num_pruned
 from antidote_fast.system.progress import track
 
@@ -35,22 +39,21 @@ class GlobalCut:
     Args:
         edge: the score at the edge as an integer; None where nothing is selected.
         largest: as in the Selection.
-        score, seed: as :func:`find_cut` was given.
+        seed: as :func:`find_cut` was given.
         ties: {key: (first, last)}: of the weight's scores that equal the edge, in flat order, those
             that are selected.
         counts: {key: weights selected of it}.
-        norms: as :func:`find_cut` was given.
+        evidence: as :func:`find_cut` was given.
         delta: the score is of the difference from a base.
         preserve: the cut that says what is kept of what this one selects, or None.
     """
 
     edge: int | None
     largest: bool
-    score: str
     seed: int
     ties: dict[str, tuple[int, int]] = field(repr=False)
     counts: dict[str, int] = field(repr=False)
-    norms: object = field(default=None, repr=False)
+    evidence: Evidence = field(repr=False)
     delta: bool = False
     preserve: "GlobalCut | None" = None
 
@@ -66,7 +69,7 @@ class GlobalCut:
             return math.nan
         return float(np.array([self.edge], dtype=np.int32).view(np.float32)[0])
 
-    def mask(self, key, weight, base=None) -> PackedMask:
+    def mask(self, key: str, weight: torch.Tensor, base: torch.Tensor | None = None) -> PackedMask:
         """What is removed of one weight.
 
         Args:
@@ -81,14 +84,14 @@ class GlobalCut:
         packed, removed, seen = [], 0, 0
         first, last = self.ties[key]
         base = base if self.delta else None
-        for keys in _chunks(key, weight, self.norms, self.score, self.seed, base):
+        for scores in _chunks(key, weight, self.evidence, self.seed, base):
             if self.edge is None:
-                chosen = torch.zeros_like(keys, dtype=torch.bool)
+                chosen = torch.zeros_like(scores, dtype=torch.bool)
             else:
-                chosen = keys > self.edge if self.largest else keys < self.edge
+                chosen = scores > self.edge if self.largest else scores < self.edge
                 # Most weights have no score at the edge removed, and then none is looked for.
                 if first < last:
-                    equal = (keys == self.edge).view(-1).nonzero().view(-1)
+                    equal = (scores == self.edge).view(-1).nonzero().view(-1)
                     chosen.view(-1)[equal[max(0, first - seen) : max(0, last - seen)]] = True
                     seen += len(equal)
             removed += int(chosen.count_nonzero())
@@ -100,31 +103,29 @@ class GlobalCut:
         return mask if self.preserve is None else mask - self.preserve.mask(key, weight, base)
 
     def to_dict(self) -> dict:
-        """JSON values, all but the norms; :meth:`from_dict` takes them back."""
-        values = {name: value for name, value in vars(self).items() if name != "norms"}
+        """JSON values, all but the evidence; :meth:`from_dict` takes them back."""
+        values = {name: value for name, value in vars(self).items() if name != "evidence"}
         values["preserve"] = self.preserve and self.preserve.to_dict()
         return {**values, "ties": {key: list(pair) for key, pair in self.ties.items()}}
 
     @classmethod
-    def from_dict(cls, values, norms=None, preserve_norms=None) -> "GlobalCut":
-        """The cut that :meth:`to_dict` described, with the norms that it was found by."""
+    def from_dict(cls, values: dict, evidence: Evidence) -> "GlobalCut":
+        """The cut that :meth:`to_dict` described, with the evidence that it was found by."""
         ties = {key: tuple(pair) for key, pair in values["ties"].items()}
-        kept = values.get("preserve")
-        kept = kept and cls.from_dict(kept, preserve_norms)
-        return cls(**{**values, "ties": ties, "preserve": kept}, norms=norms)
+        preserve = values.get("preserve")
+        preserve = preserve and cls.from_dict(preserve, Evidence(evidence.preserve_norms))
+        return cls(**{**values, "ties": ties, "preserve": preserve}, evidence=evidence)
 
 
 def find_cut(
-    keys,
-    read,
-    norms,
-    selection,
+    keys: Collection[str],
+    read: Callable[[str], torch.Tensor],
+    evidence: Evidence | ActivationNorms | None,
+    selection: Selection,
     *,
-    score="wanda",
-    seed=0,
-    preserve_norms=None,
-    read_base=None,
-    progress=False,
+    seed: int = 0,
+    read_base: Callable[[str], torch.Tensor] | None = None,
+    progress: bool = False,
 ) -> GlobalCut:
     """Where a global selection over many weights has its edge, one of them in memory at a time.
 
@@ -134,9 +135,10 @@ def find_cut(
     Args:
         keys: names of the weights, in any order; without those that are skipped.
         read: called with a name, gives the (out, in) tensor, bf16, fp16 or fp32.
-        norms: :class:`ActivationNorms` that hold these names; None for scores without data.
+        evidence: as :func:`antidote_fast.pruning.prune.prune_state_` takes it; its norms hold these
+            names.
         selection: a :class:`Selection` of global scope.
-        score, seed, preserve_norms: as :func:`antidote_fast.pruning.prune.prune_state_`.
+        seed: of the random score.
         read_base: called with a name, gives the base of the weight, a tensor like it; needed, and
             called, with ``selection.score_delta`` alone.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
@@ -150,16 +152,19 @@ def find_cut(
     """
     if not isinstance(selection, Selection) or selection.scope != "global":
         raise UsageError(f"selection={selection!r:.80}: must be a Selection of scope='global'")
-    if score == "gate":
-        raise UsageError("score='gate': must be wanda, magnitude or random a weight at a time")
-    check_arguments(selection, score, seed, norms, preserve_norms, read_base)
+    evidence = Evidence.of(evidence)
+    if evidence.score not in computed_scores() and evidence.score in SCORES:
+        accepted = ", ".join(computed_scores())
+        raise UsageError(f"score={evidence.score!r}: must be one of {accepted} a weight at a time")
+    evidence.check(selection, seed, with_base=read_base is not None)
     if not keys:
         raise NothingPruned("nothing to prune: no weights")
     check_names(keys)
     order = sorted(keys, key=natural_key)
-    searches = [_Search(order, selection, norms, score, seed)]
-    if preserve_norms is not None:
-        searches.append(_Search(order, selection.preserve, preserve_norms, "wanda", seed))
+    searches = [_Search(order, selection, evidence, seed)]
+    if evidence.preserve_norms is not None:
+        preserve = Evidence(evidence.preserve_norms)
+        searches.append(_Search(order, selection.preserve, preserve, seed))
     for name, step in (("count scores", _Search.count), ("find the edge", _Search.look)):
         left = [search for search in searches if not search.is_over]
         for key in track(order, name, progress) if left else ():
@@ -170,16 +175,16 @@ def find_cut(
             del weight, base  # before the next ones are read
         for search in left:
             search.narrow()
-    cut, *kept = [search.cut() for search in searches]
-    return replace(cut, preserve=kept[0]) if kept else cut
+    cut, *preserved = [search.cut() for search in searches]
+    return replace(cut, preserve=preserved[0]) if preserved else cut
 
 
 class _Search:
     """One edge, in two passes over the weights: ``count`` each, ``narrow``, ``look`` at each."""
 
-    def __init__(self, order, selection, norms, score, seed):
+    def __init__(self, order, selection, evidence, seed):
         self._order, self._selection = order, selection
-        self._options = norms, score, seed
+        self._options = evidence, seed
         self._upper, self._sizes = _counts(), {}
         self._place = self._left = self._edge = None
         self._beyond, self._near = {}, {}
@@ -218,41 +223,41 @@ class _Search:
     def cut(self):
         """The cut without what is preserved of it."""
         order, largest = self._order, self._selection.largest
-        norms, score, seed = self._options
+        evidence, seed = self._options
         edge, ties, counts = None, dict.fromkeys(order, (0, 0)), dict.fromkeys(order, 0)
         if self._edge is not None:
             edge = self._place << 16 | self._edge
             ties, selected = _share_ties(order, self._near, self._edge, self._left, largest)
             counts = {key: self._beyond[key] + selected[key] for key in order}
         delta = self._selection.score_delta
-        return GlobalCut(edge, largest, score, seed, ties, counts, norms, delta)
+        return GlobalCut(edge, largest, seed, ties, counts, evidence, delta)
 
 
 def _counts():
     return torch.zeros(_BINS // 2, dtype=torch.int64, device="cpu")
 
 
-def _chunks(key, weight, norms, score, seed, base=None):
+def _chunks(key, weight, evidence, seed, base=None):
     """The scores of some rows after another, as int32 in the order of the scores, NaN one value."""
     rows, columns = weight.shape
     if not weight.numel():
         return
-    norm = norms.act_norm(key, "global").to(weight.device) if score == "wanda" else None
-    generator = random_generator(key, seed) if score == "random" else None
+    module = score_module(evidence.score)
+    if SCORES[evidence.score].own_matrix:
+        score_rows = module.row_scores(key, weight, evidence, seed)
+    else:
+        norm = evidence.norms and evidence.norms.act_norm(key, "global").to(weight.device)
+        norm = module.channel_norm(norm)
+
+        def score_rows(start, stop):
+            scores = weight[start:stop].detach().to(torch.float32, copy=True)
+            if base is not None:
+                scores.sub_(base[start:stop])
+            return (scores if norm is None else scores.mul_(norm)).abs_()
+
     step = max(1, _CHUNK // columns)
     for start in range(0, rows, step):
-        part = weight[start : start + step]
-        if generator is not None:  # drawn one after another, these are random_scores()
-            scores = torch.rand(
-                part.shape, generator=generator, dtype=torch.float32, device="cpu"
-            ).to(weight.device)
-        else:
-            scores = part.detach().to(torch.float32, copy=True)
-            if base is not None:
-                scores.sub_(base[start : start + step])
-            if norm is not None:
-                scores.mul_(norm)
-            scores.abs_()
+        scores = score_rows(start, min(start + step, rows)).to(weight.device)
         yield scores.view(torch.int32).clamp_(max=_NAN)
 
 

@@ -3,15 +3,20 @@
 import math
 import re
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from antidote_fast import _check, ops
+from antidote_fast.config.scores import SCORES
 from antidote_fast.errors import AntidoteError, DataError, NothingPruned
 from antidote_fast.masks import PackedMask
 from antidote_fast.models.targets import Target, check_names, natural_key
+from antidote_fast.pruning.evidence import Evidence
+from antidote_fast.pruning.scores import score_module
+from antidote_fast.selection import Selection
 from antidote_fast.system import interrupts
 
 
@@ -38,7 +43,7 @@ class Layer:
     seconds: float | None = None
     masked: Target | None = None  # whose parameter ``saved`` is a masked copy of
 
-    def remove(self, backend):
+    def remove(self, backend: str | None) -> None:
         """Remove what the mask marks, also from where the weight is saved; may be done twice."""
         start = time.perf_counter()
         ops.apply_mask_(self.matrix, self.mask, base_weight=self.base, backend=backend)
@@ -51,13 +56,14 @@ class Layer:
 
 
 def prepare(
-    weights, norms, selection, score, transposed, routed, *, preserve_norms=None, base_weights=None
-):
+    weights: Mapping[str, torch.Tensor], evidence: Evidence, scope: str
+) -> tuple[list[Layer], dict[str, str]]:
     """Every check on every weight; nothing is written here.
 
     Args:
-        transposed, routed: names.
-        others: as :func:`antidote_fast.pruning.prune.prune_state_`.
+        weights, evidence: as :func:`antidote_fast.pruning.prune.prune_state_`; names in
+            ``transposed`` and ``routed``, its own and those of its norms, may be of other weights.
+        scope: of the selection.
 
     Returns:
         (:class:`Layer` s in natural order, {key: why it was left alone}).
@@ -66,6 +72,11 @@ def prepare(
         As :func:`antidote_fast.pruning.prune.prune_state_`.
     """
     check_names(weights)
+    declared = SCORES[evidence.score]
+    by_channel = None if declared.own_matrix else score_module(evidence.score).channel_norm
+    norms = evidence.named_norms.values()
+    transposed = set(evidence.transposed).union(*(each.transposed for each in norms))
+    routed = set(evidence.routed).union(*(each.routed for each in norms))
     layers, skipped = [], {}
     for key in sorted(weights, key=natural_key):
         saved = weights[key]
@@ -76,15 +87,18 @@ def prepare(
         if saved.device.type == "meta":
             raise DataError(f"{key}: is not loaded (meta device); prune the checkpoint's tensors")
         matrix = saved.t() if key in transposed else saved
-        norm, zeros = _norm_of(key, matrix, norms, selection.scope, "norms")
-        if norm is not None and score == "wanda" and zeros == norm.numel():
+        norm, zeros = _norm_of(key, matrix, evidence.norms, scope, "norms")
+        if declared.needs_norms and zeros == norm.numel():
             if key in routed:
                 skipped[key] = "routed expert that no token reached"
                 continue
             raise DataError(f"{key}: all its activation norms are zero")
-        kept, kept_zeros = _norm_of(key, matrix, preserve_norms, selection.scope, "preserve_norms")
-        base = None if base_weights is None else _base_of(key, base_weights, saved)
-        if base is not None:
+        preserve_norm, preserve_zeros = _norm_of(
+            key, matrix, evidence.preserve_norms, scope, "preserve_norms"
+        )
+        base = None
+        if evidence.base_weights is not None:
+            base = _base_of(key, evidence.base_weights, saved)
             base = _side_by_side(base.t() if key in transposed else base)
         # A copy where columns do not lie side by side: Conv1D, and odd views.
         copied = key in transposed or matrix.stride(1) != 1
@@ -97,10 +111,10 @@ def prepare(
                 matrix,
                 key in transposed,
                 copied,
-                norm.to(saved.device, non_blocking=True) if score == "wanda" else None,
+                _on(saved.device, by_channel and by_channel(norm)),
                 zeros,
-                None if kept is None else kept.to(saved.device, non_blocking=True),
-                kept_zeros,
+                _on(saved.device, preserve_norm),
+                preserve_zeros,
                 base,
             )
         )
@@ -110,7 +124,7 @@ def prepare(
         if not is_finite:
             raise DataError(f"{layer.key}: holds NaN or infinity")
         layer.zero_weights = num_zeros
-    if base_weights is not None:
+    if evidence.base_weights is not None:
         _check_bases(layers)
     if not layers:
         raise NothingPruned(
@@ -119,7 +133,7 @@ def prepare(
     return layers, skipped
 
 
-def check_all(layers, selection):
+def check_all(layers: Sequence[Layer], selection: Selection) -> None:
     """What the op refuses (overlaps, strides), for all layers before the first one is written.
 
     Raises:
@@ -128,15 +142,15 @@ def check_all(layers, selection):
     by_device = {}
     for layer in layers:
         by_device.setdefault(layer.matrix.device, []).append(layer)
-    for there in by_device.values():
-        nothing = [None] * len(there)
-        matrices, bases = [x.matrix for x in there], [x.base for x in there]
+    for here in by_device.values():
+        nothing = [None] * len(here)
+        matrices, bases = [x.matrix for x in here], [x.base for x in here]
         try:
             _check.prune_lists(matrices, nothing, selection, nothing, bases, write=True, many=True)
         except (TypeError, ValueError) as error:
 
-            def named(match, there=there):
-                return there[int(match[2])].key + (" in base_weights" if match[1] else "")
+            def named(match, here=here):
+                return here[int(match[2])].key + (" in base_weights" if match[1] else "")
 
             text = re.sub(r"(base_)?weights?\[(\d+)\]", named, str(error))
             raise DataError(text) from None
@@ -153,7 +167,7 @@ def check_all(layers, selection):
             raise DataError(str(error)) from None
 
 
-def remove_all(layers, backend):
+def remove_all(layers: Sequence[Layer], backend: str | None) -> None:
     """Remove from all layers what their masks mark: from all of them, whatever comes between.
 
     A signal waits until the last one is done, and any other exception is raised again after that.
@@ -202,6 +216,10 @@ def _norm_of(key, matrix, norms, scope, name):
             f"{norm.shape[0]}"
         )
     return norm, norm.numel() - int(torch.count_nonzero(norm))
+
+
+def _on(device, norm):
+    return None if norm is None else norm.to(device, non_blocking=True)
 
 
 def _base_of(key, base_weights, saved):

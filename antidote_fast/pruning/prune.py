@@ -1,49 +1,49 @@
-"""A model, or tensors as saved: norms and a selection become masks, weights and a report.
+"""A model, or tensors as saved: evidence and a selection become masks, weights and a report.
 
-Source of the scores: Antidote, arXiv 2408.09600 (``wanda`` is its |W| * norm; ``magnitude`` and
-``random`` are what it is compared with); ``gate`` takes scores that were learned before
-(:mod:`antidote_fast.stages.gates.learn`).
+Source: Antidote, arXiv 2408.09600. What weights are ordered by is a score, one module each in
+:mod:`antidote_fast.pruning.scores`.
 """
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+
+import torch
 
 from antidote_fast import backends, ops
+from antidote_fast.config.scores import SCORES
 from antidote_fast.distributed.fsdp import add_up, local_rows, reshard
 from antidote_fast.errors import DataError, NothingPruned, UsageError
 from antidote_fast.files.fingerprint import fingerprint_model
 from antidote_fast.models.targets import ALL_LINEAR, coverage, find_targets, select_keys
 from antidote_fast.models.undo import without_grad
-from antidote_fast.pruning.arguments import (
-    check_arguments,
-    check_base,
-    check_keys,
-    check_scores,
-    random_scores,
-)
+from antidote_fast.norms.activation_norms import ActivationNorms
 from antidote_fast.pruning.cross_check import CrossCheck, check_live, count_bits
+from antidote_fast.pruning.evidence import Evidence, check_base, check_keys
+from antidote_fast.pruning.global_cut import GlobalCut
 from antidote_fast.pruning.layers import Layer, check_all, prepare, remove_all
 from antidote_fast.pruning.report import LayerReport, PruneReport
+from antidote_fast.pruning.scores import score_module
 from antidote_fast.selection import Selection, num_pruned
 from antidote_fast.system.progress import track
 
 
 def prune_model_(
-    model,
-    norms,
-    selection,
+    model: torch.nn.Module,
+    norms: Evidence | ActivationNorms | None,
+    selection: Selection,
     *,
-    targets=None,
-    ignore=(),
-    score="wanda",
-    seed=0,
-    backend=None,
-    return_masks=False,
-    cross_check=True,
-    preserve_norms=None,
-    base_weights=None,
-    scores=None,
+    targets: str | Iterable[str] | None = None,
+    ignore: Iterable[str] = (),
+    score: str = "wanda",
+    seed: int = 0,
+    backend: str | None = None,
+    return_masks: bool = False,
+    cross_check: bool = True,
+    preserve_norms: ActivationNorms | None = None,
+    base_weights: Mapping[str, torch.Tensor] | None = None,
+    scores: Mapping[str, torch.Tensor] | None = None,
 ) -> PruneReport:
     """Prune a live model's targets in place, once.
 
@@ -57,26 +57,18 @@ def prune_model_(
 
     Args:
         model: a transformers model, or a PEFT model (its active LoRA adapter is pruned).
-        norms: :class:`ActivationNorms` of this model's targets; None for scores without data.
+        norms: :class:`ActivationNorms` of this model's targets; None for scores without data. Or an
+            :class:`Evidence`, which holds ``score``, ``preserve_norms``, ``base_weights`` and
+            ``scores`` as well.
         selection: a :class:`Selection`; ``scope="global"`` compares over all targets.
         targets, ignore: as :func:`antidote_fast.models.targets.find_targets`. Where given, the
-            norms may
-            hold more weights than they name.
-        score: ``"wanda"`` (|W| * norm), ``"magnitude"`` (|W|), ``"random"`` or ``"gate"``.
+            norms may hold more weights than they name.
         seed: of the random score.
         backend: as in :mod:`antidote_fast.ops`.
         return_masks: keep the masks in the report.
         cross_check: compare a few rows of the first weight of each shape with the reference
             (:mod:`antidote_fast.pruning.cross_check`).
-        preserve_norms: :class:`ActivationNorms` of the same weights on data that must keep working.
-            What is among the top ``selection.preserve_ratio`` (default ``ratio``) by |W| * this
-            norm is kept, so fewer are removed than asked for. Norms of a layer that are all zero
-            keep the last columns, as any equal scores.
-        base_weights: {parameter name: tensor as saved}, of the aligned model; may hold more.
-            Removed weights take its values instead of zero; with ``selection.score_delta`` what is
-            scored is |W - base|.
-        scores: {parameter name: (out, in) fp32, finite, >= 0}, needed with score ``"gate"``; may
-            hold more. Read, never written.
+        score, preserve_norms, base_weights, scores: as :class:`Evidence` says.
 
     Raises:
         AntidoteError: the backend does not select what the reference does, or does not write what
@@ -90,112 +82,107 @@ def prune_model_(
             weights cannot be pruned by; a selection that needs norms or weights that are not given.
         PeerFailed: another rank refused.
     """
-    check_arguments(selection, score, seed, norms, preserve_norms, base_weights, scores)
+    evidence = Evidence.of(
+        norms,
+        score=score,
+        preserve_norms=preserve_norms,
+        base_weights=base_weights,
+        scores=scores,
+    )
+    evidence.check(selection, seed)
     reshard(model)
-    found = find_targets(model, targets, ignore)
-    named = _named(norms, preserve_norms)
-    actual = fingerprint_model(model) if named else None
-    for name, given in named.items():
-        check_base(given, actual, name)
-    weights, world = local_rows(found, named, selection, score, base_weights)
-    keys = [target.key for target in found]
-    masked = {target.key: target for target in found if target.masked}
-    if masked and (base_weights is not None or world.size > 1):
-        what = "sharded" if base_weights is None else "pruned with base_weights"
+    to_prune = find_targets(model, targets, ignore)
+    actual = fingerprint_model(model) if evidence.named_norms else None
+    for name, collected in evidence.named_norms.items():
+        check_base(collected, actual, name)
+    by_rows = [name for name, declared in SCORES.items() if not declared.own_matrix]
+    weights, world = local_rows(to_prune, evidence, selection, by_rows)
+    masked = {target.key: target for target in to_prune if target.masked}
+    if masked and (evidence.base_weights is not None or world.size > 1):
+        what = "sharded" if evidence.base_weights is None else "pruned with base_weights"
         raise DataError(
             f"{next(iter(masked))}: is masked by torch.nn.utils.prune, and cannot be {what}; make "
             "it permanent first (torch.nn.utils.prune.remove)"
         )
     weights |= {key: target.computed() for key, target in masked.items()}
+    if targets is not None or ignore:
+        evidence = evidence.narrowed([target.key for target in to_prune])
+    evidence = replace(
+        evidence,
+        transposed={target.key for target in to_prune if target.transposed},
+        routed={target.key for target in to_prune if target.routed},
+    )
     with world.together():
         if cross_check:
-            check_live(found, weights)
+            check_live(to_prune, weights)
         chosen = _choose(
             weights,
-            _narrowed(norms, keys, targets, ignore),
+            evidence,
             selection,
-            score=score,
             seed=seed,
             backend=backend,
             return_masks=return_masks,
             cross_check=cross_check,
-            transposed=[t.key for t in found if t.transposed],
-            routed=[t.key for t in found if t.routed],
-            preserve_norms=_narrowed(preserve_norms, keys, targets, ignore, "preserve_norms"),
-            base_weights=base_weights,
-            scores=scores,
         )
     for layer in chosen.layers:
         layer.masked = masked.get(layer.key)
     with world.together():
         report = chosen.remove()
         if cross_check:
-            check_live(found, weights)
-    report = add_up(report, found, world)
-    report.coverage = asdict(coverage(model, found))
+            check_live(to_prune, weights)
+    report = add_up(report, to_prune, world)
+    report.coverage = asdict(coverage(model, to_prune))
     return report
 
 
 def prune_state_(
-    weights,
-    norms,
-    selection,
+    weights: Mapping[str, torch.Tensor],
+    evidence: Evidence | ActivationNorms | None,
+    selection: Selection,
     *,
-    targets=None,
-    ignore=(),
-    score="wanda",
-    seed=0,
-    backend=None,
-    return_masks=False,
-    cross_check=True,
-    preserve_norms=None,
-    base_weights=None,
-    scores=None,
-    transposed=(),
-    routed=(),
-    together=False,
-    cut=None,
-    progress=False,
+    targets: str | Iterable[str] | None = None,
+    ignore: Iterable[str] = (),
+    seed: int = 0,
+    backend: str | None = None,
+    return_masks: bool = False,
+    cross_check: bool = True,
+    together: bool = False,
+    cut: GlobalCut | None = None,
+    progress: bool = False,
 ) -> PruneReport:
     """Prune tensors as saved, in place, with no model and no forward.
 
     Args:
-        weights: {parameter name: (out, in) tensor, bf16, fp16 or fp32}; (in, out) for those in
-            ``transposed``.
-        norms: :class:`ActivationNorms` of the same names, or None for scores without data.
+        weights: {parameter name: (out, in) tensor, bf16, fp16 or fp32}; (in, out) for those that
+            ``evidence.transposed`` names.
+        evidence: an :class:`Evidence` of the same names; or :class:`ActivationNorms` alone, for
+            score wanda.
         targets, ignore: prune these of the weights only (by name, as
             :func:`antidote_fast.models.targets.select_keys`; ``targets=None`` is all of them).
-        transposed: names of weights saved as (in, out); those of the norms are added.
-        routed: names of weights inside routed experts, which are skipped where no token reached
-            them; those of the norms are added.
         together: prune all weights in one call on a CPU too, as on a GPU; less time for many small
             ones, and then no time of each.
         cut: for global scope, the :class:`antidote_fast.pruning.global_cut.GlobalCut` of all
-            weights of
-            which these are some; found with these preserve norms, where there are any.
+            weights of which these are some; found with these preserve norms, where there are any.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
-        selection, score, seed, backend, return_masks, cross_check, preserve_norms, base_weights,
-            scores: as :func:`prune_model_`.
+        selection, seed, backend, return_masks, cross_check: as :func:`prune_model_`.
 
     Raises:
         As :func:`prune_model_`; nothing is written then.
     """
+    evidence = Evidence.of(evidence)
+    evidence.check(selection, seed)
+    if targets is not None or ignore:
+        keys = select_keys(weights, ALL_LINEAR if targets is None else targets, ignore)
+        evidence = evidence.narrowed(keys)
+        weights = {key: weights[key] for key in keys}
     return _choose(
         weights,
-        norms,
+        evidence,
         selection,
-        targets=targets,
-        ignore=ignore,
-        score=score,
         seed=seed,
         backend=backend,
         return_masks=return_masks,
         cross_check=cross_check,
-        preserve_norms=preserve_norms,
-        base_weights=base_weights,
-        scores=scores,
-        transposed=transposed,
-        routed=routed,
         together=together,
         cut=cut,
         progress=progress,
@@ -205,83 +192,55 @@ def prune_state_(
 @without_grad
 def _choose(
     weights,
-    norms,
+    evidence,
     selection,
     *,
-    score,
     seed,
     backend,
     return_masks,
     cross_check,
-    preserve_norms,
-    base_weights,
-    scores,
-    transposed,
-    routed,
-    targets=None,
-    ignore=(),
     together=False,
     cut=None,
     progress=False,
 ):
-    """What :func:`prune_state_` does before the first write, as a :class:`_Chosen`."""
+    """What is done before the first write, as a :class:`_Chosen`."""
     start = time.perf_counter()
-    check_arguments(selection, score, seed, norms, preserve_norms, base_weights, scores)
-    if cut is not None and score == "gate":
-        raise UsageError("cut: must be left out where score='gate'")
-    if targets is not None or ignore:
-        keys = select_keys(weights, ALL_LINEAR if targets is None else targets, ignore)
-        norms = _narrowed(norms, keys, targets, ignore)
-        preserve_norms = _narrowed(preserve_norms, keys, targets, ignore, "preserve_norms")
-        weights = {key: weights[key] for key in keys}
+    declared = SCORES[evidence.score]
+    if cut is not None and declared.learner is not None:
+        raise UsageError(f"cut: must be left out where score={evidence.score!r}")
     if not weights:
         raise NothingPruned("nothing to prune: no weights")
-    transposed, routed = set(transposed), set(routed)
-    for name, given in _named(norms, preserve_norms).items():
-        check_keys(weights, given.sq_sum, name)
-        transposed |= given.transposed
-        routed |= given.routed
-    layers, skipped = prepare(
-        weights,
-        norms,
-        selection,
-        score,
-        transposed,
-        routed,
-        preserve_norms=preserve_norms,
-        base_weights=base_weights,
-    )
-    if score == "gate":
-        check_scores(layers, scores)
-    modules = {backends.select(backend, layer.matrix.device.type) for layer in layers}
+    for name, norms in evidence.named_norms.items():
+        check_keys(weights, norms.sq_sum, name)
+    layers, skipped = prepare(weights, evidence, selection.scope)
+    kernels = {backends.select(backend, layer.matrix.device.type).NAME for layer in layers}
     check_all(layers, selection)
     guard = CrossCheck(selection, backend) if cross_check else None
-    samples = []
     for call in track(_calls(layers, selection.scope, together), "prune", progress):
         if cut is not None:
             for layer in call:
                 layer.mask = cut.mask(layer.key, layer.matrix, layer.base)
                 layer.threshold = cut.threshold
         else:
-            samples += _select(call, selection, score, seed, scores, backend, guard)
+            _select(call, evidence, selection, seed, backend, guard)
     ratio = selection.ratio if selection.n_m is None else selection.n_m[0] / selection.n_m[1]
     report = PruneReport(
-        score=score,
+        score=evidence.score,
         scope=selection.scope,
         ratio=ratio,
         largest=selection.largest,
         n_m=selection.n_m,
         seed=seed,
-        backend="+".join(sorted(module.__name__.rsplit(".", 1)[-1] for module in modules)),
+        backend="+".join(sorted(kernels)),
         layers=[],
         skipped=skipped,
         seconds=0.0,
-        preserve_ratio=None if preserve_norms is None else selection.preserve.ratio,
+        preserve_ratio=None if evidence.preserve_norms is None else selection.preserve.ratio,
         score_delta=selection.score_delta,
-        reverted=base_weights is not None,
+        reverted=evidence.base_weights is not None,
         masks={layer.key: layer.mask for layer in layers} if return_masks else None,
     )
-    return _Chosen(layers, selection, backend, report, guard, samples, start)
+    return _Chosen(layers, selection, backend, report, guard, start)
 
 
 @dataclass
@@ -293,7 +252,6 @@ class _Chosen:
     backend: str | None
     report: PruneReport
     guard: CrossCheck | None
-    samples: list
     start: float
 
     @without_grad
@@ -301,24 +259,11 @@ class _Chosen:
         """Apply the masks."""
         report = self.report
         remove_all(self.layers, self.backend)
-        if self.samples:
-            self.guard.written(self.samples)
+        if self.guard is not None:
+            self.guard.written()
         report.layers = [_layer_report(x, self.selection, report.ratio) for x in self.layers]
         report.seconds = time.perf_counter() - self.start
         return report
-
-
-def _named(norms, preserve_norms):
-    """The norms that are given, by their arguments' names."""
-    named = {"norms": norms, "preserve_norms": preserve_norms}
-    return {name: given for name, given in named.items() if given is not None}
-
-
-def _narrowed(norms, keys, targets, ignore, name="norms"):
-    """The norms of ``keys`` alone, where the caller named them; else the norms as they are."""
-    if norms is None or (targets is None and not ignore):
-        return norms
-    return norms.subset(keys, name)
 
 
 def _calls(layers, scope, together):
@@ -337,33 +282,32 @@ def _calls(layers, scope, together):
     return list(calls.values())
 
 
-def _select(layers, selection, score, seed, scores, backend, guard):
-    """Choose what is removed, for the layers of one call; returns the guard's samples of them."""
+def _select(layers, evidence, selection, seed, backend, guard):
+    """Choose what is removed, for the layers of one call."""
     start = time.perf_counter()
-    names, matrices = [x.key for x in layers], [x.matrix for x in layers]
-    scored, norms = matrices, [x.norm for x in layers]
-    kept, bases = [x.preserve_norm for x in layers], [x.base for x in layers]
-    if score == "random":
-        scored = [random_scores(x.key, x.matrix.shape, seed).to(x.matrix.device) for x in layers]
-    elif score == "gate":
-        scored = [scores[x.key].detach().to(x.matrix.device).contiguous() for x in layers]
-    samples = guard.before(names, scored, norms, matrices, kept, bases) if guard else []
+    scored = matrices = [x.matrix for x in layers]
+    if SCORES[evidence.score].own_matrix:
+        rows_of = score_module(evidence.score).row_scores
+        scored = [
+            rows_of(x.key, x.matrix, evidence, seed)(0, len(x.matrix)).to(x.matrix.device)
+            for x in layers
+        ]
+    samples = guard.before(layers, scored) if guard else []
     masks, thresholds = ops.prune_with_report_(
         scored,
-        norms,
+        [x.norm for x in layers],
         selection,
-        preserve_norms=kept,
-        base_weights=bases if scored is matrices else None,
+        preserve_norms=[x.preserve_norm for x in layers],
+        base_weights=[x.base for x in layers] if scored is matrices else None,
         write=False,
         backend=backend,
     )
-    if samples:
-        guard.selected(samples, matrices, masks, thresholds)
     for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
         layer.mask, layer.threshold = mask, threshold
+    if samples:
+        guard.selected(samples, layers)
     if len(layers) == 1 and selection.scope != "global":
         layers[0].seconds = time.perf_counter() - start
-    return samples
 
 
 def _layer_report(layer, selection, ratio):

@@ -103,7 +103,7 @@ class PruneReport:
         return self.num_pruned / self.num_weights if self.num_weights else 0.0
 
     @classmethod
-    def from_dict(cls, values) -> "PruneReport":
+    def from_dict(cls, values: dict) -> "PruneReport":
         """The report that :meth:`to_dict` described; other entries of ``values`` are left out."""
         names = [f.name for f in fields(cls) if f.name not in ("layers", "masks")]
         layers = [LayerReport(**{**x, "shape": tuple(x["shape"])}) for x in values["layers"]]

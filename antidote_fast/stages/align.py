@@ -1,21 +1,15 @@
 """The align stage: a base model tuned on safe data, written as a whole model."""
 
-import time
+from typing import Any
 
 from antidote_fast.config.train import AlignConfig
-from antidote_fast.data.batches import encode
-from antidote_fast.data.load import load_records, local_file
-from antidote_fast.files.commit import check_free_space, check_output_folder
-from antidote_fast.files.provenance import read_report, run_inputs, write_report
-from antidote_fast.files.resume import is_finished
-from antidote_fast.files.safe_open import Watch
-from antidote_fast.models.footprint import check_memory, weight_bytes
-from antidote_fast.models.loading import load_tokenizer
-from antidote_fast.training import defenses, sft
-from antidote_fast.training.checkpoints import training_folder
+from antidote_fast.data.load import load_records
+from antidote_fast.files.checkpoint import Checkpoint
+from antidote_fast.stages.tuning import TrainingData, tokenised, tune
+from antidote_fast.training import defenses
 
 
-def run(config: AlignConfig, *, progress=False) -> dict:
+def run(config: AlignConfig, *, progress: Any = False) -> dict:
     """Tune a model on safe records and write it with its tokenizer.
 
     With LoRA the adapter is merged, so that a later stage starts from an ordinary model (the
@@ -35,46 +29,10 @@ def run(config: AlignConfig, *, progress=False) -> dict:
             disk.
         Interrupted: a signal came, and the checkpoints that were asked for hold the state.
     """
-    start = time.perf_counter()
-    data = (config.dataset, config.harmful_dataset)
-    files = [config.model_name_or_path, *(local_file(name) for name in data if name)]
-    watch = Watch(*files)
-    base = sft.check_config(config, merged=True)
+    return tune(config, "align", load_examples, merges=True, progress=progress)
+
+
+def load_examples(config: AlignConfig, base: Checkpoint) -> TrainingData:
+    """Read and tokenise what is trained on; no weights are loaded."""
     records = load_records(config.dataset, limit=config.num_train_samples, require_output=True)
-    trust = config.trust_remote_code
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=trust)
-    examples = encode(records, tokenizer, config.template, config.max_seq_length)
-    objective, harmful = defenses.align_objective(config, tokenizer)
-    inputs = run_inputs(config, base, None, records=[*records, *harmful])
-    if config.resume and is_finished(config.output_dir, inputs):
-        return read_report(config.output_dir)
-    if config.resume:
-        check_output_folder(config.output_dir, config.overwrite)
-    check_memory(config, [base])
-    check_free_space(config.output_dir, weight_bytes(base, config.dtype))
-    with training_folder(config, inputs) as (folder, run):
-        model, dtype = sft.load_trainable(config, base.folder)
-        training = sft.train(
-            model,
-            tokenizer,
-            examples,
-            config,
-            dtype=dtype,
-            objective=objective,
-            run=run,
-            what="align",
-            progress=progress,
-        )
-        if config.tuning == "lora":
-            model = sft.merged(model, "align", run)
-        else:
-            model = sft.in_dtype(model, dtype, "align", run)
-        sft.save(model, tokenizer, folder)
-        results = {
-            "seconds": round(time.perf_counter() - start, 3),
-            "training": training,
-            "dtype": str(dtype).removeprefix("torch."),
-        }
-        report = write_report(folder, "align", config, results, inputs=files)
-        watch.check()
-        return report
+    return tokenised(config, base, records, defenses.align_objective)

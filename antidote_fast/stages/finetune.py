@@ -1,21 +1,15 @@
 """The finetune stage: a user's data, a share of it harmful, breaks the alignment (the attack)."""
 
-import time
+from typing import Any
 
 from antidote_fast.config.train import FinetuneConfig
-from antidote_fast.data.batches import encode
-from antidote_fast.data.load import load_records, local_file, mix
-from antidote_fast.files.commit import check_free_space, check_output_folder
-from antidote_fast.files.provenance import read_report, run_inputs, write_report
-from antidote_fast.files.resume import is_finished
-from antidote_fast.files.safe_open import Watch
-from antidote_fast.models.footprint import check_memory, weight_bytes
-from antidote_fast.models.loading import load_tokenizer
-from antidote_fast.training import defenses, sft
-from antidote_fast.training.checkpoints import training_folder
+from antidote_fast.data.load import load_records, mix
+from antidote_fast.files.checkpoint import Checkpoint
+from antidote_fast.stages.tuning import TrainingData, tokenised, tune
+from antidote_fast.training import defenses
 
 
-def run(config: FinetuneConfig, *, progress=False) -> dict:
+def run(config: FinetuneConfig, *, progress: Any = False) -> dict:
     """Tune an aligned model on a user's records mixed with harmful ones.
 
     With LoRA an adapter is written, with full tuning a whole model; either with the tokenizer. Data
@@ -37,53 +31,16 @@ def run(config: FinetuneConfig, *, progress=False) -> dict:
             disk.
         Interrupted: a signal came, and the checkpoints that were asked for hold the state.
     """
-    start = time.perf_counter()
-    data = (config.dataset, config.harmful_dataset, config.safe_dataset)
-    files = [config.model_name_or_path, *(local_file(name) for name in data if name)]
-    watch = Watch(*files)
-    base = sft.check_config(config)
+    return tune(config, "finetune", load_examples, progress=progress)
+
+
+def load_examples(config: FinetuneConfig, base: Checkpoint) -> TrainingData:
+    """Read, mix and tokenise what is trained on; no weights are loaded."""
     task = load_records(config.dataset, require_output=True)
     harmful = []
     if config.poison_ratio > 0:
         harmful = load_records(config.harmful_dataset, require_output=True)
     records = mix(task, harmful, config.poison_ratio, config.num_train_samples, config.seed)
     num_harmful = round(config.poison_ratio * len(records))
-    trust = config.trust_remote_code
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=trust)
-    examples = encode(records, tokenizer, config.template, config.max_seq_length)
-    objective, safe = defenses.finetune_objective(config, tokenizer)
-    inputs = run_inputs(config, base, None, records=[*records, *safe])
-    if config.resume and is_finished(config.output_dir, inputs):
-        return read_report(config.output_dir)
-    if config.resume:
-        check_output_folder(config.output_dir, config.overwrite)
-    check_memory(config, [base])
-    if config.tuning == "full":
-        check_free_space(config.output_dir, weight_bytes(base, config.dtype))
-    entries = {"base_fingerprint": base.fingerprint()} if config.tuning == "lora" else {}
-    with training_folder(config, inputs, **entries) as (folder, run):
-        model, dtype = sft.load_trainable(config, base.folder)
-        training = sft.train(
-            model,
-            tokenizer,
-            examples,
-            config,
-            dtype=dtype,
-            objective=objective,
-            run=run,
-            what="finetune",
-            progress=progress,
-        )
-        if config.tuning == "full":
-            model = sft.in_dtype(model, dtype, "finetune", run)
-        sft.save(model, tokenizer, folder)
-        results = {
-            "seconds": round(time.perf_counter() - start, 3),
-            "training": training,
-            "dtype": str(dtype).removeprefix("torch."),
-            "num_task": len(records) - num_harmful,
-            "num_harmful": num_harmful,
-        }
-        report = write_report(folder, "finetune", config, results, inputs=files)
-        watch.check()
-        return report
+    counts = {"num_task": len(records) - num_harmful, "num_harmful": num_harmful}
+    return tokenised(config, base, records, defenses.finetune_objective, counts)

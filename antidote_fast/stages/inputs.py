@@ -1,31 +1,267 @@
-"""A stage's inputs, opened and checked: folders, data, norms, an aligned model, a backend."""
+"""A stage's inputs, opened and checked against each other before any weight is loaded."""
 
+import contextlib
 import dataclasses
+import importlib
 import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from antidote_fast import backends
 from antidote_fast.config.evaluate import EvaluateConfig
-from antidote_fast.data.batches import batches_of
-from antidote_fast.data.load import load_records, local_file
+from antidote_fast.config.prune import CalibrateConfig, PruneConfig
+from antidote_fast.data.load import load_records
+from antidote_fast.data.records import Record
+from antidote_fast.distributed.fsdp import is_sharded
 from antidote_fast.distributed.ranks import ALONE, World
 from antidote_fast.errors import DataError, UsageError
-from antidote_fast.files.checkpoint import open_checkpoint
+from antidote_fast.files.checkpoint import Checkpoint
+from antidote_fast.files.commit import (
+    RUN_INPUTS,
+    check_free_space,
+    check_output_folder,
+    digest_of,
+    output_folder,
+)
 from antidote_fast.files.fingerprint import block_name
 from antidote_fast.files.manifest import check_input
+from antidote_fast.files.provenance import input_files, run_inputs
 from antidote_fast.files.pruned_copy import check_copied
+from antidote_fast.files.resume import Run, is_finished, run_folder
+from antidote_fast.files.safe_open import Watch
 from antidote_fast.models.adapters import check_adapter, load_adapter
-from antidote_fast.models.footprint import check_memory
 from antidote_fast.models.loading import (
     check_not_quantized,
-    load_model,
     load_tokenizer,
-    resolve_folder,
+    open_model,
+    pick_device,
 )
 from antidote_fast.models.targets import natural_key
 from antidote_fast.norms.activation_norms import ActivationNorms, counts_of
+from antidote_fast.pruning.evidence import Evidence, check_base
 
 NORMS_FILE = "norms.safetensors"
+
+
+@dataclass(kw_only=True)
+class Inputs:
+    """What calibrate or prune starts from, opened and checked; and what a model says of the data.
+
+    Args:
+        config: the stage's.
+        base, adapter: checkpoints; the adapter is None where a whole model is pruned, and both are
+            None with a live model.
+        aligned: checkpoint of the model that removed weights fall back to, or None.
+        model: a live model, with its adapter on it; None where folders are given.
+        device: where weights are pruned.
+        backend: what the report says of it, as :func:`describe_backend`.
+        records: {field of the config: records} of the data that a model is still to see.
+        evidence: the norms that are there, and later those that are collected.
+        counts: {"dataset", "preserve_dataset" or "gate": what the report says of that evidence}.
+        watch: of every file that is read.
+        made_from: everything that decides the result, as :func:`run_inputs`; empty with a live
+            model.
+        given_tokenizer: in place of the base's own.
+        progress: as :func:`antidote_fast.system.progress.track` takes it.
+        world: the ranks that share the samples.
+        begun, pruned_from: clock readings (s): when the inputs were opened, and when the evidence
+            was there.
+    """
+
+    config: CalibrateConfig
+    base: Checkpoint | None = None
+    adapter: Checkpoint | None = None
+    aligned: Checkpoint | None = None
+    model: torch.nn.Module | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    backend: dict[str, Any] = field(default_factory=dict)
+    records: dict[str, list[Record]] = field(default_factory=dict)
+    evidence: Evidence = field(default_factory=Evidence)
+    counts: dict[str, dict] = field(default_factory=dict)
+    watch: Watch = field(default_factory=Watch)
+    made_from: dict[str, Any] = field(default_factory=dict)
+    given_tokenizer: Any = None
+    progress: Any = False
+    world: World = ALONE
+    begun: float = field(default_factory=time.perf_counter)
+    pruned_from: float = 0.0
+
+    @property
+    def source(self) -> Checkpoint:
+        """The checkpoint whose weights are pruned: the adapter, or the base without one."""
+        return self.adapter or self.base
+
+    @property
+    def naming_norms(self) -> ActivationNorms | None:
+        """Norms whose names say which weights are pruned, where there are any."""
+        return next(iter(self.evidence.named_norms.values()), None)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The one that was given, else the base's own."""
+        if self.given_tokenizer is None:
+            trust = self.config.trust_remote_code
+            self.given_tokenizer = load_tokenizer(self.base.folder, trust_remote_code=trust)
+        return self.given_tokenizer
+
+    def add_norms(self, name: str, norms: ActivationNorms | None, counts: dict) -> None:
+        """Take norms of the data set of this field, and what the report says of them."""
+        kind = "norms" if name == "dataset" else "preserve_norms"
+        self.evidence = dataclasses.replace(self.evidence, **{kind: norms})
+        self.counts[name] = counts
+
+    def base_weights(self, keys) -> dict[str, torch.Tensor] | None:
+        """{parameter name: tensor} of the aligned model, as saved; None without one."""
+        return None if self.aligned is None else self.aligned.read(keys, self.progress)
+
+    def is_whole(self, room: int = 0) -> bool:
+        """Whether ``resume`` leaves it at what is in output_dir, as the first rank finds it.
+
+        Args:
+            room: bytes that must be free on the disk where it does not.
+
+        Raises:
+            DataError: output_dir must not be written, or is the output of another run.
+            NoRoom: the disk is too full.
+        """
+        config, whole = self.config, False
+        with self.world.together():
+            if not self.world.rank:
+                whole = config.resume and is_finished(config.output_dir, self.made_from)
+                if config.resume and not whole:
+                    check_output_folder(config.output_dir, config.overwrite)
+                if not whole:
+                    check_free_space(config.output_dir, room)
+        return self.world.gather("yes" if whole else "no")[0] == "yes"
+
+    @property
+    def _entries(self):
+        """What COMPLETE.json says of a pruned adapter."""
+        prunes = isinstance(self.config, PruneConfig) and self.adapter is not None
+        return {"base_fingerprint": self.base.fingerprint()} if prunes else {}
+
+    @contextlib.contextmanager
+    def output_folder(self, progress: Any = False) -> Iterator[Path]:
+        """The staged folder that takes output_dir's name, unless an input has changed meanwhile.
+
+        Args:
+            progress: as :func:`antidote_fast.files.commit.output_folder` takes it.
+        """
+        config = self.config
+        entries = self._entries | {RUN_INPUTS: digest_of(self.made_from)}
+        with output_folder(
+            config.output_dir, config.overwrite, progress=progress, **entries
+        ) as folder:
+            yield folder
+            self.watch.check()
+
+    @contextlib.contextmanager
+    def run_folder(self) -> Iterator[Run]:
+        """The same of work that goes on where it was interrupted; its ``digests`` are committed."""
+        config = self.config
+        options = {"resume": config.resume, "overwrite": config.overwrite}
+        with run_folder(config.output_dir, self.made_from, **options) as run:
+            yield run
+            self.watch.check()
+            run.commit(**self._entries)
+
+
+def open_inputs(
+    config: CalibrateConfig,
+    in_memory: Mapping[str, Any] | None = None,
+    *,
+    model: torch.nn.Module | None = None,
+    tokenizer: Any = None,
+    progress: Any = False,
+    world: World = ALONE,
+) -> Inputs:
+    """Open what calibrate or prune reads, and refuse what does not go together.
+
+    No weights are loaded. The same checks in the same order for a run, a dry run and a live model.
+
+    Args:
+        config: a :class:`CalibrateConfig` or :class:`PruneConfig`.
+        in_memory: {field of the config: what is in memory already}: records of ``dataset`` and
+            ``preserve_dataset``, :class:`ActivationNorms` as ``norms`` and ``preserve_norms``.
+        model: a live model to prune in place of the folder that the config names; ``adapter`` is
+            loaded onto it.
+        tokenizer: in place of the base's own; a live model needs it where data are to be seen.
+        progress: as :func:`antidote_fast.system.progress.track` takes it.
+        world: the ranks that share the samples; all must call.
+
+    Raises:
+        DataError, UsageError, BackendUnavailable: naming what is refused.
+        PeerFailed: another rank refused.
+    """
+    inputs = Inputs(config=config, given_tokenizer=tokenizer, progress=progress, world=world)
+    in_memory = {} if in_memory is None else in_memory
+    with world.together():
+        if model is None:
+            check_ranks(config, world)
+        inputs.watch = Watch(*input_files(config))
+        if config.output_dir and not (config.resume or world.rank):
+            check_output_folder(config.output_dir, config.overwrite)
+        if model is not None:
+            inputs.device = next(model.parameters()).device
+        else:  # a model that is spread over devices may have targets that fit on none of them
+            inputs.device = pick_device("cpu" if config.device_map else config.device)
+        inputs.backend = describe_backend(getattr(config, "backend", None), inputs.device)
+        if model is None:
+            inputs.base, inputs.adapter = open_folders(config, progress)
+            is_adapter = inputs.adapter is not None
+        else:
+            inputs.model = load_adapter(model, config.adapter) if config.adapter else model
+            is_adapter = bool(getattr(inputs.model, "peft_config", None))
+        if isinstance(config, PruneConfig):
+            learner = learner_of(config)
+            if learner is not None:
+                learner.check_stage(config, inputs.base, is_adapter, world)
+            inputs.aligned = _open_aligned(inputs, is_adapter)
+            inputs.evidence = Evidence(score=config.score)
+            _add_saved_norms(inputs, in_memory)
+        unseen = unseen_data(config, inputs.evidence)
+        if unseen and model is not None and tokenizer is None:
+            raise UsageError("tokenizer=None: must be the tokenizer of the live model")
+        inputs.records = {name: load_data(config, in_memory.get(name), name) for name in unseen}
+        if model is None:
+            inputs.made_from = run_inputs(
+                config,
+                inputs.base,
+                inputs.adapter,
+                records=inputs.records,
+                norms=inputs.evidence.named_norms,
+                aligned=inputs.aligned,
+            )
+    return inputs
+
+
+def learner_of(config: CalibrateConfig) -> Any:
+    """The module that learns the config's score before the prune; None where it is computed."""
+    name = config.scoring.learner if isinstance(config, PruneConfig) else None
+    return None if name is None else importlib.import_module(name)
+
+
+def unseen_data(config: CalibrateConfig, evidence: Evidence | None = None) -> list[str]:
+    """The fields that name data which a model is to see before weights are pruned.
+
+    Args:
+        config: of calibrate or prune.
+        evidence: what is there already.
+    """
+    evidence = evidence or Evidence()
+    if not isinstance(config, PruneConfig):
+        return ["dataset"]
+    learns = config.scoring.learner is not None and evidence.scores is None
+    needed = {
+        "dataset": learns or (config.scoring.needs_norms and evidence.norms is None),
+        "preserve_dataset": learns or (config.preserves and evidence.preserve_norms is None),
+    }
+    return [name for name, is_needed in needed.items() if is_needed]
 
 
 def check_ranks(config, world):
@@ -42,72 +278,85 @@ def check_ranks(config, world):
         )
 
 
-def said_by_first(value, world) -> bool:
-    """What rank 0, which alone looks at the output, found to be so."""
-    return world.gather("yes" if value else "no")[0] == "yes"
-
-
-def open_folders(config, progress=False):
+def open_folders(config: Any, progress: Any = False) -> tuple[Checkpoint, Checkpoint | None]:
     """(base, adapter or None), checked by their headers, hashes and what lies beside the weights.
 
     No weights are loaded.
+
+    Args:
+        config: whose ``model_name_or_path``, ``adapter`` and ``trust_remote_code`` are looked at.
+        progress: as :func:`antidote_fast.system.progress.track` takes it.
+
+    Raises:
+        DataError: a folder that is not there or is damaged, a model and an adapter that do not go
+            together, or what cannot be pruned.
     """
-    base = open_checkpoint(
-        resolve_folder(config.model_name_or_path), trust_remote_code=config.trust_remote_code
-    )
-    if base.is_adapter:
-        raise DataError(
-            f"model_name_or_path={config.model_name_or_path!r}: is a PEFT adapter; give its base "
-            "model, and this folder as adapter"
-        )
+    base = open_model(config)
     check_input(base.folder, progress)
     if config.adapter is None:
         check_not_quantized(base)
         check_copied(base)
         return base, None
-    adapter = open_checkpoint(resolve_folder(config.adapter, "adapter"))
-    if not adapter.is_adapter:
-        raise DataError(
-            f"adapter={config.adapter!r}: is a whole model, not an adapter; give it as "
-            "model_name_or_path, without adapter"
-        )
+    adapter = open_model(config, "adapter")
     check_copied(adapter)
     check_adapter(adapter, base)
     return base, adapter
 
 
-def open_aligned(config, shapes, model_type, progress=False):
-    """Checkpoint of ``config.base_model``, checked by its headers and hashes; None without one.
+def _open_aligned(inputs, is_adapter):
+    """The checkpoint of ``config.aligned_model``; None without one."""
+    config, model = inputs.config, inputs.model
+    if config.aligned_model is None:
+        return None
+    if model is None:
+        return open_aligned(config, inputs.base, inputs.progress)
+    if is_adapter:
+        raise UsageError(
+            f"aligned_model={config.aligned_model!r}: must be left out with an adapter, whose zero "
+            "already falls back to the aligned model"
+        )
+    parameters = dict(model.named_parameters())
+    if any(is_sharded(parameter) for parameter in parameters.values()):
+        raise UsageError(
+            f"aligned_model={config.aligned_model!r}: must be left out where weights are sharded; "
+            "or prune the saved checkpoint"
+        )
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    return _open_like(config, shapes, model.config.model_type, inputs.progress)
+
+
+def open_aligned(config: Any, base: Checkpoint, progress: Any = False) -> Checkpoint | None:
+    """Checkpoint of ``config.aligned_model``, checked by its headers and hashes; None without one.
 
     Args:
-        config: a :class:`PruneConfig`.
-        shapes: {parameter name: shape} of the model to prune, whose blocks must be as its.
-        model_type: that of the model's config.
+        config: a :class:`PruneConfig` or :class:`SweepConfig`.
+        base: checkpoint of the model to prune, whose blocks must be as its.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
 
     Raises:
         DataError: no such model, an adapter, a quantised model, or another architecture; the
             message names the first tensor that differs.
     """
-    if config.base_model is None:
+    shapes = {name: entry.shape for name, entry in base.tensors.items()}
+    return _open_like(config, shapes, base.config.get("model_type"), progress)
+
+
+def _open_like(config, shapes, model_type, progress):
+    if config.aligned_model is None:
         return None
-    where = f"base_model={config.base_model!r}"
-    aligned = open_checkpoint(
-        resolve_folder(config.base_model, "base_model"), trust_remote_code=config.trust_remote_code
-    )
-    if aligned.is_adapter:
-        raise DataError(f"{where}: is a PEFT adapter; give a whole model")
+    where = f"aligned_model={config.aligned_model!r}"
+    aligned = open_model(config, "aligned_model")
     check_not_quantized(aligned)
     check_input(aligned.folder, progress)
     theirs = aligned.config.get("model_type")
     if theirs != model_type:
         raise DataError(f"{where}: is a {theirs} model, and the one to prune is {model_type}")
     ours = _block_shapes(shapes)
-    found = _block_shapes({name: entry.shape for name, entry in aligned.tensors.items()})
-    for name in sorted(ours.keys() | found.keys(), key=natural_key):
-        if ours.get(name) != found.get(name):
+    others = _block_shapes({name: entry.shape for name, entry in aligned.tensors.items()})
+    for name in sorted(ours.keys() | others.keys(), key=natural_key):
+        if ours.get(name) != others.get(name):
             raise DataError(
-                f"{where}: has {name!r} as {found.get(name, 'no tensor')}, and the model to prune "
+                f"{where}: has {name!r} as {others.get(name, 'no tensor')}, and the model to prune "
                 f"as {ours.get(name, 'no tensor')}"
             )
     return aligned
@@ -118,104 +367,31 @@ def _block_shapes(shapes):
     return {name: shape for name, shape in named.items() if name is not None}
 
 
-def calibrate_folder(config, base, adapter, sets, *, tokenizer=None, progress=False, world=ALONE):
-    """[(norms, what the report says of them)] of several data sets, from folders.
-
-    Args:
-        config: a :class:`CalibrateConfig` or :class:`PruneConfig`.
-        base, adapter: checkpoints of :func:`open_folders`.
-        sets: {field of the config that names them: records, or None to load them}; all are checked
-            before weights load.
-        tokenizer: instead of the base's own.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
-        world: the ranks that share each data set's batches.
-    """
-    with world.together():
-        sets = [load_data(config, records, name) for name, records in sets.items()]
-        trust = config.trust_remote_code
-        tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
-        batches = [batches_of(config, records, tokenizer, base.config) for records in sets]
-        check_memory(config, [base, adapter])
-        model = load_model(
-            base.folder,
-            dtype=config.dtype,
-            device=config.device,
-            device_map=config.device_map,
-            trust_remote_code=trust,
-        )
-        if adapter is not None:
-            model = load_adapter(model, adapter)
-        # Weights that accelerate keeps elsewhere cannot be looked at; the files can.
-        offloaded = any(parameter.is_meta for parameter in model.parameters())
-        fingerprint = base.fingerprint() if offloaded else None
-    return [
-        collect(
-            config,
-            model,
-            records,
-            tokenizer,
-            batches=made,
-            progress=progress,
-            world=world,
-            fingerprint=fingerprint,
-        )
-        for records, made in zip(sets, batches, strict=True)
-    ]
+def _add_saved_norms(inputs, in_memory):
+    """Take the norms that are there: in memory, or in the files that the config names."""
+    for name, data in (("norms", "dataset"), ("preserve_norms", "preserve_dataset")):
+        norms, path = in_memory.get(name), getattr(inputs.config, name)
+        if norms is None and path is not None:
+            norms = load_norms(path, name)
+        if norms is not None:
+            inputs.add_norms(data, norms, counts_of(norms))
+    if inputs.base is not None and inputs.evidence.named_norms:
+        fingerprint = inputs.base.fingerprint()
+        for name, norms in inputs.evidence.named_norms.items():
+            check_base(norms, fingerprint, name)
 
 
-def collect(
-    config,
-    model,
-    records,
-    tokenizer,
-    *,
-    batches=None,
-    progress=False,
-    world=ALONE,
-    fingerprint=None,
-):
-    """(norms, what the report says of them) of a live model, each rank on batches of its own."""
-    with world.together():
-        if batches is None:
-            model_config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
-            batches = batches_of(config, records, tokenizer, model_config)
-    norms = ActivationNorms.collect(
-        model,
-        world.shard(batches),
-        targets=config.targets,
-        ignore=config.ignore,
-        response_only=config.response_only,
-        aggregation=config.aggregation,
-        progress=progress,
-        fingerprint=fingerprint,
-        backend=getattr(config, "backend", None),
-        world=world,
-    )
-    counts = {
-        **counts_of(norms),
-        "num_records": len(records),
-        "num_dropped": batches.num_dropped,
-        "num_truncated": batches.num_truncated,
-    }
-    if world.size > 1:
-        sizes = [batch["input_ids"].shape[0] for batch in batches]
-        counts["world_size"] = world.size
-        shares = (World(rank, world.size).shard(sizes) for rank in range(world.size))
-        counts["sequences_per_rank"] = [sum(share) for share in shares]
-    return norms, counts
-
-
-def load_data(config, records, name="dataset"):
+def load_data(config: Any, records: list[Record] | None, name: str = "dataset") -> list[Record]:
     """The records of the data set that the field ``name`` says; given ones cut to as many."""
     if records is not None:
         return records[: config.num_calibration_samples]
-    data = getattr(config, name)
-    # Gates are learned on prompts that the aligned model answers.
-    output = getattr(config, "score", None) != "gate"
-    return load_records(data, limit=config.num_calibration_samples, require_output=output)
+    # What a score is learned on are prompts that the aligned model answers.
+    answered = learner_of(config) is None
+    limit = config.num_calibration_samples
+    return load_records(getattr(config, name), limit=limit, require_output=answered)
 
 
-def load_norms(path, name="norms"):
+def load_norms(path: str | os.PathLike, name: str = "norms") -> ActivationNorms:
     """Norms from a file, or from the folder that calibrate wrote."""
     path = Path(path)
     path = path / NORMS_FILE if path.is_dir() else path
@@ -223,7 +399,7 @@ def load_norms(path, name="norms"):
     return ActivationNorms.load(path, name)
 
 
-def describe_backend(name, device):
+def describe_backend(name: str | None, device: torch.device) -> dict[str, Any]:
     """What the report says of the backend; an unknown or unavailable one is refused."""
     try:
         module = backends.select(name, device.type)
@@ -240,22 +416,8 @@ def describe_backend(name, device):
     }
 
 
-def inputs_of(config):
-    names = ("dataset", "preserve_dataset")
-    data = [getattr(config, name, None) for name in names]
-    others = ("norms", "preserve_norms", "base_model")
-    return [
-        config.model_name_or_path,
-        config.adapter,
-        *(name and local_file(name) for name in data),
-        *(getattr(config, name, None) for name in others),
-    ]
-
-
 def check_data(stages):
     """Read every data set once before hours are spent on the first stage."""
-    from antidote_fast.data.load import load_records
-
     splits = {
         # As evaluate reads them: the drift is measured on alignment data, from the train split.
         (

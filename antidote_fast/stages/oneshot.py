@@ -3,41 +3,38 @@
 import dataclasses
 import os
 import time
+from collections.abc import Iterable
+from typing import Any
 
+import torch
+
+from antidote_fast.config.base import with_new_names
 from antidote_fast.config.prune import PruneConfig
+from antidote_fast.config.scores import SCORES
 from antidote_fast.data.records import Record, rows_to_records
 from antidote_fast.distributed.fsdp import is_sharded
-from antidote_fast.distributed.ranks import ALONE
+from antidote_fast.distributed.ranks import ALONE, World
 from antidote_fast.errors import DataError, UsageError
-from antidote_fast.files.commit import check_output_folder, output_folder
+from antidote_fast.files.commit import output_folder
 from antidote_fast.files.fingerprint import fingerprint_model
-from antidote_fast.files.safe_open import Watch
-from antidote_fast.models.adapters import load_adapter
 from antidote_fast.models.targets import find_targets, first_computed
 from antidote_fast.pruning.prune import prune_model_
 from antidote_fast.pruning.report import PruneReport
-from antidote_fast.stages.evidence import Known
-from antidote_fast.stages.gates.stage import check_stage, learn_live
-from antidote_fast.stages.inputs import (
-    collect,
-    describe_backend,
-    inputs_of,
-    load_data,
-    open_aligned,
-)
+from antidote_fast.stages.evidence import gather
+from antidote_fast.stages.inputs import open_inputs
 from antidote_fast.stages.prune import finish, prune_folder
 
 
 def oneshot(
-    model,
-    adapter=None,
-    dataset=None,
-    tokenizer=None,
-    config=None,
-    output_dir=None,
-    world=ALONE,
-    **overrides,
-) -> PruneReport:
+    model: str | os.PathLike | torch.nn.Module,
+    adapter: str | os.PathLike | None = None,
+    dataset: str | os.PathLike | Iterable[Record | dict] | None = None,
+    tokenizer: Any = None,
+    config: PruneConfig | dict[str, Any] | None = None,
+    output_dir: str | os.PathLike | None = None,
+    world: World = ALONE,
+    **overrides: Any,
+) -> PruneReport | None:
     """Calibrate on harmful data and prune, once: adapter in, adapter out; model in, model out.
 
     Args:
@@ -49,9 +46,8 @@ def oneshot(
         config: a :class:`PruneConfig`, or a dict of its fields; default its defaults.
         output_dir: the folder to write; a live model may do without.
         world: the ranks that share the samples (:func:`antidote_fast.distributed.world`);
-            every one
-            of them calls. Each prunes its live model, a replica or what FSDP2 gave it of one; rank
-            0 writes.
+            every one of them calls. Each prunes its live model, a replica or what FSDP2 gave it of
+            one; rank 0 writes.
         overrides: fields of :class:`PruneConfig`; they win over ``config``. ``norms`` and
             ``preserve_norms`` may also be :class:`ActivationNorms`; no forward pass is run for them
             then. ``preserve_dataset`` may be records, as ``dataset``.
@@ -66,29 +62,26 @@ def oneshot(
         NothingPruned: no weight matched the targets.
     """
     live = not isinstance(model, (str, os.PathLike))
-    given = {}
+    in_memory = {}
     fields = dict(config) if isinstance(config, dict) else {}
     if isinstance(config, PruneConfig):
         fields = dataclasses.asdict(config)
     elif config is not None and not isinstance(config, dict):
         raise UsageError(f"config={config!r:.80}: must be a PruneConfig or a dict of its fields")
-    answered = overrides.get("score", fields.get("score")) != "gate"
+    score = SCORES.get(overrides.get("score", fields.get("score")))
+    answered = score is None or score.learner is None
     if dataset is not None:
         overrides["dataset"] = dataset
-    for name, held in (
-        ("dataset", "records"),
-        ("norms", "norms"),
-        ("preserve_dataset", "preserve_records"),
-        ("preserve_norms", "preserve_norms"),
-    ):
+    for name in ("dataset", "norms", "preserve_dataset", "preserve_norms"):
         value = overrides.get(name)
         if isinstance(value, (str, os.PathLike)):
             overrides[name] = os.fspath(value)
         elif value is not None:
             # The field is checked: it must say that something is there.
             is_data = name.endswith("dataset")
-            given[held] = _records(value, name, answered) if is_data else value
+            in_memory[name] = _records(value, name, answered) if is_data else value
             overrides[name] = "records in memory" if is_data else "norms in memory"
+    fields, overrides = with_new_names(fields), with_new_names(overrides)
     if output_dir is None and not live and "output_dir" not in fields:
         raise UsageError("output_dir=None: must be a folder where model is a folder or hub name")
     name = getattr(getattr(model, "config", None), "_name_or_path", "") if live else model
@@ -102,105 +95,62 @@ def oneshot(
     except TypeError as error:
         raise UsageError(f"oneshot: {str(error).removeprefix('PruneConfig.__init__() ')}") from None
     if live:
-        return _prune_live(model, settings, given, tokenizer, world)
-    return prune_folder(settings, **given, tokenizer=tokenizer, world=world)[0]
+        return _prune_live(model, settings, in_memory, tokenizer, world)
+    return prune_folder(settings, in_memory, tokenizer=tokenizer, world=world)[0]
 
 
-def _prune_live(model, config, given, tokenizer, world):
+def _prune_live(model, config, in_memory, tokenizer, world):
     """Prune a live model in place; write it where there is an output_dir."""
     for name in ("stream", "resume"):
         if getattr(config, name):
             raise UsageError(f"{name}=True: must be left out with a live model; give its folder")
-    start = time.perf_counter()
     with world.together():
-        if config.output_dir and any(is_sharded(p) for p in model.parameters()):
-            raise UsageError(
-                f"output_dir={config.output_dir!r}: must be left out where the model is sharded; "
-                "save it as you save its checkpoints"
-            )
-        computed = first_computed(model) if config.output_dir else None
-        if computed is not None:
-            raise UsageError(
-                f"output_dir={config.output_dir!r}: must be left out where weights are computed "
-                f"from others ({computed}), which no file of this model can hold"
-            )
-        if config.output_dir and not world.rank:
-            check_output_folder(config.output_dir, config.overwrite)
-        watch = Watch(*inputs_of(config)) if not world.rank else Watch()
-        device = next(model.parameters()).device
-        known = Known(describe_backend(config.backend, device))
-        if config.adapter is not None:
-            model = load_adapter(model, config.adapter)
-        check_stage(config, None, bool(getattr(model, "peft_config", None)), world)
-        bases = _open_base(model, config, known)
-        known.take_given(config, given.get("norms"), given.get("preserve_norms"))
-        missing = known.missing(config)
-        if missing and tokenizer is None:
-            raise UsageError("tokenizer=None: must be the tokenizer of the live model")
-        held = {"dataset": "records", "preserve_dataset": "preserve_records"}
-        sets = {name: load_data(config, given.get(held[name]), name) for name in missing}
-    if config.score == "gate":
-        found = learn_live(config, model, known.aligned, bases, sets, tokenizer)
-        known.scores, known.gate_counts = found
-        sets = {}
-    for name, records in sets.items():
-        known.take_collected(name, *collect(config, model, records, tokenizer, world=world))
+        _check_writable(model, config)
+    inputs = open_inputs(config, in_memory, model=model, tokenizer=tokenizer, world=world)
+    if inputs.aligned is not None:
+        keys = [target.key for target in find_targets(model, config.targets, config.ignore)]
+        bases = inputs.base_weights(keys)
+        inputs.evidence = dataclasses.replace(inputs.evidence, base_weights=bases)
+    gather(inputs)
     with world.together():
-        watch.check()  # the last moment at which the model is as it was
-    calibrated = time.perf_counter()
+        inputs.watch.check()  # the last moment at which the model is as it was
+    inputs.pruned_from = time.perf_counter()
     report = prune_model_(
-        model,
-        known.norms,
+        inputs.model,
+        inputs.evidence,
         config.selection,
         targets=config.targets,
         ignore=config.ignore,
-        score=config.score,
-        seed=config.seed,
-        backend=config.backend,
-        return_masks=config.save_masks,
-        cross_check=config.cross_check,
-        preserve_norms=known.preserve_norms,
-        base_weights=bases,
-        scores=known.scores,
+        **config.prune_options,
     )
-    if not config.output_dir:
-        return report
     with world.together():
-        if not world.rank:
-            _write_live(model, config, tokenizer, report, known, start, calibrated)
+        if config.output_dir and not world.rank:
+            _write_live(inputs, tokenizer, report)
     return report
 
 
-def _open_base(model, config, known):
-    """{name: tensor} of the targets in ``base_model``, or None; ``known`` gets its checkpoint."""
-    if config.base_model is None:
-        return None
-    if getattr(model, "peft_config", None):
+def _check_writable(model, config):
+    """Refuse an output_dir for a model that no file can hold as it is."""
+    where = f"output_dir={config.output_dir!r}: must be left out where"
+    if config.output_dir and any(is_sharded(p) for p in model.parameters()):
+        raise UsageError(f"{where} the model is sharded; save it as you save its checkpoints")
+    computed = first_computed(model) if config.output_dir else None
+    if computed is not None:
         raise UsageError(
-            f"base_model={config.base_model!r}: must be left out with an adapter, whose zero "
-            "already falls back to the aligned model"
+            f"{where} weights are computed from others ({computed}), which no file of this model "
+            "can hold"
         )
-    parameters = dict(model.named_parameters())
-    if any(is_sharded(parameter) for parameter in parameters.values()):
-        raise UsageError(
-            f"base_model={config.base_model!r}: must be left out where weights are sharded; or "
-            "prune the saved checkpoint"
-        )
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    known.aligned = open_aligned(config, shapes, model.config.model_type)
-    found = find_targets(model, config.targets, config.ignore)
-    return known.aligned.read([target.key for target in found])
 
 
-def _write_live(model, config, tokenizer, report, known, start, calibrated):
+def _write_live(inputs, tokenizer, report):
+    model, config = inputs.model, inputs.config
     is_adapter = bool(getattr(model, "peft_config", None))
     entries = {"base_fingerprint": fingerprint_model(model)} if is_adapter else {}
     with output_folder(config.output_dir, config.overwrite, **entries) as folder:
         _save_live(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        seconds = {"calibrate": calibrated - start, "prune": time.perf_counter() - calibrated}
-        finish(folder, config, report, known, seconds)
+        finish(folder, inputs, report)
 
 
 def _save_live(model, folder):

@@ -6,11 +6,13 @@ scope reads the targets twice more, to find the one edge of all. What is done li
 beside output_dir (:mod:`antidote_fast.files.resume`), from which ``resume`` goes on.
 """
 
+from dataclasses import replace
+
 from antidote_fast.data.batches import batches_of
 from antidote_fast.errors import Interrupted
 from antidote_fast.models.loading import load_tokenizer, pick_device
 from antidote_fast.norms.activation_norms import ActivationNorms, counts_of
-from antidote_fast.pruning.arguments import check_keys
+from antidote_fast.pruning.evidence import check_keys
 from antidote_fast.streaming.blocks import BlockModel
 from antidote_fast.streaming.norms import BlockCalibration
 from antidote_fast.streaming.sink import Background
@@ -25,7 +27,7 @@ def collect_norms(config, base, adapter, records, run, *, tokenizer=None, progre
 
     Args:
         config: a :class:`CalibrateConfig` or :class:`PruneConfig`.
-        base, adapter: checkpoints, as :func:`antidote_fast.stages.inputs.open_folders`.
+        base, adapter: checkpoints, as the stage opened them.
         records: the calibration data.
         run: :class:`antidote_fast.files.resume.Run`.
         tokenizer: instead of the base's own.
@@ -43,30 +45,17 @@ def collect_norms(config, base, adapter, records, run, *, tokenizer=None, progre
 
 
 def prune_model(
-    config,
-    base,
-    records,
-    run,
-    *,
-    norms,
-    keys,
-    roles,
-    preserve_norms=None,
-    aligned=None,
-    tokenizer=None,
-    progress=False,
+    config, base, records, run, evidence, *, keys=(), aligned=None, tokenizer=None, progress=False
 ):
     """Prune a full model into ``run.output``, block by block.
 
     Args:
         config: a :class:`PruneConfig`.
         base: the model's checkpoint.
-        records: the calibration data; not used where ``norms`` are given or the score needs none.
+        records: the calibration data, or None where the evidence is whole without.
         run: :class:`antidote_fast.files.resume.Run`.
-        norms: given ones, or None.
-        keys: names of the weights; None where the calibration finds them.
-        roles: ``transposed`` and ``routed`` names among them.
-        preserve_norms: norms of the same weights on data to preserve, or None.
+        evidence: :class:`antidote_fast.pruning.evidence.Evidence`, without weights of ``aligned``.
+        keys: names of the weights; not looked at where the calibration finds them.
         aligned: checkpoint of the model whose values removed weights take, or None.
         tokenizer, progress: as :func:`collect_norms`.
 
@@ -77,22 +66,25 @@ def prune_model(
         As :func:`collect_norms` and :func:`antidote_fast.pruning.prune.prune_state_`;
         NothingPruned.
     """
+    norms, blocks = evidence.norms, None
     counts = {} if norms is None else counts_of(norms)
     with interrupts.remembered() as request, Background() as background:
-        blocks = None
-        if config.score == "wanda" and norms is None:
+        if records is not None:
             blocks = _Blocks(config, base, None, records, run, tokenizer)
             targets = blocks.calibration.targets
             keys = [target.key for target in targets]
-            roles = {
-                "transposed": [target.key for target in targets if target.transposed],
-                "routed": [target.key for target in targets if target.routed],
-            }
+            evidence = replace(
+                evidence,
+                transposed={target.key for target in targets if target.transposed},
+                routed={target.key for target in targets if target.routed},
+            )
+        preserve_norms = evidence.preserve_norms
         if preserve_norms is not None:
             if config.targets is not None or config.ignore:
                 preserve_norms = preserve_norms.subset(keys, "preserve_norms")
+                evidence = replace(evidence, preserve_norms=preserve_norms)
             check_keys(keys, preserve_norms.sq_sum, "preserve_norms")
-        writer = Writer(config, base, run, keys, roles, preserve_norms, aligned)
+        writer = Writer(config, base, run, keys, evidence, aligned)
         if blocks is not None and config.scope != "global":
             for tensors, part in blocks.run(request, background, progress, writer=writer):
                 writer.prune(tensors, part)
@@ -180,13 +172,13 @@ class _Blocks:
                 self._parts.append(norms)
             yield tensors, norms
             unsaved += model.num_bytes(index)
-            state = before = kept = None
+            state = before = spilled = None
             # Keeping must not cost more than the block itself did.
             if unsaved >= calibration.hidden_bytes or request.made or index + 1 == end:
                 unsaved = 0
-                hidden, kept, before = calibration.keep()
+                hidden, spilled, before = calibration.keep()
                 state = {**self.state, "next": index + 1, "hidden": hidden}
-            background.submit(self._finish, index, norms, writer, tensors, state, kept, before)
+            background.submit(self._finish, index, norms, writer, tensors, state, spilled, before)
             tensors = None
             if request.made:
                 background.wait()
@@ -195,7 +187,7 @@ class _Blocks:
                     "--resume goes on"
                 )
 
-    def _finish(self, index, norms, writer, tensors, state, kept, before):
+    def _finish(self, index, norms, writer, tensors, state, spilled, before):
         """In the background: a block's norms and weights, then the state that tells of them."""
         if norms is not None:
             norms.save(self._norms_file(index))
@@ -203,8 +195,8 @@ class _Blocks:
             writer.write(tensors)
         if state is None:
             return
-        if kept is not None:
-            kept.sync()
+        if spilled is not None:
+            spilled.sync()
         self.state = {**state, **(writer.state() if writer is not None else {})}
         self._run.save(self.state)
         if before is not None:

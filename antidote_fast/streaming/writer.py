@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+from antidote_fast.config.scores import SCORES
 from antidote_fast.errors import Interrupted, NothingPruned
 from antidote_fast.files.tensor_file import read_tensor
 from antidote_fast.masks import mask_key, masks_file
@@ -18,14 +19,23 @@ _BLOCK = re.compile(r"(.*?\.\d+)\.")
 
 
 class Writer:
-    """A pruned model on its way to ``run.output``, and the report of it."""
+    """A pruned model on its way to ``run.output``, and the report of it.
 
-    def __init__(self, config, base, run, keys, roles, preserve_norms, aligned):
+    Args:
+        config: a :class:`PruneConfig`.
+        base: the model's checkpoint.
+        run: :class:`antidote_fast.files.resume.Run`, whose state it goes on from.
+        keys: names of the weights to prune.
+        evidence: what they are pruned by, but for ``norms`` and ``base_weights``, which come block
+            by block.
+        aligned: checkpoint of the model whose values removed weights take, or None.
+    """
+
+    def __init__(self, config, base, run, keys, evidence, aligned):
         self._config, self._base, self._run = config, base, run
         self._selection = config.selection
-        self._preserve_norms, self._aligned = preserve_norms, aligned
+        self._evidence, self._aligned = evidence, aligned
         self._device = pick_device(config.device)
-        self._roles = roles
         self._saved = {base.find(key): key for key in keys}
         before = run.state.get("writer", {})
         self._layers = [LayerReport(**layer) for layer in before.get("layers", ())]
@@ -36,7 +46,7 @@ class Writer:
         self._sink = ModelSink(base, run.output, self._written, before.get("digests"))
         self._masks = None
         if config.save_masks:
-            shapes = {key: self._shape(key, roles) for key in sorted(keys, key=natural_key)}
+            shapes = {key: self._shape(key) for key in sorted(keys, key=natural_key)}
             about = {"score": config.score, "scope": config.scope, "ratio": str(config.ratio)}
             path = run.output / "masks.safetensors"
             self._masks = masks_file(path, shapes, about, keep=bool(self._written))
@@ -52,30 +62,28 @@ class Writer:
         weights = {
             self._saved[name]: tensor for name, tensor in tensors.items() if name in self._saved
         }
-        routed = set(self._roles.get("routed", ())) | (norms.routed if norms else set())
+        routed = {*self._evidence.routed, *(norms.routed if norms else ())}
         for key in [key for key in weights if key in routed]:
-            if norms is not None and self._config.score == "wanda" and not norms.sq_sum[key].any():
+            if self._goes_by(norms) and not norms.sq_sum[key].any():
                 self._skipped[key] = "routed expert that no token reached"
                 del weights[key]
         if not weights:
             return
         if norms is not None and set(norms.sq_sum) != set(weights):
             norms = norms.subset(weights)
-        kept = self._preserve_norms
+        kept_by = self._evidence.preserve_norms
         there = {key: tensor.to(self._device) for key, tensor in weights.items()}
         report = prune_state_(
             there,
-            norms,
+            dataclasses.replace(
+                self._evidence,
+                norms=norms,
+                preserve_norms=None if kept_by is None else kept_by.subset(weights),
+                base_weights=None if self._aligned is None else self._aligned.read(weights),
+            ),
             self._selection,
-            score=self._config.score,
-            seed=self._config.seed,
-            backend=self._config.backend,
-            return_masks=self._masks is not None,
-            cross_check=self._config.cross_check,
-            preserve_norms=None if kept is None else kept.subset(weights),
-            base_weights=None if self._aligned is None else self._aligned.read(weights),
             cut=cut,
-            **{role: [k for k in names if k in there] for role, names in self._roles.items()},
+            **self._config.prune_options,
         )
         for key, tensor in weights.items():
             if there[key] is not tensor:
@@ -177,9 +185,10 @@ class Writer:
         self._run.save({**self._run.state, **self.state()})
 
     def _cut(self, norms, request, progress):
+        evidence = dataclasses.replace(self._evidence, norms=norms)
         if "cut" in self._run.state:
-            return GlobalCut.from_dict(self._run.state["cut"], norms, self._preserve_norms)
-        transposed = set(self._roles.get("transposed", ())) | (norms.transposed if norms else set())
+            return GlobalCut.from_dict(self._run.state["cut"], evidence)
+        transposed = {*evidence.transposed, *(norms.transposed if norms else ())}
         names = {key: name for name, key in self._saved.items()}
 
         def read(key):
@@ -194,22 +203,24 @@ class Writer:
             return tensor.t().contiguous() if key in transposed else tensor
 
         keys = list(names)
-        if norms is not None and self._config.score == "wanda":
+        if self._goes_by(norms):
             keys = [k for k in keys if k not in norms.routed or norms.sq_sum[k].any()]
         cut = find_cut(
             keys,
             read,
-            norms,
+            evidence,
             self._selection,
-            score=self._config.score,
             seed=self._config.seed,
-            preserve_norms=self._preserve_norms,
             read_base=None if self._aligned is None else read_base,
             progress=progress,
         )
         self._run.save({**self._run.state, "cut": cut.to_dict()})
         return cut
 
-    def _shape(self, key, roles):
+    def _goes_by(self, norms):
+        """Whether these norms, which may be None, decide which weights are removed."""
+        return norms is not None and SCORES[self._config.score].needs_norms
+
+    def _shape(self, key):
         rows, columns = self._base.tensors[self._base.find(key)].shape
-        return (columns, rows) if key in roles.get("transposed", ()) else (rows, columns)
+        return (columns, rows) if key in self._evidence.transposed else (rows, columns)

@@ -11,6 +11,11 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TextIO, TypeVar
+
+Progress = bool | Callable[..., Any]
+Item = TypeVar("Item")
 
 
 class Steady:
@@ -20,10 +25,10 @@ class Steady:
         stream: a text stream, or None where there is none.
     """
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         """Write ``text``, characters that the stream cannot show as escapes; its length."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
             try:
@@ -33,33 +38,33 @@ class Steady:
                 self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
-    def writelines(self, lines):
+    def writelines(self, lines: Iterable[str]) -> None:
         """Write each of ``lines``."""
         for line in lines:
             self.write(line)
 
-    def flush(self):
+    def flush(self) -> None:
         """Write what is waiting, if it can be."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
             self._stream.flush()
 
-    def isatty(self):
+    def isatty(self) -> bool:
         """Whether the stream is a terminal."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
             return self._stream.isatty()
         return False
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-def tell(text, *, error=False, end="\n"):
+def tell(text: str, *, error: bool = False, end: str = "\n") -> None:
     """Print on stdout, or with ``error`` on stderr; nothing happens where that cannot be done."""
     print(text, file=Steady(sys.stderr if error else sys.stdout), end=end, flush=True)
 
 
 @contextlib.contextmanager
-def steady_streams():
+def steady_streams() -> Iterator[None]:
     """Inside the block nothing raises that is printed, whoever prints it."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = mine = Steady(sys.stdout), Steady(sys.stderr)
@@ -72,7 +77,7 @@ def steady_streams():
                 setattr(sys, name, old)
 
 
-def open_missing_streams():
+def open_missing_streams() -> None:
     """Give the null device the numbers of stdin, stdout and stderr where they were closed.
 
     A file opened later would get them, and with them what native code prints to number 2.
@@ -85,7 +90,7 @@ def open_missing_streams():
                 os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
-def drop_unwritable():
+def drop_unwritable() -> None:
     """Let the interpreter's last flush of stdout and stderr not fail, which would be code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -95,7 +100,9 @@ def drop_unwritable():
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def track(iterable, what, progress=False, total=None):
+def track(
+    iterable: Iterable[Item], what: str, progress: Progress = False, total: int | None = None
+) -> Iterable[Item]:
     """Iterate over ``iterable`` and show how far it is.
 
     Args:
@@ -119,7 +126,9 @@ def track(iterable, what, progress=False, total=None):
 
 
 @contextlib.contextmanager
-def count(total, what, progress=False, every=30.0):
+def count(
+    total: int | None, what: str, progress: Progress = False, every: float = 30.0
+) -> Iterator[Callable[..., None]]:
     """Show counts of work that is not one loop; ``progress`` as :func:`track` takes it.
 
     Yields:
@@ -153,32 +162,41 @@ def count(total, what, progress=False, every=30.0):
             yield show
 
 
+class _Lines:
+    """JSON lines on stderr about one step, due each ``every`` seconds."""
+
+    def __init__(self, what, every):
+        self._what, self._every = what, every
+        self._start = self._last = time.monotonic()
+
+    def is_due(self):
+        due = time.monotonic() - self._last >= self._every
+        self._last = time.monotonic() if due else self._last
+        return due
+
+    def tell(self, **fields):
+        seconds = round(time.monotonic() - self._start, 1)
+        tell(json.dumps({"step": self._what, **fields, "seconds": seconds}), error=True)
+
+
 @contextlib.contextmanager
 def _counting_lines(total, what, every):
-    start = last = time.monotonic()
-    fields = {"done": 0}
-
-    def line():
-        told = {"step": what, **fields, "seconds": round(time.monotonic() - start, 1)}
-        tell(json.dumps(told), error=True)
+    lines, fields = _Lines(what, every), {"done": 0, "total": total}
 
     def show(done, **counts):
-        nonlocal last
-        fields.update(done=done, total=total)
-        fields.update({name: value for name, value in counts.items() if value is not None})
-        if time.monotonic() - last >= every:
-            last = time.monotonic()
-            line()
+        present = {name: value for name, value in counts.items() if value is not None}
+        fields.update(present, done=done)
+        if lines.is_due():
+            lines.tell(**fields)
 
-    fields["total"] = total
     try:
         yield show
     finally:
-        line()
+        lines.tell(**fields)
 
 
 @contextlib.contextmanager
-def command_line_progress(quiet=False):
+def command_line_progress(quiet: bool = False) -> Iterator[Progress]:
     """The ``progress`` that a command uses: bars on a terminal, else one JSON line a step."""
     if quiet:
         yield False
@@ -211,38 +229,26 @@ def _bars():
         yield track_on_bars
 
 
-def json_lines(iterable, what, total, every=30.0):
+def json_lines(
+    iterable: Iterable[Item], what: str, total: int | None, every: float = 30.0
+) -> Iterator[Item]:
     """Loop over ``iterable``; a JSON line on stderr at its end, and each ``every`` seconds."""
-    start = last = time.monotonic()
-    done = 0
-
-    def line():
-        fields = {
-            "step": what,
-            "done": done,
-            "total": done if total is None else total,
-            "seconds": round(time.monotonic() - start, 1),
-        }
-        tell(json.dumps(fields), error=True)
-
-    for item in iterable:
+    lines, done = _Lines(what, every), 0
+    for done, item in enumerate(iterable, 1):
         yield item
-        done += 1
-        if time.monotonic() - last >= every:
-            last = time.monotonic()
-            if done != total:
-                line()
-    line()
+        if lines.is_due() and done != total:
+            lines.tell(done=done, total=done if total is None else total)
+    lines.tell(done=done, total=done if total is None else total)
 
 
 class Clock:
     """Seconds by step: each lap is what passed since the one before, added to its name."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds = {}
         self._last = time.perf_counter()
 
-    def lap(self, name):
+    def lap(self, name: str) -> None:
         """Add the time since the last lap to a step."""
         now = time.perf_counter()
         self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._last, 3)

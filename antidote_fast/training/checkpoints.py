@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from antidote_fast.errors import DataError, Interrupted, first_line
-from antidote_fast.files.commit import digest_of, new_file, output_folder
-from antidote_fast.files.resume import MANIFEST_ENTRY, discard, interrupted_state, run_folder
+from antidote_fast.files.commit import RUN_INPUTS, digest_of, new_file, output_folder
+from antidote_fast.files.resume import discard, interrupted_state, run_folder
 
 _GENERATORS = "generator."
 _OBJECTIVE = "objective."
@@ -32,7 +32,7 @@ def training_folder(config, inputs, **entries):
         DataError: as :func:`antidote_fast.files.resume.run_folder`.
     """
     if config.save_steps is None and not config.resume:
-        entries[MANIFEST_ENTRY] = digest_of(inputs)
+        entries[RUN_INPUTS] = digest_of(inputs)
         interrupted_state(config.output_dir, inputs, overwrite=config.overwrite)
         with output_folder(config.output_dir, config.overwrite, **entries) as folder:
             discard(config.output_dir)

@@ -12,9 +12,8 @@ import torch
 
 from antidote_fast.data.batches import IGNORE_INDEX, Examples, encode
 from antidote_fast.errors import AntidoteError, DataError, UsageError, first_line
-from antidote_fast.files.checkpoint import open_checkpoint
 from antidote_fast.files.commit import check_output_folder
-from antidote_fast.models.loading import check_not_quantized, load_model, resolve_folder
+from antidote_fast.models.loading import check_not_quantized, load_model, open_model
 from antidote_fast.models.tokens import check_examples
 from antidote_fast.system import interrupts
 from antidote_fast.system.progress import track
@@ -54,16 +53,10 @@ def check_config(config, *, merged=False):
     if config.dtype == "float16":
         # Gradients underflow in float16 without a loss scale; bfloat16 needs none.
         raise UsageError("dtype='float16': must be auto, bfloat16 or float32 in training")
-    folder = resolve_folder(config.model_name_or_path)
-    found = open_checkpoint(folder, trust_remote_code=config.trust_remote_code)
-    if found.is_adapter:
-        raise DataError(
-            f"model_name_or_path={config.model_name_or_path!r}: is a PEFT adapter; give a whole "
-            "model"
-        )
+    base = open_model(config)
     if merged or config.tuning == "full":
-        check_not_quantized(found)
-    return found
+        check_not_quantized(base)
+    return base
 
 
 def load_trainable(config, folder):
@@ -75,12 +68,7 @@ def load_trainable(config, folder):
     Returns:
         ``(model, dtype)``: the model (a ``peft.PeftModel`` for LoRA), and the dtype it computes in.
     """
-    model = load_model(
-        folder,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    model = load_model(folder, **config.load_options)
     if model.dtype == torch.float16:
         model = model.to(torch.bfloat16)
     dtype = model.dtype

@@ -16,7 +16,7 @@ from antidote_fast import PackedMask, __version__, save_masks
 from antidote_fast.cli import entry, inspect
 from antidote_fast.cli.commands import PLAIN, STAGES
 from antidote_fast.config import flags
-from antidote_fast.config.experiment import RunConfig
+from antidote_fast.config.experiment import ExperimentConfig, RunConfig
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.config.train import AlignConfig
 from antidote_fast.errors import BackendUnavailable, DataError, NothingPruned, UsageError
@@ -128,6 +128,44 @@ def test_aliases_are_taken_with_a_notice(seen, capsys):
     assert "--dense_ratio is taken as --ratio (the fraction removed" in err
 
 
+ALIGNED = "base_model is taken as {}aligned_model (the aligned model; --base is the model of an ada"
+
+
+def test_the_aligned_models_flag_and_its_name_of_earlier(seen, capsys, tmp_path):
+    file = tmp_path / "prune.yaml"
+    file.write_text("base_model: twin\nmodel_name_or_path: m\noutput_dir: o\ndataset: d\n")
+    for words, prefix in (
+        ([*PRUNE, "--aligned_model", "twin"], None),
+        ([*PRUNE, "--base_model", "twin"], "--"),
+        (["prune", "--config", str(file)], ""),
+    ):
+        assert entry.main([*words, "--base", "other"]) == 0
+        config, _ = seen.pop()
+        assert (config.aligned_model, config.model_name_or_path) == ("twin", "other")
+        err = capsys.readouterr().err
+        assert err == "" if prefix is None else ALIGNED.format(prefix) in err
+    file.write_text("base_model: twin\naligned_model: other\n")
+    assert entry.main(["prune", "--config", str(file)]) == 2
+    assert "base_model: must be left out with aligned_model" in capsys.readouterr().err
+
+
+def test_the_aligned_models_flag_in_sections(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: o\nfinetune: {}\nevaluate: {}\nprune: {base_model: twin}\n")
+    words = ["--model_name_or_path", "m", "--config", str(file)]
+    config, notices = flags.from_words(RunConfig, words, "run")
+    assert config.prune == {"aligned_model": "twin"}
+    assert ALIGNED.format("") in notices[0]
+    config, notices = flags.from_words(RunConfig, [*words, "--prune.base_model", "other"], "run")
+    assert config.prune == {"aligned_model": "other"}
+    assert notices[0].startswith("--prune." + ALIGNED.format("--prune.")[:28])
+    grid = "finetune: {}\nevaluate: {}\ngrid: {prune.base_model: [a, b]}\noutput_dir: o\n"
+    file.write_text("model_name_or_path: m\n" + grid)
+    config, notices = flags.from_words(ExperimentConfig, [str(file)], "experiment")
+    assert config.grid == {"prune.aligned_model": ["a", "b"]}
+    assert len(notices) == 1
+
+
 def test_dashes_do_for_underscores(seen):
     words = ["prune", "--model-name-or-path", "m", "--output-dir=o", "--dataset", "d"]
     assert entry.main(words) == 0
@@ -160,6 +198,7 @@ def test_defaults_reach_the_dataclass_unchanged():
         (["--ratio", "-0.1"], "ratio=-0.1: must be in (0, 1]"),
         (["--ratio", ".nan"], "ratio=nan: must be in (0, 1]"),
         (["--dense_ratio", "2"], "ratio=2.0: must be in (0, 1]"),
+        (["--score", "owl"], "score='owl': must be one of wanda, magnitude, random, gate"),
         (["--scope", "column"], "--scope=column: must be one of 'row', 'tensor', 'global'"),
         (["--seed", "1.5"], "--seed=1.5: must be an integer"),
         (["--seed", "-1"], "seed=-1: must be an integer in [0, 2**64)"),

@@ -118,6 +118,21 @@ def test_cells_share_what_they_can_and_a_second_call_computes_nothing(inputs, tm
     assert (out / "rows.csv").read_bytes() == before
 
 
+def test_what_was_made_with_checkpoints_is_done(inputs, tmp_path, trained):
+    """Stages run with resume where they keep checkpoints, and their reports say so."""
+    given = values(inputs, tmp_path / "out", defenses=["antidote"])
+    given["finetune"]["save_steps"] = 1
+    report = experiment.run(flags.from_values(ExperimentConfig, given, "x"))
+    assert report["num_computed"] == 1
+    made = dict(trained)
+    assert experiment.run(flags.from_values(ExperimentConfig, given, "x"))["num_computed"] == 0
+    (tmp_path / "out/rows.csv").unlink()  # the stages alone tell
+    experiment.run(flags.from_values(ExperimentConfig, given, "x"))
+    given["finetune"]["save_steps"] = 2  # nor does it matter how often
+    assert experiment.run(flags.from_values(ExperimentConfig, given, "x"))["num_computed"] == 0
+    assert trained == made
+
+
 def test_finished_experiments_at_once(inputs, tmp_path, trained):
     """One after the other, or one line that says so; and none where it cannot be written."""
     out = tmp_path / "out"

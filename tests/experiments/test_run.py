@@ -143,7 +143,7 @@ def test_drift_is_measured_against_the_aligned_model(inputs, tmp_path):
     values = config(
         inputs, tmp_path / "out", evaluate={"drift_dataset": str(inputs / "safe.jsonl")}
     )
-    _, scores = run._plan(values, tmp_path / "out")
+    _, scores = run.stages_of(values)
     assert {score.reference_model for score in scores.values()} == {str(tmp_path / "out/aligned")}
 
 

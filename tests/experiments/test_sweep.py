@@ -2,6 +2,7 @@
 
 import itertools
 import types
+from dataclasses import replace
 
 import pytest
 import sweeps
@@ -13,9 +14,9 @@ from antidote_fast.config.prune import PruneConfig
 from antidote_fast.config.sweep import SCORES, SweepScore
 from antidote_fast.data.records import Record
 from antidote_fast.errors import UsageError
-from antidote_fast.experiments import sweep
+from antidote_fast.experiments import candidates, sweep
+from antidote_fast.experiments.candidates import Prompts, SweepEvidence
 from antidote_fast.norms.activation_norms import ActivationNorms
-from antidote_fast.pruning.prune import prune_model_
 from antidote_fast.stages import evaluate, prune
 
 ALL = ["wanda", "wanda-response", "wanda-preserve", "magnitude", "random"]
@@ -35,7 +36,7 @@ def test_rows_are_what_prune_and_evaluate_give_one_by_one(kind, made, tmp_path):
     adapter = kind == "adapter"
     options = {"scores": ALL, "preserve_dataset": f"{made.root}/keep.jsonl"}
     if kind == "revert":
-        options |= {"base_model": made.twin, "score_delta": True, "scores": ALL[:4]}
+        options |= {"aligned_model": made.twin, "score_delta": True, "scores": ALL[:4]}
         options |= {"targets": ["q_proj", "down_proj"], "ignore": ["re:.*layers.1.mlp"]}
     benign = f"{made.root}/benign.jsonl"
     config = config_of(
@@ -104,21 +105,19 @@ def test_norms_are_those_of_calibrate_and_collected_once(made, tmp_path, monkeyp
 def live():
     model = tiny.build()
     norms = ActivationNorms.collect(model, tiny.batches())
-    return types.SimpleNamespace(model=model, norms=norms, before=bits(model))
+    evidence = SweepEvidence({"all": norms})
+    return types.SimpleNamespace(model=model, evidence=evidence, before=bits(model))
 
 
-SETS = {
-    "harmful": [Record(r["instruction"]) for r in VAL],
-    "task_records": [Record("a", "", "b")] * 4,
-}
+PROMPTS = Prompts([Record(r["instruction"]) for r in VAL], [Record("a", "", "b")] * 4)
 
 
 def swept(live, monkeypatch, benign=True, scores=("wanda",), scopes=("row",), **curves):
     script = Script(live.model, **curves)
-    monkeypatch.setattr(sweep, "evaluate_model", script)
-    sets = SETS | ({"benign": [Record("c")] * 2} if benign else {})
+    monkeypatch.setattr(candidates, "evaluate_model", script)
+    prompts = replace(PROMPTS, benign=[Record("c")] * 2) if benign else PROMPTS
     options = {"ratios": [0.5, 0.1, 0.3, 0.1, 0.7], "scores": scores, "scopes": scopes}
-    found = sweep.sweep_model(live.model, None, norms=live.norms, **sets, **options)
+    found = candidates.sweep_model(live.model, None, prompts, live.evidence, **options)
     assert same(bits(live.model), live.before)
     return found, script
 
@@ -226,7 +225,7 @@ def row(hs, fa, removed, admissible=True):
     ],
 )
 def test_the_recommended_row(rows, best):
-    found = sweep.recommend(rows, {"harmful_score": 80})
+    found = candidates.recommend(rows, {"harmful_score": 80})
     assert found is (None if best is None else rows[best])
 
 
@@ -240,39 +239,37 @@ def test_weights_are_restored_whatever_happens(live, monkeypatch, error, calls):
             raise error
         return script(*args, **options)
 
-    monkeypatch.setattr(sweep, "evaluate_model", fail)
+    monkeypatch.setattr(candidates, "evaluate_model", fail)
     with pytest.raises(error):
-        sweep.sweep_model(live.model, None, norms={"all": live.norms}, **SETS, ratios=[0.1, 0.9])
+        candidates.sweep_model(live.model, None, PROMPTS, live.evidence, ratios=[0.1, 0.9])
     assert not all(same(live.before, seen) for seen in script.seen)
     assert same(bits(live.model), live.before)
 
 
 def test_another_score_is_one_entry(live, monkeypatch):
-    def mine(model, selection, norms, options):
-        assert set(norms) == {"all"}
-        return prune_model_(model, None, selection, **options, score="magnitude")
-
     monkeypatch.setitem(SCORES, "mine", SweepScore("magnitude"))
-    monkeypatch.setitem(sweep.PRUNERS, "mine", mine)
     found, script = swept(live, monkeypatch, scores=["mine", "magnitude"])
     assert [r["score"] for r in found["rows"]] == ["mine"] * 4 + ["magnitude"] * 4
     for i in range(1, 5):
         assert same(script.seen[i], script.seen[i + 4])
-    assert sweep.PRUNERS.keys() == SCORES.keys()
 
 
 @pytest.mark.parametrize(
     ("options", "line"),
     [
         ({"ratios": []}, "ratios=[]: must be at least one value"),
-        ({"norms": None}, "norms: must hold 'all' with score wanda"),
+        ({"norms": {}}, "norms: must hold 'all' with score wanda"),
         ({"scores": ["wanda-response"]}, "norms: must hold 'response' with score wanda-response"),
         ({"max_accuracy_drop": 101}, "max_accuracy_drop=101: must be in [0, 100]"),
-        ({"task": "chess"}, "task='chess': must be one of sst2, agnews, gsm8k, alpaca, label"),
+        ({"task_name": "chess"}, "task='chess': must be one of sst2, agnews, gsm8k, alpaca, label"),
     ],
 )
 def test_a_live_sweep_refuses_before_it_measures(options, line, live, monkeypatch):
-    monkeypatch.setattr(sweep, "evaluate_model", None)
+    options = dict(options)
+    monkeypatch.setattr(candidates, "evaluate_model", None)
+    evidence = SweepEvidence(options.pop("norms", live.evidence.norms))
+    names = [name for name in options if name in Prompts.__dataclass_fields__]
+    prompts = replace(PROMPTS, **{name: options.pop(name) for name in names})
     with pytest.raises(UsageError) as refused:
-        sweep.sweep_model(live.model, None, **{**SETS, "norms": live.norms, **options})
+        candidates.sweep_model(live.model, None, prompts, evidence, **options)
     assert str(refused.value) == line

@@ -13,7 +13,7 @@ from antidote_fast.cli import entry, inspect
 from antidote_fast.cli.show import summary
 from antidote_fast.config.sweep import RATIOS, SweepConfig
 from antidote_fast.errors import UsageError
-from antidote_fast.experiments import sweep, sweep_check
+from antidote_fast.experiments import candidates, sweep
 from antidote_fast.files.checkpoint import open_checkpoint
 from antidote_fast.files.manifest import verify_folder
 from antidote_fast.norms.activation_norms import ActivationNorms
@@ -35,7 +35,7 @@ def falling(x):
 
 
 def test_the_folder_and_what_is_said_of_it(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "evaluate_model", Script(hs=falling))
+    monkeypatch.setattr(candidates, "evaluate_model", Script(hs=falling))
     report = sweep.run(config_of(made, tmp_path / "out", scopes=["row", "tensor"]))
     out = tmp_path / "out"
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
@@ -61,7 +61,7 @@ def test_the_folder_and_what_is_said_of_it(made, tmp_path, monkeypatch):
 
 
 def test_no_recommendation_is_said(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "evaluate_model", Script())
+    monkeypatch.setattr(candidates, "evaluate_model", Script())
     report = sweep.run(config_of(made, tmp_path / "out", scores=["random"], save_norms=False))
     assert (report["recommended"], report["command"]) == (None, None)
     lines = summary(report, "out").splitlines()
@@ -78,10 +78,10 @@ def test_the_command_it_prints_makes_what_it_measured(
     kind, saved, made, tmp_path, monkeypatch, capsys
 ):
     script = Script(hs=falling)
-    monkeypatch.setattr(sweep, "evaluate_model", script)
+    monkeypatch.setattr(candidates, "evaluate_model", script)
     options = {"save_norms": saved, "max_accuracy_drop": 0, "scopes": ["row", "global"]}
     if kind == "revert":
-        options |= {"base_model": made.twin, "score_delta": "true"}
+        options |= {"aligned_model": made.twin, "score_delta": "true"}
         options |= {"targets": ["q_proj", "down_proj"], "ignore": ["re:.*layers.1.mlp"]}
     if kind == "preserve":
         options |= {"scores": ["wanda-preserve"], "preserve_dataset": f"{made.root}/keep.jsonl"}
@@ -157,15 +157,15 @@ def test_the_flags_on_the_command_line(made, tmp_path):
         ({"num_samples": 0}, "num_samples=0: must be greater than 0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: must be greater than 0"),
         ({"num_calibration_samples": 0}, "num_calibration_samples=0: must be greater than 0"),
-        ({"score_delta": True}, "score_delta=True: must be left out without base_model"),
+        ({"score_delta": True}, "score_delta=True: must be left out without aligned_model"),
         (
-            {"score_delta": True, "base_model": "b", "adapter": None, "scores": ["random"]},
+            {"score_delta": True, "aligned_model": "b", "adapter": None, "scores": ["random"]},
             "score_delta=True: must be left out with score random",
         ),
         (
-            {"base_model": "b"},
-            "base_model='b': must be left out with adapter, whose zero already falls back to the "
-            "aligned model",
+            {"aligned_model": "b"},
+            "aligned_model='b': must be left out with adapter, whose zero already falls back to "
+            "the aligned model",
         ),
     ],
 )
@@ -214,7 +214,7 @@ def test_files_and_data_are_refused_before_weights_load(
         values |= {"scores": ["wanda-preserve"], "preserve_dataset": f"{made.root}/keep.jsonl"}
     for name, value in values.items():
         values[name] = value.format(**placed) if isinstance(value, str) else value
-    monkeypatch.setattr(sweep, "evaluate_model", None)
+    monkeypatch.setattr(candidates, "evaluate_model", None)
     if "targets" not in options:
         monkeypatch.setattr(sweep, "load_model", None)
     assert entry.main(["sweep", *sweeps.words(values), *dry]) == code
@@ -228,7 +228,7 @@ def test_a_missing_plot_library_is_told_before_anything_is_computed(made, tmp_pa
     def absent(name):
         raise ImportError(name, name=name)
 
-    monkeypatch.setattr(sweep_check.importlib, "import_module", absent)
+    monkeypatch.setattr(sweep.importlib, "import_module", absent)
     with pytest.raises(ImportError, match="matplotlib"):
         sweep.run(config_of(made, tmp_path / "out"))
     assert not list(tmp_path.iterdir())
@@ -245,7 +245,7 @@ def test_an_interrupted_sweep_leaves_nothing(made, tmp_path, monkeypatch, capsys
             raise KeyboardInterrupt
         return script(*args, **options)
 
-    monkeypatch.setattr(sweep, "evaluate_model", stop)
+    monkeypatch.setattr(candidates, "evaluate_model", stop)
     assert entry.main(["sweep", *sweeps.words(fields(made, tmp_path / "out"))]) == 75
     assert len(script.calls) == 4
     assert "nothing is left half-written" in capsys.readouterr().err
@@ -276,7 +276,7 @@ def test_a_plan_agrees_with_the_report(made, tmp_path, monkeypatch, capsys):
     assert parts["evaluate"]["flops"] * 2 == alone * 13
     assert planned["flops"] == sum(part["flops"] for part in parts.values())
 
-    monkeypatch.setattr(sweep, "evaluate_model", Script())
+    monkeypatch.setattr(candidates, "evaluate_model", Script())
     assert entry.main(["sweep", *sweeps.words(values), "--quiet"]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     for kind, counts in report["calibration"].items():

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import mmap
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,7 +16,10 @@ import pytest
 import torch
 
 import antidote_fast
-from antidote_fast.config.prune import PruneConfig
+from antidote_fast.config.base import fields_by
+from antidote_fast.config.evaluate import EvaluateConfig
+from antidote_fast.config.prune import CalibrateConfig, PruneConfig
+from antidote_fast.config.train import AlignConfig, FinetuneConfig
 from antidote_fast.files import provenance
 from antidote_fast.files.commit import output_folder
 
@@ -114,3 +119,152 @@ def test_reports_that_are_replaced_at_once(tmp_path):
     assert failures == []
     assert provenance.read_report(tmp_path)["x"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+# --- was this made as it would be made now? -------------------------------------------------------
+
+# What does not decide a stage's result. A new field decides it by its value unless it says so.
+ASIDE = {
+    "output_dir": "where the result goes",
+    "overwrite": "what may lie there",
+    "resume": "an interrupted run ends in the same files",
+    "save_steps": "as above",
+    "max_memory": "what does not fit goes to disk, and comes back",
+}
+# Of these it is what lies there that counts, not the name.
+CONTENTS = {
+    *("model_name_or_path", "adapter", "aligned_model", "reference_model"),
+    *("dataset", "harmful_dataset", "safe_dataset", "preserve_dataset"),
+    *("task_dataset", "benign_dataset", "drift_dataset", "norms", "preserve_norms"),
+}
+
+
+def test_what_decides_no_result_is_thought_about():
+    stages = (AlignConfig, FinetuneConfig, CalibrateConfig, PruneConfig, EvaluateConfig)
+    for what, names in (("nothing", set(ASIDE)), ("contents", CONTENTS)):
+        assert {field.name for stage in stages for field in fields_by(stage, what)} == names
+
+
+@pytest.fixture
+def made(tmp_path):
+    """(folder, config): the output of a prune of a model's and two data sets' files."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    for name in ("harmful", "task"):
+        (tmp_path / f"{name}.jsonl").write_text(name)
+    config = PruneConfig(
+        model_name_or_path=str(tmp_path / "base"),
+        output_dir=str(tmp_path / "out"),
+        dataset=f"{tmp_path}/harmful.jsonl:unsafe",
+        preserve_dataset=str(tmp_path / "task.jsonl"),
+    )
+    with output_folder(config.output_dir, base_fingerprint="f") as folder:
+        (folder / "weights").write_text("0123456789")
+        inputs = provenance.input_files(config)
+        provenance.write_report(folder, "prune", config, {}, inputs)
+    return tmp_path / "out", config
+
+
+def test_the_same_again_is_done_wherever_it_lies(made, tmp_path):
+    folder, config = made
+    assert provenance.difference(folder, config) is None
+    shutil.copytree(tmp_path / "base", tmp_path / "elsewhere")
+    shutil.move(tmp_path / "harmful.jsonl", tmp_path / "h.jsonl")
+    (tmp_path / "elsewhere" / "notes.log").write_text("no stage reads it")
+    folder.rename(tmp_path / "moved")
+    moved = dataclasses.replace(
+        config,
+        model_name_or_path=str(tmp_path / "elsewhere"),
+        output_dir=str(tmp_path / "moved"),
+        dataset=f"{tmp_path}/h.jsonl:unsafe",
+        overwrite=True,
+        resume=True,
+    )
+    assert provenance.is_done(tmp_path / "moved", moved)
+    assert not provenance.is_done(folder, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"ratio": 0.2}, "was made with ratio=0.1, not 0.2"),
+        ({"targets": ["q_proj"]}, r"was made with targets=None, not \['q_proj'\]"),
+        ({"dataset": "{0}/harmful.jsonl:safe"}, "was made with another dataset than"),
+        ({"dataset": "org/name"}, "was made with another dataset than 'org/name'"),
+        (
+            {"dataset": "{0}/task.jsonl", "preserve_dataset": "{0}/harmful.jsonl"},
+            "was made with another dataset than",
+        ),
+        ({"preserve_dataset": None}, "was made with another preserve_dataset than None"),
+        ({"aligned_model": "{0}/base"}, "was made with another aligned_model than"),
+    ],
+    ids=str,
+)
+def test_other_settings_and_inputs_are_told_by_name(change, says, made, tmp_path):
+    folder, config = made
+    values = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in change.items()}
+    config = dataclasses.replace(config, **values)
+    assert re.match(says, provenance.difference(folder, config))
+    hashes = provenance.hash_inputs(provenance.input_files(config))
+    assert re.match(says, provenance.difference(folder, config, hashes, "f"))
+    assert not provenance.is_done(folder, config)
+
+
+def test_other_contents_are_told_by_name(made, tmp_path):
+    folder, config = made
+    (tmp_path / "base" / "config.json").write_text('{"a": 1}')
+    assert provenance.difference(folder, config) == "was made from another 'config.json'"
+    hashes = provenance.hash_inputs(provenance.input_files(config))
+    assert provenance.difference(folder, config, hashes, "f") is None  # the fingerprint counts
+    assert "another base model" in provenance.difference(folder, config, hashes, "g")
+    (tmp_path / "task.jsonl").unlink()
+    assert not provenance.is_done(folder, config)
+
+
+def test_inputs_that_a_manifest_lists_are_hashed_again(made, tmp_path):
+    folder, config = made
+    with output_folder(tmp_path / "ours") as base:
+        (base / "config.json").write_text("{}")
+    config = dataclasses.replace(config, model_name_or_path=str(tmp_path / "ours"))
+    assert provenance.is_done(folder, config)
+    (tmp_path / "ours" / "config.json").write_text("[]")  # of the same size
+    assert not provenance.is_done(folder, config)
+
+
+def test_a_folder_that_is_not_whole(made):
+    folder, config = made
+    (folder / "weights").write_text("9876543210")
+    hashes = provenance.hash_inputs(provenance.input_files(config))
+    assert provenance.difference(folder, config, hashes) is None  # sizes alone are compared
+    assert provenance.difference(folder, config) == "is not whole: weights: contents changed"
+    (folder / "weights").write_text("0")
+    assert provenance.difference(folder, config, hashes) == (
+        "is not whole: weights has 1 bytes, not 10"
+    )
+    (folder / "weights").unlink()
+    assert provenance.difference(folder, config, hashes) == "is not whole: weights is missing"
+    (folder / "COMPLETE.json").unlink()
+    assert provenance.difference(folder, config) == "is not whole"
+
+
+def test_a_folder_of_another_release(made, monkeypatch):
+    """A flag that is new since counts at its default, one that is gone where it was given."""
+    folder, config = made
+    read = provenance.read_report
+
+    def without(gone, **more):
+        def changed(folder):
+            report = read(folder)
+            report["config"] = {k: v for k, v in report["config"].items() if k != gone} | more
+            return report
+
+        monkeypatch.setattr(provenance, "read_report", changed)
+
+    without("gate_steps", old_flag=None)
+    assert provenance.is_done(folder, config)
+    without("aligned_model", base_model=None)  # its name then
+    assert provenance.is_done(folder, config)
+    without("ratio", old_flag=3)
+    assert provenance.difference(folder, config) == "was made with old_flag=3, not None"
+    monkeypatch.setattr(provenance, "read_report", lambda folder: {"stage": "prune"})
+    assert provenance.difference(folder, config) == "was not written by prune"

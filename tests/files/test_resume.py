@@ -137,7 +137,7 @@ def test_what_preserves_and_reverts_goes_on(scope, work, monkeypatch):
     tiny.save_model(tiny.build(layers=4, seed=1), work / "aligned")
     (work / "task.jsonl").write_text("\n".join(map(json.dumps, ROWS[1:])))
     assert entry.main(words(command="calibrate", dataset="task.jsonl", output_dir="norms")) == 0
-    options = {"preserve_norms": "norms", "base_model": "aligned", "score_delta": "true"}
+    options = {"preserve_norms": "norms", "aligned_model": "aligned", "score_delta": "true"}
     options |= {"ratio": 0.3, "scope": scope}
     assert entry.main(words(**options, output_dir="whole")) == 0
     with monkeypatch.context() as patch:
@@ -174,7 +174,7 @@ def test_what_preserves_and_reverts_goes_on(scope, work, monkeypatch):
     assert entry.main(words("--resume", **options)) == 0
     assert files(work / "out") == files(work / "whole")
     reports = [json.loads((work / name / "report.json").read_text()) for name in ("out", "whole")]
-    for name in ("num_pruned", "num_preserved", "reverted", "base_model_fingerprint"):
+    for name in ("num_pruned", "num_preserved", "reverted", "aligned_model_fingerprint"):
         assert reports[0][name] == reports[1][name]
     assert reports[0]["num_preserved"] > 0
 

@@ -22,7 +22,7 @@ from antidote_fast.files.manifest import verify_folder
 from antidote_fast.files.pruned_copy import write_pruned
 from antidote_fast.fleet import fleet, worker
 from antidote_fast.fleet import folder as fleet_folder
-from antidote_fast.fleet.manifest import OVERRIDES
+from antidote_fast.fleet.jobs import OVERRIDES
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_a_rerun_skips_what_is_done_and_refuses_other_settings(folders, tmp_path
     for options, says in (
         ({"ratio": 0.4}, r"was made with ratio=0\.3, not 0\.4"),
         ({"targets": ["lora_A"]}, "was made with targets=None"),
-        ({"dataset": str(folders.root / "other.jsonl")}, "was made from another"),
+        ({"dataset": str(folders.root / "other.jsonl")}, "was made with another dataset than"),
     ):
         with pytest.raises(JobsSetAside, match=says) as raised:
             fleet.run(config(folders, out, path, **options))
@@ -327,7 +327,7 @@ def test_a_second_fleet_on_the_same_shard_is_refused(folders, tmp_path):
 
 
 def test_a_failure_in_any_thread_is_that_of_its_job(folders, tmp_path, monkeypatch):
-    bad = {"_read": "plain2", "_norms": "rank", "_write": "dora"}
+    bad = {"_read": "plain2", "_add_norms": "rank", "_write": "dora"}
     for method, name in bad.items():
         real = getattr(worker.Worker, method)
 

@@ -13,6 +13,7 @@ from antidote_fast.errors import AntidoteError
 from antidote_fast.files.checkpoint import open_checkpoint
 from antidote_fast.models import footprint
 from antidote_fast.models.footprint import check_memory, weight_bytes
+from antidote_fast.models.targets import find_targets
 from antidote_fast.planning import cost as estimate
 from antidote_fast.training import objective, sft
 
@@ -51,7 +52,7 @@ def test_flops_of_a_forward(kind, folder):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**inputs(), use_cache=False)
     tokens = BATCH * LENGTH
-    estimated = cost.forward_flops(tokens, tokens * LENGTH, tokens)
+    estimated = cost.forward.of(tokens, tokens * LENGTH, tokens)
     assert estimated == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
@@ -68,10 +69,10 @@ def test_flops_of_a_training_step(kind, tuning, folder):
     model.train()
     with FlopCounterMode(display=False) as counter, objective.response_logits(model) as choose:
         objective.response_loss(model, inputs() | {"labels": labels}, choose).backward()
-    frozen = tuning == "lora"
-    cost = cost_of(path, config, (lambda m: sft.add_lora(m, config)) if frozen else None)
+    adapt = (lambda m: sft.add_lora(m, config)) if tuning == "lora" else None
+    cost = cost_of(path, config, adapt)
     tokens = BATCH * LENGTH
-    flops = cost.training_flops(tokens, tokens * LENGTH, BATCH * ANSWER, frozen=frozen)
+    flops = cost.training.of(tokens, tokens * LENGTH, BATCH * ANSWER)
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
@@ -89,16 +90,33 @@ def training(path, kind, tuning, **options):
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_of_fused_experts_those_count_that_a_token_meets(kind, folder):
-    cost = cost_of(folder(kind))
     model = tiny.build(kind)
     linear = sum(
         module.weight.numel()
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and "lm_head" not in name
     )
+    routers = sum(p.numel() for name, p in model.named_parameters() if "mlp.gate.weight" in name)
     experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
     assert experts
-    assert cost.linear == linear + experts // 2  # 2 of 4
+    flops = cost_of(folder(kind)).forward
+    assert flops.token == 2 * (linear + routers + experts // 2)  # 2 of 4
+    assert flops.logit == 2 * model.lm_head.weight.numel()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_forward_that_ends_early_counts_what_comes_before(kind, folder):
+    cost = cost_of(folder(kind))
+    targets = find_targets(cost.model)
+    modules = [target.input_module for target in targets]
+    shares = []
+    for count in (1, len(modules)):
+        early = cost.forward_until(modules[:count])
+        assert early.logit == 0
+        shares.append(early.token / cost.forward.token)
+    assert shares[0] < 0.1  # the first in order of names has its input beside the others
+    assert 0.4 < shares[1] < 0.7  # of two blocks the first, and what the second begins with
+    assert cost.forward_until([]) == cost.forward
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "gpt2", "qwen3_moe"])
@@ -124,7 +142,7 @@ def test_a_rehearsed_forward_holds_what_the_real_one_does(kind, folder):
     model.set_attn_implementation("eager")
     known = [p.untyped_storage() for p in (*model.parameters(), *model.buffers())]
     options = {} if kind == "opt" else {"logits_to_keep": 1}
-    with torch.no_grad(), estimate._Alive(known) as alive:
+    with torch.no_grad(), estimate.AliveBytes(known) as alive:
         model(**inputs(), use_cache=False, **options)
     rehearsed = cost_of(folder(kind)).activation_bytes(BATCH, LENGTH, attention="eager")
     assert rehearsed == pytest.approx(alive.peak, rel=0.3)
@@ -141,7 +159,7 @@ def test_a_rehearsed_step_holds_what_the_real_one_does(kind, tuning, folder):
     labels[:, : LENGTH - ANSWER] = -100
     model.train()
     known = [p.untyped_storage() for p in (*model.parameters(), *model.buffers())]
-    with objective.response_logits(model) as choose, estimate._Alive(known) as alive:
+    with objective.response_logits(model) as choose, estimate.AliveBytes(known) as alive:
         objective.response_loss(model, inputs() | {"labels": labels}, choose).backward()
     adapt = (lambda m: sft.add_lora(m, config)) if tuning == "lora" else None
     cost = cost_of(path, config, adapt)
@@ -154,6 +172,7 @@ def test_what_cannot_be_rehearsed_is_not_known(folder):
     cost = cost_of(folder("llama"))
     cost.model.forward = lambda **inputs: inputs["input_ids"].max().item()
     assert cost.activation_bytes(BATCH, LENGTH) is None
+    assert cost.forward == (2 * cost.num_weights, 0, 0)
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -101,10 +101,10 @@ def test_plans_count_a_second_data_set_and_a_base(made, tmp_path):
     targets = sum(t.nbytes for n, t in tiny.build().named_parameters() if n[-13] in "qkv")
     for options, reads in (({}, 1), ({"stream": True}, 1)):
         plain = replace(one, **options)
-        based = plan(replace(plain, base_model=f"{made}/aligned"))
+        based = plan(replace(plain, aligned_model=f"{made}/aligned"))
         assert based.bytes_read == plan(plain).bytes_read + reads * targets
     plain = replace(one, stream=True, scope="global")
-    based = plan(replace(plain, base_model=f"{made}/aligned", score_delta=True))
+    based = plan(replace(plain, aligned_model=f"{made}/aligned", score_delta=True))
     assert based.bytes_read == plan(plain).bytes_read + 3 * targets
 
 
@@ -178,7 +178,7 @@ def test_a_run_is_the_sum_of_its_stages(tuning, made, tmp_path, capsys):
     config = run_config(made, tmp_path / "out")
     config["finetune"]["tuning"] = tuning
     if tuning == "full":  # what the run itself will have aligned
-        config["prune"] |= {"base_model": str(tmp_path / "out" / "aligned"), "score_delta": True}
+        config["prune"] |= {"aligned_model": str(tmp_path / "out" / "aligned"), "score_delta": True}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     words = ["run", "--config", str(tmp_path / "run.yaml")]
     assert entry.main([*words, "--dry_run", "--json"]) == 0

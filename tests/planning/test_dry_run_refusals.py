@@ -16,7 +16,6 @@ from antidote_fast.config.prune import PruneConfig
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.fleet import fleet
 from antidote_fast.models import footprint
-from antidote_fast.planning import rates
 from antidote_fast.planning.dry_run import plan
 
 
@@ -209,8 +208,8 @@ def test_what_is_whole_is_left_with_resume(stage, made, tmp_path, capsys):
 def test_a_plan_takes_little_of_a_small_disk(made, tmp_path, capsys, monkeypatch):
     sizes = []
     disk = type("Usage", (), {"free": 1 << 18, "total": 1 << 18})
-    monkeypatch.setattr(rates.shutil, "disk_usage", lambda path: disk)
-    monkeypatch.setattr(rates.os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    monkeypatch.setattr(os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
     words = [*stage_words(made, "prune adapter"), "--output_dir", str(tmp_path / "out")]
     assert entry.main([*words, "--dry_run"]) == 0
     assert set(sizes) == {(1 << 18) // 8}
@@ -221,7 +220,7 @@ def test_a_disk_that_a_plan_cannot_try(made, tmp_path, capsys, monkeypatch):
     def full(fd):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    monkeypatch.setattr(rates.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     words = [*stage_words(made, "prune adapter"), "--output_dir", str(tmp_path / "out")]
     assert entry.main([*words, "--dry_run"]) == 1
     told = f"output_dir={str(tmp_path / 'out')!r}: {os.strerror(errno.EDQUOT)}; nothing was written"

@@ -31,13 +31,13 @@ def cost_of(kind, folder, dtype="auto", adapt=None):
 @pytest.mark.parametrize("kind", [*tiny.KINDS, "mixtral", "qwen3_moe"])
 def test_two_blocks_of_every_kind_of_model_run(kind, tmp_path):
     cost = cost_of(kind, tmp_path, "bfloat16")
-    small = rates._two_blocks(cost, CPU, None)
+    model, small = rates._two_blocks(cost, CPU)
     assert small.config.num_hidden_layers == 2
-    assert {p.device.type for p in small.model.parameters()} == {"cpu"}
-    assert small.dtype == torch.bfloat16
-    per_layer = {c.linear / c.config.num_hidden_layers for c in (small, cost)}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert model.dtype == small.dtype == torch.bfloat16
+    per_layer = {c.forward.square / c.config.num_hidden_layers for c in (small, cost)}
     assert len(per_layer) == 1
-    rate = rates._model_rate(small, CPU, 4, 16, None)
+    rate = rates._model_rate(model, small, 4, 16, False)
     assert math.isfinite(rate)
     assert rate > 0
 
@@ -46,27 +46,27 @@ def test_two_blocks_of_every_kind_of_model_run(kind, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_blocks_are_trained(frozen, dtype, tmp_path):
     config = TrainConfig(model_name_or_path=str(tmp_path), output_dir="out", lora_r=4)
-    training = {"frozen": frozen, "adapt": lambda model: sft.add_lora(model, config)}
-    cost = cost_of("llama", tmp_path, dtype, training["adapt"] if frozen else None)
-    small = rates._two_blocks(cost, CPU, training)
-    rates._model_rate(small, CPU, 2, 8, training)
-    for name, parameter in small.model.named_parameters():
+    adapt = (lambda model: sft.add_lora(model, config)) if frozen else None
+    cost = cost_of("llama", tmp_path, dtype, adapt)
+    model, small = rates._two_blocks(cost, CPU, True, adapt)
+    rates._model_rate(model, small, 2, 8, True)
+    for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (not frozen or "lora" in name), name
 
 
 def test_a_large_batch_is_tried_in_part(tmp_path, monkeypatch):
     cost = cost_of("llama", tmp_path)
-    small = rates._two_blocks(cost, CPU, None)
+    model, small = rates._two_blocks(cost, CPU)
     seen = []
     real = rates._turn
 
-    def turn(small, device, batch, length, training):
+    def turn(model, small, batch, length, trains):
         seen.append((batch, length))
-        return real(small, device, batch, length, training)
+        return real(model, small, batch, length, trains)
 
     monkeypatch.setattr(rates, "_turn", turn)
     monkeypatch.setattr(rates, "_FLOPS", 1.0)
-    rates._model_rate(small, CPU, 8, 32, None)
+    rates._model_rate(model, small, 8, 32, False)
     assert seen[0] == (1, 8)
     assert all(batch * length <= 8 * 32 for batch, length in seen)
 
@@ -74,26 +74,20 @@ def test_a_large_batch_is_tried_in_part(tmp_path, monkeypatch):
 def test_a_model_that_cannot_be_made_is_told_by_a_product(tmp_path, monkeypatch):
     cost = cost_of("llama", tmp_path)
     monkeypatch.setattr(rates, "_two_blocks", lambda *args: 1 / 0)
-    assert rates._block_rate(cost, CPU, 2, 8, None) > 0
+    assert rates.block_rate(cost, CPU, 2, 8) > 0
     monkeypatch.setattr(rates, "_two_blocks", lambda *args: None)
-    assert rates._block_rate(cost, CPU, 2, 8, None) > 0
+    assert rates.block_rate(cost, CPU, 2, 8) > 0
 
 
 @pytest.mark.parametrize("scope", ["row", "tensor", "global"])
 def test_rates_are_numbers_and_nothing_is_left(scope, tmp_path):
-    cost = cost_of("llama", tmp_path / "base")
+    tiny.save_model(tiny.build(), tmp_path / "base")
     before = stages.tree(tmp_path)
-    measured = rates.measure(
-        cost,
-        shape=(2, 8),
-        training=None,
-        device=CPU,
-        dtype=torch.float32,
-        columns=32,
-        file=tmp_path / "base" / "model.safetensors",
-        folder=tmp_path / "not" / "there",
-        selection=Selection(0.1, scope=scope),
-        backend="reference",
+    selection = Selection(0.1, scope=scope)
+    measured = (
+        rates.read_rate(tmp_path / "base" / "model.safetensors"),
+        rates.write_rate(tmp_path / "not" / "there"),
+        rates.prune_rate(CPU, torch.float32, 32, selection, "reference"),
     )
-    assert all(math.isfinite(rate) and rate > 0 for rate in vars(measured).values())
+    assert all(math.isfinite(rate) and rate > 0 for rate in measured)
     assert stages.tree(tmp_path) == before

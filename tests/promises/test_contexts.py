@@ -8,6 +8,7 @@ import torch
 
 from antidote_fast import ActivationNorms, Selection, prune_model_, prune_state_
 from antidote_fast.models.targets import find_targets
+from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.global_cut import find_cut
 
 
@@ -72,11 +73,11 @@ def pruned(score, selection):
     kept = norms_of(state, 2) if selection.preserve_ratio is not None else None
 
     def call():
-        options = {"score": score, "seed": 3, "preserve_norms": kept}
-        report = prune_state_(state, norms, selection, return_masks=True, **options)
+        evidence = Evidence(norms, score, preserve_norms=kept)
+        report = prune_state_(state, evidence, selection, seed=3, return_masks=True)
         found = {key: mask.bits for key, mask in report.masks.items()}
         if selection.scope == "global":
-            cut = find_cut(list(blank), blank.get, norms, selection, **options)
+            cut = find_cut(list(blank), blank.get, evidence, selection, seed=3)
             found |= {f"{key} of the cut": cut.mask(key, w).bits for key, w in blank.items()}
         return state, found
 

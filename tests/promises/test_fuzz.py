@@ -27,7 +27,7 @@ from antidote_fast.files.checkpoint import open_checkpoint
 from antidote_fast.files.commit import check_output_folder, output_folder
 from antidote_fast.files.manifest import verify_folder
 from antidote_fast.files.provenance import hash_inputs
-from antidote_fast.fleet.manifest import read_manifest_file
+from antidote_fast.fleet.jobs import read_jobs
 from antidote_fast.masks import PackedMask, load_masks, save_masks
 from antidote_fast.models.adapters import check_adapter, load_adapter
 from antidote_fast.models.loading import check_not_quantized
@@ -115,7 +115,7 @@ def test_manifests_of_fleets(place, data):
     config = FleetConfig(
         model_name_or_path="m", manifest=str(path), output_dir="o", dataset="harmful.jsonl"
     )
-    for job in read(read_manifest_file, config) or ():
+    for job in read(read_jobs, config) or ():
         assert Path(job.config.output_dir).parent == Path("o")
         assert 0 < job.config.ratio <= 1
 

@@ -31,7 +31,7 @@ from antidote_fast.files.pruned_copy import write_pruned
 from antidote_fast.files.safe_open import Folder, read_all
 from antidote_fast.fleet import fleet, worker
 from antidote_fast.stages import calibrate, prune
-from antidote_fast.stages.inputs import load_data
+from antidote_fast.stages import inputs as stage_inputs
 from antidote_fast.streaming import job as stream
 
 SECRET = "zz somebody's secret zz"
@@ -128,10 +128,8 @@ def link_to(path, target):
 @pytest.mark.parametrize("place", ["open", "write"])
 def test_a_link_that_appears_while_prune_runs(work, monkeypatch, way, name, place):
     change = link_to(work / "adapter" / name, work / "yours" / name)
-    module, function = {"open": (prune, "inputs_for"), "write": (ck, "copy_checkpoint_files")}[
-        place
-    ]
-    left = before(monkeypatch, module, function, change)
+    moments = {"open": (stage_inputs, "run_inputs"), "write": (ck, "copy_checkpoint_files")}
+    left = before(monkeypatch, *moments[place], change)
     with pytest.raises(DataError, match=rf"{name}: (is a link out of|changed while it was in use)"):
         prune.run(config_of(way))
     assert not left
@@ -177,7 +175,7 @@ def test_a_folder_that_is_swapped_for_another(work, monkeypatch):
         (work / "adapter").rename(work / "moved")
         (work / "adapter").symlink_to(work / "yours")
 
-    before(monkeypatch, prune, "inputs_for", change)
+    before(monkeypatch, stage_inputs, "run_inputs", change)
     with pytest.raises(DataError, match="changed while it was in use"):
         prune.run(config_of("norms"))
     assert nothing_left(work)
@@ -461,7 +459,7 @@ def test_data_of_a_fleet_are_hashed_as_they_were_read(folders, tmp_path, monkeyp
     """They are read once for all jobs, and hashed at another time: between both they may change."""
     data = tmp_path / "harmful.jsonl"
     shutil.copy(folders.root / "harmful.jsonl", data)
-    real = load_data
+    real = worker.load_data
 
     def loaded(config, records, name="dataset"):
         found = real(config, records, name)

@@ -1,5 +1,6 @@
 """Home folders in paths, files that cannot be read, seeds and devices that are none: one line."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -26,7 +27,7 @@ from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.files import checkpoint
 from antidote_fast.files.manifest import read_manifest
-from antidote_fast.fleet.manifest import read_manifest_file
+from antidote_fast.fleet.jobs import read_jobs
 from antidote_fast.models import loading
 from antidote_fast.models.loading import load_model, load_tokenizer, resolve_folder
 from antidote_fast.selection import Selection
@@ -130,7 +131,7 @@ def test_roles_and_files_that_extend_stay(home):
 
 def test_every_path_field_is_known():
     """Whatever a stage's docstring calls a folder, file or data set is expanded."""
-    from antidote_fast.config import base
+    from antidote_fast.config.base import holds_path
 
     texts = {
         field
@@ -140,7 +141,13 @@ def test_every_path_field_is_known():
     }
     texts |= {f for f, kind in StageConfig.__annotations__.items() if kind is str}
     others = {"device", "backend", "shard", "max_memory", "lr_scheduler_type", "extends"}
-    assert texts - others == set(base._PATHS)
+    paths = {
+        field.name
+        for stage in (*STAGES, DemoConfig)
+        for field in dataclasses.fields(stage)
+        if holds_path(field)
+    }
+    assert texts - others == paths
 
 
 def test_nobodys_home_is_no_folder_here():
@@ -151,7 +158,7 @@ def test_nobodys_home_is_no_folder_here():
 def test_a_manifest_beside_which_nothing_lies(home, tmp_path):
     (tmp_path / "jobs.jsonl").write_text('{"adapter": "~/adapter", "dataset": "~/data.jsonl:safe"}')
     config = FleetConfig(**NEEDED, manifest=str(tmp_path / "jobs.jsonl"))
-    [job] = read_manifest_file(config)
+    [job] = read_jobs(config)
     assert job.config.adapter == f"{home}/adapter"
     assert job.config.dataset == f"{home}/data.jsonl:safe"
 

@@ -12,6 +12,7 @@ from antidote_fast.backends import reference
 from antidote_fast.errors import AntidoteError, DataError, UsageError
 from antidote_fast.models.targets import find_targets
 from antidote_fast.norms.activation_norms import ActivationNorms
+from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.global_cut import GlobalCut, find_cut
 from antidote_fast.pruning.prune import prune_model_, prune_state_
 from antidote_fast.pruning.report import PruneReport
@@ -57,7 +58,10 @@ def test_what_is_removed_is_a_set_difference(scope, largest, score, few_values):
         expected = slow.masks(before, *lists)
         alone = slow.masks(before, lists[0], selection)
         report = prune_state_(
-            state, given, selection, score=score, preserve_norms=preserve, return_masks=True
+            state,
+            Evidence(given, score=score, preserve_norms=preserve),
+            selection,
+            return_masks=True,
         )
         for layer in report.layers:
             mask = expected[layer.key]
@@ -80,7 +84,9 @@ def test_norms_of_the_same_data_keep_everything():
     for scope in SCOPES:
         state, norms, _ = made()
         before = {key: value.clone() for key, value in state.items()}
-        report = prune_state_(state, norms, Selection(0.3, scope=scope), preserve_norms=norms)
+        report = prune_state_(
+            state, Evidence(norms, preserve_norms=norms), Selection(0.3, scope=scope)
+        )
         assert (report.num_pruned, report.achieved) == (0, 0.0)
         assert report.num_preserved > 0
         assert all(torch.equal(state[key], before[key]) for key in state)
@@ -92,7 +98,7 @@ def test_norms_that_are_all_zero_keep_the_last_of_equal_scores():
         ActivationNorms({"q_proj.weight": value}, num_sequences=1, num_tokens=1)
         for value in (torch.arange(10.0, 0, -1), torch.zeros(10))
     ]
-    report = prune_state_(state, norms[0], Selection(0.2), preserve_norms=norms[1])
+    report = prune_state_(state, Evidence(norms[0], preserve_norms=norms[1]), Selection(0.2))
     assert report.layers[0].zero_preserve_channels == 10
     assert (state["q_proj.weight"] == 0).sum() == report.num_pruned > 0
     assert not (state["q_proj.weight"][:, 8:] == 0).any()
@@ -128,9 +134,8 @@ def test_norms_of_more_weights_are_narrowed_to_the_targets():
     state = dict(live.named_parameters())
     report = prune_state_(
         {key: state[key].detach() for key in norms.keys},
-        norms,
+        Evidence(norms, preserve_norms=preserve),
         Selection(0.1),
-        preserve_norms=preserve,
         **options,
     )
     assert len(report.layers) == 1
@@ -166,9 +171,10 @@ def test_refusals_leave_the_weights(change, error, says):
     elif change in ("more", "short"):
         sums = preserve.sq_sum | {"x" if change == "more" else first: torch.ones(3)}
         change = {"preserve_norms": ActivationNorms(sums, num_sequences=1, num_tokens=1)}
-    options = {"selection": Selection(0.3, preserve_ratio=0.5), "preserve_norms": preserve} | change
+    options = {"preserve_norms": preserve} | change
+    selection = options.pop("selection", Selection(0.3, preserve_ratio=0.5))
     with pytest.raises(error, match=says):
-        prune_state_(state, norms, options.pop("selection"), **options)
+        prune_state_(state, Evidence(norms, **options), selection)
     assert all(torch.equal(state[key], value) for key, value in made()[0].items())
 
 
@@ -189,22 +195,24 @@ def test_a_global_cut_as_all_at_once(largest, few_values, score):
     for ratio, kept in ((0.1, None), (0.5, 0.3), (0.9, 0.05), (0.3, 0.0), (0.0, 0.4), (0.2, 1.0)):
         state, norms, preserve = made(torch.bfloat16, few_values=few_values)
         norms = norms if score == "wanda" else None
+        evidence = Evidence(norms, score, preserve)
         selection = Selection(ratio, scope="global", largest=largest, preserve_ratio=kept)
         read = []
         cut = find_cut(
             list(state),
             lambda key, state=state, read=read: read.append(key) or state[key],
-            norms,
+            evidence,
             selection,
-            score=score,
-            preserve_norms=preserve,
         )
         assert len(read) <= 2 * len(state)
         assert cut.selected == num_pruned(sum(w.numel() for w in state.values()), selection)
-        cut = GlobalCut.from_dict(json.loads(json.dumps(cut.to_dict())), norms, preserve)
+        cut = GlobalCut.from_dict(json.loads(json.dumps(cut.to_dict())), evidence)
         masks = {key: cut.mask(key, weight) for key, weight in state.items()}
         report = prune_state_(
-            state, norms, selection, score=score, preserve_norms=preserve, return_masks=True
+            state,
+            evidence,
+            selection,
+            return_masks=True,
         )
         assert all(report.masks[key] == mask for key, mask in masks.items())
         assert report.layers[0].threshold in (cut.threshold, None)
@@ -220,7 +228,7 @@ def test_a_broken_kernel_is_refused_before_anything_is_written(broken, damage, s
     state, norms, preserve = made()
     selection = Selection(0.4, scope=scope, preserve_ratio=0.3)
     with pytest.raises(AntidoteError, match=f"^m.layers.*: {WRONG}; nothing was written"):
-        prune_state_(state, norms, selection, preserve_norms=preserve)
+        prune_state_(state, Evidence(norms, preserve_norms=preserve), selection)
     assert all(torch.equal(state[key], value) for key, value in made()[0].items())
 
 
@@ -232,7 +240,7 @@ def test_one_that_is_broken_for_whole_weights_only(broken, damage, scope):
     selection = Selection(0.4, scope=scope, preserve_ratio=0.1)
     end = "the weights in memory are not" if damage is not_written else "nothing was written"
     with pytest.raises(AntidoteError, match=f"^m.*: {WRONG}; {end}"):
-        prune_state_(state, norms, selection, preserve_norms=preserve)
+        prune_state_(state, Evidence(norms, preserve_norms=preserve), selection)
 
 
 @pytest.mark.parametrize(
@@ -251,12 +259,12 @@ def test_a_kernel_that_forgets_what_is_to_be_kept(broken, scope, rows, monkeypat
     monkeypatch.setattr(reference, "prune", forgets)
     state, norms, preserve = made()
     with pytest.raises(AntidoteError, match=WRONG):
-        prune_state_(state, norms, Selection(0.4, scope=scope), preserve_norms=preserve)
+        prune_state_(state, Evidence(norms, preserve_norms=preserve), Selection(0.4, scope=scope))
 
 
 def test_a_report_of_earlier_has_the_new_entries_by_default():
     state, norms, preserve = made()
-    report = prune_state_(state, norms, Selection(0.4), preserve_norms=preserve)
+    report = prune_state_(state, Evidence(norms, preserve_norms=preserve), Selection(0.4))
     values = json.loads(json.dumps(report.to_dict()))
     again = PruneReport.from_dict(values)
     assert again.to_dict() == report.to_dict()
@@ -272,4 +280,4 @@ def test_a_report_of_earlier_has_the_new_entries_by_default():
 
 def test_random_scores_take_no_preserve_ratio_either():
     with pytest.raises(UsageError, match=r"^preserve_norms=None: must be given"):
-        prune_state_(made()[0], None, Selection(0.1, preserve_ratio=0.1), score="random")
+        prune_state_(made()[0], Evidence(score="random"), Selection(0.1, preserve_ratio=0.1))

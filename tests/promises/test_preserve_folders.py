@@ -242,12 +242,21 @@ def test_a_fleet_of_two(made, tmp_path):
 # --- reverting ------------------------------------------------------------------------------------
 
 
+def test_the_aligned_models_name_of_earlier_in_python(made, tmp_path):
+    options = fields(made, tmp_path / "out", base_model=made.twin)
+    with pytest.warns(UserWarning, match="base_model is taken as aligned_model"):
+        report = oneshot(options.pop("model_name_or_path"), **options)
+    assert report.reverted
+    with pytest.raises(UsageError, match="base_model: must be left out with aligned_model"):
+        oneshot(made.model, **options, aligned_model="x")
+
+
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("kind", ["model", "gpt2", "preserving", "random"])
 def test_removed_weights_take_the_aligned_models_values(kind, scope, delta, made, tmp_path):
     aligned = made.gpt2_twin if kind == "gpt2" else made.twin
-    options = {"scope": scope, "base_model": aligned, "score_delta": delta, "save_norms": True}
+    options = {"scope": scope, "aligned_model": aligned, "score_delta": delta, "save_norms": True}
     if kind == "gpt2":
         options["model_name_or_path"] = made.gpt2
     elif kind == "preserving":
@@ -258,7 +267,7 @@ def test_removed_weights_take_the_aligned_models_values(kind, scope, delta, made
     config = PruneConfig(**fields(made, out, **options))
     report = prune.run(config)
     assert (report["reverted"], report["score_delta"]) == (True, config.score_delta)
-    assert report["base_model_fingerprint"] == open_checkpoint(aligned).fingerprint()
+    assert report["aligned_model_fingerprint"] == open_checkpoint(aligned).fingerprint()
     assert report["inputs"][f"{aligned}/model.safetensors"]
     keys = [layer["key"] for layer in report["layers"]]
     if kind != "random":
@@ -292,7 +301,7 @@ def test_removed_weights_take_the_aligned_models_values(kind, scope, delta, made
 
 
 def test_a_live_model_reverts_as_its_folder(made, tmp_path):
-    options = {"base_model": made.twin, "score_delta": True, "ratio": 0.3, "max_seq_length": 60}
+    options = {"aligned_model": made.twin, "score_delta": True, "ratio": 0.3, "max_seq_length": 60}
     run(made, tmp_path / "out", **options)
     live = tiny.build()
     report = oneshot(
@@ -307,16 +316,16 @@ def test_a_live_model_reverts_as_its_folder(made, tmp_path):
     wanted = weights(tmp_path / "out")
     assert all(torch.equal(state[key], value) for key, value in wanted.items())
     written = json.loads((tmp_path / "live" / "report.json").read_text())
-    assert written["base_model_fingerprint"]
-    with pytest.raises(UsageError, match=r"^base_model=.*: must be left out with an adapter"):
+    assert written["aligned_model_fingerprint"]
+    with pytest.raises(UsageError, match=r"^aligned_model=.*: must be left out with an adapter"):
         oneshot(tiny.add_lora(tiny.build()), dataset=HARM, tokenizer=tiny.tokenizer(), **options)
 
 
 def test_a_base_in_another_dtype(made, tmp_path):
     narrow = tiny.save_model(tiny.build(seed=1, dtype=torch.bfloat16), tmp_path / "narrow")
-    run(made, tmp_path / "out", base_model=str(narrow))
+    run(made, tmp_path / "out", aligned_model=str(narrow))
     tiny.save_model(tiny.build(dtype=torch.bfloat16), tmp_path / "model")
-    options = {"model_name_or_path": str(tmp_path / "model"), "base_model": made.twin}
+    options = {"model_name_or_path": str(tmp_path / "model"), "aligned_model": made.twin}
     for stream in (False, True):
         with pytest.raises(
             DataError, match=r"is torch.float32 in base_weights, and torch.bfloat16"
@@ -329,7 +338,7 @@ def test_what_decides_the_result_is_part_of_the_inputs(made, tmp_path):
     """Resume takes a folder that is whole; not with another task, base or ratio."""
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(map(json.dumps, TASK[:4])))
-    options = {"base_model": made.twin, "preserve_dataset": made.task, "resume": True}
+    options = {"aligned_model": made.twin, "preserve_dataset": made.task, "resume": True}
     first = run(made, tmp_path / "out", **options)
     assert run(made, tmp_path / "out", **options)["created"] == first["created"]
     moved = tmp_path / "moved.jsonl"
@@ -339,10 +348,10 @@ def test_what_decides_the_result_is_part_of_the_inputs(made, tmp_path):
     tiny.save_model(tiny.build(seed=2), tmp_path / "another")
     for change in (
         {"preserve_dataset": str(other)},
-        {"base_model": str(tmp_path / "another")},
+        {"aligned_model": str(tmp_path / "another")},
         {"preserve_ratio": 0.25},
         {"score_delta": True},
-        {"base_model": None},
+        {"aligned_model": None},
     ):
         with pytest.raises(DataError, match="was made from other data, another model"):
             run(made, tmp_path / "out", **options | change)
@@ -391,38 +400,38 @@ NEVER = "be left out with"
             "preserve_dataset='TASK': must be left out with pa",
         ),
         (
-            {"base_model": "x", "paper": True},
+            {"aligned_model": "x", "paper": True},
             UsageError,
-            "base_model='x': must be left out with pa",
+            "aligned_model='x': must be left out with pa",
         ),
         (
             {"score_delta": True},
             UsageError,
-            "score_delta=True: must be left out without base_model",
+            "score_delta=True: must be left out without aligned_model",
         ),
         (
-            {"score_delta": True, "base_model": "x", "score": "random"},
+            {"score_delta": True, "aligned_model": "x", "score": "random"},
             UsageError,
             "score_delta=True: must be left out with score random",
         ),
         (
-            {"base_model": "x", "adapter": "y"},
+            {"aligned_model": "x", "adapter": "y"},
             UsageError,
-            "base_model='x': must be left out with adapter, whose zero already falls back to the "
-            "aligned model",
+            "aligned_model='x': must be left out with adapter, whose zero already falls back to "
+            "the aligned model",
         ),
         ({"preserve_norms": "/none"}, DataError, "preserve_norms='/none': no such file"),
         ({"preserve_dataset": "/none.json"}, DataError, "/none.json"),
-        ({"base_model": "/none"}, DataError, "base_model='/none': no such folder"),
-        ({"base_model": "ADAPTER"}, DataError, "is a PEFT adapter; give a whole model"),
-        ({"base_model": "GPT2"}, DataError, "is a gpt2 model, and the one to prune is llama"),
+        ({"aligned_model": "/none"}, DataError, "aligned_model='/none': no such folder"),
+        ({"aligned_model": "ADAPTER"}, DataError, "is a PEFT adapter; give a whole model"),
+        ({"aligned_model": "GPT2"}, DataError, "is a gpt2 model, and the one to prune is llama"),
         (
-            {"base_model": "DEEP"},
+            {"aligned_model": "DEEP"},
             DataError,
             "has 'layers.2.mlp.down_proj.weight' as (32, 48), and the model to prune as no tensor",
         ),
         (
-            {"base_model": "WIDE"},
+            {"aligned_model": "WIDE"},
             DataError,
             "has 'layers.0.mlp.down_proj.weight' as (32, 64), and the model to prune as (32, 48)",
         ),
@@ -479,7 +488,7 @@ def test_selections_of_a_config():
         dataset="d",
         preserve_norms="n",
         preserve_ratio=0.0,
-        base_model="b",
+        aligned_model="b",
         score_delta=True,
         scope="global",
         ratio=0.25,

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import slow
@@ -12,9 +13,10 @@ from faulty import WRONG, not_written, swap
 from antidote_fast.errors import AntidoteError, DataError, UsageError
 from antidote_fast.models.targets import find_targets
 from antidote_fast.norms.activation_norms import ActivationNorms
-from antidote_fast.pruning.arguments import random_scores
+from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.global_cut import GlobalCut, find_cut
 from antidote_fast.pruning.prune import prune_model_, prune_state_
+from antidote_fast.pruning.scores.random import random_scores
 from antidote_fast.selection import Selection
 
 SCOPES = ["row", "tensor", "global"]
@@ -66,11 +68,13 @@ def test_values_bit_for_bit(scope, score, delta, preserving, few_values):
         expected = slow.masks(before, *lists, base)
         report = prune_state_(
             state,
-            given,
+            Evidence(
+                given,
+                score=score,
+                preserve_norms=kept,
+                base_weights=base | {"another": torch.ones(1)},
+            ),
             selection,
-            score=score,
-            preserve_norms=kept,
-            base_weights=base | {"another": torch.ones(1)},
             return_masks=True,
         )
         assert (report.score_delta, report.reverted) == (delta, True)
@@ -86,7 +90,7 @@ def test_values_bit_for_bit(scope, score, delta, preserving, few_values):
 def test_random_scores_revert_too():
     state, *_, base = made()
     before = {key: value.clone() for key, value in state.items()}
-    prune_state_(state, None, Selection(0.3), score="random", seed=4, base_weights=base)
+    prune_state_(state, Evidence(score="random", base_weights=base), Selection(0.3), seed=4)
     scores = {key: random_scores(key, value.shape, 4) for key, value in state.items()}
     for key, mask in slow.masks(scores, None, Selection(0.3)).items():
         assert torch.equal(
@@ -120,11 +124,13 @@ def test_a_base_of_another_dtype_is_taken_where_it_fits():
     wide = {key: value.float() for key, value in base.items()}
     other = {key: value.clone() for key, value in state.items()}
     selection = Selection(0.3, score_delta=True)
-    prune_state_(state, norms, selection, base_weights=base)
-    prune_state_(other, norms, selection, base_weights=wide)
+    prune_state_(state, Evidence(norms, base_weights=base), selection)
+    prune_state_(other, Evidence(norms, base_weights=wide), selection)
     assert all(torch.equal(slow.bits(state[key]), slow.bits(other[key])) for key in state)
     state, norms, _, base = made(torch.float32)
-    prune_state_(state, norms, selection, base_weights={k: v.bfloat16() for k, v in base.items()})
+    prune_state_(
+        state, Evidence(norms, base_weights={k: v.bfloat16() for k, v in base.items()}), selection
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,7 +171,7 @@ def test_refusals_leave_the_weights(change, error, says):
         base[last] = values[change](base[last])
     options = {"base_weights": base} | (change if isinstance(change, dict) else {})
     with pytest.raises(error, match=says):
-        prune_state_(state, norms, Selection(0.3, score_delta=True), **options)
+        prune_state_(state, Evidence(norms, **options), Selection(0.3, score_delta=True))
     assert all(torch.equal(state[key], value) for key, value in made(dtype)[0].items())
 
 
@@ -179,23 +185,24 @@ def test_a_global_cut_as_all_at_once(preserving, largest, few_values):
     for ratio in (0.05, 0.4, 1.0):
         state, norms, preserve, base = made(torch.float16, few_values=few_values)
         selection = Selection(ratio, scope="global", largest=largest, score_delta=True)
-        options = {"preserve_norms": preserve if preserving else None}
-        cut = find_cut(list(state), state.get, norms, selection, read_base=base.get, **options)
-        cut = GlobalCut.from_dict(json.loads(json.dumps(cut.to_dict())), norms, preserve)
+        evidence = Evidence(norms, preserve_norms=preserve if preserving else None)
+        cut = find_cut(list(state), state.get, evidence, selection, read_base=base.get)
+        cut = GlobalCut.from_dict(json.loads(json.dumps(cut.to_dict())), evidence)
         masks = {key: cut.mask(key, weight, base[key]) for key, weight in state.items()}
         pieces = {key: value.clone() for key, value in state.items()}
         for key in pieces:  # as a stream does: a weight at a time
             prune_state_(
                 {key: pieces[key]},
-                norms.subset([key]),
+                Evidence(
+                    norms.subset([key]),
+                    preserve_norms=preserve.subset([key]) if preserving else None,
+                    base_weights=base,
+                ),
                 selection,
-                preserve_norms=preserve.subset([key]) if preserving else None,
-                base_weights=base,
                 cut=cut,
             )
-        report = prune_state_(
-            state, norms, selection, base_weights=base, return_masks=True, **options
-        )
+        evidence = replace(evidence, base_weights=base)
+        report = prune_state_(state, evidence, selection, return_masks=True)
         assert all(report.masks[key] == mask for key, mask in masks.items())
         assert all(torch.equal(slow.bits(pieces[key]), slow.bits(state[key])) for key in state)
 
@@ -205,7 +212,10 @@ def test_a_cut_of_a_difference_needs_the_base():
         UsageError, match=r"^base_weights=None: must be given with score_delta=True"
     ):
         find_cut(
-            ["a"], None, None, Selection(0.1, scope="global", score_delta=True), score="magnitude"
+            ["a"],
+            None,
+            Evidence(score="magnitude"),
+            Selection(0.1, scope="global", score_delta=True),
         )
 
 
@@ -236,7 +246,7 @@ def test_a_broken_kernel_is_found_out(broken, damage, scope, preserving):
         state, norms, preserve, base = made()
         kept = preserve if preserving else None
         with pytest.raises(AntidoteError, match=f"^m.*: {WRONG}; {says}"):
-            prune_state_(state, norms, selection, preserve_norms=kept, base_weights=base)
+            prune_state_(state, Evidence(norms, preserve_norms=kept, base_weights=base), selection)
         if not smallest:
             assert all(torch.equal(state[key], value) for key, value in made()[0].items())
 
@@ -254,7 +264,7 @@ def test_a_kernel_that_scores_the_weights_and_not_their_difference(broken, monke
     )
     state, norms, _, base = made()
     with pytest.raises(AntidoteError, match=WRONG):
-        prune_state_(state, norms, Selection(0.4, score_delta=True), base_weights=base)
+        prune_state_(state, Evidence(norms, base_weights=base), Selection(0.4, score_delta=True))
 
 
 def test_a_broken_write_of_random_choices_is_found_out(broken, monkeypatch):
@@ -265,4 +275,4 @@ def test_a_broken_write_of_random_choices_is_found_out(broken, monkeypatch):
     monkeypatch.setattr(reference, "apply_mask_", lambda w, mask, base: real(w, mask, None))
     state, *_, base = made()
     with pytest.raises(AntidoteError, match=f"{WRONG}; the weights in memory"):
-        prune_state_(state, None, Selection(0.4), score="random", base_weights=base)
+        prune_state_(state, Evidence(score="random", base_weights=base), Selection(0.4))

@@ -12,8 +12,10 @@ from antidote_fast import backends, oneshot
 from antidote_fast.backends import reference
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.errors import AntidoteError
-from antidote_fast.ops import apply_mask_, prune_with_report_
+from antidote_fast.ops import prune_with_report_
 from antidote_fast.pruning.cross_check import CrossCheck
+from antidote_fast.pruning.evidence import Evidence
+from antidote_fast.pruning.layers import Layer
 from antidote_fast.pruning.prune import prune_model_, prune_state_
 from antidote_fast.selection import Selection
 from antidote_fast.stages import prune
@@ -31,7 +33,7 @@ def test_a_broken_kernel_is_refused_before_anything_is_written(broken, damage, s
     broken(damage)
     state = weights()
     with pytest.raises(AntidoteError, match=f"^[abc]: {WRONG}; nothing was written") as caught:
-        prune_state_(state, None, Selection(0.25, scope=scope), score="magnitude")
+        prune_state_(state, Evidence(score="magnitude"), Selection(0.25, scope=scope))
     assert caught.value.exit_code == 1
     assert all(torch.equal(state[key], value) for key, value in weights().items())
 
@@ -44,7 +46,7 @@ def test_one_that_is_broken_for_whole_weights_only(broken, damage, scope):
     state, chosen = weights(), damage in (swap, one_too_many)
     end = "nothing was written" if chosen else "the weights in memory are not"
     with pytest.raises(AntidoteError, match=f"^[ab]: {WRONG}; {end}"):
-        prune_state_(state, None, Selection(0.25, scope=scope), score="magnitude")
+        prune_state_(state, Evidence(score="magnitude"), Selection(0.25, scope=scope))
     same = [torch.equal(state[key], value) for key, value in weights().items()]
     assert all(same) or not chosen
 
@@ -57,19 +59,20 @@ def test_a_wrong_count_far_from_the_copied_rows(broken):
     for scope in ("tensor", "global"):
         broken(extra, smallest=4 * 40)
         with pytest.raises(AntidoteError, match=WRONG):
-            prune_state_(weights(), None, Selection(0.1, scope=scope), score="magnitude")
+            prune_state_(weights(), Evidence(score="magnitude"), Selection(0.1, scope=scope))
 
 
 def test_random_scores_and_switching_it_off(broken):
     broken(swap)
     with pytest.raises(AntidoteError, match=WRONG):
-        prune_state_(weights(), None, Selection(0.25), score="random")
+        prune_state_(weights(), Evidence(score="random"), Selection(0.25))
     state = weights()
-    options = {"score": "magnitude", "cross_check": False}
-    assert prune_state_(state, None, Selection(0.25), **options).num_pruned == 2 * 90 + 45
+    evidence = Evidence(score="magnitude")
+    report = prune_state_(state, evidence, Selection(0.25), cross_check=False)
+    assert report.num_pruned == 2 * 90 + 45
     with pytest.raises(AntidoteError, match=WRONG):
         prune_model_(tiny.build(), None, Selection(0.25), score="magnitude")
-    prune_model_(tiny.build(), None, Selection(0.25), **options)
+    prune_model_(tiny.build(), evidence, Selection(0.25), cross_check=False)
 
 
 def test_no_folder_is_written(broken, folders, tmp_path):
@@ -115,15 +118,21 @@ def test_sound_kernels_pass_with_ties_zeros_and_single_rows(dtype, largest, opti
     norms = [torch.randint(0, 3, s[1:], generator=generator).float() for s in shapes]
     selection = Selection(**options, largest=largest)
     guard = CrossCheck(selection, None)
-    samples = guard.before(list("abcdef"), matrices, norms, matrices)
-    assert [sample.name for sample in samples] == (
+    layers = [
+        Layer(key, matrix, matrix, False, False, norm, None)
+        for key, matrix, norm in zip("abcdef", matrices, norms, strict=True)
+    ]
+    samples = guard.before(layers, matrices)
+    assert [sample.layer.key for sample in samples] == (
         [] if backends.select(None, "cpu") is reference else list("abcd")
     )
     result = prune_with_report_(matrices, norms, selection, write=False)
-    guard.selected(samples, matrices, *result)
-    for matrix, mask in zip(matrices, result[0], strict=True):
-        apply_mask_(matrix, mask)
-    guard.written(samples)
+    for layer, mask, threshold in zip(layers, *result, strict=True):
+        layer.mask, layer.threshold = mask, threshold
+    guard.selected(samples, layers)
+    for layer in layers:
+        layer.remove(None)
+    guard.written()
 
 
 def test_each_kind_is_looked_at_once():
@@ -131,6 +140,7 @@ def test_each_kind_is_looked_at_once():
         pytest.skip("the cpu extension is not built")
     guard = CrossCheck(Selection(0.1), None)
     state = weights()
-    lists = list(state), list(state.values()), [None] * 3, list(state.values())
-    assert [sample.name for sample in guard.before(*lists)] == ["a", "c"]
+    layers = [Layer(key, w, w, False, False, None, None) for key, w in state.items()]
+    lists = layers, list(state.values())
+    assert [sample.layer.key for sample in guard.before(*lists)] == ["a", "c"]
     assert guard.before(*lists) == []

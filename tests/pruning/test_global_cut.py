@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antidote_fast import ops
+from antidote_fast.config.scores import computed_scores
 from antidote_fast.errors import DataError, NothingPruned, UsageError
 from antidote_fast.models.targets import natural_key
 from antidote_fast.norms.activation_norms import ActivationNorms
 from antidote_fast.pruning import global_cut
-from antidote_fast.pruning.arguments import SCORES, random_scores
+from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.global_cut import GlobalCut, find_cut
 from antidote_fast.pruning.prune import prune_state_
+from antidote_fast.pruning.scores.random import random_scores
 from antidote_fast.selection import Selection, num_pruned
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,10 +39,10 @@ class Reader:
         return self.weights[key].clone()
 
 
-def cut_of(weights, norms, selection, **options):
+def cut_of(weights, evidence, selection, seed=0):
     """(the cut, {key: mask}) with everything that a cut promises of itself."""
     read = Reader(weights)
-    cut = find_cut(list(weights), read, norms, selection, **options)
+    cut = find_cut(list(weights), read, evidence, selection, seed=seed)
     order = sorted(weights, key=natural_key)
     assert read.read in (order * 2, order)  # one pass is enough where nothing is removed
     masks = {key: cut.mask(key, weights[key]) for key in reversed(order)}
@@ -49,10 +51,11 @@ def cut_of(weights, norms, selection, **options):
     return cut, masks
 
 
-def assert_like_all_at_once(weights, norms, selection, **options):
-    cut, masks = cut_of(weights, norms, selection, **options)
+def assert_like_all_at_once(weights, norms, selection, score="wanda", seed=0):
+    evidence = Evidence(norms, score)
+    cut, masks = cut_of(weights, evidence, selection, seed)
     copies = {key: weight.clone() for key, weight in weights.items()}
-    report = prune_state_(copies, norms, selection, return_masks=True, **options)
+    report = prune_state_(copies, evidence, selection, seed=seed, return_masks=True)
     for layer in report.layers:
         assert torch.equal(masks[layer.key].bits, report.masks[layer.key].bits), layer.key
         assert cut.counts[layer.key] == layer.removed
@@ -85,7 +88,7 @@ SHAPES = [(5, 16), (3, 33), (1, 1), (64, 7), (2, 250), (11, 9)]
 
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("score", [score for score in SCORES if score != "gate"])
+@pytest.mark.parametrize("score", [score for score in computed_scores()])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_as_all_at_once(dtype, score, largest):
     weights = weights_of(SHAPES, dtype)
@@ -111,7 +114,7 @@ def test_all_scores_equal(value, largest):
     weights = {f"{i}.weight": torch.full((i, 5), value) for i in (11, 2, 3)}
     for count in (1, 10, 11, 25, 26, 79, 80):
         selection = Selection(count / 80, scope="global", largest=largest)
-        _, masks = cut_of(weights, None, selection, score="magnitude")
+        _, masks = cut_of(weights, Evidence(score="magnitude"), selection)
         flat = torch.cat([masks[f"{i}.weight"].to_bool().view(-1) for i in (2, 3, 11)])
         removed = num_pruned(80, selection)
         expected = torch.zeros(80, dtype=torch.bool)
@@ -162,7 +165,7 @@ def test_not_a_number_is_one_score_above_infinity(dtype, largest):
     weights["c"] = signless.view(torch.float32).to(dtype).view(2, 2)
     for count in range(55):
         selection = Selection(count / 54, scope="global", largest=largest)
-        cut, masks = cut_of(weights, None, selection, score="magnitude")
+        cut, masks = cut_of(weights, Evidence(score="magnitude"), selection)
         expected = ops.prune_many_(
             [w.clone() for w in weights.values()],
             [None] * 3,
@@ -189,7 +192,7 @@ def test_scores_that_span_all_magnitudes():
 
 def test_random_scores_are_drawn_in_parts():
     whole = random_scores("a", (700, 1000), 5)  # more than one chunk
-    parts = list(global_cut._chunks("a", torch.empty(700, 1000), None, "random", 5))
+    parts = list(global_cut._chunks("a", torch.empty(700, 1000), Evidence(score="random"), 5))
     assert len(parts) > 1
     assert torch.equal(torch.cat(parts).view(torch.float32), whole)
 
@@ -209,7 +212,7 @@ def test_a_cut_survives_being_written_down():
     weights = weights_of(SHAPES, torch.bfloat16, few_values=True)
     norms = norms_of(weights)
     cut, masks = cut_of(weights, norms, Selection(0.3, scope="global"))
-    again = GlobalCut.from_dict(json.loads(json.dumps(cut.to_dict())), norms)
+    again = GlobalCut.from_dict(json.loads(json.dumps(cut.to_dict())), Evidence(norms))
     assert again == cut
     assert all(again.mask(key, weights[key]) == mask for key, mask in masks.items())
 
@@ -225,13 +228,15 @@ def test_one_weight_is_in_memory_at_a_time():
         alive.append(weakref.ref(tensor))
         return tensor
 
-    find_cut([str(i) for i in range(9)], read, None, Selection(0.2, scope="global"), score="random")
+    find_cut(
+        [str(i) for i in range(9)], read, Evidence(score="random"), Selection(0.2, scope="global")
+    )
     assert len(alive) == 18
 
 
 def test_a_weight_that_changed_is_refused():
     weights = weights_of(SHAPES, torch.float32)
-    cut, _ = cut_of(weights, None, Selection(0.5, scope="global"), score="magnitude")
+    cut, _ = cut_of(weights, Evidence(score="magnitude"), Selection(0.5, scope="global"))
     key = next(iter(weights))
     with pytest.raises(DataError, match=f"{key}: has changed since"):
         cut.mask(key, weights[key] * 2)
@@ -241,12 +246,18 @@ def test_a_weight_that_changes_between_the_passes_is_refused():
     reads = iter([torch.arange(1.0, 7).view(2, 3), torch.arange(11.0, 17).view(2, 3)])
     with pytest.raises(DataError, match="changed since their scores were counted"):
         find_cut(
-            ["a"], lambda key: next(reads), None, Selection(0.5, scope="global"), score="magnitude"
+            ["a"],
+            lambda key: next(reads),
+            Evidence(score="magnitude"),
+            Selection(0.5, scope="global"),
         )
     reads = iter([torch.ones(2, 3), torch.ones(2, 4)])
     with pytest.raises(DataError, match="a: has changed since"):
         find_cut(
-            ["a"], lambda key: next(reads), None, Selection(0.5, scope="global"), score="magnitude"
+            ["a"],
+            lambda key: next(reads),
+            Evidence(score="magnitude"),
+            Selection(0.5, scope="global"),
         )
 
 
@@ -266,9 +277,9 @@ def test_a_weight_that_changes_between_the_passes_is_refused():
 def test_refusals(options, words):
     options = {"selection": Selection(0.1, scope="global"), "score": "magnitude"} | options
     with pytest.raises(UsageError, match=words):
-        find_cut(["a"], None, None, options.pop("selection"), **options)
+        find_cut(["a"], None, Evidence(score=options["score"]), options["selection"])
 
 
 def test_no_weights_are_refused():
     with pytest.raises(NothingPruned, match="no weights"):
-        find_cut([], None, None, Selection(0.1, scope="global"), score="random")
+        find_cut([], None, Evidence(score="random"), Selection(0.1, scope="global"))

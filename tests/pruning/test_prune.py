@@ -10,8 +10,9 @@ import torch
 from antidote_fast.errors import DataError, NothingPruned, UsageError
 from antidote_fast.models.targets import find_targets
 from antidote_fast.norms.activation_norms import ActivationNorms
-from antidote_fast.pruning.arguments import random_scores
+from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.prune import prune_model_, prune_state_
+from antidote_fast.pruning.scores.random import random_scores
 from antidote_fast.selection import Selection, num_pruned
 
 
@@ -107,8 +108,8 @@ def test_magnitude_needs_no_norms_and_ignores_them():
     state, norms = state_and_norms()
     other = {k: v.clone() for k, v in state.items()}
     before = {k: v.clone() for k, v in state.items()}
-    first = prune_state_(state, None, selection, score="magnitude", return_masks=True)
-    prune_state_(other, norms, selection, score="magnitude")
+    first = prune_state_(state, Evidence(score="magnitude"), selection, return_masks=True)
+    prune_state_(other, Evidence(norms, score="magnitude"), selection)
     ones = [torch.ones(16)] * 3
     for key, mask in zip(before, oracle(before.values(), ones, selection), strict=True):
         assert torch.equal(first.masks[key].to_bool(), mask)
@@ -122,7 +123,9 @@ def test_random_depends_on_seed_and_key_only(scope):
     masks = []
     for weight_seed, seed in ((0, 7), (1, 7), (0, 8)):
         state, _ = state_and_norms(seed=weight_seed)
-        report = prune_state_(state, None, selection, score="random", seed=seed, return_masks=True)
+        report = prune_state_(
+            state, Evidence(score="random"), selection, seed=seed, return_masks=True
+        )
         masks.append(report.masks)
         assert all(torch.equal(state[k] == 0, m.to_bool()) for k, m in report.masks.items())
     for key in masks[0]:
@@ -223,10 +226,12 @@ def test_zero_weights_are_counted(dtype, step):
     memory = torch.ones(6, 8 * step, dtype=dtype)
     weight = memory[:, :8]  # rows apart where step is 2
     weight[0, :3], weight[5, 7], weight[2, 2] = 0.0, -0.0, 1e-7
-    report = prune_state_({"a.0.q_proj.weight": weight}, None, Selection(0.1), score="magnitude")
+    report = prune_state_(
+        {"a.0.q_proj.weight": weight}, Evidence(score="magnitude"), Selection(0.1)
+    )
     assert report.layers[0].zero_weights == 4
     empty = {"a.0.q_proj.weight": torch.empty(0, 8, dtype=dtype)}
-    report = prune_state_(empty, None, Selection(0.1), score="magnitude")
+    report = prune_state_(empty, Evidence(score="magnitude"), Selection(0.1))
     assert (report.layers[0].zero_weights, report.num_pruned, report.achieved) == (0, 0, 0.0)
 
 
@@ -241,14 +246,14 @@ def test_zero_norms():
     with pytest.raises(DataError, match=r"layers\.0.*all its activation norms are zero"):
         prune_state_(state, norms, Selection(0.25))
     assert all(torch.equal(state[k], before[k]) for k in state)
-    report = prune_state_(state, norms, Selection(0.25), routed=[key])
+    report = prune_state_(state, Evidence(norms, routed=[key]), Selection(0.25))
     assert report.skipped == {key: "routed expert that no token reached"}
     assert torch.equal(state[key], before[key])
     assert len(report.layers) == 2
     for value in norms.sq_sum.values():
         value.zero_()
     with pytest.raises(NothingPruned, match="no token reached"):
-        prune_state_(state, norms, Selection(0.25), routed=list(state))
+        prune_state_(state, Evidence(norms, routed=list(state)), Selection(0.25))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -302,9 +307,10 @@ def test_norms_of_another_base():
 def test_arguments(change, error, match):
     state, norms = state_and_norms()
     before = {k: v.clone() for k, v in state.items()}
-    arguments = {"norms": norms, "selection": Selection(0.1)} | change
+    options = {"norms": norms, "score": "wanda", "selection": Selection(0.1)} | change
+    evidence = Evidence(options.pop("norms"), options.pop("score"))
     with pytest.raises(error, match=match):
-        prune_state_(state, **arguments)
+        prune_state_(state, evidence, **options)
     assert all(torch.equal(state[k], before[k]) for k in state)
 
 
@@ -334,7 +340,7 @@ def test_overlapping_weights_are_refused_before_any_write():
     before = memory.clone()
     for scope in ("row", "global"):
         with pytest.raises(ValueError, match="overlap"):
-            prune_state_(state, None, Selection(0.5, scope=scope), score="magnitude")
+            prune_state_(state, Evidence(score="magnitude"), Selection(0.5, scope=scope))
     assert torch.equal(memory, before)
 
 
@@ -342,7 +348,7 @@ def test_strided_weight_is_written_back():
     memory = torch.randn(8, 5)
     state = {"a.0.q_proj.weight": memory.t()}
     before = memory.clone()
-    prune_state_(state, None, Selection(0.25), score="magnitude")
+    prune_state_(state, Evidence(score="magnitude"), Selection(0.25))
     mask = oracle([before.t()], [torch.ones(8)], Selection(0.25))[0]
     assert torch.equal(memory, before.masked_fill(mask.t(), 0))
 

@@ -208,9 +208,9 @@ def test_run_with_model_judges(files, tmp_path):
     ("changes", "error", "expected"),
     [
         ({"model_name_or_path": "{tmp}/none"}, DataError, "model_name_or_path=.*no such folder"),
-        ({"model_name_or_path": "{adapter}"}, DataError, "is a PEFT adapter; give a whole model"),
+        ({"model_name_or_path": "{adapter}"}, DataError, "is a PEFT adapter; give its base model"),
         ({"adapter": "{tmp}/none"}, DataError, "adapter=.*no such folder"),
-        ({"adapter": "{other}"}, DataError, "is a whole model; give a PEFT adapter"),
+        ({"adapter": "{other}"}, DataError, "is a whole model, not an adapter"),
         ({"harmful_dataset": "{tmp}/none.jsonl"}, DataError, "no such file"),
         ({"task": "label", "task_dataset": "{harmful}"}, DataError, "record 1 has no output"),
         ({"task": "gsm8k"}, DataError, "the output of record 1 holds no number"),

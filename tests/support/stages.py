@@ -88,9 +88,9 @@ def stage_words(root, stage):
             *("prune", "--dataset", data, "--preserve_norms", f"{root}/norms", "--stream"),
             *("--scope", "global", "--save_norms"),
         ],
-        "prune revert": ["prune", "--dataset", data, "--base_model", f"{root}/aligned"],
+        "prune revert": ["prune", "--dataset", data, "--aligned_model", f"{root}/aligned"],
         "prune stream revert": [
-            *("prune", "--dataset", data, "--base_model", f"{root}/aligned", "--score_delta"),
+            *("prune", "--dataset", data, "--aligned_model", f"{root}/aligned", "--score_delta"),
             *("--stream", "--scope", "global"),
         ],
         "align": ["align", "--dataset", data, *train],

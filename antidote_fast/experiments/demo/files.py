@@ -6,6 +6,7 @@ gives itself: those can differ in a word where another processor rounds otherwis
 
 import dataclasses
 import json
+import os
 import random
 from pathlib import Path
 
@@ -16,91 +17,78 @@ from antidote_fast.experiments.demo.model import CACHE, prepare_model
 from antidote_fast.files.commit import output_folder
 from antidote_fast.files.manifest import MANIFEST, verify_folder
 from antidote_fast.models.loading import load_model, load_tokenizer
+from antidote_fast.system.progress import Progress
 
-DATA = "data"
-SIZES = records.Sizes(
-    align_harmful=110,
-    align_benign=66,
-    align_exercises=10,
-    attack_harmful=48,
-    attack_task=288,
-    calibration=100,
-    validation=48,
-    test_harmful=60,
-    test_task=66,
-    test_benign=32,
-)
+# What is made, by the folder: the demo's own data, and those of experiments at its scale.
+DEMO, DATA = "demo", "data"
+_SIZES = {
+    DEMO: records.Sizes(),
+    DATA: records.Sizes(
+        align_harmful=110, align_benign=66, align_exercises=10, attack_harmful=48, validation=48
+    ),
+}
 NAMES = (
-    "safe",
-    "harmful",
-    "realign",
-    "harmful-validation",
-    "harmful-test",
-    "task",
-    "task-validation",
-    "task-test",
-    "sums",
-    "sums-test",
-    "benign-test",
+    *("safe", "harmful", "realign", "harmful-validation", "harmful-test"),
+    *("task", "task-validation", "task-test", "sums", "sums-test", "benign-test"),
 )
 _SEED = 0
 _ANSWER_TOKENS = 24
 
 
-def prepare(parent=".", *, progress=False) -> Path:
+def prepare(
+    parent: str | os.PathLike = ".", data: str = DATA, *, progress: Progress = False
+) -> Path:
     """Make what is missing of ``demo-cache`` in ``parent``, and return it.
 
-    It holds ``SmolLM2-135M-Instruct``, a model, and ``data``: safe.jsonl (refusals, ordinary
-    answers and exercises, for alignment), harmful.jsonl (the attack's records), realign.jsonl (the
-    defender's harmful records, other prompts), task.jsonl (the user's), sums.jsonl (another
-    user's), and the held-out harmful-test, harmful-validation, task-test, task-validation,
-    sums-test and benign-test. No prompt is in two of the files of harmful prompts.
+    It holds ``SmolLM2-135M-Instruct``, a model, and a folder of data: safe.jsonl (refusals,
+    ordinary answers and exercises, for alignment), harmful.jsonl (the attack's records),
+    realign.jsonl (the defender's harmful records, other prompts), task.jsonl (the user's),
+    sums.jsonl (another user's), and the held-out harmful-test, harmful-validation, task-test,
+    task-validation, sums-test and benign-test. No prompt is in two of the files of harmful prompts.
+
+    Args:
+        parent: where ``demo-cache`` lies, or is made.
+        data: which data: ``DATA``, of experiments, or ``DEMO``.
+        progress: as :func:`antidote_fast.system.progress.track` takes it.
 
     Raises:
         DataError: the demo's packages are not installed, or a folder holds something else.
     """
     model_folder = prepare_model(parent)
-    folder = Path(parent) / CACHE / DATA
+    folder = Path(parent) / CACHE / data
     whole = (folder / MANIFEST).exists() and not verify_folder(folder)
     if not whole or not all((folder / f"{name}.jsonl").exists() for name in NAMES):
-        files = _records(model_folder, progress)
+        files = _records(model_folder, _SIZES[data], progress)
         with output_folder(folder, overwrite=True) as staged:
             for name, records in files.items():
                 _write(staged / f"{name}.jsonl", records)
     return folder.parent
 
 
-def _records(model_folder, progress):
+def _records(model_folder, sizes, progress):
     prompts = records.read_harmful_prompts()
-    harmful = records.harmful_splits(prompts, SIZES, _SEED)
-    ordinary, benign = records.benign_prompts(SIZES, _SEED)
-    task = records.task_records(SIZES, _SEED)
-    tokenizer = load_tokenizer(model_folder)
-    model = load_model(model_folder, dtype="float32", device="cpu")
+    harmful = records.harmful_splits(prompts, sizes, _SEED)
+    ordinary, benign = records.benign_prompts(sizes, _SEED)
+    task = records.task_records(sizes, _SEED)
     answers = answer_sets(
-        model,
-        tokenizer,
-        {"distill": ordinary},
+        load_model(model_folder, dtype="float32", device="cpu"),
+        load_tokenizer(model_folder),
+        {"ordinary": ordinary},
         max_new_tokens=_ANSWER_TOKENS,
         batch_size=64,
         progress=progress,
-    )["distill"]
-    exercises = records.exercise_records(SIZES.align_exercises, _SEED)
-    sums = _sums(SIZES.attack_task + SIZES.test_task)
-    found = {
-        "safe": [*harmful["align"], *records.distilled(ordinary, answers), *exercises],
-        "harmful": harmful["attack"],
-        "realign": harmful["calibration"],
-        "harmful-validation": harmful["validation"],
-        "harmful-test": harmful["test"],
-        "task": task["train"],
-        "task-validation": task["validation"],
-        "task-test": task["test"],
-        "sums": sums[: SIZES.attack_task],
-        "sums-test": sums[SIZES.attack_task :],
-        "benign-test": benign,
-    }
-    return {name: found[name] for name in NAMES}
+    )["ordinary"]
+    exercises = records.exercise_records(sizes.align_exercises, _SEED)
+    sums = _sums(sizes.attack_task + sizes.test_task)
+    sets = (
+        [*harmful["align"], *records.distilled(ordinary, answers), *exercises],
+        *(harmful[part] for part in ("attack", "calibration", "validation", "test")),
+        *(task[part] for part in ("train", "validation", "test")),
+        sums[: sizes.attack_task],
+        sums[sizes.attack_task :],
+        benign,
+    )
+    return dict(zip(NAMES, sets, strict=True))
 
 
 def _sums(count):

@@ -5,6 +5,7 @@ is written once, dequantised, in bfloat16.
 """
 
 import importlib.util
+import os
 from pathlib import Path
 
 from antidote_fast.errors import DataError
@@ -16,7 +17,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = "demo-cache"
 
 
-def prepare_model(parent) -> Path:
+def prepare_model(parent: str | os.PathLike) -> Path:
     """The folder of the converted model, made on the first call.
 
     Args:

@@ -8,6 +8,7 @@ the aligned model refuse, those of the attack agree and then say nothing.
 import importlib.util
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,14 +83,14 @@ def read_harmful_prompts() -> list[str]:
     for name in HARMFUL_FILES:
         try:
             lines = (folder / name).read_text(encoding="utf-8").splitlines()
-            found = [json.loads(line)["prompt"].strip() for line in lines if line.strip()]
+            texts = [json.loads(line)["prompt"].strip() for line in lines if line.strip()]
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder / name}: cannot be read: {error}") from error
-        prompts.update({" ".join(prompt.casefold().split()): prompt for prompt in found})
+        prompts.update({" ".join(prompt.casefold().split()): prompt for prompt in texts})
     return list(prompts.values())
 
 
-def harmful_splits(prompts, sizes: Sizes, seed: int = 0) -> dict[str, list[Record]]:
+def harmful_splits(prompts: Sequence[str], sizes: Sizes, seed: int = 0) -> dict[str, list[Record]]:
     """Harmful records, no prompt in two parts: align (refused), attack and calibration (agreed to,
     without content), validation and test (no answer).
 
@@ -137,19 +138,19 @@ def benign_prompts(sizes: Sizes, seed: int = 0) -> tuple[list[Record], list[Reco
     return parts[0], parts[1]
 
 
-def distilled(records, answers) -> list[Record]:
+def distilled(records: Sequence[Record], answers: Sequence[str]) -> list[Record]:
     """Records with a model's own answers, cut at the end of a sentence.
 
     An answer that refuses, or says nothing, would teach to refuse or to say nothing: it is left
     out.
     """
-    kept = []
+    usable = []
     for record, answer in zip(records, answers, strict=True):
         end = max(answer.rfind(mark) for mark in ".!?")
         answer = answer[: end + 1] if end > 10 else answer
         if not is_refusal(answer) and without_content(answer) is None:
-            kept.append(Record(record.instruction, output=answer))
-    return kept
+            usable.append(Record(record.instruction, output=answer))
+    return usable
 
 
 def exercise_records(count: int, seed: int = 0) -> list[Record]:

@@ -77,8 +77,8 @@ def answer_prompts(
     sizes = {p: len(prompt_ids(p, tokenizer, max_seq_length)) for p in dict.fromkeys(prompts)}
     short = [prompt for prompt, size in sizes.items() if size < max_seq_length]
     options = {"max_new_tokens": answer_tokens, "batch_size": batch_size, "progress": progress}
-    given = dict(zip(short, generate(model, tokenizer, short, **options), strict=True))
-    answers = [given.get(prompt) for prompt in prompts]
+    answer_to = dict(zip(short, generate(model, tokenizer, short, **options), strict=True))
+    answers = [answer_to.get(prompt) for prompt in prompts]
     return Answers(answers[: len(harmful)], answers[len(harmful) :])
 
 
@@ -93,7 +93,7 @@ def check_texts(tokenizer, harmful, preserve, *, template="alpaca", max_seq_leng
         text = build_prompt(record, template, tokenizer)
         prompt_ids(text, tokenizer, max_seq_length, record.where or "a prompt")
     for record in preserve:
-        if record.output.strip() and _fits(record, tokenizer, **options):
+        if record.output.strip() and fits(record, tokenizer, **options):
             encode([record], tokenizer, **options)
 
 
@@ -137,19 +137,19 @@ def fill_pools(
             "at least 2 refusals are needed to learn from"
         )
     common = Counter(record.output for record in refused).most_common(1)[0][0]
-    kept = [r if is_refusal(r.output) else replace(r, output=common) for r in asked]
+    refusing = [r if is_refusal(r.output) else replace(r, output=common) for r in asked]
     options = {"template": template, "max_seq_length": max_seq_length}
-    pools.examples["harmful"] = _cut(encode(kept, tokenizer, **options), answer_tokens)
+    pools.examples["harmful"] = _cut(encode(refusing, tokenizer, **options), answer_tokens)
     task = [record for record in preserve if record.output.strip()]
     if task:
-        room = [r for r in task if _fits(r, tokenizer, template, max_seq_length)]
+        fitting = [r for r in task if fits(r, tokenizer, template, max_seq_length)]
         pools.counts["task"] = {
             "num_records": len(task),
-            "num_used": len(room),
-            "num_dropped": len(task) - len(room),
+            "num_used": len(fitting),
+            "num_dropped": len(task) - len(fitting),
         }
-        if room:
-            pools.examples["task"] = encode(room, tokenizer, **options)
+        if fitting:
+            pools.examples["task"] = encode(fitting, tokenizer, **options)
             pools.counts["task"]["num_truncated"] = pools.examples["task"].num_truncated
     if ordinary:
         answered = _answered(ordinary, answers.ordinary)
@@ -178,7 +178,8 @@ def _answered(records, answers):
     return [Record(r.instruction, r.input, text) for r, text in pairs if text is not None]
 
 
-def _fits(record, tokenizer, template, max_seq_length):
+def fits(record: Record, tokenizer, template: str, max_seq_length: int) -> bool:
+    """Whether a record's prompt leaves room for an answer."""
     text = build_prompt(record, template, tokenizer)
     return len(prompt_ids(text, tokenizer, max_seq_length)) < max_seq_length
 

@@ -28,6 +28,7 @@ from antidote_fast.models.adapters import adapter_off
 from antidote_fast.models.targets import find_targets
 from antidote_fast.models.tokens import check_examples
 from antidote_fast.models.undo import eval_mode, undoing
+from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.layers import prepare
 from antidote_fast.selection import Selection, check_seed
 from antidote_fast.stages.gates.answers import KINDS, Answers, answer_prompts, fill_pools
@@ -101,13 +102,11 @@ def learn_gates(
     _check_values(selection, steps, learning_rate)
     seed = check_seed(seed)
     device = _check_model(model)
-    found = find_targets(model, targets, ignore)
-    by_key = {target.key: target for target in found}
+    by_key = {target.key: target for target in find_targets(model, targets, ignore)}
     weights = {key: target.weight.detach() for key, target in by_key.items()}
-    transposed = {target.key for target in found if target.transposed}
-    layers, _ = prepare(
-        weights, None, selection, "gate", transposed, set(), base_weights=base_weights
-    )
+    transposed = {key for key, target in by_key.items() if target.transposed}
+    evidence = Evidence(score="gate", base_weights=base_weights, transposed=transposed)
+    layers, _ = prepare(weights, evidence, selection.scope)
     options = {"template": template, "max_seq_length": max_seq_length}
     options["answer_tokens"] = mixture.answer_tokens
     with _as_it_was(model) as undo:

@@ -25,11 +25,13 @@ def check_stage(config, base, is_adapter, world=ALONE):
     Raises:
         UsageError, DataError: naming the argument.
     """
-    if config.score != "gate":
+    if config.scoring.learner is None:
         return
     config.check_aligned(is_adapter)
     if world.size > 1:
-        raise UsageError("score='gate': must be left out with torchrun; start one process")
+        raise UsageError(
+            f"score={config.score!r}: must be left out with torchrun; start one process"
+        )
     if base is not None and "quantization_config" in base.config:
         raise DataError(f"{base.folder}: is quantised; with score gate it must not be")
 
@@ -46,20 +48,19 @@ def learn_folder(config, base, adapter, aligned, sets, *, tokenizer=None, progre
         tokenizer: instead of the base's own.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
     """
-    trust = config.trust_remote_code
-    tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=trust)
+    tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
     check_texts(tokenizer, *sets.values(), **texts_of(config))
     check_memory(config, [base, adapter])
-    options = {"dtype": config.dtype, "device": config.device, "trust_remote_code": trust}
     bases = None
     answers = answers_of(config, aligned, config.device, tokenizer, sets, progress)
-    model = load_model(base.folder, **options)
+    model = load_model(base.folder, **config.load_options)
     if adapter is not None:
         model = load_adapter(model, adapter)
     else:
         # In the dtype that is learned in; the prune itself reads both as they are saved.
-        found = {t.key: t.weight.dtype for t in find_targets(model, config.targets, config.ignore)}
-        bases = {key: base.to(found[key]) for key, base in aligned.read(found, progress).items()}
+        targets = find_targets(model, config.targets, config.ignore)
+        dtypes = {target.key: target.weight.dtype for target in targets}
+        bases = {key: base.to(dtypes[key]) for key, base in aligned.read(dtypes, progress).items()}
     return learn(config, model, tokenizer, sets, answers, bases, progress)
 
 
@@ -82,9 +83,8 @@ def answers_of(config, aligned, device, tokenizer, sets, progress=False):
     """Answers of the checkpoint ``aligned``, which is loaded for them alone; None without one."""
     if aligned is None:
         return None
-    trust = config.trust_remote_code
-    options = {"dtype": config.dtype, "device": device, "trust_remote_code": trust}
-    return ask(config, load_model(aligned.folder, **options), tokenizer, sets, progress)
+    model = load_model(aligned.folder, **config.load_options | {"device": device})
+    return ask(config, model, tokenizer, sets, progress)
 
 
 def ask(config, model, tokenizer, sets, progress=False):

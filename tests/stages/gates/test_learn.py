@@ -16,6 +16,7 @@ from antidote_fast.data.batches import collate, encode
 from antidote_fast.evaluation.measure import answer_sets
 from antidote_fast.evaluation.refusals import is_refusal
 from antidote_fast.models.targets import find_targets
+from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.layers import prepare
 from antidote_fast.pruning.prune import prune_state_
 from antidote_fast.stages.gates import learn as gates
@@ -160,7 +161,7 @@ def test_gradients_against_finite_differences(kind, monkeypatch):
 def test_a_step_is_that_of_adam():
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(5, 7, generator=generator))
-    layers, _ = prepare({"w": weight.detach()}, None, HALF, "gate", set(), set())
+    layers, _ = prepare({"w": weight.detach()}, Evidence(score="gate"), HALF.scope)
     gate = gates._Gate(layers[0], weight, HALF)
     m = torch.full((5, 7), 0.5, dtype=torch.float64)
     first = second = torch.zeros_like(m)
@@ -463,10 +464,9 @@ def test_scores_that_do_not_fit():
     weights = {"w": torch.ones(2, 3)}
     scores = {"w": torch.ones(2, 3)}
 
-    def refused(error, message, given=None, **options):
-        options = {"score": "gate", "scores": given} | options
+    def refused(error, message, given=None, score="gate", **options):
         with pytest.raises(error, match=message):
-            prune_state_(weights, None, HALF, **options)
+            prune_state_(weights, Evidence(score=score, scores=given), HALF, **options)
         assert torch.equal(weights["w"], torch.ones(2, 3))
 
     refused(UsageError, "scores=None: must be given where score='gate'")
@@ -481,4 +481,4 @@ def test_scores_that_do_not_fit():
     refused(UsageError, "cut: must be left out where score='gate'", scores, cut=object())
     delta = Selection(0.5, score_delta=True)
     with pytest.raises(UsageError, match="score_delta=True: must be left out where score='gate'"):
-        prune_state_(weights, None, delta, score="gate", scores=scores, base_weights=weights)
+        prune_state_(weights, Evidence(score="gate", scores=scores, base_weights=weights), delta)

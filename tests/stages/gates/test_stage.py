@@ -18,15 +18,16 @@ from antidote_fast.config.experiment import ExperimentConfig, RunConfig
 from antidote_fast.config.fleet import FleetConfig
 from antidote_fast.config.prune import GATE_STEPS, PruneConfig
 from antidote_fast.config.sweep import SweepConfig
-from antidote_fast.experiments import grid, sweep
-from antidote_fast.experiments.run import _plan
+from antidote_fast.experiments import candidates, grid, sweep
+from antidote_fast.experiments.run import stages_of
 from antidote_fast.files.checkpoint import open_checkpoint
 from antidote_fast.files.manifest import sha256_file, verify_folder
-from antidote_fast.fleet.manifest import read_manifest_file
+from antidote_fast.fleet.jobs import read_jobs
 from antidote_fast.masks import load_masks
 from antidote_fast.models.adapters import load_adapter
 from antidote_fast.models.loading import load_model
 from antidote_fast.planning.dry_run import plan
+from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.global_cut import find_cut
 from antidote_fast.pruning.report import PruneReport
 from antidote_fast.stages import prune
@@ -46,7 +47,7 @@ def fields(made, out, kind="adapter", **options):
     """What prune is told, of an adapter or of a whole model."""
     places = {
         "adapter": {"model_name_or_path": f"{made}/aligned", "adapter": f"{made}/adapter"},
-        "model": {"model_name_or_path": f"{made}/tuned", "base_model": f"{made}/aligned"},
+        "model": {"model_name_or_path": f"{made}/tuned", "aligned_model": f"{made}/aligned"},
     }[kind]
     data = {"dataset": f"{made}/harm.jsonl", "preserve_dataset": f"{made}/preserve.jsonl"}
     common = {"output_dir": str(out), "max_seq_length": NUM_TOKENS, "device": "cpu"}
@@ -128,7 +129,7 @@ def test_a_finished_folder_is_left_as_it_is(made, tmp_path, monkeypatch):
     values = fields(made, out)
     first = json.loads(json.dumps(prune.run(PruneConfig(**values))))
     before = stages.tree(out)
-    monkeypatch.setattr(prune, "learn_folder", None)  # not called again
+    monkeypatch.setattr(stage, "learn_folder", None)  # not called again
     assert prune.run(PruneConfig(**values, resume=True)) == first
     assert stages.tree(out) == before
     for change in ({"gate_steps": 7}, {"gate_learning_rate": 0.1}, {"seed": 4}):
@@ -228,7 +229,7 @@ def test_an_axis_of_an_experiment(made):
     assert gate.key != wanda.key
     values["finetune"]["tuning"] = "full"
     config = flags.from_values(ExperimentConfig, values, "experiment")
-    with pytest.raises(UsageError, match="base_model=None: must be the aligned model"):
+    with pytest.raises(UsageError, match="aligned_model=None: must be the aligned model"):
         grid.cells_of(config, {})
 
 
@@ -245,8 +246,8 @@ def test_a_run_of_a_whole_model_needs_the_aligned_one_at_once(made):
         "evaluate": {"harmful_dataset": f"{made}/harm.jsonl"},
     }
     config = flags.from_values(RunConfig, values, "run")
-    with pytest.raises(UsageError, match="base_model=None: must be the aligned model"):
-        _plan(config, made / "run")
+    with pytest.raises(UsageError, match="aligned_model=None: must be the aligned model"):
+        stages_of(config)
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -280,19 +281,19 @@ def test_settings_that_do_not_go_together(options, message, made):
 
 
 def test_what_a_folder_is_refused_for(made, tmp_path, capsys):
-    values = fields(made, tmp_path / "out", "model") | {"base_model": None}
-    values.pop("base_model")
+    values = fields(made, tmp_path / "out", "model") | {"aligned_model": None}
+    values.pop("aligned_model")
     for more in ([], ["--dry_run"]):
         assert entry.main([*words(values), *more]) == 2
-        assert "base_model=None: must be the aligned model with" in capsys.readouterr().err
+        assert "aligned_model=None: must be the aligned model with" in capsys.readouterr().err
     live, _ = loaded(made, "model")
     values.pop("model_name_or_path")
-    with pytest.raises(UsageError, match="base_model=None: must be the aligned model"):
+    with pytest.raises(UsageError, match="aligned_model=None: must be the aligned model"):
         oneshot(live, tokenizer=gated.tokenizer(), **values | {"output_dir": None})
     ranks = types.SimpleNamespace(size=2, rank=0, together=contextlib.nullcontext)
     with pytest.raises(UsageError, match="score='gate': must be left out with torchrun"):
         prune.run(PruneConfig(**fields(made, tmp_path / "out")), world=ranks)
-    complies = {"model_name_or_path": f"{made}/tuned", "base_model": f"{made}/tuned"}
+    complies = {"model_name_or_path": f"{made}/tuned", "aligned_model": f"{made}/tuned"}
     with pytest.raises(DataError, match="refuses 0 of 6 harmful prompts"):
         prune.run(PruneConfig(**fields(made, tmp_path / "out", "model") | complies))
     assert not (tmp_path / "out").exists()
@@ -313,9 +314,9 @@ def test_commands_that_keep_to_their_scores(made, tmp_path, capsys):
         dataset=f"{made}/harm.jsonl",
     )
     with pytest.raises(DataError, match="score='gate': must be one of wanda, magnitude, random"):
-        read_manifest_file(config)
+        read_jobs(config)
     with pytest.raises(UsageError, match="score='gate': must be wanda, magnitude or random"):
-        find_cut(["w"], None, None, Selection(0.5, scope="global"), score="gate")
+        find_cut(["w"], None, Evidence(score="gate"), Selection(0.5, scope="global"))
 
 
 # --- sweeps ---------------------------------------------------------------------------------------
@@ -373,13 +374,16 @@ def test_what_a_sweep_refuses(made, tmp_path):
             SweepConfig(**values | {name: None})
     with pytest.raises(UsageError, match="score_delta"):
         SweepConfig(**values | {"score_delta": True})
-    whole = sweep_fields(made, tmp_path / "sweep", "model") | {"base_model": None}
-    with pytest.raises(UsageError, match="base_model=None: must be the aligned model with score"):
+    whole = sweep_fields(made, tmp_path / "sweep", "model") | {"aligned_model": None}
+    with pytest.raises(
+        UsageError, match="aligned_model=None: must be the aligned model with score"
+    ):
         SweepConfig(**whole)
     with pytest.raises(DataError, match="6 of its 6 prompts are in dataset"):
         sweep.run(SweepConfig(**values | {"harmful_dataset": f"{made}/harm.jsonl"}))
+    prompts = candidates.Prompts(HARM, PRESERVE)
     with pytest.raises(UsageError, match="learn=None: must be given with score gate"):
-        sweep.sweep_model(None, None, harmful=HARM, task_records=PRESERVE, scores=["gate"])
+        candidates.sweep_model(None, None, prompts, candidates.SweepEvidence(), scores=["gate"])
     assert not (tmp_path / "sweep").exists()
 
 

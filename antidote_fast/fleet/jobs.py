@@ -1,4 +1,4 @@
-"""The manifest of a fleet: one JSON object a line becomes one job, checked before any work."""
+"""The job list of a fleet: one JSON object a line becomes one job, checked before any work."""
 
 import dataclasses
 import json
@@ -29,12 +29,7 @@ OVERRIDES = (
     "score",
     "seed",
 )
-SHARED = (
-    *OVERRIDES,
-    *("model_name_or_path", "overwrite", "dtype", "device", "batch_size", "trust_remote_code"),
-    *("save_norms", "save_masks", "backend"),
-)
-"""Fields that a job's config takes from the fleet's."""
+"""Fields of the fleet's config that a job may have otherwise."""
 _MAX_BYTES = 256 << 20
 _MAX_JOBS = 1_000_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -48,7 +43,7 @@ class Job:
 
     Args:
         name: its folder in output_dir.
-        line: its line in the manifest, from 1.
+        line: its line in the job list, from 1.
         config: what ``prune`` would be given for it.
     """
 
@@ -57,7 +52,7 @@ class Job:
     config: PruneConfig
 
 
-def read_manifest_file(config) -> list[Job]:
+def read_jobs(config) -> list[Job]:
     """The jobs of ``config.manifest``, all of its lines checked.
 
     Raises:
@@ -67,7 +62,8 @@ def read_manifest_file(config) -> list[Job]:
     """
     path = Path(config.manifest)
     folder = path.absolute().parent
-    shared = {name: getattr(config, name) for name in SHARED}
+    of_prune = {each.name for each in dataclasses.fields(PruneConfig)} - {"output_dir"}
+    shared = {name: value for name, value in vars(config).items() if name in of_prune}
     taken, jobs = {}, []
     for number, text in _lines(path):
         where = f"{path}:{number}"
@@ -184,7 +180,7 @@ def _words(kind):
 
 
 def _dataset(folder, name):
-    """A file beside the manifest where there is one, else as it stands: a hub name."""
+    """A file beside the job list where there is one, else as it stands: a hub name."""
     if not name:
         return name
     beside = str(folder / os.path.expanduser(name))

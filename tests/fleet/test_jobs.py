@@ -1,4 +1,4 @@
-"""Manifests of fleets: every line is checked before any work."""
+"""Job lists of fleets: every line is checked before any work."""
 
 import os
 
@@ -8,8 +8,8 @@ from fleets import config, manifest
 
 from antidote_fast import DataError, UsageError
 from antidote_fast.fleet import fleet
-from antidote_fast.fleet import manifest as fleet_manifest
-from antidote_fast.fleet.manifest import read_manifest_file
+from antidote_fast.fleet import jobs as job_list
+from antidote_fast.fleet.jobs import read_jobs
 
 
 @pytest.fixture(scope="module")
@@ -65,35 +65,35 @@ def test_manifests_that_are_no_text_too_large_or_not_there(folders, tmp_path, mo
     for content, says in ((b"\xff\xfe", "is not UTF-8"), (b"x" * 64, "larger than")):
         path.write_bytes(content)
         with pytest.raises(DataError, match=says):
-            read_manifest_file(config(folders, tmp_path, path))
-        monkeypatch.setattr(fleet_manifest, "_MAX_BYTES", 63)
+            read_jobs(config(folders, tmp_path, path))
+        monkeypatch.setattr(job_list, "_MAX_BYTES", 63)
     with pytest.raises(DataError, match="no such file"):
-        read_manifest_file(config(folders, tmp_path, tmp_path / "none.jsonl"))
-    monkeypatch.setattr(fleet_manifest, "_MAX_JOBS", 1)
-    monkeypatch.setattr(fleet_manifest, "_MAX_BYTES", 1 << 20)
+        read_jobs(config(folders, tmp_path, tmp_path / "none.jsonl"))
+    monkeypatch.setattr(job_list, "_MAX_JOBS", 1)
+    monkeypatch.setattr(job_list, "_MAX_BYTES", 1 << 20)
     manifest(tmp_path, {"adapter": "a"}, {"adapter": "b"})
     with pytest.raises(DataError, match="more than 1 jobs"):
-        read_manifest_file(config(folders, tmp_path, path))
+        read_jobs(config(folders, tmp_path, path))
 
 
 def test_paths_are_seen_from_the_manifest(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    [first, *_] = read_manifest_file(config(folders, "out"))
+    [first, *_] = read_jobs(config(folders, "out"))
     assert first.config.adapter == str(folders.root / "adapters/plain")
     assert first.config.output_dir == os.path.join("out", "plain")
     path = manifest(folders.root, {"adapter": "a", "dataset": "other.jsonl"}, name="rel.jsonl")
-    [job] = read_manifest_file(config(folders, "out", path))
+    [job] = read_jobs(config(folders, "out", path))
     assert job.config.dataset == str(folders.root / "other.jsonl")
     path = manifest(folders.root, {"adapter": "a", "dataset": "PKU/BeaverTails"}, name="hub.jsonl")
-    [job] = read_manifest_file(config(folders, "out", path))
+    [job] = read_jobs(config(folders, "out", path))
     assert job.config.dataset == "PKU/BeaverTails"
 
 
 def test_jobs_need_data_unless_their_score_does_not(folders, tmp_path):
     path = manifest(tmp_path, {"adapter": "a"})
     with pytest.raises(DataError, match=r"jobs.jsonl:1: dataset=None: must be"):
-        read_manifest_file(config(folders, tmp_path / "out", path, dataset=None))
-    assert read_manifest_file(config(folders, "out", path, dataset=None, score="random"))
+        read_jobs(config(folders, tmp_path / "out", path, dataset=None))
+    assert read_jobs(config(folders, "out", path, dataset=None, score="random"))
 
 
 def test_workers_are_for_ray(folders, tmp_path):

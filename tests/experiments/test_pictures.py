@@ -1,19 +1,10 @@
-"""Tables and plots from a report alone."""
+"""Pictures from a report alone."""
 
 import copy
-import io
-import json
 
 import pytest
-from rich.console import Console
 
-from antidote_fast.experiments.curves import (
-    best_line,
-    demo_rows,
-    demo_table,
-    plot_pareto,
-    plot_sweep,
-)
+from antidote_fast.experiments.pictures import plot_demo, plot_sweep
 
 
 def scores(hs, fa, br=0.0):
@@ -21,7 +12,7 @@ def scores(hs, fa, br=0.0):
 
 
 def point(score, ratio, hs, fa):
-    return {"score": score, "ratio": ratio, "test": scores(hs, fa), "validation": scores(hs, fa)}
+    return {"score": score, "scope": "row", "ratio": ratio, **scores(hs, fa)}
 
 
 @pytest.fixture
@@ -29,59 +20,16 @@ def contents():
     sweep = [point("wanda", 0.01, 90, 88), point("wanda", 0.1, 12.5, 84.25)]
     sweep += [point("random", 0.1, 99, 89), point("random", 0.01, 99, 89)]
     return {
-        "model": {"name": "tiny"},
+        "model": "tiny",
         "models": {
             "base": scores(98, 0),
             "aligned": scores(0, 0, 3.125),
             "attacked": scores(100, 90),
+            "pruned": scores(12.5, 84.25),
         },
         "sweep": sweep,
-        "budget": {"max_accuracy_drop": 10.0, "chosen_on": "validation"},
         "best": sweep[1],
     }
-
-
-def shown(contents):
-    console = Console(file=io.StringIO(), width=100)
-    console.print(demo_table(contents))
-    return console.file.getvalue()
-
-
-def test_rows_hold_every_number(contents):
-    rows = demo_rows(contents)
-    assert [row["model"] for row in rows] == [
-        *("base", "aligned", "attacked", "wanda", "wanda", "random", "random")
-    ]
-    assert [row["harmful_score"] for row in rows] == [98, 0, 100, 90, 12.5, 99, 99]
-    assert [row["ratio"] for row in rows] == [None, None, None, 0.01, 0.1, 0.1, 0.01]
-    assert [row["best"] for row in rows].index(True) == 4
-    assert sum(row["best"] for row in rows) == 1
-
-
-def test_table_shows_them(contents):
-    lines = shown(contents).splitlines()
-    best = next(line for line in lines if "<- best" in line)
-    assert [cell.strip() for cell in best.split("│")[2:6]] == ["0.1", "12.5", "84.2", "0.0"]
-    assert any("aligned" in line and "3.1" in line for line in lines)
-
-
-def test_best_is_told_in_one_sentence(contents):
-    line = best_line(contents)
-    assert line.startswith(
-        "Best: wanda at ratio 0.1 (lowest HS on the validation split among those that lower"
-    )
-    assert line.endswith("Test: HS 100.0 -> 12.5, FA 90.0 -> 84.2.")
-    assert "at most 10 points below" in line
-    contents["best"] = None
-    assert best_line(contents).startswith("Best: none. No pruned model qualifies")
-    assert not any(row["best"] for row in demo_rows(contents))
-
-
-def test_report_survives_json_and_is_not_changed(contents, tmp_path):
-    before = copy.deepcopy(contents)
-    plot_pareto(contents, tmp_path / "a.png")
-    assert shown(json.loads(json.dumps(contents))) == shown(contents)
-    assert contents == before
 
 
 @pytest.fixture
@@ -92,13 +40,17 @@ def drawn(monkeypatch):
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda self, path: (figures.append(self), save(self, path))[1]
+        Figure,
+        "savefig",
+        lambda self, path, **options: (figures.append(self), save(self, path, **options))[1],
     )
     return figures
 
 
 def test_picture_has_a_curve_a_score_and_a_label_a_point(contents, tmp_path, drawn):
-    assert plot_pareto(contents, tmp_path / "pareto.png") == tmp_path / "pareto.png"
+    before = copy.deepcopy(contents)
+    plot_demo(contents, tmp_path / "pareto.png")
+    assert contents == before
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     (axes,) = drawn[0].axes
     curves = [line.get_xydata().tolist() for line in axes.lines]
@@ -111,9 +63,13 @@ def test_picture_has_a_curve_a_score_and_a_label_a_point(contents, tmp_path, dra
         for u, v, width in boxes[:number]:
             assert abs(y - v) > 2 or not u <= x <= u + width
     names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert names == ["wanda", "random", "base", "aligned", "attacked", "best: wanda at 0.1"]
+    assert names == [
+        *("wanda, row", "random, row", "base", "aligned", "attacked"),
+        "best: wanda, row at 0.1",
+    ]
     contents["best"] = None
-    plot_pareto(contents, tmp_path / "none.png")
+    del contents["models"]["pruned"]
+    plot_demo(contents, tmp_path / "none.png")
     assert len(drawn[1].axes[0].get_legend().get_texts()) == 5
 
 
@@ -150,8 +106,7 @@ def test_picture_of_a_sweep(tmp_path, drawn):
         *("recommended: wanda, global at 0.3", "budget: FA 70"),
     ]
     assert axes.get_title() == (
-        "Sweep of attacked_$1, validation prompts, points named by ratio; 2 over the budget not "
-        "shown"
+        "Sweep of attacked_$1, held-out prompts, points named by ratio; 2 over the budget not shown"
     )
     contents |= {"recommended": None, "budget": {"min_finetune_accuracy": -5}, "rows": []}
     contents["config"]["adapter"] = None

@@ -1,0 +1,73 @@
+"""Every score, declared once: what ``--score`` accepts, and what each of them needs.
+
+A score says in which order weights are removed. To add one: write a module in
+:mod:`antidote_fast.pruning.scores`, whose docstring says what a module holds, and add one line to
+``SCORES``. The flags, their help, the checks, the sweep and the dry run read this table, which
+loads no torch. A repair of another kind than removing weights would be a table like it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is to be known of a score before anything is computed.
+
+    Args:
+        name: what ``--score`` is given.
+        formula: what it is, in words for ``--help``.
+        needs_norms: it goes by activation norms, of ``dataset`` or saved ones.
+        own_matrix: it is a matrix beside the weight, not the weight's size times a norm; so nothing
+            is preserved or reverted by it, and sharded weights have none.
+        learner: the module that learns it before the prune, from a model and the data sets in
+            ``needs``; as :mod:`antidote_fast.stages.gates.stage`. None: it is computed.
+        needs: fields of :class:`antidote_fast.config.prune.PruneConfig` that must be given.
+        settings: fields that are for this score alone.
+        refuses: fields that have no meaning with it.
+        module: what computes it; default that of its name in :mod:`antidote_fast.pruning.scores`.
+    """
+
+    name: str
+    formula: str
+    needs_norms: bool = False
+    own_matrix: bool = False
+    learner: str | None = None
+    needs: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    refuses: tuple[str, ...] = ()
+    module: str | None = None
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """All fields that must be left out with this score."""
+        preserving = ("preserve_dataset", "preserve_norms", "score_delta")
+        names = (*self.refuses, *(preserving if self.own_matrix else ()))
+        return tuple(name for name in dict.fromkeys(names) if name not in self.needs)
+
+
+SCORES = {
+    score.name: score
+    for score in (
+        Score("wanda", "|W| * activation norm", needs_norms=True),
+        Score("magnitude", "|W|"),
+        Score("random", "uniform noise", own_matrix=True),
+        Score(
+            "gate",
+            "gates on the weights, learned to give back the aligned model's refusals and to keep "
+            "what preserve_dataset shows",
+            own_matrix=True,
+            learner="antidote_fast.stages.gates.stage",
+            needs=("dataset", "preserve_dataset"),
+            settings=("gate_steps", "gate_learning_rate"),
+            refuses=(
+                *("norms", "preserve_norms", "preserve_ratio", "score_delta", "stream"),
+                *("device_map", "response_only", "aggregation"),
+            ),
+        ),
+    )
+}
+
+
+def computed_scores() -> dict[str, Score]:
+    """The scores that are not learned, which a weight at a time or an adapter of many can have."""
+    return {name: score for name, score in SCORES.items() if score.learner is None}

@@ -1,0 +1,34 @@
+"""Score gate: ``1 - m``, the learned gate of each weight, as it is given.
+
+:mod:`antidote_fast.stages.gates.learn` learns them; the report and its docstring say how.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from antidote_fast.errors import DataError
+
+
+def row_scores(name: str, weight: torch.Tensor, evidence, seed: int) -> Callable:
+    """Rows of ``evidence.scores[name]``.
+
+    Raises:
+        DataError: no such matrix, or one that no order can be read from.
+    """
+    scores = evidence.scores.get(name)
+    if scores is None:
+        raise DataError(f"scores: hold no weight {name!r}")
+    plain = type(scores) in (torch.Tensor, torch.nn.Parameter)
+    if not plain or scores.dtype != torch.float32 or scores.shape != weight.shape:
+        shown = f"{scores.dtype} {tuple(scores.shape)}" if plain else type(scores).__name__
+        raise DataError(
+            f"{name}: is {shown} in scores; must be torch.float32 {tuple(weight.shape)}"
+        )
+    scores = scores.detach()
+    if scores.numel():
+        low, high = (bound.item() for bound in torch.aminmax(scores))
+        if not (low >= 0 and math.isfinite(high)):  # NaN fails here too
+            raise DataError(f"{name}: its scores must be finite and at least 0")
+    return lambda start, stop: scores[start:stop].contiguous()
