@@ -1,6 +1,7 @@
 """The stages of one setting, each from the folder of the one before; what is done is kept."""
 
 import importlib
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -129,7 +130,7 @@ class Maker:
 
 
 def check_own_folder(
-    output_dir: str, names: Collection[str], prefixes: Collection[str], command: str
+    output_dir: str | os.PathLike, names: Collection[str], prefixes: Collection[str], command: str
 ) -> None:
     """Refuse an output folder that is a file, or holds what the command does not write.
 

@@ -51,36 +51,30 @@ def run(config: ExperimentConfig, *, progress: Progress = False) -> dict:
 
         _check_flags(config)
         prepare(progress=progress)
-    trials, first = check(config)
+    trials, cells = check(config)
+    tried, chosen = _tried(trials), {}
     busy = DataError(f"output_dir={config.output_dir!r}: another experiment is at work there")
     with held(out / ".experiment.lock", busy, make=True):
-        return _run(config, trials, first, out, start, progress)
-
-
-def _run(config, trials, first, out, start, progress):
-    tried = [cell for options in trials.values() for _, cell in options]
-    work = _Work(config, out, progress)
-    for cell in track(tried, "strengths", progress):
-        work.do(cell, tried)
-    cells, chosen = first, {}
-    if all(work.is_settled(cell) for cell in tried):
-        chosen = {name: _best(name, options, work.rows) for name, options in trials.items()}
-        cells = grid.cells_of(config, chosen)
-        for cell in track(cells, "cells", progress):
-            work.do(cell, [*tried, *cells])
-    results = {
-        "chosen": chosen,
-        "num_cells": len(cells),
-        "num_tried": len(tried),
-        "num_computed": work.computed,
-        "num_left": sum(not work.is_settled(cell) for cell in (*tried, *cells)),
-        "hardware": hardware(),
-        "failed": list(work.failed.values()),
-        "seconds": round(time.perf_counter() - start, 3),
-    }
-    rows = work.save([*tried, *cells])
-    write_tables(rows, config, out)
-    report = replace_report(out, "experiment", config, results)
+        work = _Work(config, out, progress)
+        for cell in track(tried, "strengths", progress):
+            work.do(cell, tried)
+        if all(work.is_settled(cell) for cell in tried):
+            chosen = {name: _best(name, options, work.rows) for name, options in trials.items()}
+            cells = grid.cells_of(config, chosen)
+            for cell in track(cells, "cells", progress):
+                work.do(cell, [*tried, *cells])
+        results = {
+            "chosen": chosen,
+            "num_cells": len(cells),
+            "num_tried": len(tried),
+            "num_computed": work.computed,
+            "num_left": sum(not work.is_settled(cell) for cell in (*tried, *cells)),
+            "hardware": hardware(),
+            "failed": list(work.failed.values()),
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        write_tables(work.save([*tried, *cells]), config, out)
+        report = replace_report(out, "experiment", config, results)
     if work.failed:
         first_line = next(iter(work.failed.values()))
         count = f"{len(work.failed)} of {len(tried) + len(cells)}"
@@ -108,9 +102,13 @@ def check(config: ExperimentConfig) -> tuple[dict, list]:
         )
     for folder in {Path(config.output_dir), Path(config.stages or config.output_dir)}:
         check_parent(folder)
-    tried = [cell for options in trials.values() for _, cell in options]
-    check_data([stage for cell in (*tried, *cells) for stage in cell.stages.values()])
+    check_data([stage for cell in (*_tried(trials), *cells) for stage in cell.stages.values()])
     return trials, cells
+
+
+def _tried(trials):
+    """The cells of all strengths that are tried."""
+    return [cell for options in trials.values() for _, cell in options]
 
 
 def _check_flags(config):

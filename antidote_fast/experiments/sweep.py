@@ -2,9 +2,11 @@
 
 import importlib
 from dataclasses import dataclass
+from typing import Any
 
 from antidote_fast.config.sweep import NORM_FILES, SweepConfig
 from antidote_fast.data.batches import batches_of
+from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError
 from antidote_fast.evaluation.judges import get_judge
 from antidote_fast.experiments import pictures
@@ -12,11 +14,11 @@ from antidote_fast.experiments.candidates import SETS, Prompts, SweepEvidence, s
 from antidote_fast.experiments.tables import write_csv
 from antidote_fast.files import provenance
 from antidote_fast.files.checkpoint import Checkpoint
-from antidote_fast.files.commit import check_output_folder, output_folder
+from antidote_fast.files.commit import output_folder
 from antidote_fast.files.safe_open import Watch
 from antidote_fast.models.adapters import adapter_off, load_adapter
 from antidote_fast.models.footprint import check_memory
-from antidote_fast.models.loading import load_model, load_tokenizer, pick_device
+from antidote_fast.models.loading import load_model, pick_device
 from antidote_fast.models.targets import find_targets
 from antidote_fast.stages import evaluate
 from antidote_fast.stages.evidence import collect
@@ -49,15 +51,17 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
             is taken. AntidoteError: not enough memory.
     """
     clock = Clock()
-    watch = Watch(*provenance.input_files(config))
+    files = provenance.input_files(config)
+    watch = Watch(*files)
     checked = check(config, progress)
+    asked = checked.asked
     clock.lap("check")
     with output_folder(config.output_dir, config.overwrite) as folder:
         options = {"dtype": config.dtype, "device": config.device}
         options["trust_remote_code"] = config.trust_remote_code
         answers = None
         if checked.prompts:
-            about = (checked.aligned, config.device, checked.tokenizer, checked.prompts, progress)
+            about = (checked.aligned, config.device, asked.tokenizer, checked.prompts, progress)
             answers = answers_of(config.learning(), *about)
             clock.lap("ask the aligned model")
         model = load_model(checked.base.folder, **options)
@@ -67,7 +71,7 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
         if checked.aligned is not None:
             keys = [t.key for t in find_targets(model, config.targets, config.ignore)]
             bases = checked.aligned.read(keys, progress)
-        judge = get_judge(config.evaluation().judge, **checked.judge)
+        judge = get_judge(config.evaluation().judge, **asked.judge)
         clock.lap("load")
         learn = _learner(config, model, checked, answers, bases, progress)
         norms, counts = _collect(config, model, checked, progress)
@@ -76,19 +80,19 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
                 each.save(folder / NORM_FILES[kind])
         clock.lap("calibrate")
         how = {name: getattr(config, name) for name in ("template", "max_new_tokens", "batch_size")}
-        prompts = Prompts(**checked.sets, task_name=config.task, judge=judge, **how)
+        prompts = Prompts(**asked.sets, task_name=config.task, judge=judge, **how)
         evidence = SweepEvidence(norms, bases, config.score_delta, learn)
         names = ("ratios", "scopes", "scores", "max_accuracy_drop", "max_refusal_rise")
         names += ("targets", "ignore", "seed", "backend")
         options = {name: getattr(config, name) for name in names}
         results = sweep_model(
-            model, checked.tokenizer, prompts, evidence, **options, progress=progress
+            model, asked.tokenizer, prompts, evidence, **options, progress=progress
         )
         best = results["recommended"]
         where = best and (best["score"], best["scope"], best["ratio"])
         results |= {
             "command": where and config.command(*where),
-            "datasets": checked.datasets,
+            "datasets": asked.datasets,
             "calibration": counts,
             "task": config.task,
             "judge": config.evaluation().judge,
@@ -97,9 +101,7 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
         }
         write_csv([_flat(row) for row in results["rows"]], folder / ROWS)
         pictures.plot_sweep({"config": vars(config), **results}, folder / PICTURE)
-        written = provenance.write_report(
-            folder, "sweep", config, results, inputs=provenance.input_files(config)
-        )
+        written = provenance.write_report(folder, "sweep", config, results, inputs=files)
         watch.check()
         return written
 
@@ -108,7 +110,7 @@ def _learner(config, model, checked, answers, bases, progress):
     """The scores of gate by a selection, or None where nothing is learned."""
     if not checked.prompts:
         return None
-    about = (model, checked.tokenizer, checked.prompts)
+    about = (model, checked.asked.tokenizer, checked.prompts)
     if answers is None:
         with adapter_off(model):
             answers = stage.ask(config.learning(), *about, progress)
@@ -150,27 +152,21 @@ class Checked:
 
     Args:
         base, adapter, aligned: checkpoints; the last two may be None.
-        tokenizer: the base's.
-        sets: records to choose on, by harmful, task and benign; those too long are left out.
-        datasets: what the report says of them.
+        asked: the records to choose on, and what else an evaluation needs.
         records: {field of the config: calibration records}.
         batches: the same as batches.
         prompts: {field of the config: records that gates are learned on}; empty without.
-        judge: options of :func:`antidote_fast.evaluation.judges.get_judge`.
         backend: as :func:`antidote_fast.stages.inputs.describe_backend`.
     """
 
     base: Checkpoint
     adapter: Checkpoint | None
     aligned: Checkpoint | None
-    tokenizer: object
-    sets: dict
-    datasets: dict
-    records: dict
-    batches: dict
-    prompts: dict
-    judge: dict
-    backend: dict
+    asked: evaluate.EvaluationInputs
+    records: dict[str, list[Record]]
+    batches: dict[str, Any]
+    prompts: dict[str, list[Record]]
+    backend: dict[str, Any]
 
 
 def check(config: SweepConfig, progress: Progress = False) -> Checked:
@@ -179,36 +175,27 @@ def check(config: SweepConfig, progress: Progress = False) -> Checked:
     Raises:
         As :func:`run`.
     """
-    check_output_folder(config.output_dir, config.overwrite)
-    backend = describe_backend(config.backend, pick_device(config.device))
     importlib.import_module("matplotlib")  # for the picture, which is drawn last
-    evaluation = config.evaluation()
-    judge = evaluate.check_judges(evaluation)
-    sets = evaluate.load_sets(evaluation)
-    names = [name for name in ("dataset", "preserve_dataset") if _kinds_of(config, name)]
-    records = {name: load_data(config, None, name) for name in names}
-    prompts = {}
-    if config.learned:
-        learning = config.learning()
-        for name in ("dataset", "preserve_dataset"):
-            prompts[name] = load_data(learning, None, name)
-    for name, some in sets.items():
+    backend = describe_backend(config.backend, pick_device(config.device))
+    asked = evaluate.open_inputs(config.evaluation())
+    data = ("dataset", "preserve_dataset")
+    records = {name: load_data(config, None, name) for name in data if _kinds_of(config, name)}
+    learned_on = data if config.learned else ()
+    prompts = {name: load_data(config.learning(), None, name) for name in learned_on}
+    for name, some in asked.sets.items():
         for calibration in (records, prompts):
             _check_apart(config, f"{name}_dataset", some, calibration)
     base, adapter = open_folders(config, progress)
     aligned = open_aligned(config, base, progress)
-    trust = config.trust_remote_code
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=trust)
-    sets, datasets = evaluate.drop_long(sets, tokenizer, evaluation, base.config)
     batches = {
-        name: batches_of(config, some, tokenizer, base.config) for name, some in records.items()
+        name: batches_of(config, some, asked.tokenizer, base.config)
+        for name, some in records.items()
     }
     if config.learned:
         check_stage(config.learning(), base, adapter is not None)
-        check_texts(tokenizer, *prompts.values(), **texts_of(config))
+        check_texts(asked.tokenizer, *prompts.values(), **texts_of(config))
     check_memory(config, [base, adapter])
-    parts = (sets, datasets, records, batches, prompts, judge, backend)
-    return Checked(base, adapter, aligned, tokenizer, *parts)
+    return Checked(base, adapter, aligned, asked, records, batches, prompts, backend)
 
 
 def _kinds_of(config, name):

@@ -114,6 +114,17 @@ def test_a_run_of_full_tuning_without_align(inputs, tmp_path, capsys):
     assert not (out / "aligned").exists()
 
 
+def test_a_run_may_stop_before_prune_and_go_on_later(inputs, tmp_path):
+    """What a training with checkpoints made is kept as well."""
+    out, steps = tmp_path / "out", {"save_steps": 1}
+    report = run.run(config(inputs, out, align=None, finetune=steps, prune=None))
+    assert list(report["models"]) == ["base", "attacked"]
+    assert not (out / "pruned").exists()
+    later = run.run(config(inputs, out, align=None, finetune=steps))
+    assert later["reused"] == ["attacked", "scores/base", "scores/attacked"]
+    assert later["models"].items() > report["models"].items()
+
+
 @pytest.mark.parametrize(
     ("sections", "error", "says"),
     [
