@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import functools
 import time
+from typing import Any
 
 import torch
 
@@ -123,7 +124,7 @@ class Worker:
             self._hooks.close()
         self._hooks = self._hooked = self._collector = None
 
-    def open_adapter(self, config):
+    def open_adapter(self, config: Any) -> Checkpoint:
         """A job's adapter, checked by what needs no look at the base's weights."""
         adapter = open_model(config, "adapter")
         check_copied(adapter)
