@@ -5,6 +5,7 @@ import itertools
 import oracle
 import parity
 import pytest
+import sampling
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,11 +26,13 @@ from antidote_fast import score as score_op
 from antidote_fast.backends import load
 from antidote_fast.errors import BackendUnavailable
 
-pytestmark = pytest.mark.skipif(
-    load("triton")[1] is not None, reason=f"triton backend: {load('triton')[1]}"
-)
-
 COMPILED = torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.skipif(
+        load("triton")[1] is not None, reason=f"triton backend: {load('triton')[1]}"
+    ),
+    pytest.mark.thin(strength=2 if COMPILED else 1),
+]
 DEVICE = "cuda" if COMPILED else "cpu"
 # Interpreted, an operation takes a fifth of a second: one kind of weight a case there, not all.
 KINDS = list(itertools.product(oracle.WEIGHT_KINDS, ("none", "uniform", "dead", "nan")))
@@ -261,7 +264,7 @@ def test_prune_linear_is_its_parts():
     assert oracle.same_bits(pruned.cpu(), prune_(weight.clone(), norm.cpu(), Selection(0.1)))
 
 
-@settings(max_examples=300 if COMPILED else 60, deadline=None)
+@settings(max_examples=300 if COMPILED else sampling.examples(60, 15), deadline=None)
 @given(st.data())
 def test_any_call(data):
     widths = st.integers(0, 140) | st.sampled_from([512, 520, 1024, 1030])
