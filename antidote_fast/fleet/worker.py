@@ -18,6 +18,7 @@ import torch
 from antidote_fast.data.batches import batches_of
 from antidote_fast.data.load import local_file
 from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.commit import output_folder
 from antidote_fast.files.fingerprint import fingerprint_model
 from antidote_fast.files.manifest import check_input
