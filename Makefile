@@ -43,6 +43,7 @@ tests: $(MARK)-test
 style: $(MARK)-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	clang-format --dry-run --Werror $(FORMATTED)
 
 # The tests marked `table`, with the address and undefined-behaviour sanitizers in the extensions;

@@ -224,10 +224,10 @@ def _pruning(builder, weights, bases, written, sees_data, learns):
             builder.plan.bytes_read -= size  # counted already
     whole = config.scope == "global" and not config.stream
     together = builder.prunes if whole else largest.num_elements
-    if config.score == "random":
-        memory["scores"] = 4 * together
-    elif learns:  # as they were learned, and the copies that are selected from
+    if learns:  # as they were learned, and the copies that are selected from
         memory["scores"] = 4 * (builder.prunes + together)
+    elif config.scoring.own_matrix:
+        memory["scores"] = 4 * together
     builder.phase(memory)
 
 

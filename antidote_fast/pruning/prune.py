@@ -274,7 +274,7 @@ def _calls(layers, scope, together):
     """
     if scope == "global":
         return [layers]
-    calls = {}
+    calls: dict[int | torch.device, list[Layer]] = {}
     for i, layer in enumerate(layers):
         device = layer.matrix.device
         alone = device.type == "cpu" and not together

@@ -186,7 +186,7 @@ def test_a_failed_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
 
 FAULTS = """
     import os, signal, sys
-    from antidote_fast import commit, places
+    from antidote_fast.files import commit, places
     path, point = sys.argv[1], int(sys.argv[2])
     if sys.argv[3] == "two renames":
         places._exchange = lambda *a: False

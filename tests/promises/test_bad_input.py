@@ -166,7 +166,7 @@ def test_a_batch_of_pads_alone(work, capsys, monkeypatch):
 
     batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long)}
     batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
-    batches = type("Batches", (list,), {"num_dropped": 0, "num_truncated": 0})([batch])
+    batches = data_batches.Examples([batch])
     monkeypatch.setattr(data_batches, "make_batches", lambda *args, **kwargs: batches)
     refused(words(), 3, "hold 0 tokens to count", capsys)
 
