@@ -150,8 +150,7 @@ class Checked:
     Args:
         base, adapter, aligned: checkpoints; the last two may be None.
         asked: the records to choose on, and what else an evaluation needs.
-        records: {field of the config: calibration records}.
-        batches: the same as batches.
+        batches: {field of the config: calibration records in batches}.
         prompts: {field of the config: records that gates are learned on}; empty without.
         backend: as :func:`antidote_fast.stages.inputs.describe_backend`.
     """
@@ -160,7 +159,6 @@ class Checked:
     adapter: Checkpoint | None
     aligned: Checkpoint | None
     asked: evaluate.EvaluationInputs
-    records: dict[str, list[Record]]
     batches: dict[str, Any]
     prompts: dict[str, list[Record]]
     backend: dict[str, Any]
@@ -192,7 +190,7 @@ def check(config: SweepConfig, progress: Progress = False) -> Checked:
         check_stage(config.learning(), base, adapter is not None)
         check_texts(asked.tokenizer, *prompts.values(), **texts_of(config))
     check_memory(config, [base, adapter])
-    return Checked(base, adapter, aligned, asked, records, batches, prompts, backend)
+    return Checked(base, adapter, aligned, asked, batches, prompts, backend)
 
 
 def _kinds_of(config, name):

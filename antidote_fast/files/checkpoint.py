@@ -93,6 +93,27 @@ class Checkpoint:
             return tail
         return self._by_tail.get(key)
 
+    def entry(self, key: str) -> TensorEntry:
+        """Where the parameter ``key`` of the live model lies.
+
+        Raises:
+            DataError: it is not in the checkpoint.
+        """
+        name = self.find(key)
+        if name is None:
+            raise DataError(f"{self.folder}: has no tensor {key!r}")
+        return self.tensors[name]
+
+    @property
+    def num_weights(self) -> int:
+        """Values of all tensors."""
+        return sum(entry.num_elements for entry in self.tensors.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the files that hold the weights."""
+        return sum(file.stat().st_size for file in self.weight_files)
+
     @functools.cached_property
     def _by_tail(self):
         """Names by what follows their first part; None where several end alike."""
@@ -114,12 +135,11 @@ class Checkpoint:
         """
         tensors = {}
         for key in track(keys, "read", progress):
-            name = self.find(key)
-            if name is None:
-                raise DataError(f"{self.folder}: has no tensor {key!r}")
-            entry = self.tensors[name]
+            entry = self.entry(key)
             if entry.dtype is None:  # its size is unknown then, and its shape unchecked
-                raise DataError(f"{entry.file}: {name!r} is of a dtype that this torch lacks")
+                raise DataError(
+                    f"{entry.file}: {self.find(key)!r} is of a dtype that this torch lacks"
+                )
             try:
                 tensors[key] = self._held_tensor(entry) if self.is_adapter else read_tensor(entry)
             except DataError:

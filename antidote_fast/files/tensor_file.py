@@ -37,6 +37,16 @@ class TensorEntry:
     start: int
     end: int
 
+    @property
+    def num_elements(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size as saved."""
+        return self.end - self.start
+
 
 def read_tensor(entry: TensorEntry) -> Tensor:
     """One tensor of a checkpoint, in memory of its own.

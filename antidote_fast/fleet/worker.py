@@ -11,12 +11,14 @@ import ctypes
 import dataclasses
 import functools
 import time
+from typing import Any
 
 import torch
 
 from antidote_fast.data.batches import batches_of
 from antidote_fast.data.load import local_file
 from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.commit import output_folder
 from antidote_fast.files.fingerprint import fingerprint_model
 from antidote_fast.files.manifest import check_input
@@ -123,7 +125,7 @@ class Worker:
             self._hooks.close()
         self._hooks = self._hooked = self._collector = None
 
-    def open_adapter(self, config):
+    def open_adapter(self, config: Any) -> Checkpoint:
         """A job's adapter, checked by what needs no look at the base's weights."""
         adapter = open_model(config, "adapter")
         check_copied(adapter)

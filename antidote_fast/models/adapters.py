@@ -217,7 +217,7 @@ def check_sizes(adapter: Checkpoint, base: Mapping[str, tuple[int, ...]]) -> Non
     left = 4 * largest
     seen = {}
     for key, entry in adapter.tensors.items():
-        size, name = entry.end - entry.start, key.removeprefix(_PREFIX)
+        size, name = entry.num_bytes, key.removeprefix(_PREFIX)
         factor = LORA_FACTOR.fullmatch(name)
         most = 16 * math.prod(base[name]) if name in base else longest if factor else largest
         if size > most:

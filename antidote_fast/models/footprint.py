@@ -1,7 +1,5 @@
 """The memory that a model takes, and whether there is enough of it."""
 
-import math
-
 import torch
 
 from antidote_fast.errors import AntidoteError
@@ -12,11 +10,6 @@ from antidote_fast.system.memory import available_memory, format_bytes
 ADAM_BYTES = 8  # two fp32 moments a trainable weight
 
 
-def num_weights(checkpoint: Checkpoint) -> int:
-    """Elements of a checkpoint's tensors."""
-    return sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
-
-
 def weight_bytes(checkpoint: Checkpoint, dtype: str = "auto") -> int:
     """Bytes of a checkpoint's weights in memory, in ``dtype`` (auto: as they are saved)."""
     wanted = pick_dtype(dtype)
@@ -24,9 +17,9 @@ def weight_bytes(checkpoint: Checkpoint, dtype: str = "auto") -> int:
     total = 0
     for entry in checkpoint.tensors.values():
         if convert and entry.dtype is not None and entry.dtype.is_floating_point:
-            total += math.prod(entry.shape) * wanted.itemsize
+            total += entry.num_elements * wanted.itemsize
         else:
-            total += entry.end - entry.start
+            total += entry.num_bytes
     return total
 
 
@@ -48,7 +41,7 @@ def check_memory(config, checkpoints: list[Checkpoint | None]) -> None:
     available = device_memory(device)
     advice = "give a smaller --dtype, or another --device"
     if getattr(config, "tuning", None) == "full":
-        what, needed = "training all weights needs", num_weights(base) * (4 + 4 + ADAM_BYTES)
+        what, needed = "training all weights needs", base.num_weights * (4 + 4 + ADAM_BYTES)
         advice = "give --tuning lora, or another --device"
     else:
         what = "its weights need"

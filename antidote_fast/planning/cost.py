@@ -7,8 +7,8 @@ largest batch is rehearsed, and the bytes of the tensors that are alive are adde
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -169,11 +169,11 @@ class ModelCost:
             self._inner.set_experts_implementation(experts)
 
         def inputs(mask=True):
-            made = {"input_ids": torch.zeros((batch, length), dtype=torch.int64, device="meta")}
+            tensors = {"input_ids": torch.zeros((batch, length), dtype=torch.int64, device="meta")}
             if mask:  # one of four dimensions is taken as it is
                 shape, dtype = (batch, 1, length, length), self._inner.dtype
-                made["attention_mask"] = torch.zeros(shape, dtype=dtype, device="meta")
-            return made
+                tensors["attention_mask"] = torch.zeros(shape, dtype=dtype, device="meta")
+            return tensors
 
         for make in (inputs, functools.partial(inputs, mask=False)):  # some models know no such
             with contextlib.suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
@@ -181,7 +181,7 @@ class ModelCost:
         return None
 
 
-def cost_of(config, base: Checkpoint, adapt: Callable | None = None) -> ModelCost:
+def cost_of(config: Any, base: Checkpoint, adapt: Callable | None = None) -> ModelCost:
     """The cost of the model that a stage loads.
 
     Args:
@@ -218,12 +218,14 @@ class AliveBytes(TorchDispatchMode):
         peak: the most that were alive at once.
     """
 
-    def __init__(self, known):
+    def __init__(self, known: Iterable[torch.UntypedStorage]):
         super().__init__()
         self.now = self.peak = 0
         self._seen = {storage._cdata for storage in known}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         """Runs the function, and counts what it gives."""
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):

@@ -26,7 +26,7 @@ from antidote_fast.fleet.worker import AHEAD, Worker
 from antidote_fast.models.adapters import check_adapter
 from antidote_fast.models.loading import open_model
 from antidote_fast.models.targets import find_targets
-from antidote_fast.planning.plan import Builder, Plan, file_bytes
+from antidote_fast.planning.plan import Builder, Plan
 from antidote_fast.planning.prune import plan_calibrate, plan_prune
 from antidote_fast.planning.train import plan_evaluate, plan_train
 from antidote_fast.stages.inputs import unseen_data
@@ -57,8 +57,8 @@ def _plan_fleet(config):
     check_parent(config.output_dir)
     worker = Worker(config)
     worker.check_data(jobs)
-    made = Builder("fleet", config, worker.base)
-    made.read(worker.base, config.dataset, config.preserve_dataset)
+    builder = Builder("fleet", config, worker.base)
+    builder.read(worker.base, config.dataset, config.preserve_dataset)
     sizes, refused, done, flops, factors = [], [], 0, {}, []
     for job in jobs:
         try:
@@ -70,28 +70,28 @@ def _plan_fleet(config):
             refused.append(f"{job.name}: {error}")
             continue
         done += read_manifest(job.config.output_dir) is not None
-        sizes.append(sum(entry.end - entry.start for entry in adapter.tensors.values()))
+        sizes.append(sum(entry.num_bytes for entry in adapter.tensors.values()))
         factors = factors or [e.shape for e in adapter.tensors.values() if len(e.shape) == 2]
         if not names:
             continue
-        if made.cost is None:
-            made.load(adapter)
+        if builder.cost is None:
+            builder.load(adapter)
         chosen = str((job.config.targets, job.config.ignore))
         if chosen not in flops:
-            targets = find_targets(made.cost.model, job.config.targets, job.config.ignore)
-            flops[chosen] = made.cost.forward_until([target.input_module for target in targets])
-        made.forward("calibrate", [batch["input_ids"].shape for batch in batches], flops[chosen])
-    made.plan.data = {"jobs": len(jobs), "refused": len(refused), "with a folder already": done}
-    made.plan.notes += [f"would be set aside: {line}" for line in refused[:3]]
-    made.plan.bytes_read += 2 * sum(sizes)  # read, and copied before it is written into
-    made.plan.bytes_written = sum(sizes)
-    made.prunes = len(sizes) * sum(map(math.prod, factors))
-    made.columns = max((shape[-1] for shape in factors), default=1)
-    if made.cost is not None:
-        made.hold("weights", made.cost.weight_bytes)
-        made.hold("activations", made.cost.activation_bytes(*made.shape))
-    made.hold("adapters on their way", 2 * (1 + AHEAD) * max(sizes, default=0))
-    return made.finish()
+            targets = find_targets(builder.cost.model, job.config.targets, job.config.ignore)
+            flops[chosen] = builder.cost.forward_until([target.input_module for target in targets])
+        builder.forward("calibrate", [batch["input_ids"].shape for batch in batches], flops[chosen])
+    builder.plan.data = {"jobs": len(jobs), "refused": len(refused), "with a folder already": done}
+    builder.plan.notes += [f"would be set aside: {line}" for line in refused[:3]]
+    builder.plan.bytes_read += 2 * sum(sizes)  # read, and copied before it is written into
+    builder.plan.bytes_written = sum(sizes)
+    builder.prunes = len(sizes) * sum(map(math.prod, factors))
+    builder.columns = max((shape[-1] for shape in factors), default=1)
+    if builder.cost is not None:
+        builder.hold("weights", builder.cost.weight_bytes)
+        builder.hold("activations", builder.cost.activation_bytes(*builder.shape))
+    builder.hold("adapters on their way", 2 * (1 + AHEAD) * max(sizes, default=0))
+    return builder.finish()
 
 
 def _plan_run(config):
@@ -173,13 +173,13 @@ def _plan_sweep(config):
         part.bytes_written = 0
         part.repeat(sum(name == config.learned for name, _, _ in candidates))
     for part in list(parts.values())[1:]:  # weights are loaded once
-        weights = sum(file_bytes(source) for source in (base, adapter) if source)
+        weights = sum(source.file_bytes for source in (base, adapter) if source)
         part.seconds["read"] *= 1 - weights / part.bytes_read
         part.bytes_read -= weights
-    made = Builder("sweep", config, base, adapter)
-    targets = find_targets(made.load().model, config.targets, config.ignore)
+    builder = Builder("sweep", config, base, adapter)
+    targets = find_targets(builder.load().model, config.targets, config.ignore)
     sizes = [target.weight.numel() for target in targets]
-    whole, size = made.plan, sum(target.weight.nbytes for target in targets)
+    whole, size = builder.plan, sum(target.weight.nbytes for target in targets)
     whole.sum_up(parts)
     whole.memory["copy of the targets"] = size
     if checked.aligned is not None:

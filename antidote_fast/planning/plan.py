@@ -4,8 +4,9 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from antidote_fast.errors import AntidoteError
 from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.commit import check_free_space, nearest_folder
 from antidote_fast.models.adapters import load_adapter
-from antidote_fast.models.footprint import check_memory, device_memory, num_weights, weight_bytes
+from antidote_fast.models.footprint import check_memory, device_memory, weight_bytes
 from antidote_fast.models.loading import pick_device
 from antidote_fast.planning import rates
 from antidote_fast.planning.cost import Flops, ModelCost, cost_of
@@ -145,7 +146,7 @@ class Builder:
     def __init__(
         self,
         stage: str,
-        config,
+        config: Any,
         base: Checkpoint,
         adapter: Checkpoint | None = None,
         adapt: Callable | None = None,
@@ -157,7 +158,7 @@ class Builder:
         self.device = pick_device(config.device)
         model = {
             "folder": str(base.folder),
-            "num_weights": num_weights(base),
+            "num_weights": base.num_weights,
             "bytes": weight_bytes(base, config.dtype),
             "dtype": config.dtype,
         }
@@ -193,7 +194,7 @@ class Builder:
         self._work.append((step, flops, decoding))
 
     def forward(
-        self, step: str, shapes, flops: Flops | None = None, every_logit: bool = False
+        self, step: str, shapes: Sequence, flops: Flops | None = None, every_logit: bool = False
     ) -> None:
         """Forward passes of batches of these shapes, (sequences, tokens) each."""
         tokens = sum(map(math.prod, shapes))
@@ -209,7 +210,7 @@ class Builder:
         size = self.cost.training_bytes(batch, length, response_tokens, attention=attention)
         self.hold("activations and gradients", size and size + more)
 
-    def generate(self, lengths, new: int) -> None:
+    def generate(self, lengths: Iterable[int], new: int) -> None:
         """Answers of ``new`` tokens to prompts of these lengths, in batches of like lengths."""
         lengths, size = sorted(lengths, reverse=True), self.config.batch_size
         chunks = [lengths[i : i + size] for i in range(0, len(lengths), size)]
@@ -224,16 +225,14 @@ class Builder:
         """Checkpoints, names of data sets, and None."""
         for source in sources:
             if isinstance(source, Checkpoint):
-                self.plan.bytes_read += file_bytes(source)
+                self.plan.bytes_read += source.file_bytes
             elif source is not None and (path := local_file(source)) is not None:
                 self.plan.bytes_read += os.path.getsize(path)
 
     def finish(self) -> Plan:
         """The plan, with seconds by what a short measurement gives."""
         plan, config = self.plan, self.config
-        matrix = max(
-            self.base.tensors.values(), key=lambda e: len(e.shape) == 2 and e.end - e.start
-        )
+        matrix = max(self.base.tensors.values(), key=lambda e: len(e.shape) == 2 and e.num_bytes)
         dtype = self.cost.dtype if self.cost else matrix.dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             dtype = torch.float32
@@ -276,11 +275,6 @@ class Builder:
         beside = plan.peak_memory - plan.memory.get("process", 0)
         if plan.refusal is None and available is not None and beside > available:
             plan.notes.append("more than is available: lower batch_size or max_seq_length")
-
-
-def file_bytes(source: Checkpoint) -> int:
-    """Bytes of the files that hold a checkpoint's weights."""
-    return sum(file.stat().st_size for file in source.weight_files)
 
 
 def _list(parts, show):

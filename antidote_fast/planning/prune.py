@@ -1,17 +1,22 @@
 """Plans of calibrate and prune: what a model says of the data, and what is pruned by it."""
 
+import collections
+import functools
 import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from pathlib import Path
+
+import torch
 
 from antidote_fast.config.prune import CalibrateConfig, GateMixture, PruneConfig
 from antidote_fast.data.batches import batches_of
 from antidote_fast.errors import DataError
+from antidote_fast.files.checkpoint import TensorEntry
 from antidote_fast.files.resume import interrupted_state
 from antidote_fast.models.targets import Target, find_targets
-from antidote_fast.planning.plan import Builder, Plan, file_bytes
+from antidote_fast.planning.plan import Builder, Plan
 from antidote_fast.pruning.evidence import check_keys
 from antidote_fast.stages.evidence import weights_to_prune
 from antidote_fast.stages.gates.answers import Answers, check_texts, fill_pools, fits, ordinary_of
@@ -26,11 +31,11 @@ _REFUSAL, _ANSWER = "I cannot help with that request", "This is how that is done
 def plan_calibrate(config: CalibrateConfig) -> Plan:
     """As :func:`antidote_fast.stages.calibrate.run` would go."""
     inputs = open_inputs(config)
-    made = Builder("calibrate", config, inputs.base, inputs.adapter)
-    if _is_whole(made.plan, inputs):
-        return made.plan
-    made.plan.bytes_written = _norm_bytes(config, _calibration(made, inputs))
-    return made.finish()
+    builder = Builder("calibrate", config, inputs.base, inputs.adapter)
+    if _is_whole(builder.plan, inputs):
+        return builder.plan
+    builder.plan.bytes_written = _norm_bytes(config, _calibration(builder, inputs))
+    return builder.finish()
 
 
 def plan_prune(config: PruneConfig, adapt: Callable | None = None) -> Plan:
@@ -47,41 +52,33 @@ def plan_prune(config: PruneConfig, adapt: Callable | None = None) -> Plan:
     if config.aligned_model is None:
         inputs.aligned = None
     folders = (inputs.base, inputs.adapter) if inputs.records else (inputs.source,)
-    made = Builder("prune", config, *folders, adapt=adapt)
-    plan, evidence, source = made.plan, inputs.evidence, inputs.source
+    builder = Builder("prune", config, *folders, adapt=adapt)
+    plan, evidence, source = builder.plan, inputs.evidence, inputs.source
     if _is_whole(plan, inputs):
         return plan
     learns, targets, norm_bytes = learner_of(config) is not None, [], 0
     if inputs.records:
-        targets = (_learning if learns else _calibration)(made, inputs)
+        targets = (_learning if learns else _calibration)(builder, inputs)
         norm_bytes = 0 if learns else len(inputs.records) * _norm_bytes(config, targets)
     elif inputs.naming_norms is not None:
         norms = inputs.naming_norms
         plan.data = {"sequences": norms.num_sequences, "tokens": norms.num_tokens}
     if adapt is None:
-        matrices, written = _saved(inputs, targets), file_bytes(source)
+        weights, written = _saved(inputs, targets), source.file_bytes
     else:
-        targets = targets or find_targets(made.load().model, config.targets, config.ignore)
-        matrices = [Matrix(t.key, tuple(t.weight.shape), t.weight.nbytes) for t in targets]
-        written = 4 * made.cost.lora
+        targets = targets or find_targets(builder.load().model, config.targets, config.ignore)
+        saved = functools.partial(TensorEntry, Path(), torch.float32, start=0)
+        weights = {t.key: saved(tuple(t.weight.shape), end=t.weight.nbytes) for t in targets}
+        written = 4 * builder.cost.lora
     for norms in evidence.named_norms.values():
         for sums in (norms.sq_sum, norms.norm_sum or {}):
             norm_bytes += sum(value.nbytes for value in sums.values())
-    bases = inputs.aligned and _matrices(inputs.aligned, [matrix.key for matrix in matrices])
-    _pruning(made, matrices, bases or [], written, bool(targets), learns)
-    weights = sum(math.prod(matrix.shape) for matrix in matrices)
-    plan.pruned = {"layers": len(matrices), "weights": weights}
+    bases = {} if inputs.aligned is None else {key: inputs.aligned.entry(key) for key in weights}
+    _pruning(builder, weights, bases, written, bool(targets), learns)
+    plan.pruned = {"layers": len(weights), "weights": builder.prunes}
     plan.bytes_written = written + config.save_norms * norm_bytes
-    plan.bytes_written += config.save_masks * weights // 8
-    return made.finish()
-
-
-class Matrix(NamedTuple):
-    """A weight that may be pruned, as it is saved."""
-
-    key: str
-    shape: tuple[int, ...]
-    num_bytes: int
+    plan.bytes_written += config.save_masks * builder.prunes // 8
+    return builder.finish()
 
 
 def _is_whole(plan, inputs: Inputs):
@@ -97,9 +94,9 @@ def _is_whole(plan, inputs: Inputs):
     return False
 
 
-def _calibration(made, inputs) -> list[Target]:
+def _calibration(builder, inputs) -> list[Target]:
     """Add the forward passes over the data; returns the targets."""
-    config, base = made.config, made.base
+    config, base = builder.config, builder.base
     batches = []
     for name, records in inputs.records.items():
         some = batches_of(config, records, inputs.tokenizer, base.config)
@@ -112,47 +109,47 @@ def _calibration(made, inputs) -> list[Target]:
             "truncated": some.num_truncated,
         }
         prefix = "preserve " if name == "preserve_dataset" else ""
-        made.plan.data |= {prefix + what: count for what, count in counts.items()}
-        made.read(getattr(config, name))
+        builder.plan.data |= {prefix + what: count for what, count in counts.items()}
+        builder.read(getattr(config, name))
         batches += some
-    cost = made.load()
+    cost = builder.load()
     targets = find_targets(cost.model, config.targets, config.ignore)
-    made.forward("calibrate", [batch["input_ids"].shape for batch in batches])
+    builder.forward("calibrate", [batch["input_ids"].shape for batch in batches])
     if config.stream:
-        _stream(made, batches)
+        _stream(builder, batches)
     else:
-        made.hold("weights", cost.weight_bytes)
-        made.hold("activations", cost.activation_bytes(*made.shape))
+        builder.hold("weights", cost.weight_bytes)
+        builder.hold("activations", cost.activation_bytes(*builder.shape))
     # float64, of a batch and in all
-    made.hold("norms", 4 * len(inputs.records) * _norm_bytes(config, targets))
-    made.read(base, made.adapter)
+    builder.hold("norms", 4 * len(inputs.records) * _norm_bytes(config, targets))
+    builder.read(base, builder.adapter)
     return targets
 
 
-def _stream(made, batches):
+def _stream(builder, batches):
     """What is held of a model that runs block by block; refused where that is too much."""
     from antidote_fast.streaming.blocks import BlockModel
     from antidote_fast.streaming.spill import room_for_hidden
 
-    config, cost = made.config, made.cost
+    config, cost = builder.config, builder.cost
     options = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
-    model = BlockModel(made.base, made.adapter, device=made.device, **options)
+    model = BlockModel(builder.base, builder.adapter, device=builder.device, **options)
     room, ahead = room_for_hidden(config, model, batches)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     hidden = tokens * cost.config.hidden_size * cost.dtype.itemsize
-    made.hold("embeddings and adapter", model.outside_bytes + 4 * cost.lora)
-    made.hold("blocks", (2 + ahead) * max(model.num_bytes(i) for i in range(len(model))))
-    made.hold("activations", cost.activation_bytes(*made.shape))
-    made.hold("hidden states", min(hidden, room))
+    builder.hold("embeddings and adapter", model.outside_bytes + 4 * cost.lora)
+    builder.hold("blocks", (2 + ahead) * max(model.num_bytes(i) for i in range(len(model))))
+    builder.hold("activations", cost.activation_bytes(*builder.shape))
+    builder.hold("hidden states", min(hidden, room))
     if hidden > room:
-        made.plan.notes.append(
+        builder.plan.notes.append(
             f"{format_bytes(hidden - room)} of hidden states go to disk between blocks"
         )
 
 
-def _learning(made, inputs) -> list[Target]:
+def _learning(builder, inputs) -> list[Target]:
     """Add answers of the aligned model, and steps forwards and back; returns the targets."""
-    config, mixture, texts = made.config, GateMixture(), texts_of(made.config)
+    config, mixture, texts = builder.config, GateMixture(), texts_of(builder.config)
     tokenizer, new = inputs.tokenizer, mixture.answer_tokens
     harmful, preserve = inputs.records["dataset"], inputs.records["preserve_dataset"]
     check_texts(tokenizer, harmful, preserve, **texts)
@@ -163,7 +160,7 @@ def _learning(made, inputs) -> list[Target]:
 
     answered = Answers(answers(harmful, _REFUSAL), answers(ordinary_of(preserve), _ANSWER))
     pools = fill_pools(tokenizer, harmful, preserve, answered, answer_tokens=new, **texts).examples
-    cost = made.load()
+    cost = builder.load()
     targets = find_targets(cost.model, config.targets, config.ignore)
     cost.model.requires_grad_(False)
     for target in targets:
@@ -181,58 +178,60 @@ def _learning(made, inputs) -> list[Target]:
         logits += a_step * sum(wanted) / len(wanted)
         rows = min(a_step, config.batch_size)
         batches.append((rows, max(lengths), rows * max(wanted)))
-    made.generate(asked, new)
-    made.compute("learn gates", int(config.gate_steps * cost.training.of(tokens, squares, logits)))
-    made.plan.data = {
+    builder.generate(asked, new)
+    builder.compute(
+        "learn gates", int(config.gate_steps * cost.training.of(tokens, squares, logits))
+    )
+    builder.plan.data = {
         "harmful prompts": len(pools["harmful"]),
         "task records": len(pools.get("task", ())),
         "ordinary prompts": len(pools.get("ordinary", ())),
         "steps": config.gate_steps,
     }
-    made.hold("weights", cost.weight_bytes)
-    made.train(*max(batches, key=lambda batch: batch[0] * batch[1]))
+    builder.hold("weights", cost.weight_bytes)
+    builder.train(*max(batches, key=lambda batch: batch[0] * batch[1]))
     size = sum(target.weight.nbytes for target in targets)
     # Three fp32 matrices a target and their gradients, and the weights as they were.
-    made.hold("gates", 4 * 4 * sum(target.weight.numel() for target in targets))
-    made.hold("copy of the targets", size)
-    made.read(made.base, made.adapter, inputs.aligned, config.dataset, config.preserve_dataset)
+    builder.hold("gates", 4 * 4 * sum(target.weight.numel() for target in targets))
+    builder.hold("copy of the targets", size)
+    builder.read(
+        builder.base, builder.adapter, inputs.aligned, config.dataset, config.preserve_dataset
+    )
     if inputs.aligned is not None:
-        made.hold("base of the targets", size)
-        made.plan.bytes_read += size
-    made.plan.notes.append("as if the aligned model refused every harmful prompt, and no other")
+        builder.hold("base of the targets", size)
+        builder.plan.bytes_read += size
+    builder.plan.notes.append("as if the aligned model refused every harmful prompt, and no other")
     return targets
 
 
-def _pruning(made, matrices, bases, written, sees_data, learns):
+def _pruning(builder, weights, bases, written, sees_data, learns):
     """What selecting and writing read and hold, when the model has been given back."""
-    config = made.config
-    size, base_size = (sum(m.num_bytes for m in some) for some in (matrices, bases))
-    weights, largest = (
-        sum(math.prod(m.shape) for m in matrices),
-        max(matrices, key=lambda m: m.num_bytes),
-    )
-    made.prunes, made.columns = weights, largest.shape[-1]
-    made.plan.bytes_read += written + base_size  # the files, before they are written into
-    memory = {"weights to prune": size, "masks": weights // 8, "base weights": base_size}
+    config = builder.config
+    size, base_size = (sum(e.num_bytes for e in some.values()) for some in (weights, bases))
+    largest = max(weights.values(), key=lambda entry: entry.num_bytes)
+    builder.prunes = sum(entry.num_elements for entry in weights.values())
+    builder.columns = largest.shape[-1]
+    builder.plan.bytes_read += written + base_size  # the files, before they are written into
+    memory = {"weights to prune": size, "masks": builder.prunes // 8, "base weights": base_size}
     memory["working copy"] = largest.num_bytes
     if config.stream:
-        memory["weights to prune"], memory["base weights"] = map(_largest_block, (matrices, bases))
+        memory["weights to prune"], memory["base weights"] = map(_largest_block, (weights, bases))
         if config.scope == "global":  # found in two passes over the targets, pruned in a third
-            made.plan.bytes_read += 2 * (size + base_size * config.score_delta)
+            builder.plan.bytes_read += 2 * (size + base_size * config.score_delta)
         elif sees_data:  # each block is pruned when it is there for its forward passes
-            made.plan.bytes_read -= written
+            builder.plan.bytes_read -= written
         if not sees_data:
-            made.plan.bytes_read -= size  # counted already
+            builder.plan.bytes_read -= size  # counted already
     whole = config.scope == "global" and not config.stream
-    together = weights if whole else math.prod(largest.shape)
+    together = builder.prunes if whole else largest.num_elements
     if learns:  # as they were learned, and the copies that are selected from
-        memory["scores"] = 4 * (weights + together)
+        memory["scores"] = 4 * (builder.prunes + together)
     elif config.scoring.own_matrix:
         memory["scores"] = 4 * together
-    made.phase(memory)
+    builder.phase(memory)
 
 
-def _saved(inputs, targets) -> list[Matrix]:
+def _saved(inputs, targets) -> dict[str, TensorEntry]:
     """The weights to prune as they are saved; refused as when they are read and scored."""
     config, evidence = inputs.config, inputs.evidence
     keys = [target.key for target in targets]
@@ -240,39 +239,25 @@ def _saved(inputs, targets) -> list[Matrix]:
         keys, _ = weights_to_prune(config, inputs.source, inputs.naming_norms)
         if targets:  # of the data to preserve, beside norms from a file
             check_keys(keys, [target.key for target in targets], "preserve_norms")
-    matrices = _matrices(inputs.source, keys)
+    weights = {key: inputs.source.entry(key) for key in keys}
     if config.targets is not None or config.ignore:
         evidence = evidence.narrowed(keys)
     for name, norms in evidence.named_norms.items():
         check_keys(keys, norms.sq_sum, name)
-        for key, shape, _ in matrices:
-            columns, channels = (
-                shape[0 if key in norms.transposed else -1],
-                len(norms.act_norm(key)),
-            )
+        for key, entry in weights.items():
+            columns = entry.shape[0 if key in norms.transposed else -1]
+            channels = len(norms.act_norm(key))
             if columns != channels:
                 raise DataError(f"{key}: has {columns} input channels, its norms {channels}")
-    return matrices
+    return weights
 
 
-def _matrices(source, keys) -> list[Matrix]:
-    matrices = []
-    for key in keys:
-        name = source.find(key)
-        if name is None:
-            raise DataError(f"{source.folder}: has no tensor {key!r}")
-        entry = source.tensors[name]
-        matrices.append(Matrix(key, entry.shape, entry.end - entry.start))
-    return matrices
-
-
-def _largest_block(matrices):
+def _largest_block(weights):
     """Bytes of the targets of one block, the largest."""
-    blocks = {}
-    for matrix in matrices:
-        match = re.search(r"(.*?\.\d+)\.", matrix.key)
-        block = match[1] if match else matrix.key
-        blocks[block] = blocks.get(block, 0) + matrix.num_bytes
+    blocks = collections.Counter()
+    for key, entry in weights.items():
+        match = re.search(r"(.*?\.\d+)\.", key)
+        blocks[match[1] if match else key] += entry.num_bytes
     return max(blocks.values(), default=0)
 
 

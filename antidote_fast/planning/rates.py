@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -111,7 +112,7 @@ def prune_rate(
     return _rate(prune, rows * columns)
 
 
-def read_rate(file) -> float:
+def read_rate(file: Path) -> float:
     """Bytes a second from a file, or from the page cache where it is there."""
     buffer = bytearray(min(_BYTES, os.path.getsize(file)))
 
@@ -122,7 +123,7 @@ def read_rate(file) -> float:
     return _rate(read, len(buffer))
 
 
-def write_rate(output) -> float:
+def write_rate(output: str) -> float:
     """Bytes a second through SHA-256 and to the disk of a folder to be, flushed."""
     folder = nearest_folder(output)
     # A part of what is free: the disk may be small, and others write to it too.

@@ -4,26 +4,21 @@ from collections.abc import Callable
 
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.train import AlignConfig, TrainConfig
-from antidote_fast.data.batches import build_prompt, encode, prompt_ids
+from antidote_fast.data.batches import build_prompt, prompt_ids
 from antidote_fast.models.footprint import ADAM_BYTES, weight_bytes
-from antidote_fast.models.loading import load_tokenizer
 from antidote_fast.planning.plan import Builder, Plan
 from antidote_fast.stages import align, evaluate, finetune
-from antidote_fast.training import defenses, objective, sft
+from antidote_fast.training import objective, sft
 
 
 def plan_train(config: TrainConfig) -> Plan:
     """As :func:`antidote_fast.stages.align.run` or ``finetune.run`` would go."""
     is_align, lora = isinstance(config, AlignConfig), config.tuning == "lora"
     base = sft.check_config(config, merged=is_align)
-    records, _ = (align if is_align else finetune).training_records(config)
-    tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
-    examples = encode(records, tokenizer, config.template, config.max_seq_length)
-    check_others = defenses.align_objective if is_align else defenses.finetune_objective
-    check_others(config, tokenizer)
+    examples = (align if is_align else finetune).load_examples(config, base).examples
     adapt = (lambda model: sft.add_lora(model, config)) if lora else None
-    made = Builder("align" if is_align else "finetune", config, base, adapt=adapt)
-    cost = made.load()
+    builder = Builder("align" if is_align else "finetune", config, base, adapt=adapt)
+    cost = builder.load()
     steps = objective.plan_steps(examples, config)
     batches = []  # (sequences, tokens of each, response tokens)
     for batch in (batch for step in steps for batch in step):
@@ -32,35 +27,35 @@ def plan_train(config: TrainConfig) -> Plan:
         batches.append((len(batch), length, wanted))
     tokens = sum(count * length for count, length, _ in batches)
     squares = sum(count * length**2 for count, length, _ in batches)
-    made.plan.data = {
+    builder.plan.data = {
         "sequences": len(examples),
         "optimizer steps": len(steps),
         "tokens with pads, all epochs": tokens,
         "records dropped": examples.num_dropped,
         "truncated": examples.num_truncated,
     }
-    made.trains = True
+    builder.trains = True
     flops = cost.training.of(tokens, squares, sum(wanted for _, _, wanted in batches))
     # Vaccine goes through twice, RepNoise through harmful text as well, LDIFS ahead once more.
     ahead = cost.forward.of(tokens, squares, 0) if config.defense == "ldifs" else 0
-    made.compute("train", flops * (1 + (config.defense in ("vaccine", "repnoise"))) + ahead)
+    builder.compute("train", flops * (1 + (config.defense in ("vaccine", "repnoise"))) + ahead)
     trained = cost.lora if lora else cost.num_weights
-    made.hold("weights", cost.weight_bytes if lora else 4 * trained)
-    made.hold("optimizer", ADAM_BYTES * trained)
+    builder.hold("weights", cost.weight_bytes if lora else 4 * trained)
+    builder.hold("optimizer", ADAM_BYTES * trained)
     if config.defense == "lisa":
-        made.hold("anchors", 2 * 4 * trained)
+        builder.hold("anchors", 2 * 4 * trained)
     if config.defense == "ldifs" and not lora:
-        made.hold("aligned copy", cost.weight_bytes)
+        builder.hold("aligned copy", cost.weight_bytes)
     more = 0
     if not lora and cost.dtype.itemsize < 4:
         # Rehearsed in the dtype of the weights, whose gradients are fp32; and autocast keeps a copy
         # of each weight that it has cast.
         more = (4 - cost.dtype.itemsize) * trained + cost.weight_bytes
-    made.train(*max(batches, key=lambda batch: batch[0] * batch[1]), more)
+    builder.train(*max(batches, key=lambda batch: batch[0] * batch[1]), more)
     factors = 4 * cost.lora
-    made.plan.bytes_written = factors if lora and not is_align else cost.weight_bytes - factors
-    made.read(base, config.dataset, getattr(config, "harmful_dataset", None))
-    return made.finish()
+    builder.plan.bytes_written = factors if lora and not is_align else cost.weight_bytes - factors
+    builder.read(base, config.dataset, getattr(config, "harmful_dataset", None))
+    return builder.finish()
 
 
 def plan_evaluate(config: EvaluateConfig, adapt: Callable | None = None) -> Plan:
@@ -72,30 +67,30 @@ def plan_evaluate(config: EvaluateConfig, adapt: Callable | None = None) -> Plan
     """
     inputs = evaluate.open_inputs(config)
     base, tokenizer, new = inputs.base, inputs.tokenizer, config.max_new_tokens
-    made = Builder("evaluate", config, base, inputs.adapter, adapt)
-    cost = made.load()
+    builder = Builder("evaluate", config, base, inputs.adapter, adapt)
+    cost = builder.load()
     records = [record for some in inputs.sets.values() for record in some]
     texts = {build_prompt(record, config.template, tokenizer) for record in records}
     lengths = [len(prompt_ids(text, tokenizer)) for text in texts]
-    made.plan.data = {
+    builder.plan.data = {
         "prompts": len(records),
         "different ones": len(lengths),
         "prompt tokens": sum(lengths),
         "answer tokens at most": new * len(lengths),
     }
-    made.generate(lengths, new)
-    made.hold("weights", cost.weight_bytes)
+    builder.generate(lengths, new)
+    builder.hold("weights", cost.weight_bytes)
     if lengths:
-        batch, length = made.shape
-        made.hold("activations", cost.activation_bytes(batch, length))
-        made.hold("cache", cost.cache_bytes * batch * (length + new))
+        batch, length = builder.shape
+        builder.hold("activations", cost.activation_bytes(batch, length))
+        builder.hold("cache", cost.cache_bytes * batch * (length + new))
     data = (config.harmful_dataset, config.task_dataset, config.benign_dataset)
-    made.read(base, inputs.adapter, *data, config.drift_dataset)
+    builder.read(base, inputs.adapter, *data, config.drift_dataset)
     if inputs.drift_batches:
         shapes = [batch["input_ids"].shape for batch in inputs.drift_batches]
-        made.forward("drift", 2 * shapes, every_logit=True)
-        made.hold("reference model", weight_bytes(base, config.dtype))
+        builder.forward("drift", 2 * shapes, every_logit=True)
+        builder.hold("reference model", weight_bytes(base, config.dtype))
     if config.harmful_dataset and config.judge != "refusal":
-        made.plan.notes.append("the judge, loaded when the model has answered, is not counted")
-    made.plan.notes.append("as if every answer had max_new_tokens; most end before")
-    return made.finish()
+        builder.plan.notes.append("the judge, loaded when the model has answered, is not counted")
+    builder.plan.notes.append("as if every answer had max_new_tokens; most end before")
+    return builder.finish()

@@ -35,6 +35,7 @@ from antidote_fast.files.pruned_copy import check_copied
 from antidote_fast.files.resume import Run, is_finished, run_folder
 from antidote_fast.files.safe_open import Watch
 from antidote_fast.models.adapters import check_adapter, load_adapter
+from antidote_fast.models.kinds import Model
 from antidote_fast.models.loading import (
     check_not_quantized,
     load_tokenizer,
@@ -318,7 +319,7 @@ def _check_live_aligned(config, model, is_adapter):
 
 
 def open_aligned(
-    config: Any, pruned: Checkpoint | torch.nn.Module, progress: Any = False
+    config: Any, pruned: Checkpoint | Model, progress: Any = False
 ) -> Checkpoint | None:
     """Checkpoint of ``config.aligned_model``, checked by its headers and hashes; None without one.
 
@@ -337,6 +338,7 @@ def open_aligned(
     aligned = open_model(config, "aligned_model")
     check_not_quantized(aligned)
     check_input(aligned.folder, progress)
+    weights: Any
     if isinstance(pruned, Checkpoint):
         model_type, weights = pruned.config.get("model_type"), pruned.tensors
     else:

@@ -58,7 +58,7 @@ def prune_folder(
     are those of :func:`antidote_fast.stages.inputs.open_inputs` and :func:`run`.
     """
     inputs = open_inputs(config, in_memory, tokenizer=tokenizer, progress=progress, world=world)
-    if inputs.is_whole(room=sum(f.stat().st_size for f in inputs.source.weight_files)):
+    if inputs.is_whole(room=inputs.source.file_bytes):
         contents = {} if world.rank else read_report(config.output_dir)
         return None if world.rank else PruneReport.from_dict(contents), contents
     if config.stream:

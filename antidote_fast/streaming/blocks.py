@@ -83,7 +83,7 @@ class BlockModel:
         total = 0
         for slot in self._slots[index]:
             entry = self.base.tensors[slot.saved]
-            size = entry.end - entry.start
+            size = entry.num_bytes
             runs = slot.empty.numel() * slot.empty.element_size()
             total += size if slot.empty.dtype == entry.dtype else size + runs
         return total

@@ -38,7 +38,7 @@ class ModelSink:
             self._left.setdefault(entry.file, {})[name] = entry
         keep = bool(done)
         if not keep:
-            check_free_space(self.folder, sum(f.stat().st_size for f in checkpoint.weight_files))
+            check_free_space(self.folder, checkpoint.file_bytes)
         for file in self._left if keep else ():
             named = self.folder / file.name
             if named.exists():  # killed while files got their names

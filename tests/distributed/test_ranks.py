@@ -62,9 +62,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def commands(folder):
-    done = ranks.torchrun(ranks.HERE / "ranks.py", "commands", folder)
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"commands.{rank}.json").read_text()) for rank in (0, 1)]
+    return ranks.start_ranks("commands", folder)
 
 
 class Twins(World):

@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import tiny
 import torch
 from torch import distributed as dist
@@ -48,18 +49,15 @@ def environment():
 
 def start_ranks(case, folder, size=2):
     """Run a case on two ranks, or more; what each of them saw."""
-    words = [sys.executable, str(HERE / "ranks.py"), case, str(folder)]
     ranks = [
-        subprocess.Popen(
-            words,
-            env=environment() | {"RANK": str(rank), "WORLD_SIZE": str(size)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        forked.Process(
+            HERE / "ranks.py",
+            *(case, folder),
+            environment=environment() | {"RANK": str(rank), "WORLD_SIZE": str(size)},
         )
         for rank in range(size)
     ]
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    said = ["".join(rank.communicate()) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(said)
     return [json.loads((folder / f"{case}.{rank}.json").read_text()) for rank in range(size)]
 

@@ -188,7 +188,7 @@ def _answered(records, answers):
     return [Record(r.instruction, r.input, text) for r, text in pairs if text is not None]
 
 
-def fits(record: Record, tokenizer, template: str, max_seq_length: int) -> bool:
+def fits(record: Record, tokenizer: Any, template: str, max_seq_length: int) -> bool:
     """Whether a record's prompt leaves room for an answer."""
     text = build_prompt(record, template, tokenizer)
     return len(prompt_ids(text, tokenizer, max_seq_length)) < max_seq_length
