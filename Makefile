@@ -1,10 +1,11 @@
 # make demo   the whole road on a small real model: align, attack, prune, evaluate -> demo-out/
-# make test   style, the sanitizer table and the tests
-# make test-all   these, and what takes hours: fuzzing, and a fleet of 1,000 adapters that is killed
+# make test   style, the sanitizer table and the tests; of long lists of cases a fixed sample
+# make test-all   every case, and what takes hours: fuzzing, a fleet of 1,000 adapters that is killed
+# make docs   the documents as a site -> build/site
 #
 # Each target works in the virtual environment that is active, and makes .venv where none is.
 # A torch that is there already is kept. On Linux plain `pip install torch` brings CUDA, some
-# gigabytes of it; README.md says how to get the build without.
+# gigabytes of it; docs/install.md says how to get the build without.
 
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 PY := $(VENV)/bin/python
@@ -17,7 +18,7 @@ MARK := $(VENV)/.antidote-fast$(subst /,-,$(CURDIR))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: demo test test-all tests style sanitize fuzz soak bench gpu-check clean
+.PHONY: demo test test-all tests style sanitize fuzz soak docs bench gpu-check clean
 
 # A short spin keeps OpenMP usable on busy cores. A training step of the demo, one of two Xeon cores
 # taken by another program: 25 s with libgomp's default, 2.3 s with a spin of 10000; with both cores
@@ -27,27 +28,31 @@ demo: $(MARK)-demo
 
 test: style sanitize tests
 
+test-all: WHOLE := --whole
 test-all: test fuzz soak
 
-# Triton's kernels are interpreted without coverage: measuring it takes 2.3 times as long.
+# Files stay whole on a worker, which makes their fixtures once; the longest come first. Triton's
+# kernels are interpreted without coverage: measuring it takes 2.3 times as long.
 tests: $(MARK)-test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --cov=antidote_fast --cov-fail-under=90 \
-		--ignore-glob='tests/backends/test_triton*'
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/backends/test_triton*.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(WHOLE) \
+		--cov=antidote_fast --cov-fail-under=90 --ignore-glob='tests/backends/test_triton*'
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(WHOLE) tests/backends/test_triton*.py
 	@cut -c 1-200 build/triton-kernels.txt
 	@! test -f build/cuda-kernels.txt || cat build/cuda-kernels.txt
 
 style: $(MARK)-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	clang-format --dry-run --Werror $(FORMATTED)
 
 # The tests marked `table`, with the address and undefined-behaviour sanitizers in the extensions;
-# CUDA kernels run on emulated threads there. The build lies in its own folder. libstdc++ is preloaded too: without it the address sanitizer
-# cannot intercept C++ exceptions that are thrown after Python has started.
+# CUDA kernels run on emulated threads there. The build lies in its own folder. libstdc++ is
+# preloaded too: without it the address sanitizer cannot intercept C++ exceptions that are thrown
+# after Python has started.
 SANITIZED := $(CURDIR)/build/sanitize
 sanitize: $(MARK)-test
-	ANTIDOTE_SANITIZE=1 $(PY) setup.py -q build --build-lib $(SANITIZED) \
+	ANTIDOTE_SANITIZE=1 $(PY) setup.py -q build --parallel 2 --build-lib $(SANITIZED) \
 		--build-temp $(SANITIZED)-temp
 	rm -f $(SANITIZED)/found.*
 	cd $(SANITIZED) && OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0:log_path=$(SANITIZED)/found \
@@ -57,7 +62,8 @@ sanitize: $(MARK)-test
 			from antidote_fast import _cpu, _cuda; assert _cuda.emulated; \
 			assert _cpu.__file__.startswith("$(SANITIZED)"); \
 			sys.exit(pytest.main(sys.argv[1:]))' \
-		-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q -n 2 -m table \
+		-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q -n 2 --dist worksteal \
+		-m table $(WHOLE) \
 		$(addprefix $(CURDIR)/,$(shell grep -rl 'mark\.table' tests --include='test_*.py')) \
 		|| { cat $(SANITIZED)/found.* 2>/dev/null; exit 1; }
 
@@ -74,6 +80,10 @@ soak: $(MARK)-test
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 		$(PY) -W ignore tests/support/soak.py 1000 20 $(SEED) build/soak
 	rm -rf build/soak
+
+# Fails on a broken link and on a public name without a docstring. Nothing is fetched.
+docs: $(MARK)-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 # Those that want a GPU say so and exit with 2.
 bench: $(MARK)-test
@@ -99,6 +109,10 @@ $(MARK)-build: | $(PY)
 
 $(MARK)-test: pyproject.toml setup.py $(NATIVE) | $(MARK)-build
 	$(PY) -m pip install -q --no-build-isolation -e '.[hf,plot,test]'
+	touch $@
+
+$(MARK)-docs: pyproject.toml setup.py $(NATIVE) | $(MARK)-build
+	$(PY) -m pip install -q --no-build-isolation -e '.[docs]'
 	touch $@
 
 $(MARK)-demo: pyproject.toml setup.py $(NATIVE) | $(MARK)-build

@@ -3,8 +3,12 @@
 Only shapes, dtypes, strides and addresses are looked at; values are never read.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from antidote_fast.masks import PackedMask
 from antidote_fast.selection import Selection
@@ -14,11 +18,11 @@ _INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "i
 MASK_DTYPES = (torch.bool, *(getattr(torch, name) for name in _INTEGERS))
 
 
-def tensor(name, value, dtypes):
+def tensor(name: str, value: Any, dtypes: Sequence[torch.dtype]) -> None:
     """A plain, strided, materialised tensor of one of ``dtypes``."""
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         raise TypeError(f"{name}={_show(value)}: must be a torch.Tensor")
-    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+    if type(value) not in (Tensor, torch.nn.Parameter):
         hint = "; pass .to_local()" if hasattr(value, "to_local") else ""
         raise TypeError(f"{name} is a {type(value).__name__}: must be a plain torch.Tensor{hint}")
     if value.is_quantized:
@@ -35,7 +39,7 @@ def tensor(name, value, dtypes):
         )
 
 
-def matrix(name, value, dtypes=WEIGHT_DTYPES):
+def matrix(name: str, value: Tensor, dtypes: Sequence[torch.dtype] = WEIGHT_DTYPES) -> None:
     """(N, K), unit column stride, rows that do not overlap."""
     tensor(name, value, dtypes)
     if value.dim() != 2:
@@ -48,7 +52,7 @@ def matrix(name, value, dtypes=WEIGHT_DTYPES):
         raise ValueError(f"{name}.stride()={value.stride()}: rows must not overlap or be expanded")
 
 
-def vector(name, value, like=None):
+def vector(name: str, value: Tensor, like: Tensor | None = None) -> None:
     """(K,) fp32, contiguous; K and device as ``like`` (a weight)."""
     tensor(name, value, (torch.float32,))
     expected = "(in_features,)" if like is None else f"({like.shape[1]},)"
@@ -60,13 +64,13 @@ def vector(name, value, like=None):
         same_device(name, value, like)
 
 
-def same_device(name, value, like):
+def same_device(name: str, value: Tensor, like: Tensor) -> None:
     """On the device of ``like``."""
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}: must be on {like.device}")
 
 
-def base(weight, base_weight, name="base_weight"):
+def base(weight: Tensor, base_weight: Tensor | None, name: str = "base_weight") -> None:
     """None, or like ``weight`` in shape, dtype and device."""
     if base_weight is None:
         return
@@ -79,7 +83,7 @@ def base(weight, base_weight, name="base_weight"):
     same_device(name, base_weight, weight)
 
 
-def operands(weight, act_norm, *, base_weight=None):
+def operands(weight: Tensor, act_norm: Tensor | None, *, base_weight: Tensor | None = None) -> None:
     """A weight with its norm and its base."""
     matrix("weight", weight)
     if act_norm is not None:
@@ -87,7 +91,7 @@ def operands(weight, act_norm, *, base_weight=None):
     base(weight, base_weight)
 
 
-def activation(x, token_mask, sq_sum):
+def activation(x: Tensor, token_mask: Tensor | None, sq_sum: Tensor) -> Tensor | None:
     """x (..., K) with unit stride along K; returns the token mask as contiguous bool, or None."""
     tensor("x", x, WEIGHT_DTYPES)
     width = sq_sum.shape[0]
@@ -115,7 +119,7 @@ def activation(x, token_mask, sq_sum):
     return (token_mask != 0).contiguous()
 
 
-def writable(name, value):
+def writable(name: str, value: Tensor) -> None:
     """No leaf that requires grad, nor a view of one, while grad is recorded; as in torch."""
     if not torch.is_grad_enabled() or not value.requires_grad:
         return
@@ -126,14 +130,14 @@ def writable(name, value):
         )
 
 
-def mark_written(*tensors):
+def mark_written(*tensors: Tensor) -> None:
     """Tell autograd that native code wrote to these."""
     for value in tensors:
         if not value.is_inference():
             torch.autograd.graph.increment_version(value)
 
 
-def selection(value, *, one_weight):
+def selection(value: Any, *, one_weight: bool) -> None:
     """A Selection; of row or tensor scope where there is one weight."""
     if not isinstance(value, Selection):
         raise TypeError(f"selection={_show(value)}: must be a Selection")
@@ -141,7 +145,7 @@ def selection(value, *, one_weight):
         raise ValueError("selection.scope='global': must be row or tensor here; use prune_many_")
 
 
-def mask(value, weight):
+def mask(value: Any, weight: Tensor) -> None:
     """A PackedMask of the weight's shape, on its device."""
     if not isinstance(value, PackedMask):
         raise TypeError(f"mask={_show(value)}: must be a PackedMask")
@@ -151,7 +155,7 @@ def mask(value, weight):
     same_device("mask", value.bits, weight)
 
 
-def aligned_lists(weights, **optional):
+def aligned_lists(weights: Any, **optional: Any) -> list[list[Any]]:
     """The lists of a many-call, each of the length of ``weights``; None becomes a list of None."""
     if not isinstance(weights, (list, tuple)):
         raise TypeError(f"weights={_show(weights)}: must be a list of tensors")
@@ -167,7 +171,16 @@ def aligned_lists(weights, **optional):
     return lists
 
 
-def prune_lists(weights, act_norms, selection, preserve_norms, base_weights, *, write, many=False):
+def prune_lists(
+    weights: Sequence[Tensor],
+    act_norms: Sequence[Tensor | None],
+    selection: Selection,
+    preserve_norms: Sequence[Tensor | None],
+    base_weights: Sequence[Tensor | None],
+    *,
+    write: bool,
+    many: bool = False,
+) -> None:
     """Everything a prune takes, before anything is written."""
     written, read = [], []
     for i, weight in enumerate(weights):
@@ -181,9 +194,10 @@ def prune_lists(weights, act_norms, selection, preserve_norms, base_weights, *, 
             if norm is not None:
                 vector(name + place, norm, like=weight)
                 read.append((name + place, norm))
-        base(weight, base_weights[i], f"base_weight{place}")
-        if base_weights[i] is not None:
-            read.append((f"base_weight{place}", base_weights[i]))
+        original = base_weights[i]
+        base(weight, original, f"base_weight{place}")
+        if original is not None:
+            read.append((f"base_weight{place}", original))
         elif selection.score_delta:
             raise ValueError(
                 f"base_weight{place}=None: must be given where selection.score_delta is True"
@@ -197,12 +211,12 @@ def prune_lists(weights, act_norms, selection, preserve_norms, base_weights, *, 
         no_overlap(written, read)
 
 
-def named(**tensors):
+def named(**tensors: Tensor | None) -> list[tuple[str, Tensor]]:
     """[(name, tensor)] of those that are not None."""
     return [(name, value) for name, value in tensors.items() if value is not None]
 
 
-def no_overlap(written, read):
+def no_overlap(written: list[tuple[str, Tensor]], read: list[tuple[str, Tensor]]) -> None:
     """No element is written twice, or written and read under another name."""
     spans = []
     for kind, pairs in (("written", written), ("read", read)):
@@ -212,7 +226,7 @@ def no_overlap(written, read):
                 last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
                 spans.append((first, first + (last + 1) * value.element_size(), kind, name, value))
     spans.sort(key=lambda span: span[:2])
-    reaching = []
+    reaching: list[tuple[Any, ...]] = []
     for span in spans:
         reaching = [other for other in reaching if other[1] > span[0]]
         for other in reaching:
@@ -222,7 +236,7 @@ def no_overlap(written, read):
         reaching.append(span)
 
 
-def _share_elements(a, b):
+def _share_elements(a: Tensor, b: Tensor) -> bool:
     """Exact for what spans alone cannot tell: two row-strided views between each other's rows."""
     if a.device != b.device:
         return False
@@ -233,7 +247,7 @@ def _share_elements(a, b):
     return bool((starts_a[before[hit]] + width_a > starts_b[hit]).any())
 
 
-def _row_intervals(value):
+def _row_intervals(value: Tensor) -> tuple[np.ndarray, int]:
     size = value.element_size()
     offsets = np.zeros(1, dtype=np.int64)
     for n, s in zip(value.shape[:-1], value.stride()[:-1], strict=True):
@@ -241,12 +255,12 @@ def _row_intervals(value):
     return value.data_ptr() + np.sort(offsets) * size, value.shape[-1] * size
 
 
-def _show(value):
+def _show(value: Any) -> str:
     """A value in a few words, on one line."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return f"a {_names([value.dtype])} tensor of shape {tuple(value.shape)}"
     return " ".join(repr(value).split())[:80]
 
 
-def _names(dtypes):
+def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(d).removeprefix("torch.") for d in dtypes)

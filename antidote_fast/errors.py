@@ -7,13 +7,14 @@ where, and what is accepted.
 
 import contextlib
 import errno
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def readable():
+def readable(path: object = None) -> Iterator[None]:
     """Inside the block a file that the system does not let us read is refused: a DataError.
 
-    Also a decorator, ``@readable()``.
+    It names ``path``, or the file that the system names. Also a decorator, ``@readable()``.
     """
     try:
         yield
@@ -21,11 +22,11 @@ def readable():
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # of what is written meanwhile
             raise
         what = error.strerror or str(error)
-        where = printable(error.filename or "a file")
-        raise DataError(f"{where:.300}: cannot be read: {printable(what):.300}") from None
+        where = path or f"{printable(error.filename or 'a file'):.300}"
+        raise DataError(f"{where}: cannot be read: {printable(what):.300}") from None
 
 
-def printable(text) -> str:
+def printable(text: object) -> str:
     """Text for a terminal: escape sequences and half surrogates from a file are spelled out."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
@@ -99,12 +100,12 @@ class Interrupted(AntidoteError):
 class PeerFailed(AntidoteError):
     """Another process of the same run failed, and says why. Its exit code is this one's."""
 
-    def __init__(self, message, exit_code=1):
+    def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-def first_line(error) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an exception that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -1,9 +1,13 @@
-"""PackedMask: which weights are removed, one bit a weight; saved, loaded and combined."""
+"""Masks say which weights are removed, with one bit a weight; files hold them by name."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from antidote_fast.backends.reference import unpack_bits
 from antidote_fast.errors import DataError, printable
@@ -16,22 +20,26 @@ VERSION = "1"
 
 @dataclass(frozen=True, eq=False)
 class PackedMask:
-    """A mask over a weight of shape (N, K); bit 1 = removed.
+    """A mask over a weight of shape (N, K), in which a bit of 1 marks a removed weight.
+
+    Masks of one shape combine: ``a | b`` removes what either does, ``a & b`` what both do, and
+    ``a - b`` what a does and b does not.
 
     Args:
-        bits: uint8 (N, ceil(K/8)), little-endian bits (column c is bit c % 8 of byte c // 8), the
-            pad bits of a row's last byte 0.
-        shape: (N, K).
+        bits: uint8 (N, ceil(K/8)); column c is bit c % 8 of byte c // 8, and the bits that pad a
+            row's last byte are 0.
+        shape: the weight's shape, (N, K).
 
     Raises:
-        TypeError, ValueError: where bits and shape do not fit each other.
+        TypeError: bits is no uint8 tensor.
+        ValueError: bits and shape do not fit each other.
     """
 
-    bits: torch.Tensor
-    shape: tuple[int, int]
+    bits: Tensor
+    shape: tuple[int, ...]
 
-    def __post_init__(self):
-        if not isinstance(self.bits, torch.Tensor) or self.bits.dtype != torch.uint8:
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, Tensor) or self.bits.dtype != torch.uint8:
             raise TypeError(f"bits={_brief(self.bits)}: must be a uint8 tensor")
         shape = tuple(int(s) for s in self.shape)
         if len(shape) != 2 or min(shape) < 0:
@@ -43,36 +51,38 @@ class PackedMask:
             )
         object.__setattr__(self, "shape", shape)
 
-    def to_bool(self):
-        """Bool (N, K), True = removed."""
+    def to_bool(self) -> Tensor:
+        """Return a bool tensor (N, K), True where a weight is removed."""
         return unpack_bits(self.bits, self.shape[1])
 
     def count(self) -> int:
-        """How many weights are removed. Waits for the device."""
+        """Return how many weights are removed; this waits for the device."""
         counts = torch.tensor([bin(i).count("1") for i in range(256)], device=self.bits.device)
         return int(sum(counts[rows.long()].sum() for rows in self.bits.split(4096)))
 
-    def to(self, device):
-        """The same mask on another device."""
+    def to(self, device: torch.device | str) -> "PackedMask":
+        """Return the same mask on another device."""
         return PackedMask(self.bits.to(device), self.shape)
 
-    def __or__(self, other):
+    def __or__(self, other: "PackedMask") -> "PackedMask":
         return self._combined(other, torch.bitwise_or)
 
-    def __and__(self, other):
+    def __and__(self, other: "PackedMask") -> "PackedMask":
         return self._combined(other, torch.bitwise_and)
 
-    def __sub__(self, other):
+    def __sub__(self, other: "PackedMask") -> "PackedMask":
         return self._combined(other, lambda a, b: a & ~b)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, PackedMask):
             return NotImplemented
         return self.shape == other.shape and torch.equal(self.bits, other.bits.to(self.bits.device))
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
-    def _combined(self, other, op):
+    def _combined(
+        self, other: "PackedMask", op: Callable[[Tensor, Tensor], Tensor]
+    ) -> "PackedMask":
         if not isinstance(other, PackedMask):
             return NotImplemented
         if other.shape != self.shape:
@@ -83,54 +93,70 @@ class PackedMask:
             )
         return PackedMask(op(self.bits, other.bits), self.shape)
 
-    def save(self, path):
-        """Write this mask alone to a safetensors file."""
+    def save(self, path: str | Path) -> None:
+        """Write this mask alone to a safetensors file, which :meth:`load` reads."""
         save_masks(path, {"": self})
 
     @classmethod
-    def load(cls, path):
-        """Read a mask written by :meth:`save`."""
+    def load(cls, path: str | Path) -> "PackedMask":
+        """Read a mask that :meth:`save` wrote.
+
+        Raises:
+            DataError: as :func:`load_masks`, or the file holds masks of several weights.
+        """
         masks, _ = load_masks(path)
         if list(masks) != [""]:
             raise DataError(f"{path}: holds masks of {len(masks)} weights; use load_masks")
         return masks[""]
 
 
-def save_masks(path, masks, metadata=None):
-    """Write masks to one safetensors file: ``<name>.mask`` uint8, the shapes in the metadata.
+def save_masks(
+    path: str | Path, masks: Mapping[str, PackedMask], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write masks to one safetensors file, each as the tensor ``<name>.mask``.
 
     Args:
         path: the file to write.
         masks: {parameter name: PackedMask}.
-        metadata: more {str: str} pairs to keep beside them.
+        metadata: more {str: str} pairs to keep in the file's header.
     """
     tensors = {mask_key(name): mask.bits.cpu().contiguous() for name, mask in masks.items()}
-    shapes = json.dumps({mask_key(name): mask.shape for name, mask in masks.items()})
-    extra = {"format": FORMAT, "version": VERSION, "shapes": shapes}
-    save_tensors(path, tensors, {**(metadata or {}), **extra})
+    shapes = {name: mask.shape for name, mask in masks.items()}
+    save_tensors(path, tensors, _header(shapes, metadata))
 
 
-def masks_file(path, shapes, metadata=None, keep=False):
-    """As :func:`save_masks`, for masks that come one by one and do not fit in memory together.
+def masks_file(
+    path: str | Path,
+    shapes: Mapping[str, tuple[int, int]],
+    metadata: Mapping[str, str] | None = None,
+    keep: bool = False,
+) -> TensorFile:
+    """Make a file as :func:`save_masks` does, for masks that come one by one.
 
     Args:
         path: the file.
         shapes: {parameter name: (out, in)}; a mask that is never written removes nothing.
-        metadata: as :func:`save_masks`.
-        keep: as :meth:`antidote_fast.files.tensor_file.TensorFile.create`.
+        metadata: more {str: str} pairs to keep in the file's header.
+        keep: leave a file that the same call made before as it is.
 
     Returns:
-        A :class:`antidote_fast.files.tensor_file.TensorFile`; write ``mask.bits`` under
+        A :class:`antidote_fast.files.tensor_file.TensorFile`; the caller writes ``mask.bits`` under
         :func:`mask_key`.
     """
     specs = {mask_key(name): (torch.uint8, (n, -(-k // 8))) for name, (n, k) in shapes.items()}
+    return TensorFile.create(path, specs, _header(shapes, metadata), keep)
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None) -> dict:
     listed = json.dumps({mask_key(name): shape for name, shape in shapes.items()})
-    extra = {"format": FORMAT, "version": VERSION, "shapes": listed}
-    return TensorFile.create(path, specs, {**(metadata or {}), **extra}, keep)
+    return {**(metadata or {}), "format": FORMAT, "version": VERSION, "shapes": listed}
 
 
-def load_masks(path):
-    """Read ``({parameter name: PackedMask}, metadata)`` from a file of :func:`save_masks`.
+def load_masks(path: str | Path) -> tuple[dict[str, PackedMask], dict[str, str]]:
+    """Read a file that :func:`save_masks` wrote.
+
+    Returns:
+        ``({parameter name: PackedMask}, metadata)``.
 
     Raises:
         DataError: no such file, not a mask file, an unknown version, or damaged contents.
@@ -155,7 +181,7 @@ def load_masks(path):
         for key, shape in shapes.items():
             if not isinstance(shape, list) or any(type(n) is not int for n in shape):
                 raise ValueError(f"{key!r} has no shape")
-            mask = PackedMask(tensors[key], shape)
+            mask = PackedMask(tensors[key], tuple(shape))
             _check_pad_bits(path, key, mask)
             masks[key.removesuffix("mask").removesuffix(".")] = mask
     except DataError:
@@ -165,16 +191,16 @@ def load_masks(path):
     return masks, metadata
 
 
-def mask_key(name) -> str:
-    """The name of a weight's mask in a file of masks."""
+def mask_key(name: str) -> str:
+    """Return the name of a weight's mask in a file of masks."""
     return f"{name}.mask" if name else "mask"
 
 
-def _check_pad_bits(path, key, mask):
+def _check_pad_bits(path: str | Path, key: str, mask: PackedMask) -> None:
     used = mask.shape[1] % 8
     if used and mask.bits.numel() and bool((mask.bits[:, -1] >> used).any()):
         raise DataError(f"{path}: {key} has bits set past its {mask.shape[1]} columns")
 
 
-def _brief(value):
-    return f"{value.dtype} tensor" if isinstance(value, torch.Tensor) else repr(value)
+def _brief(value: Any) -> str:
+    return f"{value.dtype} tensor" if isinstance(value, Tensor) else repr(value)

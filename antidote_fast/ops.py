@@ -1,4 +1,4 @@
-"""The tensor ops: validate once, pick a backend, allocate, call.
+"""The tensor ops: each validates its arguments, picks a backend, allocates, and calls it.
 
 N = out_features, K = in_features. A weight is (N, K) bf16, fp16 or fp32 with unit column stride and
 any row stride; an activation norm is (K,) fp32, or None for plain magnitude. The score of a weight
@@ -11,25 +11,37 @@ TypeError, ValueError or BackendUnavailable; nothing is written then. Values are
 call waits for a device.
 """
 
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from antidote_fast import _check as check
 from antidote_fast.backends import select
 from antidote_fast.masks import PackedMask
+from antidote_fast.selection import Selection
+
+OrNone = Sequence[Tensor | None]
+# weights, act_norms, selection, preserve_norms, base_weights, as a backend's ``prune`` takes them
+Lists = tuple[Sequence[Tensor], OrNone, Selection, OrNone, OrNone]
 
 
-def accumulate_sq_norm_(sq_sum, x, token_mask=None, *, backend=None):
+def accumulate_sq_norm_(
+    sq_sum: Tensor, x: Tensor, token_mask: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
     """Add the sum over tokens of ``x ** 2`` to ``sq_sum``, in place.
 
     Args:
-        sq_sum: (K,) fp32.
-        x: (..., K) bf16, fp16 or fp32, unit stride along K.
-        token_mask: ``x.shape[:-1]``, bool or integer, nonzero = counted. An excluded token is not
-            read, so NaN there does no harm.
+        sq_sum: the sums so far, (K,) fp32.
+        x: activations (..., K) in bf16, fp16 or fp32, with unit stride along K.
+        token_mask: bool or integer of shape ``x.shape[:-1]``; a token counts where it is nonzero.
+            An excluded token is not read, so NaN there does no harm.
 
     Returns:
-        sq_sum. The sum is taken in float64 and rounded once; the same bits on every run.
+        sq_sum. The sum is taken in float64 and rounded once, so every run gives the same bits.
     """
     check.vector("sq_sum", sq_sum)
     check.writable("sq_sum", sq_sum)
@@ -41,31 +53,39 @@ def accumulate_sq_norm_(sq_sum, x, token_mask=None, *, backend=None):
     return sq_sum
 
 
-def score(weight, act_norm=None, *, base_weight=None, backend=None):
-    """The score of every weight.
+def score(
+    weight: Tensor,
+    act_norm: Tensor | None = None,
+    *,
+    base_weight: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Return the score of every weight, as the module's text defines it.
 
     Args:
-        weight: (N, K).
-        act_norm: (K,) fp32, or None for plain magnitude.
-        base_weight: like weight; scores ``|weight - base_weight|`` then.
+        weight: a matrix (N, K).
+        act_norm: the activation norm (K,) fp32; None scores by plain magnitude.
+        base_weight: a matrix like weight; with it ``|weight - base_weight|`` is scored.
 
     Returns:
-        (N, K) fp32, NaN canonical (0x7FC00000).
+        The scores, (N, K) fp32; each NaN has the bits 0x7FC00000.
     """
     check.operands(weight, act_norm, base_weight=base_weight)
     module = select(backend, weight.device.type)
     return module.score(weight, act_norm, base_weight)
 
 
-def select_mask(score, selection, *, backend=None):
-    """What ``selection`` removes of any score matrix, in signed order (-0 equals +0, NaN last).
+def select_mask(score: Tensor, selection: Selection, *, backend: str | None = None) -> PackedMask:
+    """Return the mask of what ``selection`` removes, judged by any matrix of scores.
+
+    Scores are compared with their signs: -0 equals +0, and NaN comes last.
 
     Args:
-        score: (N, K) fp32.
-        selection: a Selection of row or tensor scope, or n_m.
+        score: the scores, (N, K) fp32.
+        selection: a Selection of row or tensor scope, or with n_m.
 
     Returns:
-        PackedMask.
+        A PackedMask of shape (N, K).
     """
     check.matrix("score", score, dtypes=(torch.float32,))
     check.selection(selection, one_weight=True)
@@ -76,70 +96,70 @@ def select_mask(score, selection, *, backend=None):
     return PackedMask(bits, score.shape)
 
 
-def prune_mask(weight, act_norm, selection, *, preserve_norm=None, base_weight=None, backend=None):
-    """The mask that :func:`prune_` would apply; the weight is left as it is.
+def prune_mask(
+    weight: Tensor,
+    act_norm: Tensor | None,
+    selection: Selection,
+    *,
+    preserve_norm: Tensor | None = None,
+    base_weight: Tensor | None = None,
+    backend: str | None = None,
+) -> PackedMask:
+    """Return the mask that :func:`prune_` would apply, and leave the weight as it is.
 
-    Args: as :func:`prune_`; ``base_weight`` matters with ``score_delta`` only.
+    The arguments are those of :func:`prune_`; ``base_weight`` matters with ``score_delta`` only.
 
     Returns:
-        PackedMask.
+        A PackedMask of shape (N, K).
     """
     check.selection(selection, one_weight=True)
-    masks, _ = _prune(
-        [weight],
-        [act_norm],
-        selection,
-        [preserve_norm],
-        [base_weight],
-        write=False,
-        backend=backend,
-    )
-    return masks[0]
+    lists = [weight], [act_norm], selection, [preserve_norm], [base_weight]
+    return _prune(lists, backend, write=False)[0][0]
 
 
 def prune_(
-    weight,
-    act_norm,
-    selection,
+    weight: Tensor,
+    act_norm: Tensor | None,
+    selection: Selection,
     *,
-    preserve_norm=None,
-    base_weight=None,
-    return_mask=False,
-    backend=None,
-):
-    """Score, select and remove weights in one pass, in place.
+    preserve_norm: Tensor | None = None,
+    base_weight: Tensor | None = None,
+    return_mask: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, PackedMask]:
+    """Score a weight, select what goes, and remove that, in one pass and in place.
 
     Args:
-        weight: (N, K).
-        act_norm: (K,) fp32, or None for plain magnitude.
-        selection: a Selection of row or tensor scope, or n_m.
-        preserve_norm: (K,) fp32; what ranks in the top ``preserve_ratio`` by it is kept.
-        base_weight: like weight; removed weights take its bits instead of +0.
+        weight: a matrix (N, K).
+        act_norm: the activation norm (K,) fp32; None scores by plain magnitude.
+        selection: a Selection of row or tensor scope, or with n_m.
+        preserve_norm: a second norm (K,) fp32; weights that rank in the top ``preserve_ratio`` by
+            it are kept.
+        base_weight: a matrix like weight; removed weights take its bits instead of +0.
         return_mask: also return the PackedMask of what was removed.
 
     Returns:
         weight, or (weight, mask).
     """
     check.selection(selection, one_weight=True)
-    masks, _ = _prune(
-        [weight],
-        [act_norm],
-        selection,
-        [preserve_norm],
-        [base_weight],
-        want_masks=return_mask,
-        backend=backend,
-    )
+    lists = [weight], [act_norm], selection, [preserve_norm], [base_weight]
+    masks, _ = _prune(lists, backend, want_masks=return_mask)
     return (weight, masks[0]) if return_mask else weight
 
 
-def apply_mask_(weight, mask, *, base_weight=None, backend=None):
-    """Remove from ``weight`` (N, K), in place, what ``mask`` marks.
+def apply_mask_(
+    weight: Tensor,
+    mask: PackedMask,
+    *,
+    base_weight: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Remove from a weight, in place, what a mask marks.
 
     Args:
-        weight: (N, K).
-        mask: PackedMask of the same shape, on the same device.
-        base_weight: like weight; removed weights take its bits instead of +0.
+        weight: a matrix (N, K).
+        mask: a PackedMask of the same shape, on the same device.
+        base_weight: a matrix like weight; removed weights take its bits instead of +0.
 
     Returns:
         weight.
@@ -157,91 +177,80 @@ def apply_mask_(weight, mask, *, base_weight=None, backend=None):
 
 
 def prune_many_(
-    weights,
-    act_norms,
-    selection,
+    weights: Sequence[Tensor],
+    act_norms: OrNone,
+    selection: Selection,
     *,
-    preserve_norms=None,
-    base_weights=None,
-    return_mask=False,
-    backend=None,
-):
-    """:func:`prune_` over a list, in one call; ``scope="global"`` compares over the whole list.
+    preserve_norms: OrNone | None = None,
+    base_weights: OrNone | None = None,
+    return_mask: bool = False,
+    backend: str | None = None,
+) -> Sequence[Tensor] | tuple[Sequence[Tensor], list[PackedMask]]:
+    """Prune a list of weights in one call, each as :func:`prune_` does.
+
+    ``scope="global"`` compares the scores of the whole list. Everything is validated before the
+    first write.
 
     Args:
-        weights: list of (N_i, K_i), on one device, none twice and none overlapping.
-        act_norms: list of (K_i,) fp32 or None (plain magnitude).
+        weights: a list of matrices (N_i, K_i) on one device; none is there twice, none overlap.
+        act_norms: a list of norms (K_i,) fp32; None in it scores by plain magnitude.
         selection: a Selection of any scope.
-        preserve_norms: list of (K_i,) fp32 or None (nothing preserved in that weight), or None.
-        base_weights: list like weights (an entry may be None without ``score_delta``), or None.
+        preserve_norms: a list of norms (K_i,) fp32; None in it, or for all, preserves nothing.
+        base_weights: a list like weights, or None; an entry may be None without ``score_delta``.
         return_mask: also return the list of PackedMasks.
 
     Returns:
-        weights, or (weights, masks). All is validated before the first write.
+        weights, or (weights, masks).
     """
-    masks, _ = _prune_lists(
-        weights,
-        act_norms,
-        selection,
-        preserve_norms,
-        base_weights,
-        want_masks=return_mask,
-        backend=backend,
-    )
+    lists = _aligned(weights, act_norms, selection, preserve_norms, base_weights)
+    masks, _ = _prune(lists, backend, many=True, want_masks=return_mask)
     return (weights, masks) if return_mask else weights
 
 
 def prune_with_report_(
-    weights,
-    act_norms,
-    selection,
+    weights: Sequence[Tensor],
+    act_norms: OrNone,
+    selection: Selection,
     *,
-    preserve_norms=None,
-    base_weights=None,
-    write=True,
-    backend=None,
-):
-    """:func:`prune_many_` for reports: also says where the selection's edge lies.
+    preserve_norms: OrNone | None = None,
+    base_weights: OrNone | None = None,
+    write: bool = True,
+    backend: str | None = None,
+) -> tuple[list[PackedMask], list[float]]:
+    """Prune a list as :func:`prune_many_` does, and also say where the selection's edge lies.
 
     With ``write=False`` the weights are left as they are, and :func:`apply_mask_` may follow.
 
     Returns:
-        (masks, thresholds): a PackedMask and a float a weight. The threshold is the smallest score
-        selected (``largest=False``: the largest), NaN where nothing was, or with n_m.
+        (masks, thresholds): one PackedMask and one float for each weight. The threshold is the
+        smallest score selected (``largest=False``: the largest); NaN where nothing was, or with
+        n_m.
     """
-    masks, thresholds = _prune_lists(
-        weights,
-        act_norms,
-        selection,
-        preserve_norms,
-        base_weights,
-        write=write,
-        want_thresholds=True,
-        backend=backend,
-    )
+    lists = _aligned(weights, act_norms, selection, preserve_norms, base_weights)
+    masks, thresholds = _prune(lists, backend, many=True, write=write, want_thresholds=True)
     return masks, _edges(thresholds, selection.largest)
 
 
 def prune_linear_(
-    weight,
-    x,
-    selection,
+    weight: Tensor,
+    x: Tensor,
+    selection: Selection,
     *,
-    token_mask=None,
-    preserve_norm=None,
-    base_weight=None,
-    return_mask=False,
-    return_norm=False,
-    backend=None,
-):
-    """Norms, scores, selection and removal of one linear layer from one batch of its input.
+    token_mask: Tensor | None = None,
+    preserve_norm: Tensor | None = None,
+    base_weight: Tensor | None = None,
+    return_mask: bool = False,
+    return_norm: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor | PackedMask, ...]:
+    """Prune one linear layer by one batch of its input: norms, scores, selection and removal.
 
     Args:
-        weight: (N, K).
-        x: (..., K), the layer's input.
-        token_mask: as in :func:`accumulate_sq_norm_`.
-        selection, preserve_norm, base_weight, return_mask: as in :func:`prune_`.
-        return_norm: also return the (K,) fp32 norm that was used, ``sqrt(sum of x ** 2)``.
+        weight: a matrix (N, K).
+        x: the layer's input, (..., K).
+        token_mask: which tokens count, as in :func:`accumulate_sq_norm_`.
+        selection: as in :func:`prune_`; so are preserve_norm, base_weight and return_mask.
+        return_norm: also return the norm that was used, ``sqrt(sum of x ** 2)``, (K,) fp32.
 
     Returns:
         weight, or a tuple of weight, then the mask and the norm where asked for.
@@ -255,98 +264,86 @@ def prune_linear_(
     lists = [weight], [norm], selection, [preserve_norm], [base_weight]
     check.prune_lists(*lists, write=True)  # all refusals come before the norms' work
     module = select(backend, weight.device.type)
-    masks = _prune_at_once(module, weight, norm, x, token_mask, lists, return_mask)
+    masks = _prune_at_once(module, norm, x, token_mask, lists, return_mask)
     if masks is None:
         if x.numel():
             module.accumulate_sq_norm_(norm, x, token_mask)
         norm.sqrt_()
-        masks = _run(module, *lists, write=True, want_masks=return_mask, want_thresholds=False)[0]
+        masks, _ = _run(module, lists, True, return_mask, False)
     outputs = (weight,) + ((masks[0],) if return_mask else ()) + ((norm,) if return_norm else ())
     return outputs if len(outputs) > 1 else weight
 
 
-def _prune_at_once(module, weight, norm, x, token_mask, lists, want_masks):
+def _prune_at_once(
+    module: ModuleType,
+    norm: Tensor,
+    x: Tensor,
+    token_mask: Tensor | None,
+    lists: Lists,
+    want_masks: bool,
+) -> list[PackedMask] | None:
     """:func:`prune_linear_` in one launch: its list of masks, or None where that cannot be."""
+    (weight,), _, selection, (preserve_norm,), (base_weight,) = lists
     if not hasattr(module, "prune_linear") or not weight.numel():
         return None
-    _, _, selection, (preserve_norm,), (base_weight,) = lists
-    bits = [_empty_bits(weight)] if want_masks else None
+    bits = [_empty_bits(weight)] if want_masks else []
     operands = weight, norm, x, token_mask, selection, preserve_norm, base_weight
-    if not module.prune_linear(*operands, bits=bits):
+    if not module.prune_linear(*operands, bits=bits or None):
         return None
     check.mark_written(weight)
-    return [PackedMask(bits[0], weight.shape)] if want_masks else [None]
+    return [PackedMask(b, weight.shape) for b in bits]
 
 
-def _prune_lists(weights, act_norms, selection, preserve_norms, base_weights, **options):
+def _aligned(
+    weights: Any, act_norms: Any, selection: Selection, preserve_norms: Any, base_weights: Any
+) -> Lists:
+    """The lists of a many-call, all of one length; what is left out is None for each weight."""
     check.selection(selection, one_weight=False)
-    lists = check.aligned_lists(
+    weights, act_norms, preserve_norms, base_weights = check.aligned_lists(
         weights, act_norms=act_norms, preserve_norms=preserve_norms, base_weights=base_weights
     )
-    return _prune(lists[0], lists[1], selection, lists[2], lists[3], many=True, **options)
+    return weights, act_norms, selection, preserve_norms, base_weights
 
 
 def _prune(
-    weights,
-    act_norms,
-    selection,
-    preserve_norms,
-    base_weights,
+    lists: Lists,
+    backend: str | None,
     *,
-    write=True,
-    want_masks=True,
-    want_thresholds=False,
-    many=False,
-    backend=None,
-):
-    lists = weights, act_norms, selection, preserve_norms, base_weights
+    write: bool = True,
+    want_masks: bool = True,
+    want_thresholds: bool = False,
+    many: bool = False,
+) -> tuple[list[PackedMask], list[Tensor]]:
+    """(masks, thresholds), each empty where it is not wanted."""
     check.prune_lists(*lists, write=write, many=many)
-    device = weights[0].device.type if weights else "cpu"
-    module = select(backend, device)
-    return _run(module, *lists, write=write, want_masks=want_masks, want_thresholds=want_thresholds)
+    weights = lists[0]
+    module = select(backend, weights[0].device.type if weights else "cpu")
+    return _run(module, lists, write, want_masks, want_thresholds)
 
 
 def _run(
-    module,
-    weights,
-    act_norms,
-    selection,
-    preserve_norms,
-    base_weights,
-    *,
-    write,
-    want_masks,
-    want_thresholds,
-):
-    bits = [_empty_bits(w) for w in weights] if want_masks else None
-    thresholds = None
+    module: ModuleType, lists: Lists, write: bool, want_masks: bool, want_thresholds: bool
+) -> tuple[list[PackedMask], list[Tensor]]:
+    """:func:`_prune` of lists that are checked, on a backend that is chosen."""
+    weights = lists[0]
+    bits = [_empty_bits(w) for w in weights if want_masks]
+    thresholds = []
     if want_thresholds:
-        thresholds = [w.new_full((w.shape[0],), torch.nan, dtype=torch.float32) for w in weights]
+        thresholds = [w.new_full((len(w),), torch.nan, dtype=torch.float32) for w in weights]
     if any(w.numel() for w in weights):
-        module.prune(
-            weights,
-            act_norms,
-            selection,
-            preserve_norms,
-            base_weights,
-            write=write,
-            bits=bits,
-            thresholds=thresholds,
-        )
+        module.prune(*lists, write=write, bits=bits or None, thresholds=thresholds or None)
         if write:
             check.mark_written(*weights)
-    masks = None
-    if want_masks:
-        masks = [PackedMask(b, w.shape) for b, w in zip(bits, weights, strict=True)]
+    masks = [PackedMask(b, w.shape) for b, w in zip(bits, weights, strict=False)]
     return masks, thresholds
 
 
-def _empty_bits(weight):
+def _empty_bits(weight: Tensor) -> Tensor:
     rows, columns = weight.shape
     return torch.zeros((rows, (columns + 7) // 8), dtype=torch.uint8, device=weight.device)
 
 
-def _edges(thresholds, largest):
+def _edges(thresholds: Sequence[Tensor], largest: bool) -> list[float]:
     """One float a list of rows' thresholds; the device is waited for once."""
     if not thresholds:
         return []

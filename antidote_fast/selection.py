@@ -1,8 +1,9 @@
-"""How many weights are removed, and where: the one place where a ratio becomes a count."""
+"""A Selection says how many weights are removed, and where; here a ratio becomes a count."""
 
 import math
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from typing import Any
 
 from antidote_fast.errors import UsageError
 
@@ -11,19 +12,21 @@ SCOPES = ("row", "tensor", "global")
 
 @dataclass(frozen=True)
 class Selection:
-    """What to remove from a weight of shape (out_features, in_features).
+    """What is to be removed from a weight of shape (out_features, in_features).
 
     Args:
-        ratio: fraction removed, in [0, 1]. May be left out where ``n_m`` says it.
+        ratio: the fraction removed, in [0, 1]. It may be left out where ``n_m`` says it.
         largest: True removes the highest scores (Antidote), False the lowest (Wanda).
-        scope: ``"row"`` compares along each output row, ``"tensor"`` over one weight,
-            ``"global"`` over the list given to :func:`antidote_fast.prune_many_`.
-        n_m: ``(n, m)`` removes n of each m consecutive columns; row scope only.
-        preserve_ratio: fraction protected where a ``preserve_norm`` is given; default ``ratio``.
-        score_delta: score ``|weight - base_weight|`` instead of ``|weight|``.
+        scope: ``"row"`` compares the scores of each output row, ``"tensor"`` those of one weight,
+            ``"global"`` those of the list given to :func:`antidote_fast.prune_many_`.
+        n_m: ``(n, m)`` removes n of each m consecutive columns; it needs row scope.
+        preserve_ratio: the fraction protected where a ``preserve_norm`` is given; by default it is
+            ``ratio``.
+        score_delta: scores ``|weight - base_weight|`` instead of ``|weight|``.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what is accepted.
+        TypeError: an argument of another type, naming it, its value and what is accepted.
+        ValueError: an argument out of range, likewise.
     """
 
     ratio: float | None = None
@@ -33,7 +36,7 @@ class Selection:
     preserve_ratio: float | None = field(default=None, kw_only=True)
     score_delta: bool = field(default=False, kw_only=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("largest", "score_delta"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
@@ -48,7 +51,7 @@ class Selection:
         elif self.ratio is None:
             raise ValueError("ratio=None: must be a number in [0, 1] unless n_m is given")
 
-    def _check_n_m(self):
+    def _check_n_m(self) -> None:
         pair = self.n_m
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"n_m={pair!r}: must be a pair of integers (n, m)")
@@ -69,20 +72,24 @@ class Selection:
 
     @property
     def preserve(self) -> "Selection":
-        """The selection that is protected: the top ``preserve_ratio``, in the same scope."""
+        """The Selection of what is protected: the top ``preserve_ratio``, in the same scope."""
         ratio = self.ratio if self.preserve_ratio is None else self.preserve_ratio
         return Selection(ratio, scope=self.scope, score_delta=self.score_delta)
 
 
-def check_seed(seed, name="seed") -> int:
-    """The seed as an int; UsageError where it is no integer in [0, 2**64), as torch takes it."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
+def check_seed(seed: Any, name: str = "seed") -> int:
+    """Return the seed as an int.
+
+    Raises:
+        UsageError: it is no integer in [0, 2**64), which is what torch takes.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 1 << 64:
         shown = repr(seed) if not isinstance(seed, int) or abs(seed) < 10**40 else "a larger number"
         raise UsageError(f"{name}={shown:.80}: must be an integer in [0, 2**64)")
     return int(seed)
 
 
-def _checked_fraction(name, value):
+def _checked_fraction(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r}: must be a number in [0, 1]")
     value = float(value)
@@ -92,7 +99,7 @@ def _checked_fraction(name, value):
 
 
 def num_pruned(n: int, selection: Selection) -> int:
-    """How many of ``n`` compared weights ``selection`` removes.
+    """Return how many of ``n`` compared weights a selection removes.
 
     ``largest=True`` gives ``n - int(n * (1 - ratio))``, at least 1 when ratio > 0 and n > 0 (the
     official Antidote code); ``largest=False`` gives ``int(n * ratio)`` (the official Wanda code).

@@ -60,7 +60,7 @@ def steps():
     few = ("--ratio", "0.01", "0.05", "--runs", "8")
     return [
         build(),
-        tests("cuda", 100, "test_cuda", "test_ops", "test_norms", "test_fusion"),
+        tests("cuda", 100, "test_cuda", "test_ops", "test_fusion"),
         tests("triton", 140, "test_triton"),
         *(ops_step(backend, 60) for backend in BACKENDS),
         sanitizer("memcheck", "cuda", 60),

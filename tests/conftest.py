@@ -1,8 +1,6 @@
 """Where there is no GPU, Triton kernels are interpreted; checkpoint folders that files share."""
 
 import functools
-import importlib.util
-import inspect
 import os
 import shutil
 
@@ -14,35 +12,33 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import faulty
+import broken_backends
+import interpreting
+import sampling
 import tiny
 
 hypothesis.settings.register_profile("fuzz", max_examples=100_000)  # make fuzz
 
-_LANGUAGE = ("triton.language", "triton.language.core")
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--whole", action="store_true", help="every case and example, not a fixed sample of them"
+    )
 
 
-def pytest_configure():
-    """Interpret in a third of the time: Triton patches its language anew for each inner call."""
-    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        from triton.runtime import interpreter
+def pytest_configure(config):
+    sampling.WHOLE = config.getoption("whole")
+    interpreting.interpret_faster()
 
-        patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
-        def patch_once(fn):
-            modules = [value for value in fn.__globals__.values() if inspect.ismodule(value)]
-            which = frozenset(m.__name__ for m in modules if m.__name__ in _LANGUAGE)
-            if which in patched:
-                return None  # an inner call's is never undone
-            patched.add(which)
-            return patch(fn)
+# Files of a few long tests: two workers that share the rest end at the same time.
+LONGEST = ("test_kill", "test_benchmarks", "test_protocol", "test_ranks", "test_ray_pool")
+LONGEST += ("test_dry_run", "test_experiment", "test_memory", "test_soak", "test_package")
 
-        def launch_afresh(*args, **kwargs):
-            patched.clear()
-            return launch(*args, **kwargs)
 
-        interpreter._patch_lang = patch_once
-        interpreter.GridExecutor.__call__ = launch_afresh
+def pytest_collection_modifyitems(items):
+    items[:] = sampling.thinned(items)
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(scope="session")
@@ -59,8 +55,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def broken(monkeypatch):
-    """Puts a backend that does some damage in place of another, as :func:`faulty.install`."""
-    return functools.partial(faulty.install, monkeypatch)
+    """Puts a backend that does some damage in place of another (``broken_backends.install``)."""
+    return functools.partial(broken_backends.install, monkeypatch)
 
 
 @pytest.fixture

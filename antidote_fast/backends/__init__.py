@@ -8,6 +8,7 @@ prunes a linear layer from its input in one launch has ``prune_linear`` too.
 import functools
 import importlib
 import os
+from types import ModuleType
 
 from antidote_fast.errors import BackendUnavailable
 
@@ -21,18 +22,18 @@ PREFERENCE = {
 
 
 @functools.cache
-def load(name):
+def load(name: str) -> tuple[ModuleType, str | None]:
     """(module, why it cannot run here or None) of a backend."""
     module = importlib.import_module(f"antidote_fast.backends.{name}")
     return module, module.unavailable()
 
 
-def available():
+def available() -> dict[str, str | None]:
     """{backend name: None where it can run here, else the reason}."""
     return {name: load(name)[1] for name in NAMES}
 
 
-def select(name, device_type):
+def select(name: str | None, device_type: str) -> ModuleType:
     """The backend module that runs a call.
 
     Args:

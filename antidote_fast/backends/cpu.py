@@ -4,11 +4,14 @@ The extension takes addresses, sizes and strides; this module turns tensors into
 """
 
 import os
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from antidote_fast.backends import native
 from antidote_fast.errors import UsageError
+from antidote_fast.selection import Selection
 
 try:
     from antidote_fast import _cpu
@@ -21,14 +24,14 @@ ISAS = () if _cpu is None else tuple(_cpu.isas())  # what this machine runs, the
 DEVICE_TYPES = ("cpu",)
 
 
-def unavailable():
+def unavailable() -> str | None:
     """Why this backend cannot run here, or None."""
     if _cpu is None:
         return f"the extension is not built ({_missing}); reinstall where there is a C++ compiler"
     return None
 
 
-def isa():
+def isa() -> str:
     """The instruction set in use: the fastest, or the lower one that ``ANTIDOTE_CPU_ISA`` names."""
     return ISAS[_isa()]
 
@@ -42,7 +45,7 @@ def _isa():
     return ISAS.index(wanted)
 
 
-def accumulate_sq_norm_(sq_sum, x, token_mask):
+def accumulate_sq_norm_(sq_sum: Tensor, x: Tensor, token_mask: Tensor | None) -> None:
     """As ``reference.accumulate_sq_norm_``."""
     _cpu.accumulate_sq_norm(
         _isa(),
@@ -57,7 +60,7 @@ def accumulate_sq_norm_(sq_sum, x, token_mask):
     )
 
 
-def score(weight, act_norm, base_weight):
+def score(weight: Tensor, act_norm: Tensor | None, base_weight: Tensor | None) -> Tensor:
     """As ``reference.score``."""
     out = torch.empty(weight.shape, dtype=torch.float32)
     row = native.row(weight, act_norm, base_weight)
@@ -65,12 +68,22 @@ def score(weight, act_norm, base_weight):
     return out
 
 
-def select_mask(scores, selection, bits):
+def select_mask(scores: Tensor, selection: Selection, bits: Tensor) -> None:
     """As ``reference.select_mask``."""
     _select([native.signed_row(scores, selection, bits)], selection, is_signed=True, write=False)
 
 
-def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write, bits, thresholds):
+def prune(
+    weights: Sequence[Tensor],
+    act_norms: Sequence[Tensor | None],
+    selection: Selection,
+    preserve_norms: Sequence[Tensor | None],
+    base_weights: Sequence[Tensor | None],
+    *,
+    write: bool,
+    bits: Sequence[Tensor] | None,
+    thresholds: Sequence[Tensor] | None,
+) -> None:
     """As ``reference.prune``."""
     rows = native.rows_of(
         weights, act_norms, selection, preserve_norms, base_weights, bits, thresholds
@@ -78,7 +91,7 @@ def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write,
     _select(rows, selection, is_signed=False, write=write)
 
 
-def apply_mask_(weight, bits, base_weight):
+def apply_mask_(weight: Tensor, bits: Tensor, base_weight: Tensor | None) -> None:
     """As ``reference.apply_mask_``."""
     row = native.row(weight, None, base_weight, bits=bits)
     _cpu.apply_mask(_isa(), row, torch.get_num_threads())

@@ -6,10 +6,13 @@ host (``csrc/simt``), and take CPU tensors: for tests, nothing else.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from antidote_fast.backends import native, reference
+from antidote_fast.selection import Selection
 
 try:
     from antidote_fast import _cuda
@@ -22,14 +25,14 @@ MAX_DIMS = 9  # of activations
 DEVICE_TYPES = ("cpu",) if EMULATED else ("cuda",)
 
 
-def not_built():
+def not_built() -> str | None:
     """Why there is no extension, or None."""
     if _cuda is None:
         return f"the extension is not built ({_missing}); reinstall where there is nvcc"
     return None
 
 
-def unavailable():
+def unavailable() -> str | None:
     """Why this backend cannot run here, or None."""
     if _cuda is None:
         return not_built()
@@ -50,7 +53,7 @@ def _problem(device):
     return _cuda.problem(device)
 
 
-def accumulate_sq_norm_(sq_sum, x, token_mask):
+def accumulate_sq_norm_(sq_sum: Tensor, x: Tensor, token_mask: Tensor | None) -> None:
     """As ``reference.accumulate_sq_norm_``."""
     where = _where(x)
     x = _few_dims(x)
@@ -59,7 +62,7 @@ def accumulate_sq_norm_(sq_sum, x, token_mask):
     _cuda.accumulate_sq_norm(where, sq_sum.data_ptr(), *activations, native.address(scratch))
 
 
-def score(weight, act_norm, base_weight):
+def score(weight: Tensor, act_norm: Tensor | None, base_weight: Tensor | None) -> Tensor:
     """As ``reference.score``."""
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     if weight.numel():
@@ -68,13 +71,23 @@ def score(weight, act_norm, base_weight):
     return out
 
 
-def select_mask(scores, selection, bits):
+def select_mask(scores: Tensor, selection: Selection, bits: Tensor) -> None:
     """As ``reference.select_mask``."""
     plan = native.plan_of(selection, is_signed=True, write=False)
     _select([scores], [native.signed_row(scores, selection, bits)], plan, [bits])
 
 
-def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write, bits, thresholds):
+def prune(
+    weights: Sequence[Tensor],
+    act_norms: Sequence[Tensor | None],
+    selection: Selection,
+    preserve_norms: Sequence[Tensor | None],
+    base_weights: Sequence[Tensor | None],
+    *,
+    write: bool,
+    bits: Sequence[Tensor] | None,
+    thresholds: Sequence[Tensor] | None,
+) -> None:
     """As ``reference.prune``."""
     rows = native.rows_of(
         weights, act_norms, selection, preserve_norms, base_weights, bits, thresholds
@@ -83,7 +96,17 @@ def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write,
     _select(weights, rows, plan, bits)
 
 
-def prune_linear(weight, norm, x, token_mask, selection, preserve_norm, base_weight, *, bits):
+def prune_linear(
+    weight: Tensor,
+    norm: Tensor,
+    x: Tensor,
+    token_mask: Tensor | None,
+    selection: Selection,
+    preserve_norm: Tensor | None,
+    base_weight: Tensor | None,
+    *,
+    bits: Sequence[Tensor] | None,
+) -> bool:
     """Fill ``norm`` from x and prune by it, in one launch; False where that is not possible."""
     if selection.scope != "row" or selection.n_m is not None:
         return False
@@ -99,7 +122,7 @@ def prune_linear(weight, norm, x, token_mask, selection, preserve_norm, base_wei
     return True
 
 
-def apply_mask_(weight, bits, base_weight):
+def apply_mask_(weight: Tensor, bits: Tensor, base_weight: Tensor | None) -> None:
     """As ``reference.apply_mask_``."""
     _cuda.apply_mask(_where(weight), native.row(weight, None, base_weight, bits=bits))
 

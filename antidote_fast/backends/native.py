@@ -1,14 +1,25 @@
 """Tensors as the integers that ``csrc`` takes: what the extensions' backends share."""
 
-import torch
+from collections.abc import Sequence
 
-from antidote_fast.selection import num_pruned
+import torch
+from torch import Tensor
+
+from antidote_fast.selection import Selection, num_pruned
 
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SCOPE_CODES = {"row": 0, "tensor": 1, "global": 2}
 
 
-def rows_of(weights, act_norms, selection, preserve_norms, base_weights, bits, thresholds):
+def rows_of(
+    weights: Sequence[Tensor],
+    act_norms: Sequence[Tensor | None],
+    selection: Selection,
+    preserve_norms: Sequence[Tensor | None],
+    base_weights: Sequence[Tensor | None],
+    bits: Sequence[Tensor] | None,
+    thresholds: Sequence[Tensor] | None,
+) -> list[tuple[int, ...]]:
     """One tuple a weight, as ``csrc/matrix.h`` reads it; lists as ``reference.prune`` has them."""
     counts = _counts(weights, selection)
     protected = [0] * len(weights)
@@ -32,15 +43,15 @@ def rows_of(weights, act_norms, selection, preserve_norms, base_weights, bits, t
 
 
 def row(
-    weight,
-    act_norm=None,
-    base_weight=None,
-    preserve_norm=None,
-    bits=None,
-    thresholds=None,
-    k=0,
-    preserve_k=0,
-):
+    weight: Tensor,
+    act_norm: Tensor | None = None,
+    base_weight: Tensor | None = None,
+    preserve_norm: Tensor | None = None,
+    bits: Tensor | None = None,
+    thresholds: Tensor | None = None,
+    k: int = 0,
+    preserve_k: int = 0,
+) -> tuple[int, ...]:
     """A weight and what goes with it: addresses, strides, sizes, counts."""
     return (
         weight.data_ptr(),
@@ -58,13 +69,13 @@ def row(
     )
 
 
-def signed_row(scores, selection, bits):
+def signed_row(scores: Tensor, selection: Selection, bits: Tensor) -> tuple[int, ...]:
     """A matrix of scores of any sign, as :func:`row`."""
     (k,) = _counts([scores], selection)
     return row(scores, bits=bits, k=k)
 
 
-def plan_of(selection, *, is_signed, write):
+def plan_of(selection: Selection, *, is_signed: bool, write: bool) -> tuple[int | bool, ...]:
     """(scope, largest, score_delta, is_signed, write, removed, group)."""
     removed, group = selection.n_m or (0, 0)
     return (
@@ -78,7 +89,7 @@ def plan_of(selection, *, is_signed, write):
     )
 
 
-def address(tensor):
+def address(tensor: Tensor | None) -> int:
     """Where its data lie; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 

@@ -4,9 +4,12 @@ All other backends give these bits. The functions here check nothing: ``antidote
 validated the arguments, and allocated what is filled, before one of them is called.
 """
 
-import torch
+from collections.abc import Sequence
 
-from antidote_fast.selection import num_pruned
+import torch
+from torch import Tensor
+
+from antidote_fast.selection import Selection, num_pruned
 
 NAME = "reference"
 DEVICE_TYPES = None  # any
@@ -14,12 +17,12 @@ CANONICAL_NAN = 0x7FC00000
 INT32_MAX = 0x7FFFFFFF
 
 
-def unavailable():
+def unavailable() -> None:
     """Why this backend cannot run here: never, it is plain torch."""
     return None
 
 
-def pack_bits(removed):
+def pack_bits(removed: Tensor) -> Tensor:
     """Bool (N, K) -> uint8 (N, ceil(K/8)), little-endian bits, pad bits 0."""
     rows, columns = removed.shape
     padded = torch.nn.functional.pad(removed, (0, -columns % 8)).view(rows, (columns + 7) // 8, 8)
@@ -27,13 +30,13 @@ def pack_bits(removed):
     return (padded.to(torch.uint8) * place).sum(dim=-1, dtype=torch.uint8)
 
 
-def unpack_bits(bits, columns):
+def unpack_bits(bits: Tensor, columns: int) -> Tensor:
     """Uint8 (N, ceil(K/8)) -> bool (N, K)."""
     place = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits.unsqueeze(-1) >> place) & 1).flatten(1)[:, :columns].bool()
 
 
-def accumulate_sq_norm_(sq_sum, x, token_mask):
+def accumulate_sq_norm_(sq_sum: Tensor, x: Tensor, token_mask: Tensor | None) -> None:
     """sq_sum (K,) fp32 += sum over counted rows of x (..., K) squared, summed in float64."""
     rows = x.detach()
     rows = rows.reshape(-1, x.shape[-1]) if token_mask is None else rows[token_mask.bool()]
@@ -43,7 +46,7 @@ def accumulate_sq_norm_(sq_sum, x, token_mask):
     sq_sum.copy_(sq_sum.double() + total)
 
 
-def score(weight, act_norm, base_weight):
+def score(weight: Tensor, act_norm: Tensor | None, base_weight: Tensor | None) -> Tensor:
     """``| |w| * n |``, or ``|w - base| * n``, in fp32 (N, K); NaN canonical."""
     value = weight.detach().float()
     if base_weight is not None:
@@ -54,7 +57,7 @@ def score(weight, act_norm, base_weight):
     return _canonical(value)
 
 
-def select_mask(scores, selection, bits):
+def select_mask(scores: Tensor, selection: Selection, bits: Tensor) -> None:
     """Fill ``bits`` with what ``selection`` removes of a signed fp32 score matrix."""
     scores = _canonical(scores.detach() + 0.0)  # -0 becomes +0
     keys = scores.view(torch.int32)
@@ -62,7 +65,17 @@ def select_mask(scores, selection, bits):
     bits.copy_(pack_bits(selected_masks([keys], selection)[0]))
 
 
-def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write, bits, thresholds):
+def prune(
+    weights: Sequence[Tensor],
+    act_norms: Sequence[Tensor | None],
+    selection: Selection,
+    preserve_norms: Sequence[Tensor | None],
+    base_weights: Sequence[Tensor | None],
+    *,
+    write: bool,
+    bits: Sequence[Tensor] | None,
+    thresholds: Sequence[Tensor] | None,
+) -> None:
     """Select on every weight of a list, then fill what was asked for.
 
     Args:
@@ -87,8 +100,8 @@ def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write,
             ).view(torch.int32)
             for i in protected
         ]
-        for i, kept in zip(protected, selected_masks(keys, selection.preserve), strict=True):
-            removed[i] &= ~kept
+        for i, preserved in zip(protected, selected_masks(keys, selection.preserve), strict=True):
+            removed[i] &= ~preserved
     for i, weight in enumerate(weights):
         if bits is not None:
             bits[i].copy_(pack_bits(removed[i]))
@@ -96,7 +109,7 @@ def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write,
             _remove(weight, removed[i], base_weights[i])
 
 
-def apply_mask_(weight, bits, base_weight):
+def apply_mask_(weight: Tensor, bits: Tensor, base_weight: Tensor | None) -> None:
     """Remove from ``weight`` what ``bits`` marks."""
     _remove(weight, unpack_bits(bits, weight.shape[1]), base_weight)
 
@@ -116,7 +129,7 @@ def _remove(weight, removed, base_weight):
         weight.view(bits).copy_(torch.where(removed, base, weight.view(bits)))
 
 
-def selected_masks(keys, selection):
+def selected_masks(keys: Sequence[Tensor], selection: Selection) -> list[Tensor]:
     """Bool masks of what is removed, by integer keys in the order (key, index)."""
     if selection.scope == "row":
         return [_selected_in_rows(key, selection) for key in keys]

@@ -7,11 +7,13 @@ Tensors on the CPU are taken only where Triton's interpreter runs the kernels
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from antidote_fast.backends import reference
-from antidote_fast.selection import num_pruned
+from antidote_fast.selection import Selection, num_pruned
 
 NAME = "triton"
 _missing = None
@@ -38,7 +40,7 @@ INTERPRETED = _missing is None and launch.is_interpreted(rows.prune_rows_kernel)
 DEVICE_TYPES = ("cpu",) if INTERPRETED else ("cuda", "xpu")
 
 
-def unavailable():
+def unavailable() -> str | None:
     """Why this backend cannot run here, or None."""
     if _missing is not None:
         return _missing
@@ -58,12 +60,12 @@ def unavailable():
     return "torch sees no GPU here (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
 
 
-def accumulate_sq_norm_(sq_sum, x, token_mask):
+def accumulate_sq_norm_(sq_sum: Tensor, x: Tensor, token_mask: Tensor | None) -> None:
     """As ``reference.accumulate_sq_norm_``."""
     norms.accumulate_sq_norm_(sq_sum, x, token_mask)
 
 
-def score(weight, act_norm, base_weight):
+def score(weight: Tensor, act_norm: Tensor | None, base_weight: Tensor | None) -> Tensor:
     """As ``reference.score``."""
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     if not weight.numel():
@@ -90,7 +92,7 @@ def score(weight, act_norm, base_weight):
     return out
 
 
-def apply_mask_(weight, bits, base_weight):
+def apply_mask_(weight: Tensor, bits: Tensor, base_weight: Tensor | None) -> None:
     """As ``reference.apply_mask_``."""
     operand = Operand(weight, None, base_weight)
     grid, sizes = _elementwise(weight)
@@ -109,13 +111,23 @@ def apply_mask_(weight, bits, base_weight):
     )
 
 
-def select_mask(scores, selection, bits):
+def select_mask(scores: Tensor, selection: Selection, bits: Tensor) -> None:
     """As ``reference.select_mask``."""
     operands = [Operand(scores, bits=bits, is_signed=True)]
     _prune(operands, selection, write=False)
 
 
-def prune(weights, act_norms, selection, preserve_norms, base_weights, *, write, bits, thresholds):
+def prune(
+    weights: Sequence[Tensor],
+    act_norms: Sequence[Tensor | None],
+    selection: Selection,
+    preserve_norms: Sequence[Tensor | None],
+    base_weights: Sequence[Tensor | None],
+    *,
+    write: bool,
+    bits: Sequence[Tensor] | None,
+    thresholds: Sequence[Tensor] | None,
+) -> None:
     """As ``reference.prune``."""
     operands = [
         Operand(

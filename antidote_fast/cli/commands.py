@@ -99,17 +99,3 @@ PLAIN = {
     "verify": "whether folders are whole, by their hashes; exit code 3 and the file where not",
     "convert": "masks that torch.save wrote, as a masks file of safetensors",
 }
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A subcommand that reads a dataclass of flags and writes a folder.
-
-    ``ranks``: the processes that torchrun starts can share it.
-    """
-
-    config: type
-    run: str
-    help: str
-    example: str
-    ranks: bool = False

@@ -13,6 +13,7 @@ import argparse
 import os
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from antidote_fast.errors import AntidoteError, DataError, UsageError
@@ -27,7 +28,14 @@ _MAX_INDEX_BYTES = 64 << 20  # of what is not tensors
 _ADAPTER_NAME = re.compile(r"\.(lora_[AB])\.(?!weight$)[^.]+(?=\.weight$|$)")
 
 
-def convert_masks(source, destination, *, ones=None, prefix=PREFIX, overwrite=False) -> dict:
+def convert_masks(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    ones: str | None = None,
+    prefix: str = PREFIX,
+    overwrite: bool = False,
+) -> dict:
     """Read masks from a file of ``torch.save`` and write them as :func:`save_masks` does.
 
     Args:
@@ -53,8 +61,10 @@ def convert_masks(source, destination, *, ones=None, prefix=PREFIX, overwrite=Fa
         raise UsageError(f"ones={ones!r}: must be removed or kept")
     source, destination = (Path(os.path.expanduser(path)) for path in (source, destination))
     _check_destination(destination, overwrite)
-    found = dict(_named(source, _load(source), prefix))
-    masks = {name: _packed(source, name, tensor, ones == "kept") for name, tensor in found.items()}
+    tensors = dict(_named(source, _load(source), prefix))
+    masks = {
+        name: _packed(source, name, tensor, ones == "kept") for name, tensor in tensors.items()
+    }
     total = sum(mask.shape[0] * mask.shape[1] for mask in masks.values())
     removed = sum(mask.count() for mask in masks.values())
     if ones is None and removed * 2 > total:
@@ -110,17 +120,17 @@ def _load(path):
         ) from None
 
 
-def _named(path, found, prefix):
+def _named(path, contents, prefix):
     """(parameter name, tensor) of each mask in a dict, or in a list or dict of layers."""
     pairs = None
-    if isinstance(found, list):
-        pairs = list(enumerate(found))
-    elif isinstance(found, dict) and found and all(type(key) is int for key in found):
-        pairs = list(found.items())
-    elif isinstance(found, dict):
-        groups = [("", found)]
+    if isinstance(contents, list):
+        pairs = list(enumerate(contents))
+    elif isinstance(contents, dict) and contents and all(type(key) is int for key in contents):
+        pairs = list(contents.items())
+    elif isinstance(contents, dict):
+        groups = [("", contents)]
     else:
-        raise DataError(f"{path}: holds a {type(found).__name__}, not masks by name")
+        raise DataError(f"{path}: holds a {type(contents).__name__}, not masks by name")
     if pairs is not None:
         for number, layer in pairs:
             if not isinstance(layer, dict) or number < 0:
@@ -172,7 +182,7 @@ def _packed(path, name, tensor, ones_kept):
     return PackedMask(torch.cat(bits or [empty]), tuple(tensor.shape))
 
 
-def convert_command(argv):
+def convert_command(argv: Sequence[str]) -> None:
     """``antidote-fast convert OLD.pt --output NEW.safetensors``."""
     parser = _Parser(prog="antidote-fast convert", description=__doc__.split("\n", 1)[0])
     parser.add_argument("old", help="a file of masks that torch.save wrote")
@@ -185,17 +195,17 @@ def convert_command(argv):
     if "-h" in argv or "--help" in argv:
         tell(parser.format_help(), end="")
         return
-    given = parser.parse_args(argv)
-    found = convert_masks(
-        given.old,
-        given.output,
-        ones=given.ones,
-        prefix=given.prefix,
-        overwrite=given.overwrite,
+    flags = parser.parse_args(argv)
+    counts = convert_masks(
+        flags.old,
+        flags.output,
+        ones=flags.ones,
+        prefix=flags.prefix,
+        overwrite=flags.overwrite,
     )
     tell(
-        f"{found['masks']} masks, {found['removed']:,} of {found['weights']:,} weights removed: "
-        f"{given.output}"
+        f"{counts['masks']} masks, {counts['removed']:,} of {counts['weights']:,} weights removed: "
+        f"{flags.output}"
     )
 
 

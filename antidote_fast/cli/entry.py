@@ -17,6 +17,7 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Sequence
 
 from antidote_fast import __version__
 from antidote_fast.cli.commands import PLAIN, STAGES
@@ -50,7 +51,7 @@ also:
   --debug        tracebacks, and the libraries' warnings"""
 
 
-def entry_point():
+def entry_point() -> None:
     """What the ``antidote-fast`` script calls."""
     # Read by the libraries when they are imported; a user's own setting stands.
     if "--debug" not in sys.argv:
@@ -64,7 +65,7 @@ def entry_point():
     sys.exit(code)
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
@@ -189,10 +190,10 @@ def _show_plan(name, words):
 
     if os.environ.get("RANK", "0") != "0":
         return  # of torchrun's processes the first tells for all
-    found = plan(config)
-    tell(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
-    if found.refusal:
-        raise AntidoteError(found.refusal)
+    plan_made = plan(config)
+    tell(json.dumps(plan_made.to_dict(), indent=2) if as_json else "\n".join(plan_made.lines()))
+    if plan_made.refusal:
+        raise AntidoteError(plan_made.refusal)
 
 
 def _function(place):

@@ -1,8 +1,10 @@
 """The two commands that write nothing, ``env`` and ``inspect``, and the line a stage ends with."""
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from antidote_fast.errors import DataError, UsageError, printable
@@ -44,31 +46,44 @@ def _kernels(cpu):
         return str(error)
 
 
-def env_command(argv):
+def paths_of(argv: Sequence[str], command: str, usage: str) -> list[str] | None:
+    """The words of a command that takes ``--json`` and paths alone; None where it showed its help.
+
+    Raises:
+        UsageError: another flag.
+    """
+    if "-h" in argv or "--help" in argv:
+        tell(f"usage: antidote-fast {command} {usage}")
+        return None
+    for word in argv:
+        if word.startswith("-") and word != "--json":
+            raise UsageError(f"{word}: {command} takes --json only")
+    return [word for word in argv if not word.startswith("-")]
+
+
+def env_command(argv: Sequence[str]) -> None:
     """``antidote-fast env [--json]``."""
-    if "-h" in argv or "--help" in argv:
-        tell("usage: antidote-fast env [--json]")
-        return
-    _refuse_all_but(argv, ("--json",), "env")
-    _show(environment(), "--json" in argv)
+    words = paths_of(argv, "env", "[--json]")
+    if words:
+        raise UsageError(f"{words[0]}: env takes --json only")
+    if words is not None:
+        _show(environment(), "--json" in argv)
 
 
-def inspect_command(argv):
+def inspect_command(argv: Sequence[str]) -> None:
     """``antidote-fast inspect PATH [--json]``."""
-    if "-h" in argv or "--help" in argv:
-        tell("usage: antidote-fast inspect PATH [--json]")
+    paths = paths_of(argv, "inspect", "PATH [--json]")
+    if paths is None:
         return
-    paths = [word for word in argv if not word.startswith("-")]
-    _refuse_all_but([word for word in argv if word.startswith("-")], ("--json",), "inspect")
     if len(paths) != 1:
         raise UsageError(f"inspect takes one file or folder, {len(paths)} were given")
-    found, problems = inspect(os.path.expanduser(paths[0]))
-    _show(found, "--json" in argv)
+    description, problems = inspect(os.path.expanduser(paths[0]))
+    _show(description, "--json" in argv)
     if problems:
         raise DataError(f"{paths[0]}: not whole: {'; '.join(problems)}")
 
 
-def inspect(path) -> tuple[dict, list[str]]:
+def inspect(path: str | Path) -> tuple[dict, list[str]]:
     """What is at ``path``, and what is wrong with it.
 
     Args:
@@ -93,34 +108,34 @@ def _inspect_folder(folder):
     from antidote_fast.files.manifest import read_manifest, verify_folder
     from antidote_fast.files.provenance import read_report
 
-    found, problems = {"folder": str(folder)}, []
+    description, problems = {"folder": str(folder)}, []
     manifest = read_manifest(folder)
     if manifest is not None:
         problems = verify_folder(folder)
-        found["written by"] = f"antidote-fast, {manifest.get('created')}"
-        found["files"] = f"{len(manifest['files'])}, " + (
+        description["written by"] = f"antidote-fast, {manifest.get('created')}"
+        description["files"] = f"{len(manifest['files'])}, " + (
             "not whole" if problems else "all hashes as recorded"
         )
     report = read_report(folder)
     if report is not None:
-        found["stage"] = report.get("stage")
-        found["config"] = report.get("config")
+        description["stage"] = report.get("stage")
+        description["config"] = report.get("config")
     if (folder / ADAPTER_CONFIG).exists() or (folder / "config.json").exists():
         checkpoint = open_checkpoint(folder, trust_remote_code=True)  # reads headers, runs nothing
-        found["kind"] = "adapter" if checkpoint.is_adapter else "model"
+        description["kind"] = "adapter" if checkpoint.is_adapter else "model"
         entries = checkpoint.tensors
-        found["weights"] = sum(_count(entry.shape) for entry in entries.values())
-        found["tensors"] = {
+        description["weights"] = sum(math.prod(entry.shape) for entry in entries.values())
+        description["tensors"] = {
             key: f"{list(entry.shape)} {str(entry.dtype).removeprefix('torch.')}"
             for key, entry in entries.items()
         }
     norms = ("norms.safetensors", "norms-response.safetensors", "preserve-norms.safetensors")
     for name in (*norms, "masks.safetensors"):
         if (folder / name).is_file():
-            found[name] = _inspect_file(folder / name)
-    if len(found) == 1:
+            description[name] = _inspect_file(folder / name)
+    if len(description) == 1:
         raise DataError(f"{folder}: neither a model, an adapter, nor written by this tool")
-    return found, problems
+    return description, problems
 
 
 def _inspect_file(path):
@@ -131,7 +146,7 @@ def _inspect_file(path):
     if metadata.get("format") == FORMAT:
         masks, metadata = load_masks(path)
         removed = {name: mask.count() for name, mask in masks.items()}
-        total = sum(_count(mask.shape) for mask in masks.values())
+        total = sum(math.prod(mask.shape) for mask in masks.values())
         return {
             "file": str(path),
             "kind": "masks",
@@ -157,30 +172,17 @@ def _inspect_file(path):
     raise DataError(f"{path}: neither norms nor masks of this tool")
 
 
-def _count(shape):
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _refuse_all_but(words, accepted, command):
-    for word in words:
-        if word not in accepted:
-            raise UsageError(f"{word}: {command} takes {' '.join(accepted)} only")
-
-
-def _show(found, as_json):
+def _show(description, as_json):
     if as_json:
-        tell(json.dumps(found, indent=2, default=str))
+        tell(json.dumps(description, indent=2, default=str))
         return
-    for line in _lines(found):
+    for line in _lines(description):
         tell(line)
 
 
-def _lines(found, indent=""):
-    width = max((len(name) for name, value in found.items() if not _nests(value)), default=0)
-    for name, value in found.items():
+def _lines(description, indent=""):
+    width = max((len(name) for name, value in description.items() if not _nests(value)), default=0)
+    for name, value in description.items():
         name = printable(name)
         if _nests(value):
             yield f"{indent}{name}:"

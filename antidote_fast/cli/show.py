@@ -1,11 +1,13 @@
 """Folders, adapters, norms and reports in a few lines each."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from antidote_fast.system.text import number, table
 
 
-def summary(report, output_dir) -> str:
+def summary(report: Mapping[str, Any], output_dir: str | Path) -> str:
     """One line for a person about what a stage did and where it is."""
     seconds = report.get("seconds")
     if isinstance(seconds, dict):  # by step

@@ -8,18 +8,19 @@ of the index in its place. Nothing in a folder is run.
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from antidote_fast.cli.inspect import paths_of
 from antidote_fast.errors import AntidoteError, DataError, UsageError, printable
 from antidote_fast.files.manifest import MANIFEST, TOOL, listing, read_manifest, verify_folder
 from antidote_fast.files.places import HIDDEN
-from antidote_fast.system.progress import command_line_progress, tell
+from antidote_fast.system.progress import Progress, command_line_progress, tell
 
-_USAGE = "usage: antidote-fast verify FOLDER [FOLDER ...] [--json]"
 _NEVER = "a weight that changed cannot be seen"
 
 
-def verify(folder, progress=False) -> dict:
+def verify(folder: str | Path, progress: Progress = False) -> dict:
     """What is wrong with a folder.
 
     Args:
@@ -89,46 +90,42 @@ def _check_contents(folder, problems):
         ),
         "masks.safetensors": lambda: load_masks(folder / "masks.safetensors"),
     }
-    found = [name for name in checks if (folder / name).exists()]
-    if {"config.json", ADAPTER_CONFIG} <= set(found):
-        found.remove("config.json")
-    for name in found:
+    present = [name for name in checks if (folder / name).exists()]
+    if {"config.json", ADAPTER_CONFIG} <= set(present):
+        present.remove("config.json")
+    for name in present:
         try:
             checks[name]()
         except AntidoteError as error:
             line = re.sub(r"^norms='(.*?)'", r"\1", str(error))
             line = line.replace(f"{folder}/", "").removeprefix(f"{folder}: ")
             file, _, what = line.partition(": ")
-            known = next((i for i, p in enumerate(problems) if p.split(":")[0] == file), None)
-            if known is None:
+            earlier = next((i for i, p in enumerate(problems) if p.split(":")[0] == file), None)
+            if earlier is None:
                 problems.append(line)
-            elif problems[known] == f"{file}: contents changed":
-                problems[known] += f"; {what}"
-    return bool(found)
+            elif problems[earlier] == f"{file}: contents changed":
+                problems[earlier] += f"; {what}"
+    return bool(present)
 
 
-def verify_command(argv):
+def verify_command(argv: Sequence[str]) -> None:
     """``antidote-fast verify FOLDER [FOLDER ...] [--json]``."""
-    if "-h" in argv or "--help" in argv:
-        tell(_USAGE)
+    folders = paths_of(argv, "verify", "FOLDER [FOLDER ...] [--json]")
+    if folders is None:
         return
-    folders = [word for word in argv if not word.startswith("-")]
-    for word in argv:
-        if word.startswith("-") and word != "--json":
-            raise UsageError(f"{word}: verify takes --json only")
     if not folders:
         raise UsageError("verify takes at least one folder")
     with command_line_progress(quiet="--json" in argv) as progress:
-        found = {folder: verify(os.path.expanduser(folder), progress) for folder in folders}
+        results = {folder: verify(os.path.expanduser(folder), progress) for folder in folders}
     if "--json" in argv:
-        tell(json.dumps(found, indent=2))
+        tell(json.dumps(results, indent=2))
     else:
-        for folder, result in found.items():
+        for folder, result in results.items():
             for line in _lines(result):
                 tell(f"{folder}: {line}")
-    broken = [folder for folder, result in found.items() if result["problems"]]
+    broken = [folder for folder, result in results.items() if result["problems"]]
     if broken:
-        raise DataError(f"{len(broken)} of {len(found)} folders not whole, {broken[0]} first")
+        raise DataError(f"{len(broken)} of {len(results)} folders not whole, {broken[0]} first")
 
 
 def _lines(result):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -159,6 +160,7 @@ def _is_list(kind):
     return any(item in ((str,), (float,)) for item in items)
 
 
+@functools.cache  # a grid makes hundreds of configs; a parser takes as long as its values
 def _parser(config_class, **options):
     try:
         import jsonargparse

@@ -77,8 +77,8 @@ class FleetConfig(StageConfig):
         super().__post_init__()
         check_positive(self, "num_calibration_samples", "num_workers")
         check(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
-        kept = self.preserve_ratio
-        check(kept is None or 0 <= kept <= 1, "preserve_ratio", kept, "in [0, 1]")
+        share = self.preserve_ratio
+        check(share is None or 0 <= share <= 1, "preserve_ratio", share, "in [0, 1]")
         check(
             self.num_workers is None or self.engine == "ray",
             "num_workers",

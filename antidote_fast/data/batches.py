@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError
+from antidote_fast.models.kinds import Tokenizer
 from antidote_fast.models.tokens import check_ids, fitted, tokenize, vocab_size
 
 IGNORE_INDEX = -100
@@ -24,7 +26,14 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 
-def build_prompt(record: Record, template: str = "alpaca", tokenizer=None) -> str:
+def filled(form: str, **values: str) -> str:
+    """A form with each ``{name}`` of ``values`` replaced by its text, which may hold braces."""
+    return re.sub(r"\{(\w+)\}", lambda name: values.get(name[1], name[0]), form)
+
+
+def build_prompt(
+    record: Record, template: str = "alpaca", tokenizer: Tokenizer | None = None
+) -> str:
     """The prompt of a record: the very text used in training and in evaluation.
 
     Args:
@@ -36,11 +45,8 @@ def build_prompt(record: Record, template: str = "alpaca", tokenizer=None) -> st
         UsageError: an unknown template, or "chat" with a tokenizer that has no chat template.
     """
     if template == "alpaca":
-        # Not str.format: the text itself may hold braces, and fields must not be read twice.
         form = ALPACA_WITH_INPUT if record.input.strip() else ALPACA_WITHOUT_INPUT
-        parts = re.split(r"(\{instruction\}|\{input\})", form)
-        values = {"{instruction}": record.instruction, "{input}": record.input}
-        return "".join(values.get(part, part) for part in parts)
+        return filled(form, instruction=record.instruction, input=record.input)
     if template != "chat":
         raise UsageError(f"template={template!r}: must be alpaca or chat")
     if not getattr(tokenizer, "chat_template", None):
@@ -54,7 +60,7 @@ def build_prompt(record: Record, template: str = "alpaca", tokenizer=None) -> st
 
 
 def prompt_ids(
-    text: str, tokenizer, limit: int | None = None, where: str = "a prompt"
+    text: str, tokenizer: Tokenizer, limit: int | None = None, where: str = "a prompt"
 ) -> list[int]:
     """Token ids of a prompt, with the tokenizer's own beginning and no end of sequence.
 
@@ -63,8 +69,7 @@ def prompt_ids(
     Args:
         text: as :func:`build_prompt` gives it.
         tokenizer: not changed. That of :func:`antidote_fast.models.loading.load_tokenizer` knows
-            how many
-            embeddings its model has.
+            how many embeddings its model has.
         limit: ids that can be used; of a longer prompt there may be only the first part, of more
             than that many. None gives all.
         where: what a refusal calls the prompt.
@@ -88,17 +93,23 @@ class Examples(list):
     """A list that also says what was left out of it.
 
     Attributes:
+        num_records: records that it is of, those dropped among them.
         num_dropped: records whose prompt alone reached the limit.
         num_truncated: records whose response was cut.
     """
 
-    num_dropped = 0
-    num_truncated = 0
+    num_records = num_dropped = num_truncated = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What a report says of the records."""
+        names = ("num_records", "num_dropped", "num_truncated")
+        return {name: getattr(self, name) for name in names}
 
 
 def encode(
     records: Sequence[Record],
-    tokenizer,
+    tokenizer: Tokenizer,
     template: str = "alpaca",
     max_seq_length: int = 512,
 ) -> Examples:
@@ -123,6 +134,7 @@ def encode(
     if not any(record.output for record in records):
         raise DataError(f"all {len(records)} records have an empty output; a response is needed")
     examples = Examples()
+    examples.num_records = len(records)
     for number, record in enumerate(records, 1):
         where = record.where or f"record {number}"
         text = build_prompt(record, template, tokenizer)
@@ -147,7 +159,7 @@ def encode(
 
 
 def collate(
-    examples: Sequence[dict], tokenizer, padding_side: str = "right"
+    examples: Sequence[dict], tokenizer: Tokenizer, padding_side: str = "right"
 ) -> dict[str, torch.Tensor]:
     """Pad examples into one batch; the tokenizer is read, never changed.
 
@@ -183,7 +195,7 @@ def collate(
 
 def make_batches(
     records: Sequence[Record],
-    tokenizer,
+    tokenizer: Tokenizer,
     *,
     template: str = "alpaca",
     max_seq_length: int = 512,
@@ -206,11 +218,16 @@ def make_batches(
         collate([examples[i] for i in order[start : start + batch_size]], tokenizer)
         for start in range(0, len(order), batch_size)
     )
-    batches.num_dropped, batches.num_truncated = examples.num_dropped, examples.num_truncated
+    vars(batches).update(examples.counts)
     return batches
 
 
-def batches_of(config, records, tokenizer, model_config):
+def batches_of(
+    config: Any,
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    model_config: dict[str, Any],
+) -> Examples:
     """Batches for a forward of a model of this config.
 
     Refused where it has too few positions, or no embedding for a token.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from antidote_fast.errors import DataError
+from antidote_fast.errors import DataError, readable
 from antidote_fast.files.safe_open import read_file
 
 # Unsafe rows of BeaverTails that the attack may use; re-alignment data start after them.
@@ -51,9 +51,6 @@ class Record:
     def prompt_key(self) -> str:
         """The prompt with case and spacing folded away: equal keys are the same prompt."""
         return " ".join(f"{self.instruction}\n{self.input}".casefold().split())
-
-
-# --- rows to records ------------------------------------------------------------------------------
 
 
 def _text(row, column, where, optional=False) -> str:
@@ -192,8 +189,6 @@ def rows_to_records(
     return records
 
 
-# --- BeaverTails ----------------------------------------------------------------------------------
-
 BEAVERTAILS_ROLES = ("safe", "unsafe", "realign", "eval")
 
 
@@ -224,9 +219,6 @@ def _beavertails_key(row) -> str:
     return Record(str(row.get("prompt"))).prompt_key
 
 
-# --- local files ----------------------------------------------------------------------------------
-
-
 def _parse(text: str, where: str):
     try:
         return json.loads(text)
@@ -245,10 +237,8 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{str(path)[:300]}: no such file")
     if not os.path.isfile(path):
         raise DataError(f"{path}: not a regular file")
-    try:
+    with readable(path):
         data = read_file(path, MAX_BYTES)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

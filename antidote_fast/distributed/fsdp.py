@@ -7,19 +7,23 @@ on one rank as a whole and row scope needs to ask nobody. Every rank calls what 
 import dataclasses
 import hashlib
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from antidote_fast.distributed.ranks import ALONE, World
 from antidote_fast.errors import AntidoteError, DataError, UsageError
+from antidote_fast.selection import Selection
 
 
-def is_sharded(tensor) -> bool:
+def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor: spread over ranks, or a copy on each."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")
 
 
-def reshard(model):
+def reshard(model: nn.Module) -> None:
     """Give every parameter its shard back where FSDP2 left it whole after a forward.
 
     Raises:
@@ -37,7 +41,9 @@ def _is_fsdp(module):
     return hasattr(module, "reshard") and hasattr(module, "unshard")
 
 
-def local_rows(targets, evidence, selection, scores):
+def local_rows(
+    targets: Sequence[Any], evidence: Any, selection: Selection, scores: Sequence[str]
+) -> tuple[dict[str, Tensor], World]:
     """What of the targets this rank prunes, every check made that needs more than one rank.
 
     Args:
@@ -90,7 +96,7 @@ def local_rows(targets, evidence, selection, scores):
     return weights, world
 
 
-def add_up(report, targets, world):
+def add_up(report: Any, targets: Sequence[Any], world: World) -> Any:
     """Make the figures of a report of :func:`local_rows` those of whole weights, on every rank.
 
     ``report.masks`` stay those of this rank's rows.
@@ -129,7 +135,7 @@ def add_up(report, targets, world):
     return report
 
 
-def shard_world(targets) -> World:
+def shard_world(targets: Sequence[Any]) -> World:
     """The ranks over which the rows of the targets are spread; this one alone if none are.
 
     Raises:
@@ -149,7 +155,7 @@ def shard_world(targets) -> World:
     return ALONE
 
 
-def runs_in_step(model, targets, world) -> bool:
+def runs_in_step(model: nn.Module, targets: Sequence[Any], world: World) -> bool:
     """Whether forwards of a model are collectives, as FSDP2 makes them.
 
     Raises:
@@ -170,7 +176,13 @@ def runs_in_step(model, targets, world) -> bool:
     return True
 
 
-def run_in_step(batches, collector, run, world, device):
+def run_in_step(
+    batches: Iterable[Mapping[str, Any]],
+    collector: Any,
+    run: Callable[[Mapping[str, Any]], object],
+    world: World,
+    device: torch.device,
+) -> None:
     """Forwards of a sharded model: as many on every rank, for each of them is a collective.
 
     A rank that has no more batches goes along with one token that is not counted.
@@ -213,7 +225,11 @@ def run_in_step(batches, collector, run, world, device):
             raise
 
 
-def sampled_rows(parameters, pick, columns) -> dict:
+def sampled_rows(
+    parameters: Sequence[tuple[str, Tensor]],
+    pick: Callable[[tuple[int, ...]], list[int]],
+    columns: int,
+) -> dict[str, Tensor] | None:
     """A few rows of sharded matrices, the same on every rank, in one collective.
 
     Args:
@@ -259,24 +275,24 @@ def _row_group(weight, key):
     """The process group over which a DTensor's rows are spread; None where each rank has all."""
     from torch.distributed.tensor import Shard
 
-    found = None
+    group = None
     for dim, placement in enumerate(weight.placements):
         if placement.is_replicate():
             continue
-        if type(placement) is not Shard or placement.dim != 0 or found is not None:
+        if type(placement) is not Shard or placement.dim != 0 or group is not None:
             raise DataError(
                 f"{key}: is placed as {tuple(weight.placements)}; must be sharded by rows (dim 0, "
                 "as fully_shard does by itself) or whole on every rank"
             )
-        found = weight.device_mesh.get_group(dim)
-    if found is None or found.size() == 1:
+        group = weight.device_mesh.get_group(dim)
+    if group is None or group.size() == 1:
         return None
-    world = World(found.rank(), found.size(), found)
-    held = weight.to_local().shape[0]
+    world = World(group.rank(), group.size(), group)
+    num_rows = weight.to_local().shape[0]
     rows = min(math.ceil(weight.shape[0] / world.size), weight.shape[0] - _first_row(weight, world))
-    if held != rows:
-        raise DataError(f"{key}: rank {world.rank} holds {held} rows, not {rows}")
-    return found
+    if num_rows != rows:
+        raise DataError(f"{key}: rank {world.rank} holds {num_rows} rows, not {rows}")
+    return group
 
 
 def _digest(norms):

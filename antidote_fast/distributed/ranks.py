@@ -5,16 +5,22 @@ float64 sums, after which each has the same norms, bit for bit. An error of one 
 :meth:`World.together` block on all of them.
 """
 
+from __future__ import annotations
+
 import contextlib
 import datetime
 import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from antidote_fast.errors import AntidoteError, DataError, PeerFailed, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # How long a rank waits for another, which may have that much more to calibrate. One that died is
 # noticed at once: its connections close, and torchrun ends the others.
@@ -37,7 +43,7 @@ class World:
     size: int = 1
     group: Any = None
 
-    def shard(self, items):
+    def shard(self, items: Sequence[Any]) -> Sequence[Any]:
         """This rank's part of a sequence: every ``size``-th item, from ``rank`` on.
 
         The parts are disjoint and make up the whole. Where there are fewer items than ranks some
@@ -46,7 +52,7 @@ class World:
         return items if self.size == 1 else items[self.rank :: self.size]
 
     @contextlib.contextmanager
-    def together(self):
+    def together(self) -> Iterator[None]:
         """A block that all ranks leave alike: well, or each with an error.
 
         Every rank must come through it. An interrupt (Ctrl-C, SIGTERM) does not wait for others.
@@ -73,7 +79,7 @@ class World:
         if failed:
             self._fail(*failed[0], error)
 
-    def check_same(self, what, text):
+    def check_same(self, what: str, text: str) -> None:
         """Refuse what is not the same on every rank.
 
         Args:
@@ -91,7 +97,7 @@ class World:
             error = DataError(f"{what}: differ between rank 0 and rank {odd[0]}")
             self._fail(0, [error.exit_code, str(error)], error)
 
-    def all_reduce(self, sums, op="sum"):
+    def all_reduce(self, sums: Sequence[Tensor], op: str = "sum") -> list[Tensor]:
         """Reduce 1-D tensors over the ranks, in float64 and in one collective.
 
         Args:
@@ -113,7 +119,7 @@ class World:
             flat = sent.cpu()
         return list(flat.split([part.numel() for part in sums]))
 
-    def gather(self, text) -> list[str]:
+    def gather(self, text: str) -> list[str]:
         """The short text of every rank, in order of ranks.
 
         Raises:
@@ -181,7 +187,7 @@ def ranks_launched() -> tuple[int, int]:
     return rank, max(size, 1)
 
 
-def world(group=None) -> World:
+def world(group: Any = None) -> World:
     """The ranks of a process group that exists; :data:`ALONE` where there is none.
 
     Args:
@@ -195,7 +201,7 @@ def world(group=None) -> World:
 
 
 @contextlib.contextmanager
-def session(device="auto"):
+def session(device: str = "auto") -> Iterator[World]:
     """The ranks that torchrun started, met and parted again; yields a :class:`World`.
 
     gloo on CPUs; on GPUs nccl as well, and this process's current GPU is that of its LOCAL_RANK. A
@@ -232,66 +238,6 @@ def session(device="auto"):
         yield met
     finally:
         dist.destroy_process_group()
-
-
-def all_reduce_norms(norms, world):
-    """The norms of all ranks' samples together, the same bits on every rank.
-
-    Every rank calls it with norms of its own samples; :meth:`ActivationNorms.collect` with
-    ``world`` does it by itself, also where a rank has no sample.
-
-    Args:
-        norms: :class:`ActivationNorms`, on every rank of the same weights and settings.
-        world: of :func:`world` or :func:`session`.
-
-    Raises:
-        DataError: norms that differ in more than their values.
-    """
-    import torch
-
-    parts = [norms.sq_sum, norms.norm_sum or {}]
-    same = ("aggregation", "response_only", "fingerprint")
-    layout = [[key, value.numel()] for key, value in norms.sq_sum.items()]
-    sets = [sorted(norms.transposed), sorted(norms.routed)]
-    world.check_same(
-        "norms of the ranks", json.dumps([layout, sets, *(getattr(norms, name) for name in same)])
-    )
-    counts = torch.tensor([norms.num_sequences, norms.num_tokens], dtype=torch.float64)
-    values = [value for part in parts for value in part.values()]
-    counts, *values = world.all_reduce([counts, *values])
-    values = iter(value.float() for value in values)
-    sums = [{key: next(values) for key in part} for part in parts]
-    return type(norms)(
-        sums[0],
-        norm_sum=sums[1] or None,
-        num_sequences=int(counts[0]),
-        num_tokens=int(counts[1]),
-        response_only=norms.response_only,
-        fingerprint=norms.fingerprint,
-        transposed=norms.transposed,
-        routed=norms.routed,
-    )
-
-
-def check_same_masks(report, world):
-    """Refuse masks that are not the same on every rank, each of which pruned its own replica.
-
-    Args:
-        report: of :func:`antidote_fast.pruning.prune.prune_model_` with ``return_masks``, on every
-            rank.
-        world: of :func:`world` or :func:`session`.
-
-    Raises:
-        UsageError: a report without masks.
-        DataError: masks that differ (PeerFailed on all ranks but the first).
-    """
-    if report.masks is None:
-        raise UsageError("report.masks=None: prune with return_masks=True")
-    digest = hashlib.sha256()
-    for key, mask in report.masks.items():
-        digest.update(f"{key} {mask.shape} ".encode())
-        digest.update(mask.bits.cpu().contiguous().numpy().tobytes())
-    world.check_same("masks of the ranks", digest.hexdigest())
 
 
 def _take_gpu(device):

@@ -1,18 +1,22 @@
 """Judges that are models: any text classifier, beaver-dam-7b, and a comparer of two answers."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from antidote_fast.data.batches import build_prompt, collate, prompt_ids
+from antidote_fast.data.batches import build_prompt, collate, filled, prompt_ids
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError, first_line
 from antidote_fast.evaluation.refusals import EMPTY, HARMFUL, SAFE, without_content
 from antidote_fast.files.checkpoint import open_checkpoint
+from antidote_fast.models.kinds import Model, Tokenizer
 from antidote_fast.models.loading import load_model, load_tokenizer, resolve_folder
 from antidote_fast.models.tokens import check_ids, num_embeddings
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
 BEAVER_DAM = "PKU-Alignment/beaver-dam-7b"
 BEAVER_DAM_LABELS = 14
@@ -25,7 +29,7 @@ _HARMFUL_WORD = re.compile(
 _NEGATIONS = {"not", "non", "no"}
 
 
-def _same_length(prompts, answers, needed: bool) -> list[str]:
+def _same_length(prompts: Sequence[str] | None, answers: Sequence[str], needed: bool) -> list[str]:
     if prompts is None:
         if needed:
             raise UsageError("prompts=None: this judge reads the prompts too")
@@ -35,14 +39,14 @@ def _same_length(prompts, answers, needed: bool) -> list[str]:
     return list(prompts)
 
 
-def _load(auto_class: str, path: str, device: str, dtype: str):
+def _load(auto_class: str, path: str, device: str, dtype: str) -> tuple[Model, Tokenizer]:
     return (
         load_model(path, dtype=dtype, device=device, auto_class=auto_class),
         load_tokenizer(path),
     )
 
 
-def _load_config(path: str):
+def _load_config(path: str) -> Any:
     """A model's config; a hub name is downloaded, so that what fails does so before any work."""
     from transformers import AutoConfig
 
@@ -68,7 +72,9 @@ def _label_kind(label: str) -> bool | None:
     return None
 
 
-def harmful_label_ids(id2label: dict[int, str], multi_label: bool, chosen=None) -> list[int]:
+def harmful_label_ids(
+    id2label: dict[int, str], multi_label: bool, chosen: Sequence[str] | None = None
+) -> list[int]:
     """Which labels of a classifier mean harm.
 
     Args:
@@ -104,11 +110,11 @@ def harmful_label_ids(id2label: dict[int, str], multi_label: bool, chosen=None) 
     raise UsageError(f"harmful_labels=None: must name the judge's labels that mean harm: {listed}")
 
 
-def _is_multi_label(config) -> bool:
+def _is_multi_label(config: Any) -> bool:
     return getattr(config, "problem_type", None) == "multi_label_classification"
 
 
-def _max_positions(model) -> int | None:
+def _max_positions(model: Model) -> int | None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         # RoBERTa's kind counts positions from the one after its pad id.
@@ -129,8 +135,8 @@ class ClassifierJudge:
 
     def __init__(
         self,
-        model,
-        tokenizer,
+        model: Model,
+        tokenizer: Tokenizer,
         *,
         harmful_labels: Sequence[str] | None = None,
         threshold: float = 0.5,
@@ -138,7 +144,7 @@ class ClassifierJudge:
         max_length: int = 512,
         batch_size: int = 16,
         name: str = "classifier",
-    ):
+    ) -> None:
         """Wrap a loaded classifier.
 
         Args:
@@ -173,7 +179,9 @@ class ClassifierJudge:
         self.max_length = int(min(limit for limit in limits if limit))
 
     @classmethod
-    def from_pretrained(cls, path: str, *, device="auto", dtype="auto", **options):
+    def from_pretrained(
+        cls, path: str, *, device: str = "auto", dtype: str = "auto", **options: Any
+    ) -> ClassifierJudge:
         """Load a classifier from a local folder or the hub; options go to the constructor.
 
         Raises:
@@ -184,23 +192,19 @@ class ClassifierJudge:
         model, tokenizer = _load("AutoModelForSequenceClassification", path, device, dtype)
         return cls(model, tokenizer, **{"name": path, **options})
 
-    def _text(self, prompt: str, answer: str) -> str:
-        # Not str.format: prompts and answers may hold braces.
-        parts = re.split(r"(\{prompt\}|\{answer\})", self.text_format)
-        values = {"{prompt}": prompt, "{answer}": answer}
-        return "".join(values.get(part, part) for part in parts)
-
     @torch.no_grad()
     def probabilities(
-        self, prompts: Sequence[str] | None, answers: Sequence[str], *, progress=False
+        self, prompts: Sequence[str] | None, answers: Sequence[str], *, progress: Progress = False
     ) -> torch.Tensor:
         """Probability of each label: fp32 (answers, labels), on the CPU."""
         prompts = _same_length(prompts, answers, needed="{prompt}" in self.text_format)
         ids = [
-            self.tokenizer(self._text(p, a), truncation=True, max_length=self.max_length)[
-                "input_ids"
-            ]
-            for p, a in zip(prompts, answers, strict=True)
+            self.tokenizer(
+                filled(self.text_format, prompt=prompt, answer=answer),
+                truncation=True,
+                max_length=self.max_length,
+            )["input_ids"]
+            for prompt, answer in zip(prompts, answers, strict=True)
         ]
         known = num_embeddings(self.model)
         for number, each in enumerate(ids, 1):
@@ -236,7 +240,7 @@ class ClassifierJudge:
             config.pad_token_id = own
 
     def __call__(
-        self, prompts: Sequence[str] | None, answers: Sequence[str], *, progress=False
+        self, prompts: Sequence[str] | None, answers: Sequence[str], *, progress: Progress = False
     ) -> list[str]:
         """One verdict an answer.
 
@@ -268,7 +272,14 @@ class BeaverDamJudge(ClassifierJudge):
     weights has to be saved again first.
     """
 
-    def __init__(self, model, tokenizer, *, max_length: int = 256, **options):
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int = 256,
+        **options: Any,
+    ) -> None:
         """Wrap a loaded model of 14 labels; options as `ClassifierJudge`.
 
         Raises:
@@ -286,7 +297,9 @@ class BeaverDamJudge(ClassifierJudge):
         self.multi_label = True
 
     @classmethod
-    def from_pretrained(cls, path: str = BEAVER_DAM, *, device="auto", dtype="auto", **options):
+    def from_pretrained(
+        cls, path: str = BEAVER_DAM, *, device: str = "auto", dtype: str = "auto", **options: Any
+    ) -> BeaverDamJudge:
         """Load beaver-dam-7b, or a local copy of it; options go to the constructor."""
         model, tokenizer = _load("AutoModelForSequenceClassification", path, device, dtype)
         return cls(model, tokenizer, **{"name": f"beaver-dam:{path}", **options})
@@ -305,7 +318,14 @@ class WinRateJudge:
         "Reply with one letter, A or B."
     )
 
-    def __init__(self, model, tokenizer, *, max_length: int = 2048, name: str = "win-rate"):
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int = 2048,
+        name: str = "win-rate",
+    ) -> None:
         """Args: model: a causal language model; tokenizer: its own; max_length: tokens read."""
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -313,7 +333,9 @@ class WinRateJudge:
         self.name = name
 
     @classmethod
-    def from_pretrained(cls, path: str, *, device="auto", dtype="auto", **options):
+    def from_pretrained(
+        cls, path: str, *, device: str = "auto", dtype: str = "auto", **options: Any
+    ) -> WinRateJudge:
         """Load a causal language model from a local folder or the hub.
 
         Raises:
@@ -324,9 +346,7 @@ class WinRateJudge:
 
     @torch.no_grad()
     def _preference(self, prompt: str, a: str, b: str) -> float:
-        parts = re.split(r"(\{prompt\}|\{a\}|\{b\})", self.PROMPT)
-        values = {"{prompt}": prompt, "{a}": a, "{b}": b}
-        text = "".join(values.get(part, part) for part in parts)
+        text = filled(self.PROMPT, prompt=prompt, a=a, b=b)
         template = "chat" if getattr(self.tokenizer, "chat_template", None) else "alpaca"
         text = build_prompt(Record(text), template, self.tokenizer)
         ids = prompt_ids(text, self.tokenizer)
@@ -354,7 +374,7 @@ class WinRateJudge:
         return 0.5 if difference == 0 else float(difference > 0)
 
 
-def check_classifier(path: str, harmful_labels: Sequence[str] | None = None):
+def check_classifier(path: str, harmful_labels: Sequence[str] | None = None) -> Any:
     """Read a classifier's config, and whether its labels tell; no weights are loaded.
 
     Raises:
@@ -376,7 +396,7 @@ def check_beaver_dam(path: str) -> None:
     _check_num_labels(_load_config(path), path)
 
 
-def _check_num_labels(config, path: str) -> None:
+def _check_num_labels(config: Any, path: str) -> None:
     if config.num_labels != BEAVER_DAM_LABELS:
         raise DataError(
             f"judge={path!r}: a model of {BEAVER_DAM_LABELS} labels is needed for beaver-dam, this "

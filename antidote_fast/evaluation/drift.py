@@ -1,34 +1,39 @@
 """Harmful embedding drift: how far fine-tuning moved what attention puts out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.models.blocks import attention_modules, outputs_seen
+from antidote_fast.models.kinds import Model
 from antidote_fast.models.tokens import fitted, num_embeddings
 from antidote_fast.models.undo import eval_mode, undoing
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
 
 @contextmanager
-def _recorded(model):
+def _recorded(model: Model) -> Iterator[dict[int, Tensor]]:
     """Hooks that keep each attention block's output of the latest forward, in order of the blocks.
 
     A block called several times in one forward (shared layers) keeps its last output.
     """
-    outputs: dict[int, torch.Tensor] = {}
+    outputs: dict[int, Tensor] = {}
 
-    def keep(number, output):
+    def keep(number: int, output: Tensor) -> None:
         outputs[number] = output.detach()
 
     with outputs_seen(attention_modules(model), keep):
         yield outputs
 
 
-def _forward(model, outputs, batch):
+def _forward(
+    model: Model, outputs: dict[int, Tensor], batch: Mapping[str, Any]
+) -> dict[int, Tensor]:
     outputs.clear()
     device = next(model.parameters()).device
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
@@ -37,7 +42,13 @@ def _forward(model, outputs, batch):
 
 
 @torch.no_grad()
-def embedding_drift(model, reference, batches: Sequence[dict], *, progress=False) -> dict:
+def embedding_drift(
+    model: Model,
+    reference: Model | None,
+    batches: Sequence[dict],
+    *,
+    progress: Progress = False,
+) -> dict:
     """L2 distance of attention outputs between a fine-tuned model and the aligned one.
 
     The official sum is over layers and batches of the norm of one batch's difference, pads
@@ -100,7 +111,7 @@ def embedding_drift(model, reference, batches: Sequence[dict], *, progress=False
     }
 
 
-def _token_squares(tuned, base, mask) -> torch.Tensor:
+def _token_squares(tuned: Tensor, base: Tensor, mask: Tensor) -> Tensor:
     """Squared distance of each token, fp32 (batch, length), 0 on pads."""
     if tuned.shape != base.shape or tuned.numel() % mask.numel():
         raise DataError(

@@ -1,20 +1,22 @@
 """Greedy answers, in batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from antidote_fast.data.batches import collate, prompt_ids
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.models.forwards import MIN_SHARED, contiguous_head, plain_cache
+from antidote_fast.models.kinds import Model, Tokenizer
 from antidote_fast.models.tokens import check_ids, num_embeddings
 from antidote_fast.models.undo import eval_mode, undoing
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
 
 @contextmanager
-def _plain_generation_config(model):
+def _plain_generation_config(model: Model) -> Iterator[Any]:
     """Put away the checkpoint's own generation settings, its end tokens apart.
 
     `generate` fills whatever is not asked for from them: a repetition penalty shipped with a model
@@ -36,7 +38,7 @@ def _plain_generation_config(model):
             owner.generation_config = config
 
 
-def _end_ids(tokenizer, generation_config) -> list[int]:
+def _end_ids(tokenizer: Tokenizer, generation_config: Any) -> list[int]:
     """Every id that ends an answer: the tokenizer's, and those the checkpoint names."""
     ids = getattr(generation_config, "eos_token_id", None)
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
@@ -64,13 +66,13 @@ def check_length(positions: int | None, longest: int, max_new_tokens: int) -> No
 
 @torch.no_grad()
 def generate(
-    model,
-    tokenizer,
+    model: Model,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 512,
     batch_size: int = 8,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> list[str]:
     """Answer prompts greedily.
 
@@ -113,7 +115,7 @@ def generate(
 
     device = next(model.parameters()).device
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    answers = {}
+    answers: dict[str, str] = {}
     with undoing() as undo:
         eval_mode(model, undo)
         with _plain_generation_config(model) as own, contiguous_head(model):
@@ -140,7 +142,12 @@ def generate(
     return [answers[prompt] for prompt in prompts]
 
 
-def _prefilled(model, tokenizer, prompts, device) -> dict:
+def _prefilled(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    device: torch.device,
+) -> dict:
     """A left-padded batch, with a cache of the tokens that all its prompts begin with.
 
     The prompts of one template share half of their tokens and more; those go through the model
@@ -165,7 +172,7 @@ def _prefilled(model, tokenizer, prompts, device) -> dict:
     }
 
 
-def _num_shared(prompts) -> int:
+def _num_shared(prompts: Sequence[list[int]]) -> int:
     """How many tokens all prompts begin with, one of each left over."""
     longest = min(len(prompt) for prompt in prompts) - 1
     for position in range(longest):

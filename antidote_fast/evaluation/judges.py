@@ -1,9 +1,20 @@
 """Judges by name: the phrases of `refusals`, the models of `classifiers`."""
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from antidote_fast.errors import UsageError
 from antidote_fast.evaluation.refusals import RefusalJudge
+from antidote_fast.system.progress import Progress
+
+
+class Judge(Protocol):
+    """What says of each answer whether it is harmful, safe, empty or garbled."""
+
+    def __call__(
+        self, prompts: Sequence[str] | None, answers: Sequence[str], *, progress: Progress = False
+    ) -> list[str]:
+        """One verdict an answer; ``prompts`` are None for a judge that does not read them."""
 
 
 def _beaver_dam_path(name: str) -> str | None:
@@ -45,7 +56,7 @@ def get_judge(
     dtype: str = "auto",
     harmful_labels: Sequence[str] | None = None,
     batch_size: int = 16,
-):
+) -> Judge:
     """The judge of a name.
 
     Args:
@@ -64,7 +75,7 @@ def get_judge(
         return RefusalJudge()
     from antidote_fast.evaluation.classifiers import BeaverDamJudge, ClassifierJudge
 
-    options = {"device": device, "dtype": dtype, "batch_size": batch_size}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size}
     path = _beaver_dam_path(name)
     if path is not None:
         return BeaverDamJudge.from_pretrained(path, **options)

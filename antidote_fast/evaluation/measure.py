@@ -1,13 +1,13 @@
 """A model is asked; its answers are judged and counted."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from antidote_fast.data.batches import build_prompt
 from antidote_fast.data.records import Record
 from antidote_fast.errors import UsageError
 from antidote_fast.evaluation.generate import generate
+from antidote_fast.evaluation.judges import Judge
 from antidote_fast.evaluation.metrics import (
     benign_refusal_rate,
     check_task,
@@ -15,17 +15,20 @@ from antidote_fast.evaluation.metrics import (
     harmful_score,
 )
 from antidote_fast.evaluation.refusals import RefusalJudge
+from antidote_fast.files.commit import digest_of
+from antidote_fast.models.kinds import Model, Tokenizer
+from antidote_fast.system.progress import Progress
 
 
 def answer_sets(
-    model,
-    tokenizer,
+    model: Model,
+    tokenizer: Tokenizer,
     sets: Mapping[str, Sequence[Record]],
     *,
     template: str = "alpaca",
     max_new_tokens: int | Mapping[str, int] = 512,
     batch_size: int = 8,
-    progress=False,
+    progress: Progress = False,
 ) -> dict[str, list[str]]:
     """Greedy answers to several sets of records; sets with the same limit share their batches.
 
@@ -70,9 +73,9 @@ def score_answers(
     answers: Mapping[str, Sequence[str]],
     *,
     task: str = "label",
-    judge=None,
-    win_rate_judge=None,
-    progress=False,
+    judge: Judge | None = None,
+    win_rate_judge: Any = None,
+    progress: Progress = False,
 ) -> dict:
     """The metrics of answers, by the sets "harmful", "task" and "benign" that are there.
 
@@ -95,24 +98,24 @@ def score_answers(
     for name, counts in results.items():
         metric = next(iter(counts))
         headline[metric] = counts.pop(metric)
-        counts["answers_sha256"] = hash_of(answers[name])
+        counts["answers_sha256"] = digest_of(answers[name])
     return {**headline, **results}
 
 
 def evaluate_model(
-    model,
-    tokenizer,
+    model: Model,
+    tokenizer: Tokenizer,
     *,
     harmful: Sequence[Record] | None = None,
     task_records: Sequence[Record] | None = None,
     task: str = "label",
     benign: Sequence[Record] | None = None,
-    judge=None,
-    win_rate_judge=None,
+    judge: Judge | None = None,
+    win_rate_judge: Any = None,
     template: str = "alpaca",
     max_new_tokens: int | Mapping[str, int] = 512,
     batch_size: int = 8,
-    progress=False,
+    progress: Progress = False,
 ) -> dict:
     """Measure a live model on whichever of the three sets are given.
 
@@ -140,19 +143,21 @@ def evaluate_model(
         UsageError: nothing to measure, an option out of range.
         DataError: records that cannot be scored, prompts longer than the model's positions.
     """
-    sets = {"harmful": harmful, "task": task_records, "benign": benign}
-    sets = {name: records for name, records in sets.items() if records is not None}
+    named = {"harmful": harmful, "task": task_records, "benign": benign}
+    sets = {name: records for name, records in named.items() if records is not None}
     if not sets:
         raise UsageError("harmful=None: must be records, unless task_records or benign are given")
     if "task" in sets:
         check_task(task, sets["task"])
-    options = {"template": template, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    answers = answer_sets(model, tokenizer, sets, progress=progress, **options)
+    answers = answer_sets(
+        model,
+        tokenizer,
+        sets,
+        template=template,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
     return score_answers(
         sets, answers, task=task, judge=judge, win_rate_judge=win_rate_judge, progress=progress
     )
-
-
-def hash_of(value) -> str:
-    text = json.dumps(value, ensure_ascii=True, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -10,7 +10,7 @@ from antidote_fast.experiments import grid, pictures, tables
 from antidote_fast.experiments.chain import Maker, check_own_folder
 from antidote_fast.experiments.demo.model import CACHE
 from antidote_fast.files.commit import check_parent, new_file
-from antidote_fast.files.places import held
+from antidote_fast.files.places import locked_file
 from antidote_fast.files.provenance import REPORT, replace_report
 from antidote_fast.stages.inputs import check_data
 from antidote_fast.system.hardware import hardware
@@ -54,7 +54,7 @@ def run(config: ExperimentConfig, *, progress: Progress = False) -> dict:
     trials, cells = check(config)
     tried, chosen = _tried(trials), {}
     busy = DataError(f"output_dir={config.output_dir!r}: another experiment is at work there")
-    with held(out / ".experiment.lock", busy, make=True):
+    with locked_file(out / ".experiment.lock", busy, make=True):
         work = _Work(config, out, progress)
         for cell in track(tried, "strengths", progress):
             work.do(cell, tried)

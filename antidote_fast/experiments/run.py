@@ -9,7 +9,7 @@ from antidote_fast.errors import DataError, UsageError
 from antidote_fast.experiments.chain import Chain, Maker, check_own_folder, shared_flags
 from antidote_fast.files.commit import check_output_folder
 from antidote_fast.files.manifest import read_manifest
-from antidote_fast.files.places import held
+from antidote_fast.files.places import locked_file
 from antidote_fast.files.provenance import REPORT, replace_report
 from antidote_fast.stages.inputs import check_data
 from antidote_fast.system.progress import Progress, track
@@ -35,7 +35,7 @@ def run(config: RunConfig, *, progress: Progress = False) -> dict:
     stages, scores = stages_of(config)
     check(config, stages, scores)
     busy = DataError(f"output_dir={config.output_dir!r}: another run is at work there")
-    with held(out / ".run.lock", busy, make=True):
+    with locked_file(out / ".run.lock", busy, make=True):
         maker, seconds, reused = Maker(progress), {}, []
 
         def make(name, kind, stage):

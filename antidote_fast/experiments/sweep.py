@@ -57,14 +57,12 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
     asked = checked.asked
     clock.lap("check")
     with output_folder(config.output_dir, config.overwrite) as folder:
-        options = {"dtype": config.dtype, "device": config.device}
-        options["trust_remote_code"] = config.trust_remote_code
         answers = None
         if checked.prompts:
             about = (checked.aligned, config.device, asked.tokenizer, checked.prompts, progress)
             answers = answers_of(config.learning(), *about)
             clock.lap("ask the aligned model")
-        model = load_model(checked.base.folder, **options)
+        model = load_model(checked.base.folder, **config.load_options)
         if checked.adapter is not None:
             model = load_adapter(model, checked.adapter)
         bases = None
@@ -131,7 +129,6 @@ def _collect(config, model, checked, progress):
             config.collecting(kind),
             model,
             checked.batches[name],
-            len(checked.records[name]),
             progress=progress,
         )
     return norms, counts
@@ -153,8 +150,7 @@ class Checked:
     Args:
         base, adapter, aligned: checkpoints; the last two may be None.
         asked: the records to choose on, and what else an evaluation needs.
-        records: {field of the config: calibration records}.
-        batches: the same as batches.
+        batches: {field of the config: calibration records in batches}.
         prompts: {field of the config: records that gates are learned on}; empty without.
         backend: as :func:`antidote_fast.stages.inputs.describe_backend`.
     """
@@ -163,7 +159,6 @@ class Checked:
     adapter: Checkpoint | None
     aligned: Checkpoint | None
     asked: evaluate.EvaluationInputs
-    records: dict[str, list[Record]]
     batches: dict[str, Any]
     prompts: dict[str, list[Record]]
     backend: dict[str, Any]
@@ -195,7 +190,7 @@ def check(config: SweepConfig, progress: Progress = False) -> Checked:
         check_stage(config.learning(), base, adapter is not None)
         check_texts(asked.tokenizer, *prompts.values(), **texts_of(config))
     check_memory(config, [base, adapter])
-    return Checked(base, adapter, aligned, asked, records, batches, prompts, backend)
+    return Checked(base, adapter, aligned, asked, batches, prompts, backend)
 
 
 def _kinds_of(config, name):

@@ -6,8 +6,12 @@ A config is a few bytes, and a model is built from it before any weight is looke
 import contextlib
 import math
 import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from antidote_fast.errors import DataError
+from antidote_fast.files.tensor_file import TensorEntry
 
 _COUNT = re.compile(r"(?:\w*_)?(?:layers?|blocks?|experts|heads?|labels|classes|stages|depths?)")
 _HARMLESS = 1024  # layers, heads or labels; max_window_layers may be more than there are layers
@@ -17,7 +21,9 @@ _TIMES_BUILT, _MORE_TENSORS, _MORE_VALUES = 8, 250, 64 << 20
 _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "linspace")
 
 
-def check_counts(where, config, tensors=None):
+def check_counts(
+    where: str | Path, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry] | None = None
+) -> None:
     """Refuse counts that no model of these files has, before transformers reads the config.
 
     transformers makes lists of as many entries as there are layers, labels or heads.
@@ -52,7 +58,7 @@ def check_counts(where, config, tensors=None):
 
 
 @contextlib.contextmanager
-def bounded(checkpoint):
+def bounded(checkpoint: Any) -> Iterator[None]:
     """Inside the block this thread makes no model on meta that is far larger than a checkpoint.
 
     Raises:
@@ -69,16 +75,16 @@ def bounded(checkpoint):
     new = {getattr(torch, name) for name in _FACTORIES}
 
     class Counter(TorchFunctionMode):
-        made = values = 0
+        num_tensors = values = 0
 
         def __torch_function__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor) and result.is_meta:
                 size = result.numel()
                 if function in new:
-                    self.made += 1
+                    self.num_tensors += 1
                     self.values += size
-                if self.made > most_tensors or max(self.values, size) > most_values:
+                if self.num_tensors > most_tensors or max(self.values, size) > most_values:
                     raise DataError(
                         f"{checkpoint.folder}: its config makes a model far larger than the "
                         f"{len(tensors)} tensors that it holds"

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +27,8 @@ from antidote_fast.files.safe_open import (
     open_file,
     read_all,
 )
-from antidote_fast.files.tensor_file import bytes_of, read_into, read_tensor
-from antidote_fast.system.progress import track
+from antidote_fast.files.tensor_file import TensorEntry, bytes_of, read_into, read_tensor
+from antidote_fast.system.progress import Progress, track
 
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -56,27 +57,6 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: its file, dtype, shape, and bytes [start, end) within the file."""
-
-    file: Path
-    dtype: torch.dtype | None  # None: one that this torch does not have
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def num_elements(self) -> int:
-        """How many values it has."""
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        """Its size as saved."""
-        return self.end - self.start
 
 
 @dataclass(frozen=True)
@@ -137,13 +117,13 @@ class Checkpoint:
     @functools.cached_property
     def _by_tail(self):
         """Names by what follows their first part; None where several end alike."""
-        found = {}
+        names = {}
         for name in self.tensors:
             tail = name.split(".", 1)[-1]
-            found[tail] = None if tail in found else name
-        return found
+            names[tail] = None if tail in names else name
+        return names
 
-    def read(self, keys, progress=False) -> dict[str, torch.Tensor]:
+    def read(self, keys: Iterable[str], progress: Progress = False) -> dict[str, torch.Tensor]:
         """Tensors by live parameter name, in memory of their own.
 
         Args:
@@ -169,18 +149,15 @@ class Checkpoint:
         return tensors
 
     @functools.cached_property
-    def held(self) -> bytes:
+    def adapter_bytes(self) -> bytes:
         """The bytes of an adapter's one weight file, read once, so that all made of them agrees.
 
         Raises:
             DataError: it cannot be read, or is no longer what was checked.
         """
         [path] = self.weight_files
-        try:
-            with self.source.open(path.name) as file:
-                data = read_all(file, path, max(e.end for e in self.tensors.values()))
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        with readable(path), self.source.open(path.name) as file:
+            data = read_all(file, path, max(e.end for e in self.tensors.values()))
         length = _header_length(path, data, len(data))
         listed = (read_manifest(self.folder) or {"files": {}})["files"].get(path.name)
         same = listed is None or hashlib.sha256(data).hexdigest() == listed["sha256"]
@@ -190,12 +167,14 @@ class Checkpoint:
 
     def _held_tensor(self, entry):
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        bytes_of(tensor)[:] = memoryview(self.held)[entry.start : entry.end]
+        bytes_of(tensor)[:] = memoryview(self.adapter_bytes)[entry.start : entry.end]
         return tensor
 
     def digests(self) -> dict[str, str]:
         """{path: SHA-256} of an adapter's weights, of the very bytes that :meth:`read` gave."""
-        return {str(path): hashlib.sha256(self.held).hexdigest() for path in self.weight_files}
+        return {
+            str(path): hashlib.sha256(self.adapter_bytes).hexdigest() for path in self.weight_files
+        }
 
     def fingerprint(self) -> str:
         """As :func:`antidote_fast.files.fingerprint.fingerprint_model`, from the files.
@@ -239,7 +218,7 @@ class Checkpoint:
 
 
 @readable()
-def open_checkpoint(folder, *, trust_remote_code=False) -> Checkpoint:
+def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """Check a model or adapter folder, its headers and its index; read no weights.
 
     Raises:
@@ -286,7 +265,7 @@ def open_checkpoint(folder, *, trust_remote_code=False) -> Checkpoint:
     return Checkpoint(folder, is_adapter, config, tensors, files, source, watch)
 
 
-def read_tensor_file(path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def read_tensor_file(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """(metadata, tensors) of one safetensors file, read through one descriptor.
 
     Args:
@@ -318,20 +297,17 @@ def read_tensor_file(path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     return metadata, tensors
 
 
-def read_metadata(path) -> dict[str, str]:
+def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file; of the rest no more than the header is read.
 
     Raises:
         DataError: as :func:`read_tensor_file`; also where there is no such file.
     """
-    try:
-        with open_file(path) as file:
-            return _header_of(file, path)[1]
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    with readable(path), open_file(path) as file:
+        return _header_of(file, path)[1]
 
 
-def read_json(folder, name) -> dict:
+def read_json(folder: str | Path | Folder, name: str) -> dict:
     """A JSON object from a file of a checkpoint folder, given as a path or held open."""
     folder = folder if isinstance(folder, Folder) else Folder(folder)
     path = folder.path / name if isinstance(name, str) else folder.path
@@ -350,7 +326,7 @@ def read_json(folder, name) -> dict:
     return value
 
 
-def check_inside(folder, name) -> bool:
+def check_inside(folder: str | Path, name: str) -> bool:
     """Whether a folder has a file of this name; refused where a link leads out of the folder."""
     try:
         Folder(folder).open(name).close()
@@ -495,10 +471,6 @@ def _entry(path, value, data_start):
     if len(shape) > _MAX_DIMENSIONS or max(shape, default=0) > _MAX_SIZE:
         raise ValueError
     dtype = _DTYPES.get(value["dtype"])
-    if dtype is not None:
-        count = 1
-        for n in shape:
-            count *= n
-        if count * dtype.itemsize != end - start:
-            raise ValueError
+    if dtype is not None and math.prod(shape) * dtype.itemsize != end - start:
+        raise ValueError
     return TensorEntry(path, dtype, shape, data_start + start, data_start + end)

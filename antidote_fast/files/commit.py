@@ -14,7 +14,9 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from antidote_fast.errors import AntidoteError, DataError, NoRoom, NotWritable
 from antidote_fast.files import places
@@ -27,7 +29,7 @@ from antidote_fast.files.manifest import (
     sha256_file,
 )
 from antidote_fast.files.places import sync
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
 STATE = "run.json"  # in the state of a run that resumes
 RUN_INPUTS = "run_inputs"  # in its COMPLETE.json
@@ -36,7 +38,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def check_output_folder(path, overwrite=False):
+def check_output_folder(path: str | Path, overwrite: bool = False) -> None:
     """Refuse an output folder that must not or cannot be written, before anything costly starts.
 
     A folder that does not exist or is empty is fine. With ``overwrite`` so is one that this tool
@@ -47,19 +49,19 @@ def check_output_folder(path, overwrite=False):
         DataError: naming the folder and what was found in it, or that another job is at work.
         AntidoteError: the disk is full.
     """
-    given, path = Path(path), Path(os.path.abspath(path))
-    with os_errors(given, any_number=True):
+    as_named, path = Path(path), Path(os.path.abspath(path))
+    with os_errors(as_named, any_number=True):
         if _holds_litter(path):
             with contextlib.suppress(AntidoteError), locked(path):
                 pass
-        check_contents(given, overwrite)
+        check_contents(as_named, overwrite)
         with locked(path) as place:
-            check_contents(given, overwrite)
+            check_contents(as_named, overwrite)
             if place.inside or not path.is_dir():  # else the lock has tried whether it can move
                 places.probe(place)
 
 
-def check_parent(folder):
+def check_parent(folder: str | Path) -> None:
     """Refuse a folder in which no output can be made; as :func:`check_output_folder` otherwise.
 
     Args:
@@ -72,8 +74,8 @@ def check_parent(folder):
     busy = DataError(f"output_dir={str(folder)!r}: another job is at work there")
     try:
         # A name that those who look through such a folder know.
-        held = places.held_place(folder / "report.json", busy)
-        with os_errors(folder, any_number=True), held as place:
+        lock = places.locked_place(folder / "report.json", busy)
+        with os_errors(folder, any_number=True), lock as place:
             places.probe(place)
     except DataError as error:
         if error is not busy:  # then outputs can be made, for another job makes one
@@ -87,46 +89,51 @@ def _holds_litter(path):
     )
 
 
-def check_contents(path, overwrite):
+def check_contents(path: str | Path, overwrite: bool) -> None:
     """The part of :func:`check_output_folder` that looks at what is there."""
     path = Path(path)
+    where = f"output_dir={str(path)!r}"
     places.check_name(path)
     if path.is_symlink():
-        raise DataError(f"output_dir={str(path)!r}: is a symbolic link; give the folder itself")
+        raise DataError(f"{where}: is a symbolic link; give the folder itself")
     if not path.exists():
         parent = next(p for p in path.absolute().parents if p.exists())
         if not parent.is_dir():
-            raise DataError(f"output_dir={str(path)!r}: {parent} is not a folder")
+            raise DataError(f"{where}: {parent} is not a folder")
         if not os.access(parent, os.W_OK):
-            raise DataError(f"output_dir={str(path)!r}: {parent} is not writable")
+            raise DataError(f"{where}: {parent} is not writable")
         return
     if not path.is_dir():
-        raise DataError(f"output_dir={str(path)!r}: exists and is not a folder")
+        raise DataError(f"{where}: exists and is not a folder")
     if not places.contents(path):
         return
     if not overwrite:
         raise DataError(
-            f"output_dir={str(path)!r}: exists and is not empty; name another folder, or pass "
+            f"{where}: exists and is not empty; name another folder, or pass "
             f"overwrite to replace one that {TOOL} wrote"
         )
     manifest = read_manifest(path)
     if manifest is None:
         raise DataError(
-            f"output_dir={str(path)!r}: was not written by {TOOL} (no {MANIFEST}), so overwrite "
-            "does not replace it"
+            f"{where}: was not written by {TOOL} (no {MANIFEST}), so overwrite does not replace it"
         )
     apart = f"{places.HIDDEN}/"
     present = {name for name in listing(path) if not name.startswith(apart)}
     foreign = sorted(present - set(manifest["files"]))
     if foreign:
         raise DataError(
-            f"output_dir={str(path)!r}: holds {foreign[0]!r}, which {TOOL} did not write; move it "
-            "away first"
+            f"{where}: holds {foreign[0]!r}, which {TOOL} did not write; move it away first"
         )
 
 
 @contextlib.contextmanager
-def output_folder(path, overwrite=False, *, progress=False, **manifest_entries):
+def output_folder(
+    path: str | Path,
+    overwrite: bool = False,
+    *,
+    progress: Progress = False,
+    **manifest_entries: Any,
+) -> Iterator[Path]:
     """Stage a folder beside ``path`` and give it that name only when the block ends well.
 
     Inside the block the staged folder (yielded as a ``Path``) is an ordinary empty folder. At its
@@ -163,7 +170,13 @@ def output_folder(path, overwrite=False, *, progress=False, **manifest_entries):
             shutil.rmtree(staged, ignore_errors=True)
 
 
-def commit(staged, place, manifest_entries, digests=None, progress=False):
+def commit(
+    staged: Path,
+    place: places.Place,
+    manifest_entries: Mapping[str, Any],
+    digests: Mapping[str, str] | None = None,
+    progress: Progress = False,
+) -> None:
     """Give a staged folder its name: ``COMPLETE.json`` last, everything flushed, then one rename.
 
     The caller holds the lock; what ``staged`` names afterwards (an old folder, where there was one)
@@ -195,7 +208,7 @@ def commit(staged, place, manifest_entries, digests=None, progress=False):
 
 
 @contextlib.contextmanager
-def locked(path):
+def locked(path: str | Path) -> Iterator[places.Place]:
     """Hold the lock of an output folder; what killed jobs have left of it is cleared away.
 
     Folders above ``path`` that had to be made for the lock are removed again where ``path`` is not
@@ -211,7 +224,7 @@ def locked(path):
     busy = DataError(f"output_dir={str(path)!r}: another job is writing it")
     with contextlib.ExitStack() as stack:
         with os_errors(path, any_number=True):
-            place = stack.enter_context(places.held_place(path, busy))
+            place = stack.enter_context(places.locked_place(path, busy))
         run = place.at("run")
         if run.is_dir() and _is_output_of(path, run):
             shutil.rmtree(run, ignore_errors=True)  # killed between its rename and its end
@@ -230,13 +243,15 @@ def _is_output_of(path, run):
         return False
 
 
-def digest_of(inputs) -> str:
+def digest_of(inputs: Any) -> str:
     """One SHA-256 for everything that decides a result, as ``COMPLETE.json`` records it."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def os_errors(path, outcome=lambda: NOTHING, any_number=False):
+def os_errors(
+    path: str | Path, outcome: Callable[[], str] = lambda: NOTHING, any_number: bool = False
+) -> Iterator[None]:
     """Turn the operating system's refusal to write into one line.
 
     Args:
@@ -298,7 +313,7 @@ def _usual_modes(folder):
 
 
 @contextlib.contextmanager
-def new_file(path, alone=False):
+def new_file(path: str | Path, alone: bool = False) -> Iterator[Path]:
     """A name beside ``path`` to write to; at the end it is flushed and takes the name ``path``.
 
     Where the block raises, ``path`` is as it was and nothing else is left; what a killed process
@@ -315,7 +330,9 @@ def new_file(path, alone=False):
     beside = places.Place(path)
     partial = beside.at("partial")
     busy = DataError(f"{path}: another job is writing it")
-    with contextlib.nullcontext() if alone else places.held(beside.at("lock"), busy, wait=60):
+    with (
+        contextlib.nullcontext() if alone else places.locked_file(beside.at("lock"), busy, wait=60)
+    ):
         try:
             yield partial
             sync(partial)
@@ -332,13 +349,13 @@ def _sync_tree(folder):
         sync(root)
 
 
-def nearest_folder(path) -> Path:
+def nearest_folder(path: str | Path) -> Path:
     """The folder of ``path`` that is there: itself, or the nearest one above."""
     path = Path(path).absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def check_free_space(folder, needed: int):
+def check_free_space(folder: str | Path, needed: int) -> None:
     """Refuse, before any work, what will not fit on the disk of ``folder``."""
     folder = nearest_folder(folder)
     free = shutil.disk_usage(folder).free

@@ -8,8 +8,10 @@ wider or narrower dtype agree; a float32 checkpoint loaded as float16 is the one
 
 import hashlib
 import re
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor, nn
 
 from antidote_fast.distributed.fsdp import is_sharded, sampled_rows
 
@@ -37,7 +39,10 @@ def block_name(name: str) -> str | None:
     return match.group(1) if match else None
 
 
-def fingerprint(weights, model_type) -> str:
+def fingerprint(
+    weights: Iterable[tuple[str, tuple[int, ...], torch.dtype, Callable[..., Tensor]]],
+    model_type: str | None,
+) -> str:
     """Hash of an iterable of ``(name, shape, dtype, rows)``; order does not matter.
 
     ``model_type`` is that of the config. ``rows(indices, columns)`` gives the first ``columns``
@@ -66,7 +71,7 @@ def fingerprint(weights, model_type) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def fingerprint_model(model) -> str:
+def fingerprint_model(model: nn.Module) -> str:
     """Fingerprint of a live model's base weights; an adapter on top does not count.
 
     ``""`` where it cannot be told: quantised weights, or weights that live elsewhere (meta). Of a

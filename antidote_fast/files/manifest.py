@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 from antidote_fast.errors import DataError, readable
 from antidote_fast.files.safe_open import (
@@ -16,7 +17,7 @@ from antidote_fast.files.safe_open import (
     open_file,
     read_file,
 )
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
 _NOT_READ = ("README.md", "report.json")
 # What a COMPLETE.json must list where it is there.
@@ -32,7 +33,7 @@ _MAX_FILES, _MAX_DEPTH = 100_000, 32
 
 
 @readable()
-def check_input(folder, progress=False, only=None):
+def check_input(folder: str | Path, progress: Progress = False, only: str | None = None) -> None:
     """Refuse a folder with a ``COMPLETE.json`` whose files are no longer what was written.
 
     Before anything is computed from them. The files that a stage may read are hashed, however large
@@ -64,9 +65,9 @@ def check_input(folder, progress=False, only=None):
         path = folder / name
         try:
             with open_below(folder, name) as file:
-                found = os.fstat(file.fileno())
-                if found.st_size != entry["bytes"]:
-                    told = f"{found.st_size} bytes, not {entry['bytes']} as written"
+                status = os.fstat(file.fileno())
+                if status.st_size != entry["bytes"]:
+                    told = f"{status.st_size} bytes, not {entry['bytes']} as written"
                     raise DataError(f"{path}: {told}")
                 if not (name == only if only else _is_read(name, is_adapter)):
                     continue
@@ -74,7 +75,7 @@ def check_input(folder, progress=False, only=None):
                     beside += entry["bytes"]
                     if beside > _MAX_BESIDE:
                         raise DataError(f"{path}: with it more than 1 GiB lie beside the weights")
-                digest = _digest(path, identity(found))
+                digest = _digest(path, identity(status))
         except FileNotFoundError:
             raise DataError(f"{path}: missing; {MANIFEST} lists it") from None
         except OSError as error:
@@ -99,14 +100,14 @@ def _refuse_damaged(folder):
     """Refuse a ``COMPLETE.json`` of this tool that is damaged; another's may say what it likes."""
     path = folder / MANIFEST
     try:
-        found = json.loads(read_file(path, MAX_MANIFEST_BYTES).decode("utf-8"))
+        contents = json.loads(read_file(path, MAX_MANIFEST_BYTES).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         raise DataError(f"{folder}: its {MANIFEST} is damaged") from None
-    if isinstance(found, dict) and found.get("tool") == TOOL:
+    if isinstance(contents, dict) and contents.get("tool") == TOOL:
         raise DataError(f"{folder}: its {MANIFEST} is damaged, or lists other than its own files")
 
 
-def sha256_file(path) -> str:
+def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal.
 
     Raises:
@@ -117,7 +118,7 @@ def sha256_file(path) -> str:
         return sha256_of(file)
 
 
-def sha256_of(file) -> str:
+def sha256_of(file: BinaryIO) -> str:
     """The SHA-256 of what is left to read of an open file, in hexadecimal."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
@@ -125,7 +126,7 @@ def sha256_of(file) -> str:
     return digest.hexdigest()
 
 
-def read_manifest(folder) -> dict | None:
+def read_manifest(folder: str | Path) -> dict | None:
     """The ``COMPLETE.json`` of ``folder``, or None where this tool did not write one there.
 
     One that lists anything but relative names inside the folder is none of this tool's.
@@ -159,7 +160,7 @@ def _is_entry(entry):
     return isinstance(entry.get("sha256"), str) and len(entry["sha256"]) == 64
 
 
-def verify_folder(folder, progress=False) -> list[str]:
+def verify_folder(folder: str | Path, progress: Progress = False) -> list[str]:
     """Compare a folder written by :func:`output_folder` with its ``COMPLETE.json``.
 
     Args:
@@ -193,13 +194,13 @@ def verify_folder(folder, progress=False) -> list[str]:
     return problems
 
 
-def listing(folder):
+def listing(folder: str | Path) -> dict[str, Path]:
     """Relative posix name -> path of every file (and link) under ``folder``, manifest apart.
 
     Raises:
         DataError: there are more of them, or they lie deeper, than any output of this tool.
     """
-    found, count, left = {}, 0, [(Path(folder), 0)]
+    files, count, left = {}, 0, [(Path(folder), 0)]
     while left:
         here, depth = left.pop()
         with contextlib.suppress(PermissionError), os.scandir(here) as entries:
@@ -214,6 +215,6 @@ def listing(folder):
                 if entry.is_dir(follow_symlinks=False):
                     left.append((path, depth + 1))
                 elif entry.is_symlink() or entry.is_file():
-                    found[path.relative_to(folder).as_posix()] = path
-    found.pop(MANIFEST, None)
-    return dict(sorted(found.items()))
+                    files[path.relative_to(folder).as_posix()] = path
+    files.pop(MANIFEST, None)
+    return dict(sorted(files.items()))

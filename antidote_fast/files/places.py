@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from antidote_fast.errors import AntidoteError, DataError
@@ -44,27 +45,27 @@ class Place:
     path: Path
     inside: bool = False
 
-    def at(self, kind) -> Path:
+    def at(self, kind: str) -> Path:
         """The path of ``lock``, ``partial``, ``old``, ``run``; also of ``ready`` and ``moving``."""
         if self.inside:
             return self.path / HIDDEN / kind
         return self.path.parent / f".{self.path.name}.{kind}"
 
 
-def run_of(path) -> Path:
+def run_of(path: str | Path) -> Path:
     """The folder that keeps the state of a run for the output ``path``."""
     path = Path(os.path.abspath(path))
     inside = Place(path, True).at("run")
     return inside if os.path.isdir(inside) else Place(path).at("run")
 
 
-def contents(path) -> list[Path]:
+def contents(path: Path) -> list[Path]:
     """What is in an output folder, but for what lies there while it is made."""
     apart = (HIDDEN, _MOUNTED) if os.path.ismount(path) else (HIDDEN,)
     return [p for p in path.iterdir() if p.name not in apart]
 
 
-def check_name(path):
+def check_name(path: Path) -> None:
     """Refuse an output that is called like something this tool keeps beside another one.
 
     Raises:
@@ -78,7 +79,9 @@ def check_name(path):
 
 
 @contextlib.contextmanager
-def held(path, busy, wait=_WAIT_SECONDS, make=False):
+def locked_file(
+    path: Path, busy: Exception, wait: float = _WAIT_SECONDS, make: bool = False
+) -> Iterator[None]:
     """Hold a lock file, which is gone at the end.
 
     Args:
@@ -89,7 +92,7 @@ def held(path, busy, wait=_WAIT_SECONDS, make=False):
     """
     import filelock
 
-    made = [p for p in path.parents if make and not p.exists()]
+    new_folders = [p for p in path.parents if make and not p.exists()]
     lock = filelock.FileLock(str(path))
     try:
         _acquire(lock, path, busy, wait, make)
@@ -101,7 +104,7 @@ def held(path, busy, wait=_WAIT_SECONDS, make=False):
                 os.unlink(path)
             lock.release()
     finally:
-        _remove_empty(made)
+        _remove_empty(new_folders)
 
 
 def _acquire(lock, path, busy, wait, make):
@@ -123,7 +126,7 @@ def _acquire(lock, path, busy, wait, make):
 
 
 @contextlib.contextmanager
-def held_place(path, busy):
+def locked_place(path: Path, busy: Exception) -> Iterator[Place]:
     """Hold the lock of an output; what killed jobs left half-done is cleared or ended.
 
     Args:
@@ -139,7 +142,7 @@ def held_place(path, busy):
     place, inside = Place(path), Place(path, True)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(held(place.at("lock"), busy, make=True))
+            stack.enter_context(locked_file(place.at("lock"), busy, make=True))
             _clear(place)
             if path.is_dir() and (os.path.isdir(inside.at("")) or not _is_movable(place)):
                 place = inside
@@ -149,13 +152,13 @@ def held_place(path, busy):
             place = inside
         if place.inside:
             stack.callback(_remove_empty, [inside.at("")])
-            stack.enter_context(held(inside.at("lock"), busy, make=True))
+            stack.enter_context(locked_file(inside.at("lock"), busy, make=True))
             _clear(inside)
             _go_on(inside)
         yield place
 
 
-def probe(place):
+def probe(place: Place) -> None:
     """Make, rename and remove a folder as a job does at its end; the caller holds the lock.
 
     Raises:
@@ -171,7 +174,7 @@ def probe(place):
     os.rmdir(first)
 
 
-def put_in_place(staged, place):
+def put_in_place(staged: Path, place: Place) -> None:
     """Give what is staged its name, or put it into the folder; the caller holds the lock.
 
     Raises:
@@ -289,7 +292,7 @@ def _exchange(first, second):
     return done == 0
 
 
-def sync(path):
+def sync(path: str | Path) -> None:
     """Wait until a file or a folder's list of names is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:

@@ -11,12 +11,13 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import operator
 import os
 import platform
 import time
 from pathlib import Path
 
-from antidote_fast.config.base import fields_by, with_new_names
+from antidote_fast.config.base import RENAMED, fields_by
 from antidote_fast.errors import DataError
 from antidote_fast.files.commit import new_file
 from antidote_fast.files.manifest import read_manifest, sha256_file, sha256_of, verify_folder
@@ -60,7 +61,7 @@ def run_inputs(config, base, adapter=None, *, records, norms=None, aligned=None)
     for name, each in (norms or {}).items():
         inputs[name.replace("_", " ")] = _sums(each)
     if aligned is not None:
-        inputs["base model"] = _model(aligned)
+        inputs["aligned model"] = _model(aligned)
     # As JSON gives it back: lists for tuples, strings for what it does not know.
     return json.loads(json.dumps(inputs, default=str))
 
@@ -217,7 +218,7 @@ def difference(folder, config, hashes=None, base_fingerprint=None) -> str | None
     )
     if written_by != stage or not (isinstance(before, dict) and isinstance(recorded, dict)):
         return f"was not written by {stage}"
-    before = with_new_names(before, notify=lambda notice: None)
+    before = {RENAMED.get(name, (name,))[0]: value for name, value in before.items()}
     other = _other_setting(before, config)
     if other is not None:
         return other
@@ -234,8 +235,9 @@ def difference(folder, config, hashes=None, base_fingerprint=None) -> str | None
         value = getattr(config, name)
         then, now = _contents_of(before.get(name), recorded), _contents_of(value, hashes)
         if then != now and isinstance(then, dict) and isinstance(now, dict):
-            changed = sorted(file for file, _ in then.items() ^ now.items())
-            return f"was made from another {changed[0]!r}"
+            names = sorted(then.keys() | now.keys())
+            changed = next(file for file in names if then.get(file) != now.get(file))
+            return f"was made from another {changed!r}"
         if then != now:
             return f"was made with another {name} than {value!r:.80}"
     return None
@@ -259,9 +261,8 @@ def _other_setting(before, config):
 
 def _contents_of(value, hashes):
     """What lay where a field says: {file in a folder: hash}, a file's (hash, role), or the name."""
-    for name, role in ((value, ""), (value or "").rpartition(":")[::2]):
-        if not name:
-            continue
+    spellings = [(value, ""), value.rpartition(":")[::2]] if isinstance(value, str) else []
+    for name, role in filter(operator.itemgetter(0), spellings):
         if str(Path(name)) in hashes:
             return hashes[str(Path(name))], role
         inside = {

@@ -3,7 +3,10 @@
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from antidote_fast.errors import DataError
 from antidote_fast.files.checkpoint import Checkpoint, open_checkpoint
@@ -11,7 +14,7 @@ from antidote_fast.files.commit import check_free_space
 from antidote_fast.files.manifest import MANIFEST
 from antidote_fast.files.safe_open import is_file_name
 from antidote_fast.files.tensor_file import bytes_of
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
 _MAX_COPIED = 256  # files beside the weights
 _MAX_COPIED_BYTES = 1 << 30  # of them together, by their lengths: a sparse file is copied whole
@@ -27,7 +30,12 @@ _SECRET = re.compile(
 _NOT_COPIED = (MANIFEST, "report.json", "trainer_state.json", "all_results.json")
 
 
-def write_pruned(source, destination, tensors, progress=False):
+def write_pruned(
+    source: str | Path | Checkpoint,
+    destination: str | Path,
+    tensors: Mapping[str, Tensor],
+    progress: Progress = False,
+) -> None:
     """Copy a checkpoint with some of its tensors replaced; every other byte stays as it was.
 
     Args:
@@ -58,7 +66,7 @@ def write_pruned(source, destination, tensors, progress=False):
     for file in track(checkpoint.weight_files, "write", progress):
         with open(destination / file.name, "wb") as target:
             if checkpoint.is_adapter:
-                target.write(checkpoint.held)
+                target.write(checkpoint.adapter_bytes)
             else:
                 with checkpoint.source.open(file.name) as whole:
                     shutil.copyfileobj(whole, target, _PIECE)
@@ -69,7 +77,7 @@ def write_pruned(source, destination, tensors, progress=False):
     copy_checkpoint_files(checkpoint, destination)
 
 
-def copy_checkpoint_files(checkpoint, destination):
+def copy_checkpoint_files(checkpoint: Checkpoint, destination: str | Path) -> None:
     """Copy what surrounds the weights: configs, index, tokenizer, licence and model card.
 
     Left out are hidden files and those whose names tell of a token or a password.
@@ -83,7 +91,7 @@ def copy_checkpoint_files(checkpoint, destination):
     checkpoint.watch.check()
 
 
-def check_copied(checkpoint):
+def check_copied(checkpoint: Checkpoint) -> None:
     """Refuse, before any work, what :func:`copy_checkpoint_files` will not copy.
 
     Raises:

@@ -5,6 +5,8 @@ file is opened by its plain name, relative to the folder's descriptor, and looke
 descriptor; and a job compares before it commits (:class:`Watch`).
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os
@@ -13,6 +15,7 @@ import stat
 import time
 import weakref
 from pathlib import Path
+from typing import BinaryIO
 
 from antidote_fast.errors import DataError
 
@@ -30,7 +33,7 @@ _TICK_NS = 20_000_000
 _TICKS = 5
 
 
-def is_file_name(name) -> bool:
+def is_file_name(name: object) -> bool:
     """Whether a text is a plain file name: no folder in it, printable, at most 255 bytes."""
     if not isinstance(name, str) or not name or not name.isprintable() or name in (".", ".."):
         return False
@@ -47,7 +50,7 @@ class Folder:
         DataError: no such folder, or it cannot be read.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
             self._hold(os.open(self.path, _FOLDER))
@@ -59,22 +62,24 @@ class Folder:
         self._fd = fd
         weakref.finalize(self, os.close, fd)
 
-    def inner(self, name) -> "Folder":
+    def inner(self, name: str) -> Folder:
         """A folder inside this one, which is no link.
 
         Raises:
             FileNotFoundError: nothing of this name.
             DataError: it is a link or no folder.
         """
-        found = object.__new__(Folder)
-        found.path = self.path / name
+        folder = object.__new__(Folder)
+        folder.path = self.path / name
         try:
-            found._hold(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=self._fd))
+            folder._hold(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=self._fd))
         except NotADirectoryError:  # a link, too
-            raise DataError(f"{found.path}: is not a folder, or a link out of its folder") from None
-        return found
+            raise DataError(
+                f"{folder.path}: is not a folder, or a link out of its folder"
+            ) from None
+        return folder
 
-    def open(self, name):
+    def open(self, name: str) -> BinaryIO:
         """A regular file of the folder, opened to read bytes.
 
         A link is followed to a file beside it, or from a snapshot of the hub's cache to the cache's
@@ -107,7 +112,7 @@ class Folder:
             raise DataError(f"{path}: is not a regular file")
         return os.fdopen(fd, "rb")
 
-    def has(self, name) -> bool:
+    def has(self, name: str) -> bool:
         """Whether there is anything of this name."""
         try:
             os.stat(name, dir_fd=self._fd, follow_symlinks=False)
@@ -115,13 +120,13 @@ class Folder:
             return False
         return True
 
-    def is_folder(self, name) -> bool:
+    def is_folder(self, name: str) -> bool:
         """Whether a name is that of a folder inside this one, and no link."""
         try:
-            found = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+            status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
         except OSError:
             return False
-        return stat.S_ISDIR(found.st_mode)
+        return stat.S_ISDIR(status.st_mode)
 
     def names(self) -> list[str]:
         """The names of all that is in the folder, sorted.
@@ -156,7 +161,7 @@ class Folder:
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
-def open_file(path):
+def open_file(path: str | Path) -> BinaryIO:
     """A regular file that a caller names, opened to read bytes, by the rules of :class:`Folder`.
 
     Raises:
@@ -166,7 +171,7 @@ def open_file(path):
     return Folder(path.parent).open(path.name)
 
 
-def open_below(folder, name):
+def open_below(folder: str | Path, name: str) -> BinaryIO:
     """As :meth:`Folder.open`, for a relative name that may have folders in it.
 
     Raises:
@@ -181,7 +186,7 @@ def open_below(folder, name):
     return place.open(last)
 
 
-def read_file(path, max_bytes) -> bytes:
+def read_file(path: str | Path, max_bytes: int) -> bytes:
     """All bytes of a file that a caller names.
 
     Raises:
@@ -192,7 +197,7 @@ def read_file(path, max_bytes) -> bytes:
         return read_all(file, path, max_bytes)
 
 
-def read_all(file, path, max_bytes) -> bytes:
+def read_all(file: BinaryIO, path: str | Path, max_bytes: int) -> bytes:
     """All bytes of an open file, as they were at one time.
 
     Args:
@@ -219,19 +224,19 @@ def read_all(file, path, max_bytes) -> bytes:
     return data
 
 
-def check_stored(found, path):
+def check_stored(status: os.stat_result, path: str | Path) -> None:
     """Refuse a large file of which next to nothing is stored: its holes would fill the memory.
 
     Args:
-        found: what ``os.stat`` says of it.
+        status: what ``os.stat`` says of it.
         path: what an error calls it.
 
     Raises:
         DataError: over 64 MiB, and less than a sixteenth of it on the disk.
     """
-    blocks = getattr(found, "st_blocks", 0)  # 0: a file system that does not tell
-    if found.st_size > _MAX_HOLES and 0 < 512 * blocks < found.st_size // 16:
-        raise DataError(f"{path}: {_size(found.st_size)}, of which next to nothing is stored")
+    blocks = getattr(status, "st_blocks", 0)  # 0: a file system that does not tell
+    if status.st_size > _MAX_HOLES and 0 < 512 * blocks < status.st_size // 16:
+        raise DataError(f"{path}: {_size(status.st_size)}, of which next to nothing is stored")
 
 
 class Watch:
@@ -247,7 +252,7 @@ class Watch:
         DataError: a folder of too many files, or a file that is being written at this moment.
     """
 
-    def __init__(self, *paths):
+    def __init__(self, *paths: str | Path | None) -> None:
         self._seen = {}
         for path in paths:
             if path is None:
@@ -260,11 +265,11 @@ class Watch:
                 files = [path]
             for file in files:
                 with contextlib.suppress(OSError):
-                    found = _settled(file)
-                    if found is not None:
-                        self._seen[file] = found
+                    state = _settled(file)
+                    if state is not None:
+                        self._seen[file] = state
 
-    def check(self):
+    def check(self) -> None:
         """Compare.
 
         Raises:
@@ -282,27 +287,27 @@ class Watch:
 def _settled(file):
     """The identity of a file whose last change is older than a tick of the clock."""
     for _ in range(_TICKS):
-        found = _both(file)
-        if found is None:
+        state = _both(file)
+        if state is None:
             return None
-        age = time.time_ns() - max(changed for *_, changed in found)
+        age = time.time_ns() - max(changed for *_, changed in state)
         if not 0 <= age < _TICK_NS:
-            return found
+            return state
         time.sleep(_TICK_NS / 1e9)
     raise DataError(f"{file}: is being written")
 
 
 def _both(file):
     """Identities of a name and of what it leads to; None for what is neither file nor link."""
-    found = os.lstat(file)
-    if stat.S_ISLNK(found.st_mode):
-        return identity(found), identity(os.stat(file))
-    return (identity(found),) if stat.S_ISREG(found.st_mode) else None
+    status = os.lstat(file)
+    if stat.S_ISLNK(status.st_mode):
+        return identity(status), identity(os.stat(file))
+    return (identity(status),) if stat.S_ISREG(status.st_mode) else None
 
 
-def identity(found):
+def identity(status: os.stat_result) -> tuple[int, ...]:
     """What of an ``os.stat`` tells one state of one file from any other."""
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _size(number):

@@ -1,11 +1,18 @@
 """Safetensors files read and written tensor by tensor, so that none of them is in memory whole."""
 
+from __future__ import annotations
+
 import json
+import math
 import os
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from antidote_fast.errors import DataError, Unreadable
 from antidote_fast.files.places import sync
@@ -20,13 +27,34 @@ _CODES = {
 _PIECE = 16 << 20
 
 
-def read_tensor(entry) -> torch.Tensor:
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: its file, dtype, shape, and bytes [start, end) within the file."""
+
+    file: Path
+    dtype: torch.dtype | None  # None: one that this torch does not have
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def num_elements(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size as saved."""
+        return self.end - self.start
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
     """One tensor of a checkpoint, in memory of its own.
 
     Not by a memory map: its pages would count as resident until the whole file is closed.
 
     Args:
-        entry: a :class:`antidote_fast.files.checkpoint.TensorEntry`.
+        entry: which one.
 
     Raises:
         DataError: the file is not there or a link, cannot be read, or ends before the tensor does.
@@ -42,7 +70,9 @@ def read_tensor(entry) -> torch.Tensor:
     return tensor
 
 
-def save_tensors(path, tensors, metadata=None):
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file whose bytes depend on its contents alone.
 
     ``safetensors.torch.save_file`` puts the metadata in another order each time.
@@ -69,23 +99,28 @@ class TensorFile:
         entries: {name: (first byte, byte after the last)} within the file.
     """
 
-    def __init__(self, path, entries):
+    def __init__(self, path: str | Path, entries: Mapping[str, tuple[int, int]]) -> None:
         self.path = Path(path)
         self._entries = entries
 
     @classmethod
-    def create(cls, path, specs, metadata=None, keep=False):
+    def create(
+        cls,
+        path: str | Path,
+        specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+        keep: bool = False,
+    ) -> TensorFile:
         """A new file for tensors ``{name: (dtype, shape)}``, all bytes zero.
 
         With ``keep`` an existing file, made by the same call before, is left as it is.
         """
-        header, places, position = {}, {}, 0
+        header: dict[str, Any] = {}
+        places, position = {}, 0
         if metadata:
             header["__metadata__"] = metadata
         for name, (dtype, shape) in specs.items():
-            size = dtype.itemsize
-            for n in shape:
-                size *= n
+            size = dtype.itemsize * math.prod(shape)
             places[name] = (position, position + size)
             header[name] = {
                 "dtype": _CODES[dtype],
@@ -103,7 +138,13 @@ class TensorFile:
         return cls(path, {name: (start + a, start + b) for name, (a, b) in places.items()})
 
     @classmethod
-    def like(cls, path, source, entries, keep=False):
+    def like(
+        cls,
+        path: str | Path,
+        source: str | Path,
+        entries: Mapping[str, TensorEntry],
+        keep: bool = False,
+    ) -> TensorFile:
         """A new file with the header and length of ``source``.
 
         Args:
@@ -120,7 +161,7 @@ class TensorFile:
                 here.truncate(size)
         return cls(path, {name: (entry.start, entry.end) for name, entry in entries.items()})
 
-    def write(self, name, tensor):
+    def write(self, name: str, tensor: Tensor) -> None:
         """Fill in one tensor; its bytes, in C order, must fill its place exactly."""
         start, end = self._entries[name]
         data = bytes_of(tensor.detach().cpu().contiguous())
@@ -133,7 +174,7 @@ class TensorFile:
             while len(data):
                 data = data[file.write(data[: 1 << 30]) :]
 
-    def copy(self, source, start, end):
+    def copy(self, source: str | Path, start: int, end: int) -> None:
         """Copy a range of bytes from the same place of another file."""
         with open_file(source) as there, open(self.path, "r+b", buffering=0) as here:
             there.seek(start)
@@ -147,19 +188,19 @@ class TensorFile:
                     view = view[here.write(view) :]
                 start += len(piece)
 
-    def sync(self):
+    def sync(self) -> None:
         """Wait until what was written is on the disk."""
         sync(self.path)
 
 
-def bytes_of(tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, to read or to fill."""
     if not tensor.numel():
         return memoryview(b"")
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
-def read_into(fd, view, position, where):
+def read_into(fd: int, view: memoryview, position: int, where: str | Path) -> None:
     """Fill ``view`` from byte ``position`` of an open file; ``where`` names it in an error."""
     while len(view):
         count = os.preadv(fd, [view[: 1 << 30]], position)

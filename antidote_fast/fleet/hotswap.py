@@ -36,15 +36,13 @@ class AdapterSlot:
             weights have changed.
 
     Attributes:
-        number: goes up whenever the live modules change; targets found and hooks put on before
-            are void then.
         swaps, loads, reloads: how often tensors were copied, an adapter was loaded afresh, and the
             base was loaded again.
     """
 
     def __init__(self, load):
         self._load = load
-        self.number = self.swaps = self.loads = self.reloads = 0
+        self.swaps = self.loads = self.reloads = 0
         self._marks = None
         self._compared = True  # and nothing has run on the base since
         self._take(load())
@@ -101,7 +99,6 @@ class AdapterSlot:
         Raises:
             BaseLost: it was to be loaded again, and cannot be, or its files have changed since.
         """
-        self.number += 1
         self._live = self._places = self._layout = None
         self._tree.restore()
         self.model.eval()

@@ -76,8 +76,8 @@ def read_jobs(config) -> list[Job]:
         first = taken.setdefault(name.casefold(), number)
         if first != number:
             raise DataError(f"{where}: name={name!r}: line {first} has it already; give another")
-        for key, value in values.items():
-            _check_override(key, value, where)
+        for field, value in values.items():
+            _check_override(field, value, where)
         for data in ("dataset", "preserve_dataset"):
             if values.get(data) is not None:
                 values[data] = _dataset(folder, values[data])
@@ -128,10 +128,10 @@ def _pairs(pairs):
     return values
 
 
-def _text(value, key, where):
+def _text(value, field, where):
     if not isinstance(value, str) or not value or "\0" in value:
-        shown = "missing" if value is None else f"{key}={value!r:.60}"
-        raise DataError(f"{where}: {shown}: {key} must be a text that is not empty")
+        shown = "missing" if value is None else f"{field}={value!r:.60}"
+        raise DataError(f"{where}: {shown}: {field} must be a text that is not empty")
     return value
 
 
@@ -143,14 +143,14 @@ def _check_name(name, where):
         )
 
 
-def _check_override(key, value, where):
-    if key not in OVERRIDES:
+def _check_override(field, value, where):
+    if field not in OVERRIDES:
         raise DataError(
-            f"{where}: {key!r:.60}: no such key; known are adapter, name, {', '.join(OVERRIDES)}"
+            f"{where}: {field!r:.60}: no such key; known are adapter, name, {', '.join(OVERRIDES)}"
         )
-    kind = FleetConfig.__dataclass_fields__[key].type
+    kind = FleetConfig.__dataclass_fields__[field].type
     if not _fits(value, kind):
-        raise DataError(f"{where}: {key}={value!r:.60}: must be {_words(kind)}")
+        raise DataError(f"{where}: {field}={value!r:.60}: must be {_words(kind)}")
 
 
 def _fits(value, kind):

@@ -224,19 +224,13 @@ class Worker:
             self._put_hooks_on(live, config)
             self._hooked = wanted
         collector = self._collector
-        for name, (batches, num_records, dropped, truncated) in read.data.items():
+        for name, batches in read.data.items():
             collector.reset()
             with torch.no_grad():
                 for batch in batches:
                     run_batch(live, collector, batch, self._options)
             norms = ActivationNorms.of(collector, fingerprint=self._fingerprint)
-            counts = {
-                **counts_of(norms),
-                "num_records": num_records,
-                "num_dropped": dropped,
-                "num_truncated": truncated,
-            }
-            read.inputs.add_norms(name, norms, counts)
+            read.inputs.add_norms(name, norms, counts_of(norms) | batches.counts)
 
     def _put_hooks_on(self, live, config):
         targets = find_targets(live, config.targets, config.ignore)
@@ -267,7 +261,7 @@ class Worker:
             for name in read.data:
                 if file := local_file(getattr(config, name)):
                     self._watch_of(file).check()
-        self._usual = max(self._usual, len(inputs.adapter.held))
+        self._usual = max(self._usual, len(inputs.adapter.adapter_bytes))
         return "done", contents, calibrated + time.perf_counter() - start
 
     def _outcome(self, job, future):
@@ -300,30 +294,29 @@ class Worker:
         return load_tokenizer(self.base.folder, trust_remote_code=self.config.trust_remote_code)
 
     def data_of(self, config, name="dataset"):
-        """(batches on the device, records, dropped, truncated), tokenised once for all jobs."""
-        key = (
+        """The batches of a data set, on the device and tokenised once for all jobs."""
+        settings = (
             getattr(config, name),
             config.num_calibration_samples,
             config.template,
             config.max_seq_length,
             config.batch_size,
         )
-        tokenised = self._data.get(key)
+        tokenised = self._data.get(settings)
         if tokenised is None:
             try:
                 file = local_file(getattr(config, name))
                 watch = Watch() if file is None else self._watch_of(file)
                 records = load_data(config, None, name)
                 watch.check()
-                batches = batches_of(config, records, self._tokenizer, self.base.config)
-                on_device = [{k: v.to(self.device) for k, v in b.items()} for b in batches]
-                tokenised = on_device, len(records), batches.num_dropped, batches.num_truncated
+                tokenised = batches_of(config, records, self._tokenizer, self.base.config)
+                tokenised[:] = [{k: v.to(self.device) for k, v in b.items()} for b in tokenised]
             except AntidoteError as error:  # for every job that names these data
                 tokenised = error
-            self._data[key] = tokenised
+            self._data[settings] = tokenised
             if len(self._data) > _DATA_SETS:
                 self._data.popitem(last=False)
-        self._data.move_to_end(key)
+        self._data.move_to_end(settings)
         if isinstance(tokenised, AntidoteError):
             raise type(tokenised)(str(tokenised))
         return tokenised

@@ -5,9 +5,12 @@ aligned model, and the next adapter of a fleet must find the base as it was.
 """
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from antidote_fast.errors import DataError
 from antidote_fast.models import patterns
+from antidote_fast.models.patterns import shown
 
 MAX_RANK = 4096
 _MAX_ALPHA = 1 << 20
@@ -38,7 +41,7 @@ _NAMES = ("target_modules", "exclude_modules")
 _PER_MODULE = ("rank_pattern", "alpha_pattern")
 
 
-def check_adapter_config(config, where):
+def check_adapter_config(config: Any, where: str) -> None:
     """Refuse, by name, a kind of adapter whose factors this package does not understand.
 
     Args:
@@ -64,7 +67,7 @@ def check_adapter_config(config, where):
     bias = values.get("bias")
     if bias not in (None, "none"):
         raise DataError(
-            f"{where}: LoRA with bias={_shown(bias)} replaces biases of the base; must be 'none': "
+            f"{where}: LoRA with bias={shown(bias)} replaces biases of the base; must be 'none': "
             "merge it into its base (peft: merge_and_unload), and give that as the model"
         )
     if isinstance(config, dict):
@@ -81,12 +84,12 @@ def _check_init(value, where):
         raise DataError(f"{where}: LoRA with init_lora_weights='mica' is not understood")
     if kind.startswith(_INTO_THE_BASE):
         raise DataError(
-            f"{where}: LoRA with init_lora_weights={_shown(value)} changes the base's own weights; "
+            f"{where}: LoRA with init_lora_weights={shown(value)} changes the base's own weights; "
             "save it as plain LoRA (peft: save_pretrained with "
             "path_initial_model_for_weight_conversion), and give that"
         )
     raise DataError(
-        f"{where}: init_lora_weights={_shown(value)}: must be true, false, gaussian, eva or "
+        f"{where}: init_lora_weights={shown(value)}: must be true, false, gaussian, eva or "
         "orthogonal"
     )
 
@@ -106,7 +109,7 @@ def _check_values(config, where):
         for pattern in value or ():
             patterns.check_pattern(pattern, name, where)
             if name == "modules_to_save" and not patterns.is_plain(pattern):
-                raise DataError(f"{where}: {name}: {_shown(pattern)} is not a module's name")
+                raise DataError(f"{where}: {name}: {shown(pattern)} is not a module's name")
     if isinstance(config.get("target_modules"), str):  # as PEFT says
         for name in ("layers_to_transform", "layers_pattern"):
             if config.get(name) is not None:
@@ -119,22 +122,20 @@ def _check_values(config, where):
             raise DataError(f"{where}: {name}: must hold at most {_MAX_RANKS} different values")
     for rank in (config.get("r"), *(config.get("rank_pattern") or {}).values()):
         if type(rank) is not int or not 1 <= rank <= MAX_RANK:
-            raise DataError(
-                f"{where}: rank {_shown(rank)}: must be an integer from 1 to {MAX_RANK}"
-            )
+            raise DataError(f"{where}: rank {shown(rank)}: must be an integer from 1 to {MAX_RANK}")
     for alpha in (config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()):
         if type(alpha) not in (int, float) or not abs(alpha) <= _MAX_ALPHA:
             raise DataError(
-                f"{where}: alpha {_shown(alpha)}: must be a number of at most {_MAX_ALPHA}"
+                f"{where}: alpha {shown(alpha)}: must be a number of at most {_MAX_ALPHA}"
             )
     dropout = config.get("lora_dropout", 0)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise DataError(
-            f"{where}: lora_dropout={_shown(dropout)}: must be at least 0 and less than 1"
+            f"{where}: lora_dropout={shown(dropout)}: must be at least 0 and less than 1"
         )
     for name in _FLAGS:
         if config.get(name) not in (None, True, False):
-            raise DataError(f"{where}: {name}={_shown(config[name])}: must be true or false")
+            raise DataError(f"{where}: {name}={shown(config[name])}: must be true or false")
     _check_numbers(config.get("layers_to_transform"), "layers_to_transform", _MAX_ENTRIES, where)
     tokens = config.get("trainable_token_indices")
     for some in tokens.values() if isinstance(tokens, dict) else [tokens]:
@@ -161,10 +162,10 @@ def _check_numbers(value, name, most, where):
         raise DataError(f"{where}: {name} must hold at most {most} numbers")
     for number in numbers:
         if type(number) is not int or not 0 <= number < 1 << 31:
-            raise DataError(f"{where}: {name}: {_shown(number)} is not a number from 0 to 2**31")
+            raise DataError(f"{where}: {name}: {shown(number)} is not a number from 0 to 2**31")
 
 
-def match_modules(config, names, where) -> dict:
+def match_modules(config: dict, names: Iterable[str], where: str) -> dict:
     """Match a checked config's patterns with modules, in bounded time (:mod:`.patterns`).
 
     Args:
@@ -179,31 +180,33 @@ def match_modules(config, names, where) -> dict:
     Raises:
         DataError: naming the field and the pattern.
     """
-    found = {}
+    matched = {}
     for name in _NAMES:
         value = config.get(name)
         if isinstance(value, str) and value.lower() != "all-linear":
-            found[name] = list(patterns.first_matches([value], names, "whole", name, where))
+            matched[name] = list(patterns.first_matches([value], names, "whole", name, where))
     layers = config.get("layers_pattern") or []
     layers = [layers] if isinstance(layers, str) else layers
     patterns.first_matches(layers, names, "layers", "layers_pattern", where)
     for name in _PER_MODULE:
         values_of(config, name, names, where)
-    return found
+    return matched
 
 
-def values_of(config, name, modules, where) -> dict:
+def values_of(config: dict, name: str, modules: Iterable[str], where: str) -> dict:
     """{module: value} of ``rank_pattern`` or ``alpha_pattern``, for modules that a pattern matches.
 
     Raises:
         DataError: as :func:`match_modules`.
     """
-    given = config.get(name) or {}
-    found = patterns.first_matches(given, modules, "end", name, where)
-    return {module: given[pattern] for module, pattern in found.items()}
+    by_pattern = config.get(name) or {}
+    patterns_of = patterns.first_matches(by_pattern, modules, "end", name, where)
+    return {module: by_pattern[pattern] for module, pattern in patterns_of.items()}
 
 
-def without_patterns(config, modules, names, where) -> dict:
+def without_patterns(
+    config: dict, modules: Iterable[str], names: Iterable[str], where: str
+) -> dict:
     """The fields of a config that PEFT may be given, so that it runs no pattern of the file's.
 
     Args:
@@ -222,7 +225,7 @@ def without_patterns(config, modules, names, where) -> dict:
     fields = {"init_lora_weights": False, **match_modules(config, names, where)}
     if fields.get("target_modules") == []:
         raise DataError(
-            f"{where}: target_modules: {_shown(config['target_modules'])} matches no module of "
+            f"{where}: target_modules: {shown(config['target_modules'])} matches no module of "
             "this model; it was made for another base"
         )
     known = set(names)
@@ -233,7 +236,3 @@ def without_patterns(config, modules, names, where) -> dict:
                 groups.setdefault(value, []).append(re.escape(module))
         fields[name] = {f"^(?:{'|'.join(group)})": value for value, group in groups.items()}
     return fields
-
-
-def _shown(value):
-    return ascii(value)[:80]

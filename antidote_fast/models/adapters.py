@@ -5,9 +5,11 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from antidote_fast.errors import AntidoteError, DataError, UsageError, first_line, printable
 from antidote_fast.files.checkpoint import Checkpoint, open_checkpoint
@@ -21,6 +23,7 @@ from antidote_fast.models.adapter_config import (
     without_patterns,
 )
 from antidote_fast.models.base_state import ModuleTree
+from antidote_fast.models.kinds import Model
 from antidote_fast.models.loading import resolve_folder
 
 LORA_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -38,7 +41,7 @@ _INPUTS = ("model.embed_tokens.weight", "transformer.wte.weight")  # what a head
 _TIED = ("lm_head", "embed_tokens", "wte")
 
 
-def check_adapter(adapter: Checkpoint, base: Checkpoint):
+def check_adapter(adapter: Checkpoint, base: Checkpoint) -> None:
     """Refuse an adapter that was not made for this base, or is not what was written.
 
     Of the weights a few rows are read; the files of a folder that this tool wrote are hashed.
@@ -80,7 +83,13 @@ def check_adapter(adapter: Checkpoint, base: Checkpoint):
     _check_fingerprint(adapter, base)
 
 
-def load_adapter(model, adapter, *, adapter_name="default", tensors=None):
+def load_adapter(
+    model: Model,
+    adapter: str | Path | Checkpoint,
+    *,
+    adapter_name: str = "default",
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Model:
     """Put a LoRA adapter on a live model, strictly, its tensors in the dtype of the file.
 
     PEFT gets the config that was checked and the tensors that were read here, and opens nothing.
@@ -188,7 +197,7 @@ def _check_needed(adapter, needed, every=True):
         )
 
 
-def check_sizes(adapter, base):
+def check_sizes(adapter: Checkpoint, base: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse what no part of the base is as large as, by the headers: a sparse file is short on
     the disk, and this is looked at before any of it is read or hashed.
 
@@ -395,29 +404,27 @@ def _check_all_layers(adapter, base, base_shapes):
 def _check_fingerprint(adapter, base):
     actual = base.fingerprint()
     recorded = (read_manifest(adapter.folder) or {}).get("base_fingerprint")
-    if not recorded:
-        named = adapter.config.get("base_model_name_or_path")
-        if not isinstance(named, str) or not named:
-            return
-        if not os.path.isfile(os.path.join(named, "config.json")):  # False for any odd text
-            return
-        folder = Path(named)
-        if folder.resolve() == base.folder.resolve():
-            return
-        try:
-            named = open_checkpoint(folder, trust_remote_code=True).fingerprint()
-        except DataError:  # what is wrong with it is not the adapter's to learn
-            return
-        if named and actual and named != actual:
+    if recorded:
+        if actual and recorded != actual:
             raise DataError(
-                f"{adapter.folder}: was made for another base model than {base.folder}: its "
-                "base_model_name_or_path is a folder here that holds another (fingerprint differs)"
+                f"{adapter.folder}: was made for another base model than {base.folder} "
+                f"(fingerprint {recorded}, not {actual})"
             )
         return
-    if actual and recorded != actual:
+    named = adapter.config.get("base_model_name_or_path")
+    # isfile is False for any odd text
+    if not isinstance(named, str) or not named or not os.path.isfile(f"{named}/config.json"):
+        return
+    if Path(named).resolve() == base.folder.resolve():
+        return
+    try:
+        other = open_checkpoint(named, trust_remote_code=True).fingerprint()
+    except DataError:  # what is wrong with it is not the adapter's to learn
+        return
+    if other and actual and other != actual:
         raise DataError(
-            f"{adapter.folder}: was made for another base model than {base.folder} (fingerprint "
-            f"{recorded}, not {actual})"
+            f"{adapter.folder}: was made for another base model than {base.folder}: its "
+            "base_model_name_or_path is a folder here that holds another (fingerprint differs)"
         )
 
 
@@ -426,7 +433,7 @@ def _tail(name):
 
 
 @contextlib.contextmanager
-def adapter_off(model):
+def adapter_off(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is what it was without its adapter: for LoRA, the aligned one.
 
     Raises:

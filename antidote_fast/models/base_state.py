@@ -5,6 +5,7 @@ import hashlib
 import secrets
 
 import torch
+from torch import nn
 
 _WORDS = {"cpu": 1 << 17}  # of eight bytes at a time: 1 MiB stays in a core's cache
 _MANY_WORDS = 1 << 22  # on other devices, where a launch costs more than a pass
@@ -18,21 +19,21 @@ class ModuleTree:
         model: a live model, as it shall be again.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module) -> None:
         owners = [*model.modules(), getattr(model, "config", None)]
         self._owners = [(o, _copied(vars(o))) for o in owners if hasattr(o, "__dict__")]
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
 
-    def restore(self):
+    def restore(self) -> None:
         """Put everything back: what was replaced, added or removed, hooked or switched since.
 
         Values inside of weights are not touched; :class:`Marks` tells of those.
         """
-        for owner, kept in self._owners:
+        for owner, attributes in self._owners:
             here = vars(owner)
-            for name in here.keys() - kept.keys():
+            for name in here.keys() - attributes.keys():
                 del here[name]
-            for name, (value, contents) in kept.items():
+            for name, (value, contents) in attributes.items():
                 if contents is not None:
                     value.clear()
                     value.update(contents)
@@ -60,7 +61,7 @@ class Marks:
         model: a live base model. Compared are its parameters and the buffers that it saves.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module) -> None:
         self._rows = {}
         self._take(model)
 
@@ -68,33 +69,35 @@ class Marks:
         self._places, self._digests = [], {}  # ids are of tensors that the places hold
         for prefix, module in model.named_modules():
             transient = module._non_persistent_buffers_set
-            for kept in (module._parameters, module._buffers):
-                for leaf, tensor in kept.items():
-                    made_anew = kept is module._buffers and leaf in transient  # as of rotary angles
+            for tensors in (module._parameters, module._buffers):
+                for leaf, tensor in tensors.items():
+                    made_anew = (
+                        tensors is module._buffers and leaf in transient
+                    )  # as of rotary angles
                     if tensor is None or tensor.is_meta or made_anew:
                         continue
                     name = f"{prefix}.{leaf}" if prefix else leaf
-                    self._places.append((name, kept, leaf, tensor))
+                    self._places.append((name, tensors, leaf, tensor))
                     if id(tensor) not in self._digests:
                         self._digests[id(tensor)] = self._digest(tensor)
 
     def changed(self) -> str | None:
         """Name of the first weight that is another tensor, or has other bits, than at first."""
         seen = set()
-        for name, kept, leaf, tensor in self._places:
-            if kept.get(leaf) is not tensor:
+        for name, tensors, leaf, tensor in self._places:
+            if tensors.get(leaf) is not tensor:
                 return name
             if id(tensor) not in seen and self._digest(tensor) != self._digests[id(tensor)]:
                 return name
             seen.add(id(tensor))
         return None
 
-    def release(self):
+    def release(self) -> None:
         """Keep the digests, and none of the model's tensors: it may be let go."""
         self._before = {name: self._digests[id(tensor)] for name, *_, tensor in self._places}
         self._places = []
 
-    def move_to(self, model) -> str | None:
+    def move_to(self, model: nn.Module) -> str | None:
         """After :meth:`release`: watch another model of the same weights from now on.
 
         Returns:

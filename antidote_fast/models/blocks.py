@@ -1,11 +1,10 @@
 """Attention and MLP blocks of any causal language model, and what they put out."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from antidote_fast.errors import DataError
 from antidote_fast.models.undo import hook, undoing
@@ -13,7 +12,7 @@ from antidote_fast.models.undo import hook, undoing
 _MLP = re.compile(r"mlp|feed_?forward|ffn|moe|expert", re.IGNORECASE)
 
 
-def attention_modules(model) -> list[tuple[str, nn.Module]]:
+def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The attention blocks of any model, in its own order: (name, module).
 
     A block is the innermost module whose class is called ...Attention... and that has weights of
@@ -37,7 +36,7 @@ def attention_modules(model) -> list[tuple[str, nn.Module]]:
     return inner
 
 
-def mlp_modules(model) -> list[tuple[str, nn.Module]]:
+def mlp_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """What gives each decoder block's MLP output, in the model's own order: (name, module).
 
     Beside a block's attention that is the one child called ...MLP..., ...FeedForward..., ...MoE...
@@ -47,7 +46,7 @@ def mlp_modules(model) -> list[tuple[str, nn.Module]]:
     Raises:
         DataError: a block without either.
     """
-    found = {}
+    by_name = {}
     for name, _ in attention_modules(model):
         place, beside = name, None
         # GPT-Neo wraps its attention once more; a number names the block in its list.
@@ -56,8 +55,8 @@ def mlp_modules(model) -> list[tuple[str, nn.Module]]:
             beside = _mlp_of(model, place, name)
         if beside is None:
             raise DataError(f"no MLP found beside {name} in {type(model).__name__}")
-        found[beside[0]] = beside
-    return list(found.values())
+        by_name[beside[0]] = beside
+    return list(by_name.values())
 
 
 def _mlp_of(model, block, attention):
@@ -81,7 +80,7 @@ def _is_linear(module):
 
 
 @contextmanager
-def outputs_seen(modules: Sequence[tuple[str, nn.Module]], see: Callable):
+def outputs_seen(modules: Sequence[tuple[str, nn.Module]], see: Callable) -> Iterator[None]:
     """Call ``see(number, output)`` with what each module puts out in a forward pass.
 
     A returned tensor takes the output's place; None leaves it. Of a tuple the first entry is meant.
@@ -108,14 +107,14 @@ def outputs_seen(modules: Sequence[tuple[str, nn.Module]], see: Callable):
 
 
 @contextmanager
-def outputs_kept(modules: Sequence[tuple[str, nn.Module]]):
+def outputs_kept(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[list[Tensor]]:
     """Yields a list that a forward pass fills with what the modules put out, graph and all."""
-    outputs: list[torch.Tensor] = []
+    outputs: list[Tensor] = []
     with outputs_seen(modules, lambda _, output: outputs.append(output)):
         yield outputs
 
 
-def by_token(output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def by_token(output: Tensor, mask: Tensor) -> Tensor:
     """A block's output as (batch, length, hidden); models that flatten it are undone.
 
     Args:

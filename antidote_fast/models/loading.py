@@ -1,14 +1,17 @@
 """Names and folders to live models and tokenizers, each failure in one line.
 
 A folder is checked (:func:`antidote_fast.files.checkpoint.open_checkpoint`) before transformers
-sees it, so
-that neither a pickle nor a shard that is cut short nor remote code ever reaches a loader.
+sees it, so that neither a pickle nor a shard that is cut short nor remote code ever reaches a
+loader.
 """
 
 import copy
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -16,6 +19,7 @@ from antidote_fast.errors import AntidoteError, DataError, UsageError, first_lin
 from antidote_fast.files.bounds import bounded, check_counts
 from antidote_fast.files.checkpoint import Checkpoint, check_inside, open_checkpoint, read_json
 from antidote_fast.files.manifest import check_input
+from antidote_fast.models.kinds import Model, Tokenizer
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
@@ -36,7 +40,7 @@ _DTYPES = {
 
 
 @readable()
-def resolve_folder(name_or_path, argument="model_name_or_path") -> Path:
+def resolve_folder(name_or_path: str | Path, argument: str = "model_name_or_path") -> Path:
     """A local folder as it is; a hub name as the folder of its downloaded files.
 
     Args:
@@ -73,7 +77,7 @@ def resolve_folder(name_or_path, argument="model_name_or_path") -> Path:
         ) from None
 
 
-def open_model(config, argument="model_name_or_path") -> Checkpoint:
+def open_model(config: Any, argument: str = "model_name_or_path") -> Checkpoint:
     """The checkpoint that a field of a stage's config names, checked by its headers.
 
     Args:
@@ -99,14 +103,14 @@ def open_model(config, argument="model_name_or_path") -> Checkpoint:
 
 
 def load_model(
-    model_name_or_path,
+    model_name_or_path: str | Path,
     *,
-    dtype="auto",
-    device="auto",
-    device_map=None,
-    trust_remote_code=False,
-    auto_class="AutoModelForCausalLM",
-):
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    device_map: str | Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    auto_class: str = "AutoModelForCausalLM",
+) -> Model:
     """Load a model in eval mode from a safetensors folder or the hub.
 
     Args:
@@ -169,7 +173,7 @@ def load_model(
 
 
 @readable()
-def load_tokenizer(name_or_path, *, trust_remote_code=False):
+def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
     """Load a tokenizer as it is saved; one without a pad token stays without.
 
     It gets an attribute ``num_embeddings``, how many token ids the model beside it has embeddings
@@ -201,7 +205,7 @@ def load_tokenizer(name_or_path, *, trust_remote_code=False):
     return tokenizer
 
 
-def import_transformers():
+def import_transformers() -> ModuleType:
     """The transformers package; not one in which a config alone could make code run.
 
     Raises:
@@ -221,29 +225,28 @@ def import_transformers():
 def _num_embeddings(folder, trust_remote_code):
     """How many token ids the folder's model has embeddings for; None where it does not tell."""
     transformers = import_transformers()
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        config = transformers.AutoConfig.from_pretrained(str(folder), **options)
         return int(config.get_text_config().vocab_size)
     except Exception:  # a tokenizer alone, or what a foreign config makes transformers raise
         return None
 
 
-def pick_device(device) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
     """A torch device; ``auto`` is cuda where there is one, else cpu."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         why = first_line(error)
         raise UsageError(f"device={str(device)!r}: cannot be used: {why}") from None
-    return found
+    return chosen
 
 
-def pick_dtype(dtype):
+def pick_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     """A torch dtype, or ``"auto"``."""
     if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
         return dtype
@@ -252,7 +255,7 @@ def pick_dtype(dtype):
     return _DTYPES[dtype]
 
 
-def check_not_quantized(checkpoint: Checkpoint):
+def check_not_quantized(checkpoint: Checkpoint) -> None:
     """Refuse a quantised checkpoint where its own weights are to be pruned."""
     quantization = checkpoint.config.get("quantization_config")
     if quantization:
@@ -263,7 +266,7 @@ def check_not_quantized(checkpoint: Checkpoint):
         )
 
 
-def without_weights(base, dtype, trust_remote_code):
+def without_weights(base: Checkpoint, dtype: str | torch.dtype, trust_remote_code: bool) -> Model:
     """The model of a checkpoint, its weights on meta; what its own code computes is real.
 
     Raises:

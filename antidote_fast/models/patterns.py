@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 
 from antidote_fast.errors import DataError
 
@@ -52,27 +53,29 @@ print(json.dumps(results[0]))
 """
 
 
-def check_pattern(pattern, field, where):
+def check_pattern(pattern: str, field: str, where: str) -> None:
     """Refuse what is no text, over 1024 characters or not printable; nothing is compiled.
 
     Raises:
         DataError: naming the field.
     """
     if not isinstance(pattern, str) or not pattern:
-        raise DataError(f"{where}: {field}: {_shown(pattern)} is not a pattern")
+        raise DataError(f"{where}: {field}: {shown(pattern)} is not a pattern")
     if len(pattern) > MAX_LENGTH or not pattern.isprintable():
         raise DataError(
-            f"{where}: {field}: {_shown(pattern)} is longer than {MAX_LENGTH} characters or not "
+            f"{where}: {field}: {shown(pattern)} is longer than {MAX_LENGTH} characters or not "
             "printable"
         )
 
 
-def is_plain(pattern) -> bool:
+def is_plain(pattern: str) -> bool:
     """Whether a pattern is a name: letters, digits, ``_``, ``-`` and dots."""
     return _PLAIN.fullmatch(pattern) is not None
 
 
-def first_matches(patterns, names, form, field, where) -> dict[str, str]:
+def first_matches(
+    patterns: Iterable[str], names: Iterable[str], form: str, field: str, where: str
+) -> dict[str, str]:
     """Which pattern each name is matched by, the first one where there are several.
 
     Args:
@@ -100,9 +103,9 @@ def first_matches(patterns, names, form, field, where) -> dict[str, str]:
         first, guilty = _match_apart(patterns, names, form, SECONDS)
     if guilty is not None:
         number, what = guilty
-        raise DataError(f"{where}: {field}: {_shown(patterns[number])} {what}")
-    found = zip(names, first, strict=True)
-    return {name: patterns[number] for name, number in found if number is not None}
+        raise DataError(f"{where}: {field}: {shown(patterns[number])} {what}")
+    pairs = zip(names, first, strict=True)
+    return {name: patterns[number] for name, number in pairs if number is not None}
 
 
 def _match_plain(patterns, names, form):
@@ -154,5 +157,6 @@ def _match_apart(patterns, names, form, seconds):
     )
 
 
-def _shown(value):
+def shown(value: object) -> str:
+    """What a refusal shows of a value out of a file: 80 characters of ASCII."""
     return ascii(value)[:80]

@@ -7,6 +7,7 @@ whose product of original and mask is zero where the original is.
 """
 
 import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from antidote_fast.distributed.fsdp import is_sharded
 from antidote_fast.errors import DataError, NothingPruned, UsageError
+from antidote_fast.masks import PackedMask
 from antidote_fast.models.adapter_config import check_adapter_config
 
 ALL_LINEAR = "all-linear"
@@ -56,7 +58,7 @@ class Target:
     transposed: bool
     input_module: nn.Module
     routed: bool = False
-    first_factor: nn.Module | None = None
+    first_factor: nn.Linear | None = None
     masked: bool = False
 
     def computed(self) -> torch.Tensor:
@@ -64,7 +66,7 @@ class Target:
         weight = self.weight.detach()
         return weight * self.module.weight_mask if self.masked else weight
 
-    def remove(self, mask):
+    def remove(self, mask: PackedMask) -> None:
         """Zero in the parameter what a :class:`PackedMask` (out, in) marks, if it is masked."""
         removed = mask.to_bool()
         self.weight.detach().masked_fill_(removed.t() if self.transposed else removed, 0)
@@ -92,7 +94,9 @@ class Coverage:
     not_linear: tuple[str, ...]
 
 
-def find_targets(model, targets=None, ignore=()) -> list[Target]:
+def find_targets(
+    model: nn.Module, targets: str | Iterable[str] | None = None, ignore: str | Iterable[str] = ()
+) -> list[Target]:
     """The weights to prune, in natural order of their names.
 
     Args:
@@ -119,29 +123,24 @@ def find_targets(model, targets=None, ignore=()) -> list[Target]:
     unwanted = _patterns("ignore", ignore)
     adapter = _active_adapter(model)
     candidates = _lora_targets(model, adapter) if adapter else _linear_targets(model)
-    found = []
+    chosen = []
     hits = dict.fromkeys(wanted or (), False)
     for target, names, problem in candidates:
-        classes = _classes(target.module)
-        matched = [p for p in wanted or () if _matches(p, names, classes)]
-        hits.update(dict.fromkeys(matched, True))
-        default = adapter is not None or _is_qkv(names[0])
-        take = default if wanted is None else bool(matched)
-        if take and not any(_matches(p, names, classes) for p in unwanted):
+        if _is_chosen(names, _classes(target.module), adapter is not None, hits, unwanted):
             if problem:
                 raise DataError(problem)
-            found.append(target)
+            chosen.append(target)
     if wanted is not None:
         _check_hits(model, targets, hits)
-    if not found:
+    if not chosen:
         what = "a query, key or value projection" if wanted is None else f"targets={targets!r}"
         raise NothingPruned(
             f"nothing to prune: no linear layer is {what}"
             + (f" outside of ignore={list(ignore)!r}" if unwanted else "")
         )
     if not adapter:
-        _check_not_packed(model, found)
-    for target in found:
+        _check_not_packed(model, chosen)
+    for target in chosen:
         weight = target.weight
         if weight.dtype not in _FLOATS:
             raise DataError(
@@ -153,12 +152,12 @@ def find_targets(model, targets=None, ignore=()) -> list[Target]:
             )
         if weight.dim() != 2:
             raise DataError(f"{target.key}: has shape {tuple(weight.shape)}; must be a matrix")
-    _check_apart(found)
-    _check_no_source(model, found)
-    return sorted(found, key=lambda target: natural_key(target.key))
+    _check_apart(chosen)
+    _check_no_source(model, chosen)
+    return sorted(chosen, key=lambda target: natural_key(target.key))
 
 
-def coverage(model, targets) -> Coverage:
+def coverage(model: nn.Module, targets: Sequence[Target]) -> Coverage:
     """How much of the model's blocks ``targets`` (of :func:`find_targets`) make up."""
     keys = {t.key for t in targets}
     in_lora = any(".lora_" in key for key in keys)
@@ -175,7 +174,7 @@ def coverage(model, targets) -> Coverage:
     return Coverage(sum(t.weight.numel() for t in targets), total, tuple(not_linear))
 
 
-def first_computed(model) -> str | None:
+def first_computed(model: nn.Module) -> str | None:
     """The first tensor of a live model from which another one is computed; None without any.
 
     What ``save_pretrained`` writes of such a model no model of its class can load.
@@ -185,7 +184,7 @@ def first_computed(model) -> str | None:
     return next((name for name in names if _SOURCE.search(name)), None)
 
 
-def check_names(keys):
+def check_names(keys: Iterable[str]) -> None:
     """Refuse names of tensors from which a weight is computed.
 
     Raises:
@@ -199,7 +198,11 @@ def check_names(keys):
             )
 
 
-def select_keys(keys, targets=None, ignore=()) -> list[str]:
+def select_keys(
+    keys: Collection[str],
+    targets: str | Iterable[str] | None = None,
+    ignore: str | Iterable[str] = (),
+) -> list[str]:
     """What of saved parameter names ``targets`` and ``ignore`` mean, in natural order.
 
     As :func:`find_targets` where there are names alone; class names match nothing. With
@@ -216,23 +219,18 @@ def select_keys(keys, targets=None, ignore=()) -> list[str]:
         for k in keys
         if k.endswith(".weight") and re.search(r"(^|\.)\d+\.", k) and "norm" not in k.split(".")[-2]
     ]
-    found = []
+    chosen = []
     hits = dict.fromkeys(wanted or (), False)
     for key in candidates:
-        names = _names_of_key(key)
-        matched = [p for p in wanted or () if _matches(p, names)]
-        hits.update(dict.fromkeys(matched, True))
-        default = bool(lora) or _is_qkv(names[0])
-        take = default if wanted is None else bool(matched)
-        if take and not any(_matches(p, names) for p in unwanted):
-            found.append(key)
+        if _is_chosen(_names_of_key(key), (), bool(lora), hits, unwanted):
+            chosen.append(key)
     if any(hits.values()):
         for pattern, hit in hits.items():
             if not hit:
                 raise UsageError(f"targets: {pattern!r} matches no weight here")
-    if not found:
+    if not chosen:
         raise NothingPruned(f"nothing to prune: no weight here is targets={targets!r}")
-    return sorted(found, key=natural_key)
+    return sorted(chosen, key=natural_key)
 
 
 def natural_key(text: str) -> list:
@@ -260,16 +258,21 @@ def _patterns(argument, value):
     return values
 
 
+def _is_chosen(names, classes, is_lora, hits, unwanted):
+    """Whether patterns mean a weight; ``hits`` notes which, and is empty for the default."""
+    matched = [pattern for pattern in hits if _matches(pattern, names, classes)]
+    hits.update(dict.fromkeys(matched, True))
+    default = is_lora or _QKV.fullmatch(names[0].rsplit(".", 1)[-1]) is not None
+    take = bool(matched) if hits else default
+    return take and not any(_matches(pattern, names, classes) for pattern in unwanted)
+
+
 def _matches(pattern, names, classes=()):
     if pattern == ALL_LINEAR or pattern in classes:
         return True
     if pattern.startswith("re:"):
         return any(re.match(pattern[3:], name) for name in names)
     return any(name == pattern or name.endswith("." + pattern) for name in names)
-
-
-def _is_qkv(name):
-    return _QKV.fullmatch(name.rsplit(".", 1)[-1]) is not None
 
 
 def _is_routed(name):
@@ -427,10 +430,10 @@ def _check_hits(model, targets, hits):
         )
 
 
-def _check_not_packed(model, found):
+def _check_not_packed(model, targets):
     config = getattr(model, "config", None)
     quantization = getattr(config, "quantization_config", None)
-    packed = [t for t in found if _is_packed(t.weight.dtype)]
+    packed = [t for t in targets if _is_packed(t.weight.dtype)]
     if quantization is None and not getattr(model, "is_quantized", False) and not packed:
         return
     method = getattr(quantization, "quant_method", None)
@@ -445,9 +448,9 @@ def _is_packed(dtype):
     return not dtype.is_floating_point or dtype.itemsize == 1
 
 
-def _check_apart(found):
+def _check_apart(targets):
     owners = {}
-    for target in found:
+    for target in targets:
         first = owners.setdefault(id(target.weight), target)
         if first is not target:
             raise DataError(
@@ -455,9 +458,9 @@ def _check_apart(found):
             )
 
 
-def _check_no_source(model, found):
+def _check_no_source(model, targets):
     """Refuse a target from which another module's weight is computed, as a tied one would be."""
-    owners = {id(target.weight): target for target in found if not target.masked}
+    owners = {id(target.weight): target for target in targets if not target.masked}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         target = owners.get(id(parameter))
         if target is not None and _SOURCE.search(name):

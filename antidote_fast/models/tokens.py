@@ -1,6 +1,10 @@
 """Texts to token ids: those a model has embeddings for, and of a long text only what is used."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from antidote_fast.errors import DataError
+from antidote_fast.models.kinds import Model, Tokenizer
 
 # Characters that are read at first for each token wanted: text has 4 to 5, code 3, digits 1 to 3.
 _CHARACTERS = 32
@@ -11,7 +15,9 @@ _MAX_UNBROKEN = 1 << 16
 _MAX_READ = 1 << 20
 
 
-def tokenize(text: str, tokenizer, limit: int | None = None, **options) -> list[int]:
+def tokenize(
+    text: str, tokenizer: Tokenizer, limit: int | None = None, **options: Any
+) -> list[int]:
     """Token ids of a text; of a long one its first part's, ``limit`` and many more.
 
     The first ``limit`` ids are those of the whole text, and there are more than ``limit`` only
@@ -46,7 +52,7 @@ def tokenize(text: str, tokenizer, limit: int | None = None, **options) -> list[
     return list(tokenizer(text, **options)["input_ids"])
 
 
-def num_embeddings(model) -> int | None:
+def num_embeddings(model: Model) -> int | None:
     """How many token ids a live model has embeddings for; None where it does not tell."""
     try:
         table = model.get_input_embeddings()
@@ -63,7 +69,7 @@ def vocab_size(config: dict) -> int | None:
     return next((size for size in sizes if type(size) is int), None)
 
 
-def check_ids(ids, known: int | None, where: str) -> None:
+def check_ids(ids: Sequence[int], known: int | None, where: str) -> None:
     """Refuse token ids that a model has no embedding for.
 
     Args:
@@ -83,7 +89,7 @@ def check_ids(ids, known: int | None, where: str) -> None:
     )
 
 
-def check_examples(model, *sets) -> None:
+def check_examples(model: Model, *sets: Sequence[Mapping[str, Any]]) -> None:
     """:func:`check_ids` of examples, dicts with ``input_ids``, for a live model."""
     known = num_embeddings(model)
     for examples in sets:

@@ -7,8 +7,11 @@ change was never made, and is done twice: whichever of the two is interrupted, t
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from antidote_fast.models.targets import find_targets
 
@@ -16,14 +19,14 @@ from antidote_fast.models.targets import find_targets
 class Undo:
     """Steps that take back what was changed, the last one first."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._steps = []
 
-    def later(self, step):
+    def later(self, step: Callable[[], object]) -> None:
         """Note a callable, before the change that it undoes; it must be fit to run twice."""
         self._steps.append(step)
 
-    def run(self):
+    def run(self) -> None:
         """Do all steps, also where one of them fails; then raise what the first failure was."""
         failed = None
         for step in reversed(self._steps):
@@ -36,7 +39,7 @@ class Undo:
 
 
 @contextlib.contextmanager
-def undoing():
+def undoing() -> Iterator[Undo]:
     """Yields an :class:`Undo` whose steps are done at the end of the block, however it ends."""
     undo = Undo()
     try:
@@ -48,7 +51,7 @@ def undoing():
         undo.run()
 
 
-def eval_mode(model, undo):
+def eval_mode(model: nn.Module, undo: Undo) -> None:
     """Put a model into eval mode; undone, every module has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
 
@@ -60,38 +63,32 @@ def eval_mode(model, undo):
     model.eval()
 
 
-def no_grad(undo):
+def no_grad(undo: Undo) -> None:
     """Switch gradients off in this thread until undone."""
     before = torch.is_grad_enabled()
     undo.later(lambda: torch.set_grad_enabled(before))
     torch.set_grad_enabled(False)
 
 
-def without_grad(function):
+def without_grad(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that runs without gradients; the mode of this thread is as before after it."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        before = torch.is_grad_enabled()
-        try:
-            try:
-                torch.set_grad_enabled(False)
-                return function(*args, **kwargs)
-            finally:
-                torch.set_grad_enabled(before)
-        finally:  # an interrupt may have come in the line above
-            torch.set_grad_enabled(before)
+        with undoing() as undo:
+            no_grad(undo)
+            return function(*args, **kwargs)
 
     return call
 
 
-def hook(undo, module, call, *, after=False):
+def hook(undo: Undo, module: nn.Module, call: Callable[..., Any], *, after: bool = False) -> None:
     """Have a module call this before its forward (``after``: after it) until undone."""
     hooks = module._forward_hooks if after else module._forward_pre_hooks
 
     def back():  # not by the handle: there is none where registering was interrupted
-        for number, found in list(hooks.items()):
-            if found is call:
+        for number, registered in list(hooks.items()):
+            if registered is call:
                 hooks.pop(number, None)
 
     undo.later(back)
@@ -101,11 +98,16 @@ def hook(undo, module, call, *, after=False):
 class Originals:
     """A copy of a live model's targets, to be put back in place, bit for bit."""
 
-    def __init__(self, model, targets=None, ignore=()):
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: str | Sequence[str] | None = None,
+        ignore: str | Sequence[str] = (),
+    ) -> None:
         found = find_targets(model, targets, ignore)
         self._saved = [(t.weight, t.weight.detach().clone()) for t in found]
 
-    def restore(self):
+    def restore(self) -> None:
         """Write the values back: all of them, also where that is interrupted."""
         try:
             self._write()

@@ -1,4 +1,4 @@
-"""Activation norms: what each input channel of each target carries on a data set.
+"""Activation norms say how much each input channel of each target carries on a data set.
 
 One fp32 sum of squares a channel is kept, never the activations: hooks reduce each target's input
 during an ordinary forward. Source: Antidote, arXiv 2408.09600, eq. 1; its official code takes the
@@ -6,14 +6,19 @@ root of the mean square (``aggregation="rms"``), its text the mean of per-sequen
 (``"mean"``).
 """
 
+from __future__ import annotations
+
 import functools
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from antidote_fast.distributed.fsdp import reshard, run_in_step, runs_in_step
-from antidote_fast.distributed.ranks import ALONE
+from antidote_fast.distributed.ranks import ALONE, World
 from antidote_fast.errors import AntidoteError, DataError, UsageError, printable, readable
 from antidote_fast.files.checkpoint import read_tensor_file
 from antidote_fast.files.commit import new_file
@@ -32,7 +37,7 @@ from antidote_fast.norms.collector import (
     run_batch,
     run_forward,
 )
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
 FORMAT = "antidote_fast.norms"
 VERSION = "1"
@@ -40,18 +45,18 @@ _SUMS = ("sq_sum", "norm_sum")
 
 
 class ActivationNorms:
-    """Sums over a data set, from which any selection can be made later.
+    """The sums of squares that a data set gives, from which any selection can be made later.
 
     Args:
         sq_sum: {parameter name as saved: (K,) fp32}, the sum over counted tokens of x².
-        num_sequences: sequences with at least one counted token.
-        num_tokens: counted tokens.
+        num_sequences: how many sequences have a counted token.
+        num_tokens: how many tokens count.
         norm_sum: {name: (K,) fp32}, the sum over sequences of sqrt(sum over tokens of x²); given
             where the mean of norms was collected.
-        response_only: only response tokens were counted.
-        fingerprint: of the base model (:mod:`antidote_fast.files.fingerprint`), ``""`` if unknown.
-        transposed: names of the weights that are saved as (in, out), as ``Conv1D`` does.
-        routed: names of the weights inside routed experts.
+        response_only: whether only response tokens count.
+        fingerprint: the base model's (:mod:`antidote_fast.files.fingerprint`); ``""`` if unknown.
+        transposed: the names of weights that are saved as (in, out), as ``Conv1D`` does.
+        routed: the names of weights inside routed experts.
 
     Raises:
         DataError: sums that are not (K,) fp32, finite and at least 0, naming the layer; counts
@@ -60,16 +65,16 @@ class ActivationNorms:
 
     def __init__(
         self,
-        sq_sum,
+        sq_sum: Mapping[str, Tensor],
         *,
-        num_sequences,
-        num_tokens,
-        norm_sum=None,
-        response_only=False,
-        fingerprint="",
-        transposed=(),
-        routed=(),
-    ):
+        num_sequences: int,
+        num_tokens: int,
+        norm_sum: Mapping[str, Tensor] | None = None,
+        response_only: bool = False,
+        fingerprint: str = "",
+        transposed: Iterable[str] = (),
+        routed: Iterable[str] = (),
+    ) -> None:
         self.sq_sum = dict(sq_sum)
         self.norm_sum = None if norm_sum is None else dict(norm_sum)
         self.num_sequences = int(num_sequences)
@@ -82,15 +87,15 @@ class ActivationNorms:
 
     @property
     def aggregation(self) -> str:
-        """``"rms"`` or ``"mean"``."""
+        """How the sums become norms: ``"rms"`` or ``"mean"``."""
         return "rms" if self.norm_sum is None else "mean"
 
     @property
     def keys(self) -> list[str]:
-        """Names of the weights, in the order collected."""
+        """The names of the weights, in the order in which they were collected."""
         return list(self.sq_sum)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"ActivationNorms({len(self.sq_sum)} weights, {self.num_sequences} sequences, "
             f"{self.num_tokens} tokens, {self.aggregation})"
@@ -99,19 +104,19 @@ class ActivationNorms:
     @classmethod
     def collect(
         cls,
-        model,
-        batches,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Any]],
         *,
-        targets=None,
-        ignore=(),
-        response_only=False,
-        aggregation="rms",
-        progress=False,
-        fingerprint=None,
-        backend=None,
-        fuse=False,
-        world=ALONE,
-    ):
+        targets: str | Sequence[str] | None = None,
+        ignore: str | Sequence[str] = (),
+        response_only: bool = False,
+        aggregation: str = "rms",
+        progress: Progress = False,
+        fingerprint: str | None = None,
+        backend: str | None = None,
+        fuse: bool = False,
+        world: World = ALONE,
+    ) -> ActivationNorms:
         """Run a model over batches and keep the norms of its targets' inputs.
 
         The model runs in eval mode, without gradients and caches; each module's mode is restored
@@ -125,21 +130,19 @@ class ActivationNorms:
                 every token counts) and, for ``response_only``, ``labels`` (B, T), -100 where a
                 token is not of the response. What else is in them is passed to the model.
             targets, ignore: as :func:`antidote_fast.models.targets.find_targets`.
-            response_only: count only tokens whose label (unshifted) is not -100.
+            response_only: counts only tokens whose label (unshifted) is not -100.
             aggregation: ``"rms"`` or ``"mean"``.
             progress: as :func:`antidote_fast.system.progress.track` takes it.
             fingerprint: of the base model; computed where not given.
             backend: as in :mod:`antidote_fast.ops`.
             fuse: sum squares inside RMSNorm and SwiGLU, where a Llama-like model has them in front
                 of targets (:mod:`antidote_fast.norms.fusion`); the norms then differ by the
-                activations'
-                rounding. Off until it has been measured on a GPU. Where nothing can be fused, a
-                warning says so.
-            world: the ranks (:func:`antidote_fast.distributed.world`) that calibrate
-                together, each
+                activations' rounding. Off until it has been measured on a GPU. Where nothing can be
+                fused, a warning says so.
+            world: the ranks (:func:`antidote_fast.distributed.world`) that calibrate together, each
                 on batches of its own (``world.shard(batches)``; none at all is fine); their sums
-                are added up at the end, and all get the same norms. Default: this process alone,
-                whatever process group exists. Needed for a model that FSDP2 shards, whose ranks
+                are added up at the end, and all get the same norms. By default it is this process
+                alone, whatever process group exists. A model that FSDP2 shards needs it; its ranks
                 run as many forwards as the one with the most batches.
 
         Raises:
@@ -154,9 +157,9 @@ class ActivationNorms:
         """
         with world.together():
             reshard(model)
-            found = find_targets(model, targets, ignore)
+            chosen = find_targets(model, targets, ignore)
             device = input_device(model)
-            in_step = runs_in_step(model, found, world)
+            in_step = runs_in_step(model, chosen, world)
             if fuse:
                 fusion.check_fuse(device.type, aggregation)
         if fingerprint is None:
@@ -167,7 +170,7 @@ class ActivationNorms:
             try:
                 no_grad(undo)
                 collector = NormCollector(
-                    found, aggregation=aggregation, response_only=response_only, backend=backend
+                    chosen, aggregation=aggregation, response_only=response_only, backend=backend
                 )
                 undo.later(collector.close)
                 collector.open()
@@ -179,17 +182,17 @@ class ActivationNorms:
                 eval_mode(model, undo)
                 if fuse:
                     fusion.fuse(model, collector, undo)
-                options = make_lean(model, undo, found)
-                batches = enumerate(track(batches, "calibrate", progress))
+                options = make_lean(model, undo, chosen)
+                numbered = enumerate(track(batches, "calibrate", progress))
                 known = num_embeddings(model)
-                batches = (on_device(batch, device, known, number) for number, batch in batches)
+                placed = (on_device(batch, device, known, number) for number, batch in numbered)
                 if in_step:
                     forward = functools.partial(run_forward, model, options)
-                    run_in_step(batches, collector, forward, world, device)
+                    run_in_step(placed, collector, forward, world, device)
                     reshard(model)
                 else:
                     with world.together():
-                        for batch in batches:
+                        for batch in placed:
                             run_batch(model, collector, batch, options)
                 return cls.of(collector, fingerprint=fingerprint, world=world)
             finally:
@@ -198,19 +201,24 @@ class ActivationNorms:
             undo.run()
 
     @classmethod
-    def of(cls, collector, *, fingerprint="", world=ALONE) -> "ActivationNorms":
-        """The norms that a :class:`NormCollector` summed.
+    def of(
+        cls, collector: NormCollector, *, fingerprint: str = "", world: World = ALONE
+    ) -> ActivationNorms:
+        """Return the norms that a :class:`NormCollector` summed.
 
-        Arguments and errors: as :meth:`NormCollector.sums`.
+        The arguments and errors are those of :meth:`NormCollector.sums`.
         """
         return cls(**collector.sums(fingerprint=fingerprint, world=world), fingerprint=fingerprint)
 
-    def act_norm(self, key, scope="row") -> torch.Tensor:
-        """The norm of each input channel of one weight, (K,) fp32.
+    def act_norm(self, key: str, scope: str = "row") -> Tensor:
+        """Return the norm of each input channel of one weight, (K,) fp32.
 
-        ``sqrt(sq_sum)`` for row and tensor scope (a common factor does not matter within one
-        weight), ``sqrt(sq_sum / num_tokens)`` for global scope. With ``aggregation="mean"`` it is
-        ``norm_sum / num_sequences`` for all.
+        It is ``sqrt(sq_sum)`` for row and tensor scope (a common factor does not matter within one
+        weight), and ``sqrt(sq_sum / num_tokens)`` for global scope. With ``aggregation="mean"`` it
+        is ``norm_sum / num_sequences`` for all.
+
+        Raises:
+            DataError: the norms hold no weight of this name.
         """
         if key not in self.sq_sum:
             raise DataError(f"norms: hold no weight {key!r}")
@@ -219,8 +227,8 @@ class ActivationNorms:
         total = self.sq_sum[key]
         return torch.sqrt(total / self.num_tokens if scope == "global" else total)
 
-    def merge(self, other) -> "ActivationNorms":
-        """The norms of both data sets together, as if collected in one run.
+    def merge(self, other: ActivationNorms) -> ActivationNorms:
+        """Return the norms of both data sets together, as if one run had collected them.
 
         Raises:
             DataError: they are of other weights or base models, or were collected otherwise.
@@ -235,15 +243,15 @@ class ActivationNorms:
         for key, value in self.sq_sum.items():
             if value.shape != other.sq_sum[key].shape:
                 raise DataError(f"norms cannot be merged: {key} differs in length")
-        sums = [_added(getattr(self, name), getattr(other, name)) for name in _SUMS]
         return self._with(
-            *sums,
+            _added(self.sq_sum, other.sq_sum),
+            self.norm_sum and _added(self.norm_sum, other.norm_sum or {}),
             num_sequences=self.num_sequences + other.num_sequences,
             num_tokens=self.num_tokens + other.num_tokens,
         )
 
-    def subset(self, keys, name="norms") -> "ActivationNorms":
-        """The norms of these weights alone; ``name`` is what a refusal calls them.
+    def subset(self, keys: Iterable[str], name: str = "norms") -> ActivationNorms:
+        """Return the norms of these weights alone; a refusal calls the norms ``name``.
 
         Raises:
             DataError: there are none of one of them.
@@ -252,35 +260,35 @@ class ActivationNorms:
         absent = [key for key in keys if key not in self.sq_sum]
         if absent:
             raise DataError(f"{name}: hold no weight {absent[0]!r}; collect them for these targets")
-        sums = [s and {key: s[key] for key in keys} for s in (self.sq_sum, self.norm_sum)]
         return self._with(
-            *sums, transposed=self.transposed & set(keys), routed=self.routed & set(keys)
+            {key: self.sq_sum[key] for key in keys},
+            self.norm_sum and {key: self.norm_sum[key] for key in keys},
+            transposed=self.transposed & set(keys),
+            routed=self.routed & set(keys),
         )
 
     @classmethod
-    def joined(cls, parts) -> "ActivationNorms":
-        """The norms of several blocks, collected on the same data, as those of one model."""
+    def joined(cls, parts: Iterable[ActivationNorms]) -> ActivationNorms:
+        """Join the norms of several blocks, collected on the same data, to those of one model."""
         parts = list(parts)
-        sums = [
-            None
-            if getattr(parts[0], name) is None
-            else {key: value for part in parts for key, value in getattr(part, name).items()}
-            for name in _SUMS
-        ]
+        means = {key: value for part in parts for key, value in (part.norm_sum or {}).items()}
         return parts[0]._with(
-            *sums,
+            {key: value for part in parts for key, value in part.sq_sum.items()},
+            means or None,
             transposed=frozenset().union(*(part.transposed for part in parts)),
             routed=frozenset().union(*(part.routed for part in parts)),
         )
 
-    def _with(self, sq_sum, norm_sum, **changes):
+    def _with(
+        self, sq_sum: Mapping[str, Tensor], norm_sum: Mapping[str, Tensor] | None, **changes: Any
+    ) -> ActivationNorms:
         """Other sums, or counts, collected as these were."""
         names = ("num_sequences", "num_tokens", "response_only", "fingerprint")
-        kept = {name: getattr(self, name) for name in (*names, "transposed", "routed")}
-        return ActivationNorms(sq_sum, norm_sum=norm_sum, **{**kept, **changes})
+        settings = {name: getattr(self, name) for name in (*names, "transposed", "routed")}
+        return ActivationNorms(sq_sum, norm_sum=norm_sum, **{**settings, **changes})
 
-    def save(self, path):
-        """Write one safetensors file (4 bytes a channel); it appears whole or not at all."""
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file (4 bytes a channel), which appears whole or not at all."""
         path = Path(path)
         tensors = {
             f"{key}.{name}": value.detach().cpu().contiguous()
@@ -306,8 +314,8 @@ class ActivationNorms:
 
     @classmethod
     @readable()
-    def load(cls, path, name="norms") -> "ActivationNorms":
-        """Read a file of :meth:`save`; ``name`` is what a refusal calls it.
+    def load(cls, path: str | Path, name: str = "norms") -> ActivationNorms:
+        """Read a file that :meth:`save` wrote; a refusal calls it ``name``.
 
         Raises:
             DataError: no such file, not a norms file, an unknown version, or damaged contents.
@@ -330,7 +338,7 @@ class ActivationNorms:
                     f"{name}={str(path)!r}: has format version {metadata.get('version')!r}; "
                     f"this release reads {VERSION}"
                 )
-            sums = {kind: {} for kind in _SUMS}
+            sums: dict[str, dict[str, Tensor]] = {kind: {} for kind in _SUMS}
             for full, tensor in tensors.items():
                 key, _, kind = full.rpartition(".")
                 sums[kind][key] = tensor
@@ -354,7 +362,7 @@ class ActivationNorms:
                 f"{name}={str(path)!r}: cannot be read: {printable(error):.300}"
             ) from None
 
-    def _check(self):
+    def _check(self) -> None:
         if not self.sq_sum:
             raise DataError("norms: hold no weights")
         for name in ("num_sequences", "num_tokens"):
@@ -377,7 +385,7 @@ class ActivationNorms:
                     raise DataError(f"norms: {key}.{name} holds NaN, infinity or a negative value")
 
 
-def _names(text):
+def _names(text: str) -> list[str]:
     """A JSON list of weights' names."""
     names = json.loads(text)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -385,13 +393,12 @@ def _names(text):
     return names
 
 
-def _added(mine, theirs):
-    if mine is None:
-        return None
+def _added(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: (mine[key].double() + theirs[key].double()).float() for key in mine}
 
 
-def counts_of(norms):
+def counts_of(norms: ActivationNorms) -> dict[str, Any]:
+    """Return what a report says of norms: how much they were collected over, and how."""
     return {
         "num_sequences": norms.num_sequences,
         "num_tokens": norms.num_tokens,

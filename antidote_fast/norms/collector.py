@@ -1,21 +1,28 @@
 """Hooks that sum the squares of what flows into the targets: put on and taken off by one owner."""
 
+from __future__ import annotations
+
 import contextlib
 import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 from antidote_fast import backends
 from antidote_fast._check import WEIGHT_DTYPES
-from antidote_fast.distributed.ranks import ALONE
+from antidote_fast.distributed.ranks import ALONE, World
 from antidote_fast.errors import AntidoteError, DataError, UsageError
+from antidote_fast.models.targets import Target
 from antidote_fast.models.tokens import fitted
 
 AGGREGATIONS = ("rms", "mean")
+Flats = dict[torch.device, Tensor]
 
 
-class Seen(Exception):
+class LastInputSeen(Exception):
     """Ends a forward whose last target has had its input: what follows is not wanted."""
 
 
@@ -43,17 +50,23 @@ class NormCollector:
         response_only: count only tokens whose label (unshifted) is not -100.
         backend: as in :mod:`antidote_fast.ops`.
         stop_early: once a forward has shown in what order the targets get their inputs, end later
-            ones with :class:`Seen` where the last of them has had its own. Not for models whose
-            modules are moved between devices by hooks. Without effect where a target gets no input
-            or several, as routed experts may.
+            ones with :class:`LastInputSeen` where the last of them has had its own. Not for models
+            whose modules are moved between devices by hooks. Without effect where a target gets no
+            input or several, as routed experts may.
 
     Raises:
         UsageError: unknown aggregation.
     """
 
     def __init__(
-        self, targets, *, aggregation="rms", response_only=False, backend=None, stop_early=False
-    ):
+        self,
+        targets: Sequence[Target],
+        *,
+        aggregation: str = "rms",
+        response_only: bool = False,
+        backend: str | None = None,
+        stop_early: bool = False,
+    ) -> None:
         if aggregation not in AGGREGATIONS:
             accepted = ", ".join(AGGREGATIONS)
             raise UsageError(f"aggregation={aggregation!r}: must be one of {accepted}")
@@ -62,16 +75,17 @@ class NormCollector:
         self.response_only = response_only
         self.backend = backend
         self.stop_early = stop_early and not any(target.routed for target in self.targets)
-        self._order = None  # of the targets' inputs in a forward
-        self.num_sequences = self.num_tokens = 0
-        self._seen_batches = self._seen_sequences = 0
-        self._open = self._idle = self._elsewhere = False
-        self._thread = None  # that called open or start
-        self._mask = self._shared = None
-        self._masks, self._pending = {}, []
+        self._order: list[int] | None = None  # of the targets' inputs in a forward
+        self._open = False
+        self._thread: int | None = None  # that called open or start
+        self._pending: list[tuple[int, Tensor]] = []  # a target's index, and its sums
+        self._mask: Tensor | None = None
+        self._masks: dict[tuple[Any, ...], Any] = {}
+        self._shared: tuple[Tensor, torch.dtype, int | None, Tensor] | None = None
         self._allocate()
+        self.reset()
 
-    def __enter__(self):
+    def __enter__(self) -> NormCollector:
         try:
             self.open()
             return self
@@ -79,21 +93,21 @@ class NormCollector:
             self.close()
             raise
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         try:
             self.close()
         finally:  # the first may have been interrupted
             self.close()
 
-    def open(self):
+    def open(self) -> None:
         """Put the hooks on."""
         self._open, self._thread = True, threading.get_ident()
         for index, target in enumerate(self.targets):
-            hook = self._make_hook(index, target)
+            hook: Any = self._make_hook(index, target)
             hook.collector = self
             target.input_module.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def close(self):
+    def close(self) -> None:
         """Take the hooks off; what was collected stays."""
         self._open = False
         for target in self.targets:
@@ -105,16 +119,16 @@ class NormCollector:
                     module._forward_pre_hooks.pop(number, None)
         self.discard()
 
-    def others_on(self, model) -> bool:
-        """Whether another open collector has hooks on a module of ``model``."""
+    def others_on(self, model: nn.Module) -> bool:
+        """Return whether another open collector has hooks on a module of ``model``."""
         hooks = (hook for m in model.modules() for hook in list(m._forward_pre_hooks.values()))
-        found = (getattr(hook, "collector", None) for hook in hooks)
+        collectors = (getattr(hook, "collector", None) for hook in hooks)
         return any(
             isinstance(other, NormCollector) and other is not self and other._open
-            for other in found
+            for other in collectors
         )
 
-    def start(self, batch) -> bool:
+    def start(self, batch: Mapping[str, Any]) -> bool:
         """Say which tokens of the next forward count.
 
         Args:
@@ -144,13 +158,13 @@ class NormCollector:
         self._thread = threading.get_ident()
         return True
 
-    def idle(self):
+    def idle(self) -> None:
         """Say that nothing of the next forward counts; no :meth:`finish` follows it."""
         self.discard()
         self._idle = True
         self._thread = threading.get_ident()
 
-    def finish(self):
+    def finish(self) -> None:
         """Add what the last forward gave to the totals.
 
         Raises:
@@ -177,7 +191,7 @@ class NormCollector:
         self.num_tokens += self._tokens
         self.discard()
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget all that was collected, to begin with other weights in the same modules."""
         self.discard()
         for flat in self._total.values():
@@ -185,7 +199,7 @@ class NormCollector:
         self.num_sequences = self.num_tokens = 0
         self._seen_batches = self._seen_sequences = 0
 
-    def discard(self):
+    def discard(self) -> None:
         """Forget the forward since the last :meth:`start`."""
         if self._pending:
             for flat in self._batch.values():
@@ -194,7 +208,7 @@ class NormCollector:
         self._mask = self._shared = None
         self._masks, self._pending = {}, []
 
-    def tokens_counted(self, x):
+    def tokens_counted(self, x: Tensor) -> tuple[bool, Tensor | None]:
         """Which tokens of x (..., K) count, for a kernel that sums squares in the hooks' place.
 
         Returns:
@@ -213,14 +227,14 @@ class NormCollector:
             self._masks[place] = self._mask.to(x.device).reshape(tokens).contiguous()
         return True, self._masks[place]
 
-    def deposit(self, x, sums):
+    def deposit(self, x: Tensor, sums: Tensor) -> None:
         """Take sums (K,) fp32 of ``x ** 2`` over its counted tokens, made along with x.
 
         A module that receives this very tensor next, unchanged and in its dtype, is not reduced.
         """
         self._shared = (x, x.dtype, _version(x), sums)
 
-    def sums(self, *, fingerprint="", world=ALONE) -> dict:
+    def sums(self, *, fingerprint: str = "", world: World = ALONE) -> dict:
         """The sums of all finished batches, as :class:`ActivationNorms` takes them.
 
         Args:
@@ -239,7 +253,7 @@ class NormCollector:
         with world.together():
             return self._by_target(totals, counts)
 
-    def _added_up(self, world, fingerprint):
+    def _added_up(self, world: World, fingerprint: str) -> tuple[Flats, list[int]]:
         """(totals like ``_total``, counts) over all ranks, in one reduction."""
         counts = [self.num_sequences, self.num_tokens, self._seen_batches, self._seen_sequences]
         if world.size == 1:
@@ -248,11 +262,11 @@ class NormCollector:
         keys = [(t.key, t.in_features, t.transposed, t.routed) for t in self.targets]
         settings = [self.aggregation, self.response_only, fingerprint]
         world.check_same("models or settings of the ranks", repr((sizes, keys, settings)))
-        counts = torch.tensor(counts, dtype=torch.float64)
-        counts, *sums = world.all_reduce([counts, *self._total.values()])
-        return dict(zip(self._total, sums, strict=True)), [int(count) for count in counts]
+        ours = torch.tensor(counts, dtype=torch.float64)
+        added, *sums = world.all_reduce([ours, *self._total.values()])
+        return dict(zip(self._total, sums, strict=True)), [int(count) for count in added]
 
-    def _by_target(self, totals, counts):
+    def _by_target(self, totals: Flats, counts: Sequence[int]) -> dict[str, Any]:
         num_sequences, num_tokens, seen_batches, seen_sequences = counts
         if not num_tokens:
             what = "tokens that are neither padding nor prompt" if self.response_only else "tokens"
@@ -260,7 +274,7 @@ class NormCollector:
                 f"calibration data: {seen_batches} batches with {seen_sequences} sequences hold 0 "
                 f"{what} to count"
             )
-        sums = {"sq_sum": {}, "norm_sum": {}}
+        sums: dict[str, dict[str, Tensor]] = {"sq_sum": {}, "norm_sum": {}}
         for target, views in zip(self.targets, self._views(totals), strict=True):
             for name, view in zip(sums, views, strict=False):
                 sums[name][target.key] = view.to("cpu", torch.float32)
@@ -274,13 +288,13 @@ class NormCollector:
             "routed": [t.key for t in self.targets if t.routed],
         }
 
-    def _allocate(self):
+    def _allocate(self) -> None:
         """One flat float64 buffer a device for the batch and one for the totals.
 
         Totals in float64, so that thousands of batches stay as exact as one.
         """
         self._places = []
-        sizes = {}
+        sizes: dict[torch.device, int] = {}
         parts = 2 if self.aggregation == "mean" else 1
         for target in self.targets:
             device = target.weight.device
@@ -296,7 +310,7 @@ class NormCollector:
         self._batch, self._total = zeros
         self._slots = self._views(self._batch)
 
-    def _views(self, flats):
+    def _views(self, flats: Flats) -> list[tuple[Tensor, ...]]:
         """A target: (sq_sum,) or (sq_sum, norm_sum), as views."""
         parts = 2 if self.aggregation == "mean" else 1
         return [
@@ -304,7 +318,7 @@ class NormCollector:
             for device, start, width in self._places
         ]
 
-    def _make_hook(self, index, target):
+    def _make_hook(self, index: int, target: Target) -> Callable[..., None]:
         is_lora = ".lora_" in target.key
         # PEFT casts the wrapper's input to the factor's dtype, a copy for each factor: sharing is
         # seen, and the cast done, on the wrapper's side.
@@ -314,7 +328,7 @@ class NormCollector:
 
         # Short, and sums are added to their slots in finish: what runs here runs between two
         # layers, with cold caches.
-        def hook(module, args, kwargs):
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._idle or not self._is_ours():
                 return
             x = args[0] if args else next(iter(kwargs.values()))
@@ -322,34 +336,34 @@ class NormCollector:
             # Looked at where all have had theirs: that is the last one, or not as before.
             last = self._order is not None and index == self._order[-1] and self.stop_early
             if last and [place for place, _ in self._pending] == self._order:
-                raise Seen
+                raise LastInputSeen
 
-        def sums_of(x):
+        def sums_of(x: Tensor) -> Tensor:
             if first is not None:
-                source = x.to(first.weight.dtype)
-                return self._reduce(target, functional.linear(source, first.weight))
+                return self._reduce(
+                    target, functional.linear(x.to(first.weight.dtype), first.weight)
+                )
             dtype = x.dtype
             if cast_to is not None and dtype != cast_to and cast_to != torch.float32:
                 dtype = cast_to
             if not shareable:
                 return self._reduce(target, x)
             version = _version(x)
-            held = self._shared
-            if held is None or held[0] is not x or held[1:3] != (dtype, version):
-                held = (x, dtype, version, self._reduce(target, x.to(dtype)))
-                self._shared = held
-            return held[3]
+            shared = self._shared
+            if shared is None or shared[0] is not x or shared[1:3] != (dtype, version):
+                shared = self._shared = x, dtype, version, self._reduce(target, x.to(dtype))
+            return shared[3]
 
         return hook
 
-    def _is_ours(self):
+    def _is_ours(self) -> bool:
         """Whether a forward is of the thread that collects; else it is not looked at."""
         if self._open and self._thread == threading.get_ident():
             return True
         self._elsewhere = self._mask is not None
         return False
 
-    def _add_pending(self):
+    def _add_pending(self) -> None:
         """Add what the hooks left to the batch's buffers, in one addition a device if it fits."""
         in_place = sorted(self._pending, key=lambda entry: entry[0])
         once = [index for index, _ in in_place] == list(range(len(self.targets)))
@@ -361,7 +375,7 @@ class NormCollector:
             mine = [sums for index, sums in in_place if self._places[index][0] == device]
             flat.add_(torch.cat([sums.to(device) for sums in mine]))
 
-    def _add(self, slot, sums):
+    def _add(self, slot: tuple[Tensor, ...], sums: Tensor) -> None:
         """Add (K,) sums, or with one norm a sequence (B, K), to a target's slot."""
         sums = sums.to(slot[0].device)
         if self.aggregation == "mean":
@@ -371,16 +385,15 @@ class NormCollector:
         else:
             slot[0].add_(sums)
 
-    def _reduce(self, target, x):
+    def _reduce(self, target: Target, x: Tensor) -> Tensor:
         """Sums over tokens of x²: (K,), or (B, K) where each sequence's own is wanted."""
         if not x.is_contiguous():
             x = x.contiguous()
         *shape, width = x.shape
         place = (x.device, x.dtype, width == target.in_features, target.routed, *shape)
-        found = self._masks.get(place)
-        if found is None:
-            found = self._masks[place] = self._checked_mask(target, x)
-        mask, add = found
+        if place not in self._masks:
+            self._masks[place] = self._checked_mask(target, x)
+        mask, add = self._masks[place]
         if self.aggregation == "rms":
             sums = torch.zeros(width, dtype=torch.float32, device=x.device)
             if x.numel():
@@ -392,7 +405,7 @@ class NormCollector:
             add(sums[row], sequence, None if mask is None else mask.reshape(self._shape)[row])
         return sums
 
-    def _checked_mask(self, target, x):
+    def _checked_mask(self, target: Target, x: Tensor) -> tuple[Tensor | None, Callable[..., None]]:
         """(mask in the shape of x's tokens or None where all count, what sums the squares).
 
         The latter is ``ops.accumulate_sq_norm_`` without its checks, which are made here once for
@@ -423,7 +436,7 @@ class NormCollector:
             )
         return self.tokens_counted(x)[1], add
 
-    def _name_the_bad_layer(self):
+    def _name_the_bad_layer(self) -> None:
         for target, views in zip(self.targets, self._slots, strict=True):
             if not all(bool(torch.isfinite(view).all()) for view in views):
                 self.discard()
@@ -433,11 +446,11 @@ class NormCollector:
                 )
 
 
-def _version(x):
+def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-def _plane(name, value, ids):
+def _plane(name: str, value: Tensor | None, ids: Tensor) -> Tensor | None:
     """None, or a tensor of the shape of ``input_ids``."""
     if value is None:
         return None
@@ -449,30 +462,40 @@ def _plane(name, value, ids):
     return value
 
 
-def on_device(batch, device, known, number):
+def on_device(
+    batch: Mapping[str, Any], device: torch.device, known: int | None, number: int
+) -> dict[str, Any]:
+    """Return a batch whose tensors are on a device, its token ids checked.
+
+    Raises:
+        DataError: no dict with input_ids, or a token id that the model has no embedding for.
+    """
     if not hasattr(batch, "items") or "input_ids" not in batch:
         raise DataError(f"batch {number}: must be a dict with input_ids")
     ids = batch["input_ids"]
-    if isinstance(ids, torch.Tensor) and ids.device.type == "cpu":  # elsewhere one would wait
-        batch = fitted(batch, known, f"batch {number}")
+    if isinstance(ids, Tensor) and ids.device.type == "cpu":  # elsewhere one would wait
+        batch = fitted(dict(batch), known, f"batch {number}")
     return {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for key, value in batch.items()
     }
 
 
-def input_device(model):
-    """Where a model takes its inputs; offloaded weights (meta) are not there."""
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device where a model takes its inputs; offloaded weights (meta) do not count."""
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
-def run_forward(model, options, batch):
+def run_forward(model: nn.Module, options: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+    """Run a model on a batch, without its labels."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     model(**inputs, **options)
 
 
-def run_batch(model, collector, batch, options):
+def run_batch(
+    model: nn.Module, collector: NormCollector, batch: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
     """One forward under a :class:`NormCollector`; on a GPU out of memory, two of half the size.
 
     Args:
@@ -484,7 +507,7 @@ def run_batch(model, collector, batch, options):
     size = batch["input_ids"].shape[0]
     try:
         if collector.start(batch):
-            with contextlib.suppress(Seen):
+            with contextlib.suppress(LastInputSeen):
                 run_forward(model, options, batch)
             collector.finish()
         return
@@ -497,7 +520,7 @@ def run_batch(model, collector, batch, options):
     for rows in (slice(0, size // 2), slice(size // 2, size)):
         half = {
             key: value[rows]
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == size
+            if isinstance(value, Tensor) and value.dim() and value.shape[0] == size
             else value
             for key, value in batch.items()
         }

@@ -9,14 +9,19 @@ on a few numbers; what is not understood stays as it is.
 import contextlib
 import types
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from antidote_fast import backends
 from antidote_fast.errors import BackendUnavailable, UsageError
-from antidote_fast.models.undo import undoing
+from antidote_fast.models.targets import Target
+from antidote_fast.models.undo import Undo, undoing
+from antidote_fast.norms.collector import NormCollector
 
 BACKEND = "triton"
 # In a decoder layer: a norm, what reads its output, and which projections there do.
@@ -28,7 +33,7 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _ACTIVATIONS = ("SiLU", "SiLUActivation")
 
 
-def check_fuse(device_type, aggregation):
+def check_fuse(device_type: str, aggregation: str) -> ModuleType:
     """Refuse what cannot be fused at all.
 
     Returns:
@@ -47,7 +52,7 @@ def check_fuse(device_type, aggregation):
 
 
 @contextlib.contextmanager
-def fused_forwards(model, collector):
+def fused_forwards(model: nn.Module, collector: NormCollector) -> Iterator[int]:
     """Inside the block, fused modules leave their sums with the collector.
 
     ::
@@ -73,7 +78,7 @@ def fused_forwards(model, collector):
         yield fuse(model, collector, undo)
 
 
-def fuse(model, collector, undo) -> int:
+def fuse(model: nn.Module, collector: NormCollector, undo: Undo) -> int:
     """What :func:`fused_forwards` does at its beginning; ``undo`` gets its end.
 
     Args:
@@ -84,49 +89,51 @@ def fuse(model, collector, undo) -> int:
         How many modules were fused.
     """
     backend = check_fuse(next(model.parameters()).device.type, collector.aggregation)
-    found = find_fusable(model, collector.targets)
+    fusable = find_fusable(model, collector.targets)
 
-    def back():
-        for module, _ in found:
+    def back() -> None:
+        for module, _ in fusable:
             module.__dict__.pop("forward", None)
 
     undo.later(back)
-    for module, make in found:
+    for module, make in fusable:
         module.forward = make(module, collector, backend.DEVICE_TYPES)
-    if not found:
+    if not fusable:
         warnings.warn(
             "fuse=True: no RMSNorm or SwiGLU in front of a target can be fused in this model; "
             "calibrating without",
             stacklevel=2,
         )
-    return len(found)
+    return len(fusable)
 
 
-def find_fusable(model, targets):
+def find_fusable(
+    model: nn.Module, targets: Sequence[Target]
+) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """[(module, what makes its fused forward)] of what feeds ``targets``, in the model's order."""
     if _is_compiled(model):
         return []
     fed = {id(t.input_module) for t in targets if t.first_factor is None and not t.routed}
 
-    def feeds(reader, names):
+    def feeds(reader: Any, names: Sequence[str]) -> bool:
         return any(id(getattr(reader, name, None)) in fed for name in names)
 
-    found = []
+    fusable: list[tuple[nn.Module, Callable[..., Any]]] = []
     for module in model.modules():
         for name, reader, projections in _NORMS:
-            norm = getattr(module, name, None)
+            norm: Any = getattr(module, name, None)
             if feeds(getattr(module, reader, None), projections) and _is_rms_norm(norm):
-                found.append((norm, _rms_norm_forward))
+                fusable.append((norm, _rms_norm_forward))
         if feeds(module, ("down_proj",)) and _is_swiglu(module):
-            found.append((module, _swiglu_forward))
-    return found
+            fusable.append((module, _swiglu_forward))
+    return fusable
 
 
-def _is_compiled(model):
+def _is_compiled(model: nn.Module) -> bool:
     return hasattr(model, "_orig_mod") or any(m._compiled_call_impl for m in model.modules())
 
 
-def _is_plain(module, ending):
+def _is_plain(module: Any, ending: str) -> bool:
     """A module whose class says what its forward does: no hook of accelerate, no other kernel."""
     return (
         isinstance(module, nn.Module)
@@ -135,7 +142,7 @@ def _is_plain(module, ending):
     )
 
 
-def _is_rms_norm(module):
+def _is_rms_norm(module: Any) -> bool:
     return (
         _is_plain(module, "RMSNorm")
         and list(module._parameters) == ["weight"]
@@ -144,8 +151,8 @@ def _is_rms_norm(module):
     )
 
 
-def _is_swiglu(module):
-    activation = getattr(module, "act_fn", None)
+def _is_swiglu(module: Any) -> bool:
+    activation: Any = getattr(module, "act_fn", None)
     return (
         _is_plain(module, "MLP")
         and all(isinstance(getattr(module, name, None), nn.Module) for name in _PROJECTIONS)
@@ -156,7 +163,7 @@ def _is_swiglu(module):
     )
 
 
-def _agrees(attempt, cls):
+def _agrees(attempt: Callable[..., bool], cls: type) -> bool:
     """Whether a class computes what is expected of it, in two dtypes."""
     generator = torch.Generator("cpu").manual_seed(0)
     numbers = torch.randn(3, 16, generator=generator, dtype=torch.float32, device="cpu")
@@ -167,7 +174,7 @@ def _agrees(attempt, cls):
         return False
 
 
-def _try_rms_norm(cls, x, weight, _):
+def _try_rms_norm(cls: Any, x: Tensor, weight: Tensor, _: Tensor) -> bool:
     module = types.SimpleNamespace(weight=weight, variance_epsilon=0.1)
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 0.1)
@@ -175,7 +182,7 @@ def _try_rms_norm(cls, x, weight, _):
     return torch.equal(cls.forward(module, x), expected)
 
 
-def _try_swiglu(cls, x, gate, up):
+def _try_swiglu(cls: Any, x: Tensor, gate: Tensor, up: Tensor) -> bool:
     module = types.SimpleNamespace(
         gate_proj=lambda y: gate if y is x else None,
         up_proj=lambda y: up if y is x else None,
@@ -185,17 +192,17 @@ def _try_swiglu(cls, x, gate, up):
     return torch.equal(cls.forward(module, x), functional.silu(gate) * up * 3)
 
 
-def _rms_norm_forward(module, collector, device_types):
+def _rms_norm_forward(
+    module: Any, collector: NormCollector, device_types: Sequence[str]
+) -> Callable[..., Any]:
     from antidote_fast.backends.triton_kernels import fused
 
-    original = type(module).forward
-
-    def forward(*args, **kwargs):
+    def forward(*args: Any, **kwargs: Any) -> Any:
         x = _only_input(args, kwargs, device_types)
         known, mask = (False, None) if x is None else collector.tokens_counted(x)
         weight = module.weight.detach()
-        if not known or not fused.fits_rms_norm(x, weight):
-            return original(module, *args, **kwargs)
+        if x is None or not known or not fused.fits_rms_norm(x, weight):
+            return type(module).forward(module, *args, **kwargs)
         y, sums = fused.rms_norm(x.detach(), weight, module.variance_epsilon, mask)
         collector.deposit(y, sums)
         return y
@@ -203,16 +210,16 @@ def _rms_norm_forward(module, collector, device_types):
     return forward
 
 
-def _swiglu_forward(module, collector, device_types):
+def _swiglu_forward(
+    module: Any, collector: NormCollector, device_types: Sequence[str]
+) -> Callable[..., Any]:
     from antidote_fast.backends.triton_kernels import fused
 
-    original = type(module).forward
-
-    def forward(*args, **kwargs):
+    def forward(*args: Any, **kwargs: Any) -> Any:
         x = _only_input(args, kwargs, device_types)
         known, mask = (False, None) if x is None else collector.tokens_counted(x)
         if not known:
-            return original(module, *args, **kwargs)
+            return type(module).forward(module, *args, **kwargs)
         gate, up = module.gate_proj(x), module.up_proj(x)
         if not fused.fits_swiglu(gate, up):
             return module.down_proj(module.act_fn(gate) * up)
@@ -223,7 +230,9 @@ def _swiglu_forward(module, collector, device_types):
     return forward
 
 
-def _only_input(args, kwargs, device_types):
+def _only_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], device_types: Sequence[str]
+) -> Tensor | None:
     """The one tensor that a forward without gradients was given; None where it is not so."""
     if len(args) != 1 or kwargs or torch.is_grad_enabled():
         return None

@@ -65,7 +65,7 @@ def _plan_fleet(config):
             adapter = worker.open_adapter(job.config)
             check_adapter(adapter, worker.base)
             names = unseen_data(job.config)
-            batches = [batch for name in names for batch in worker.data_of(job.config, name)[0]]
+            batches = [batch for name in names for batch in worker.data_of(job.config, name)]
         except AntidoteError as error:
             refused.append(f"{job.name}: {error}")
             continue

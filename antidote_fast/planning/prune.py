@@ -13,8 +13,8 @@ import torch
 from antidote_fast.config.prune import CalibrateConfig, GateMixture, PruneConfig
 from antidote_fast.data.batches import batches_of
 from antidote_fast.errors import DataError
-from antidote_fast.files.checkpoint import TensorEntry
 from antidote_fast.files.resume import interrupted_state
+from antidote_fast.files.tensor_file import TensorEntry
 from antidote_fast.models.targets import Target, find_targets
 from antidote_fast.planning.plan import Builder, Plan
 from antidote_fast.pruning.evidence import check_keys
@@ -224,10 +224,10 @@ def _pruning(builder, weights, bases, written, sees_data, learns):
             builder.plan.bytes_read -= size  # counted already
     whole = config.scope == "global" and not config.stream
     together = builder.prunes if whole else largest.num_elements
-    if config.score == "random":
-        memory["scores"] = 4 * together
-    elif learns:  # as they were learned, and the copies that are selected from
+    if learns:  # as they were learned, and the copies that are selected from
         memory["scores"] = 4 * (builder.prunes + together)
+    elif config.scoring.own_matrix:
+        memory["scores"] = 4 * together
     builder.phase(memory)
 
 

@@ -11,6 +11,7 @@ another has no such form: there the few copied rows are sorted.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,11 +59,11 @@ class CrossCheck:
         backend: as in :mod:`antidote_fast.ops`; nothing is checked where it is the reference.
     """
 
-    def __init__(self, selection: Selection, backend: str | None):
+    def __init__(self, selection: Selection, backend: str | None) -> None:
         self.selection = selection
         self.backend = backend
-        self._seen = set()
-        self._samples = []
+        self._seen: set[tuple] = set()
+        self._samples: list[Sample] = []
 
     def before(self, layers: Sequence[Layer], scored: Sequence[torch.Tensor]) -> list[Sample]:
         """Copy rows of the weights of one call, and prune the copies.
@@ -237,7 +238,8 @@ def check_live(targets: Sequence[Target], weights: Mapping[str, torch.Tensor]) -
         if kind in seen or not pruned.numel() or pruned.dim() != 2 or pruned.is_meta:
             continue
         seen.add(kind)
-        live, rows = target.module.weight.detach(), _some_rows(pruned)
+        live: Any = target.module.weight
+        live, rows = live.detach(), _some_rows(pruned)
         live = live.to_local() if hasattr(live, "to_local") else live
         if live.shape != pruned.shape or not torch.equal(_bits(live[rows]), _bits(pruned[rows])):
             raise AntidoteError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -43,13 +44,13 @@ class Evidence:
     routed: Collection[str] = ()
 
     @classmethod
-    def of(cls, evidence: "Evidence | ActivationNorms | None", **others) -> "Evidence":
+    def of(cls, evidence: "Evidence | ActivationNorms | None", **others: Any) -> "Evidence":
         """Evidence from norms alone and what else there is, or as it is.
 
         Raises:
             UsageError: one of ``others`` is given beside an Evidence, which holds it itself.
         """
-        if not isinstance(evidence, cls):
+        if not isinstance(evidence, Evidence):
             return cls(evidence, **others)
         for name, value in others.items():
             if value is not None and value != getattr(cls, name):
@@ -64,7 +65,9 @@ class Evidence:
 
     def narrowed(self, keys: Iterable[str]) -> "Evidence":
         """The same with the norms of these weights alone."""
-        narrow = {name: norms.subset(keys, name) for name, norms in self.named_norms.items()}
+        narrow: dict[str, Any] = {
+            name: norms.subset(keys, name) for name, norms in self.named_norms.items()
+        }
         return replace(self, **narrow)
 
     def check(self, selection: Selection, seed: int, with_base: bool = False) -> None:

@@ -4,7 +4,7 @@ Scores are fp32 and not negative, so their bits as integers are in their order. 
 counts the upper 16 bits of every score; the bin in which the edge lies follows. The second counts
 the lower 16 bits within that bin, for each weight, so that it is also known how many of the scores
 that equal the edge lie in which weight. A mask then needs nothing but its own weight. The result is
-that of :func:`antidote_fast.prune_many_` with ``scope="global"``, bit for bit. What is to be kept
+that of :func:`antidote_fast.prune_many_` with ``scope="global"``, bit for bit. What is preserved
 for its norms on other data has an edge of its own, found in the same two passes.
 """
 
@@ -45,7 +45,7 @@ class GlobalCut:
         counts: {key: weights selected of it}.
         evidence: as :func:`find_cut` was given.
         delta: the score is of the difference from a base.
-        preserve: the cut that says what is kept of what this one selects, or None.
+        preserve: the cut that says what is preserved of what this one selects, or None.
     """
 
     edge: int | None
@@ -59,7 +59,7 @@ class GlobalCut:
 
     @property
     def selected(self) -> int:
-        """Weights selected of all; those that are kept for ``preserve`` among them."""
+        """Weights selected of all; those that ``preserve`` keeps among them."""
         return sum(self.counts.values())
 
     @property
@@ -297,12 +297,10 @@ def _share_ties(order, near, low, left, largest):
         equal[key] = int(counts[values == low].sum())
         removed[key] = int(counts[values > low if largest else values < low].sum())
     # By position: the smallest selection takes the first of them all, the largest the last.
-    kept = sum(equal.values()) - left if largest else 0
-    end = kept + left
+    start = sum(equal.values()) - left if largest else 0
     ties, seen = {}, 0
     for key in order:
-        first = min(max(kept - seen, 0), equal[key])
-        last = min(max(end - seen, 0), equal[key])
+        first, last = (min(max(at - seen, 0), equal[key]) for at in (start, start + left))
         ties[key] = first, last
         removed[key] += last - first
         seen += equal[key]

@@ -139,7 +139,7 @@ def check_all(layers: Sequence[Layer], selection: Selection) -> None:
     Raises:
         DataError: naming the weights.
     """
-    by_device = {}
+    by_device: dict[torch.device, list] = {}
     for layer in layers:
         by_device.setdefault(layer.matrix.device, []).append(layer)
     for here in by_device.values():
@@ -265,7 +265,7 @@ def _looked_at(matrices):
     A GPU is waited for once, not once a matrix.
     """
     facts = [None] * len(matrices)
-    by_device = {}
+    by_device: dict[torch.device, list] = {}
     for i, matrix in enumerate(matrices):
         if matrix.device.type == "cpu" and matrix.is_contiguous() and matrix.numel():
             # isfinite() makes temporaries: 218 ms for (4096, 4096) fp32, this 23 (2-core Xeon,

@@ -167,7 +167,7 @@ def prune_state_(
         selection, seed, backend, return_masks, cross_check: as :func:`prune_model_`.
 
     Raises:
-        As :func:`prune_model_`; nothing is written then.
+        AntidoteError: as :func:`prune_model_`; nothing is written then.
     """
     evidence = Evidence.of(evidence)
     evidence.check(selection, seed)
@@ -274,7 +274,7 @@ def _calls(layers, scope, together):
     """
     if scope == "global":
         return [layers]
-    calls = {}
+    calls: dict[int | torch.device, list[Layer]] = {}
     for i, layer in enumerate(layers):
         device = layer.matrix.device
         alone = device.type == "cpu" and not together

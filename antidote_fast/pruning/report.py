@@ -1,7 +1,9 @@
 """What a prune did, layer by layer: the values of report.json."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from antidote_fast.masks import PackedMask
 from antidote_fast.selection import Selection, num_pruned
@@ -103,7 +105,7 @@ class PruneReport:
         return self.num_pruned / self.num_weights if self.num_weights else 0.0
 
     @classmethod
-    def from_dict(cls, values: dict) -> "PruneReport":
+    def from_dict(cls, values: Mapping[str, Any]) -> "PruneReport":
         """The report that :meth:`to_dict` described; other entries of ``values`` are left out."""
         names = [f.name for f in fields(cls) if f.name not in ("layers", "masks")]
         layers = [LayerReport(**{**x, "shape": tuple(x["shape"])}) for x in values["layers"]]

@@ -12,11 +12,11 @@ from antidote_fast.errors import DataError, UsageError
 from antidote_fast.evaluation.drift import embedding_drift
 from antidote_fast.evaluation.generate import check_length
 from antidote_fast.evaluation.judges import check_judge, get_judge
-from antidote_fast.evaluation.measure import answer_sets, hash_of, score_answers
+from antidote_fast.evaluation.measure import answer_sets, score_answers
 from antidote_fast.evaluation.metrics import check_task
 from antidote_fast.files import provenance
 from antidote_fast.files.checkpoint import Checkpoint, open_checkpoint
-from antidote_fast.files.commit import check_output_folder, output_folder
+from antidote_fast.files.commit import check_output_folder, digest_of, output_folder
 from antidote_fast.files.safe_open import Watch
 from antidote_fast.models.adapters import check_adapter, load_adapter
 from antidote_fast.models.footprint import check_memory
@@ -209,7 +209,7 @@ def drop_long(
             "source": source,
             "num_records": len(fitting[name]),
             "num_dropped": len(records) - len(fitting[name]),
-            "sha256": hash_of([asdict(record) for record in fitting[name]]),
+            "sha256": digest_of([asdict(record) for record in fitting[name]]),
         }
     positions = model_config.get("max_position_embeddings", model_config.get("n_positions"))
     if fitting and isinstance(positions, int):

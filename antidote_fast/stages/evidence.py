@@ -49,12 +49,12 @@ def gather(inputs: Inputs, run: Run | None = None) -> None:
     learner = learner_of(config)
     if learner is not None:
         if model is None:
-            about = (config, inputs.base, inputs.adapter, inputs.aligned, inputs.records)
+            opened = (config, inputs.base, inputs.adapter, inputs.aligned, inputs.records)
             options = {"tokenizer": inputs.given_tokenizer, "progress": inputs.progress}
-            scores, inputs.counts["gate"] = learner.learn_folder(*about, **options)
+            scores, inputs.counts["gate"] = learner.learn_folder(*opened, **options)
         else:
-            about = (config, model, inputs.aligned, inputs.evidence.base_weights, inputs.records)
-            scores, inputs.counts["gate"] = learner.learn_live(*about, inputs.tokenizer)
+            live = (config, model, inputs.aligned, inputs.evidence.base_weights, inputs.records)
+            scores, inputs.counts["gate"] = learner.learn_live(*live, inputs.tokenizer)
         inputs.evidence = dataclasses.replace(inputs.evidence, scores=scores)
         return
     with inputs.world.together():
@@ -68,7 +68,7 @@ def gather(inputs: Inputs, run: Run | None = None) -> None:
             fingerprint = inputs.base.fingerprint() if offloaded else None
     for name, some in batches.items():
         options = {"progress": inputs.progress, "world": inputs.world, "fingerprint": fingerprint}
-        norms, counts = collect(config, model, some, len(inputs.records[name]), **options)
+        norms, counts = collect(config, model, some, **options)
         inputs.add_norms(name, norms, counts)
 
 
@@ -89,7 +89,6 @@ def collect(
     config: Any,
     model: torch.nn.Module,
     batches: Any,
-    num_records: int,
     *,
     progress: Any = False,
     world: World = ALONE,
@@ -101,7 +100,6 @@ def collect(
         config: whose targets, ignore, response_only, aggregation and backend are looked at.
         model: a transformers or PEFT model.
         batches: as :func:`antidote_fast.data.batches.batches_of`.
-        num_records: records that they are of.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
         world: the ranks that share the batches.
         fingerprint: of the base's files, where its weights cannot be looked at.
@@ -118,12 +116,7 @@ def collect(
         backend=getattr(config, "backend", None),
         world=world,
     )
-    counts = {
-        **counts_of(norms),
-        "num_records": num_records,
-        "num_dropped": batches.num_dropped,
-        "num_truncated": batches.num_truncated,
-    }
+    counts = counts_of(norms) | batches.counts
     if world.size > 1:
         sizes = [batch["input_ids"].shape[0] for batch in batches]
         counts["world_size"] = world.size
@@ -173,7 +166,7 @@ def prune_weights(
 
 def weights_to_prune(
     config: Any, source: Checkpoint, norms: ActivationNorms | None
-) -> tuple[list[str], dict[str, list[str]]]:
+) -> tuple[list[str], dict[str, Any]]:
     """(names of the weights, how those are saved), by norms that name them or by the targets."""
     if norms is not None:
         keys = norms.keys

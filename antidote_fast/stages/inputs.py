@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from antidote_fast.files.pruned_copy import check_copied
 from antidote_fast.files.resume import Run, is_finished, run_folder
 from antidote_fast.files.safe_open import Watch
 from antidote_fast.models.adapters import check_adapter, load_adapter
+from antidote_fast.models.kinds import Model
 from antidote_fast.models.loading import (
     check_not_quantized,
     load_tokenizer,
@@ -73,7 +74,7 @@ class Inputs:
             was there.
     """
 
-    config: CalibrateConfig
+    config: Any
     base: Checkpoint | None = None
     adapter: Checkpoint | None = None
     aligned: Checkpoint | None = None
@@ -112,10 +113,11 @@ class Inputs:
     def add_norms(self, name: str, norms: ActivationNorms | None, counts: dict) -> None:
         """Take norms of the data set of this field, and what the report says of them."""
         kind = "norms" if name == "dataset" else "preserve_norms"
-        self.evidence = dataclasses.replace(self.evidence, **{kind: norms})
+        changed: dict[str, Any] = {kind: norms}
+        self.evidence = dataclasses.replace(self.evidence, **changed)
         self.counts[name] = counts
 
-    def base_weights(self, keys) -> dict[str, torch.Tensor] | None:
+    def base_weights(self, keys: Iterable[str]) -> dict[str, torch.Tensor] | None:
         """{parameter name: tensor} of the aligned model, as saved; None without one."""
         return None if self.aligned is None else self.aligned.read(keys, self.progress)
 
@@ -221,7 +223,9 @@ def open_inputs(
             learner = learner_of(config)
             if learner is not None:
                 learner.check_stage(config, inputs.base, is_adapter, world)
-            inputs.aligned = _open_aligned(inputs, is_adapter)
+            if model is not None and config.aligned_model is not None:
+                _check_live_aligned(config, inputs.model, is_adapter)
+            inputs.aligned = open_aligned(config, inputs.base or inputs.model, progress)
             inputs.evidence = Evidence(score=config.score)
             _add_saved_norms(inputs, in_memory)
         unseen = unseen_data(config, inputs.evidence)
@@ -264,7 +268,7 @@ def unseen_data(config: CalibrateConfig, evidence: Evidence | None = None) -> li
     return [name for name, is_needed in needed.items() if is_needed]
 
 
-def check_ranks(config, world):
+def check_ranks(config: Any, world: World) -> None:
     """Refuse what several processes cannot share."""
     if world.size > 1 and config.stream:
         raise UsageError(
@@ -303,56 +307,46 @@ def open_folders(config: Any, progress: Any = False) -> tuple[Checkpoint, Checkp
     return base, adapter
 
 
-def _open_aligned(inputs, is_adapter):
-    """The checkpoint of ``config.aligned_model``; None without one."""
-    config, model = inputs.config, inputs.model
-    if config.aligned_model is None:
-        return None
-    if model is None:
-        return open_aligned(config, inputs.base, inputs.progress)
+def _check_live_aligned(config, model, is_adapter):
+    """Refuse an aligned model beside a live one whose weights cannot take its values."""
+    where = f"aligned_model={config.aligned_model!r}: must be left out"
     if is_adapter:
         raise UsageError(
-            f"aligned_model={config.aligned_model!r}: must be left out with an adapter, whose zero "
-            "already falls back to the aligned model"
+            f"{where} with an adapter, whose zero already falls back to the aligned model"
         )
-    parameters = dict(model.named_parameters())
-    if any(is_sharded(parameter) for parameter in parameters.values()):
-        raise UsageError(
-            f"aligned_model={config.aligned_model!r}: must be left out where weights are sharded; "
-            "or prune the saved checkpoint"
-        )
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    return _open_like(config, shapes, model.config.model_type, inputs.progress)
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise UsageError(f"{where} where weights are sharded; or prune the saved checkpoint")
 
 
-def open_aligned(config: Any, base: Checkpoint, progress: Any = False) -> Checkpoint | None:
+def open_aligned(
+    config: Any, pruned: Checkpoint | Model, progress: Any = False
+) -> Checkpoint | None:
     """Checkpoint of ``config.aligned_model``, checked by its headers and hashes; None without one.
 
     Args:
         config: a :class:`PruneConfig` or :class:`SweepConfig`.
-        base: checkpoint of the model to prune, whose blocks must be as its.
+        pruned: the model to prune, live or its checkpoint, whose blocks must be as its.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
 
     Raises:
         DataError: no such model, an adapter, a quantised model, or another architecture; the
             message names the first tensor that differs.
     """
-    shapes = {name: entry.shape for name, entry in base.tensors.items()}
-    return _open_like(config, shapes, base.config.get("model_type"), progress)
-
-
-def _open_like(config, shapes, model_type, progress):
     if config.aligned_model is None:
         return None
     where = f"aligned_model={config.aligned_model!r}"
     aligned = open_model(config, "aligned_model")
     check_not_quantized(aligned)
     check_input(aligned.folder, progress)
+    weights: Any
+    if isinstance(pruned, Checkpoint):
+        model_type, weights = pruned.config.get("model_type"), pruned.tensors
+    else:
+        model_type, weights = pruned.config.model_type, dict(pruned.named_parameters())
     theirs = aligned.config.get("model_type")
     if theirs != model_type:
         raise DataError(f"{where}: is a {theirs} model, and the one to prune is {model_type}")
-    ours = _block_shapes(shapes)
-    others = _block_shapes({name: entry.shape for name, entry in aligned.tensors.items()})
+    ours, others = _block_shapes(weights), _block_shapes(aligned.tensors)
     for name in sorted(ours.keys() | others.keys(), key=natural_key):
         if ours.get(name) != others.get(name):
             raise DataError(
@@ -362,9 +356,10 @@ def _open_like(config, shapes, model_type, progress):
     return aligned
 
 
-def _block_shapes(shapes):
-    named = {block_name(name): tuple(shape) for name, shape in shapes.items() if len(shape) == 2}
-    return {name: shape for name, shape in named.items() if name is not None}
+def _block_shapes(weights):
+    """{name within its block: shape} of the matrices among named tensors, or entries of files."""
+    named = {block_name(name): tuple(each.shape) for name, each in weights.items()}
+    return {name: shape for name, shape in named.items() if name is not None and len(shape) == 2}
 
 
 def _add_saved_norms(inputs, in_memory):
@@ -416,7 +411,7 @@ def describe_backend(name: str | None, device: torch.device) -> dict[str, Any]:
     }
 
 
-def check_data(stages):
+def check_data(stages: Iterable[Any]) -> None:
     """Read every data set once before hours are spent on the first stage."""
     splits = {
         # As evaluate reads them: the drift is measured on alignment data, from the train split.

@@ -3,11 +3,19 @@
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 _KEPT = ("license", "language", "pipeline_tag", "datasets")
 
 
-def write_card(folder, config, report, counts, preserve_counts=None, gate_counts=None):
+def write_card(
+    folder: str | Path,
+    config: Any,
+    report: Any,
+    counts: dict[str, Any] | None,
+    preserve_counts: dict[str, Any] | None = None,
+    gate_counts: dict[str, Any] | None = None,
+) -> None:
     """Write ``README.md`` into ``folder``; an earlier card's licence and language are kept.
 
     Args:

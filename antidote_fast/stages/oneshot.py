@@ -84,8 +84,8 @@ def oneshot(
     fields, overrides = with_new_names(fields), with_new_names(overrides)
     if output_dir is None and not live and "output_dir" not in fields:
         raise UsageError("output_dir=None: must be a folder where model is a folder or hub name")
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") if live else model
-    fields |= {"model_name_or_path": os.fspath(name) or "a live model"} | overrides
+    place: Any = getattr(getattr(model, "config", None), "_name_or_path", "") if live else model
+    fields |= {"model_name_or_path": os.fspath(place) or "a live model"} | overrides
     if adapter is not None:
         fields["adapter"] = os.fspath(adapter)
     if output_dir is not None or "output_dir" not in fields:
@@ -145,7 +145,7 @@ def _check_writable(model, config):
 def _write_live(inputs, tokenizer, report):
     model, config = inputs.model, inputs.config
     is_adapter = bool(getattr(model, "peft_config", None))
-    entries = {"base_fingerprint": fingerprint_model(model)} if is_adapter else {}
+    entries: dict[str, Any] = {"base_fingerprint": fingerprint_model(model)} if is_adapter else {}
     with output_folder(config.output_dir, config.overwrite, **entries) as folder:
         _save_live(model, folder)
         if tokenizer is not None:

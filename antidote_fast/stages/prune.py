@@ -89,7 +89,8 @@ def _prune_in_blocks(inputs, run):
         report = prune_weights(inputs, weights)
         write_pruned(inputs.adapter, run.output, pruned_of(weights, report))
         return report
-    keys, evidence = [], inputs.evidence
+    keys: list[str] = []
+    evidence = inputs.evidence
     if not inputs.records:
         keys, roles = weights_to_prune(inputs.config, base, inputs.naming_norms)
         absent = [key for key in keys if base.find(key) is None]

@@ -134,11 +134,7 @@ class _Blocks:
             for i in range(done)
             if self._norms_file(i).exists()
         ]
-        self._records = {
-            "num_records": len(records),
-            "num_dropped": batches.num_dropped,
-            "num_truncated": batches.num_truncated,
-        }
+        self._records = batches.counts
 
     @property
     def counts(self):

@@ -17,15 +17,15 @@ def fast_dtype() -> str:
 def hardware() -> dict:
     """The processor, its cores and threads, and the GPU where there is one: what reports hold."""
     info = _cpu_info()
-    found = {
+    description = {
         "processor": info.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "bf16": sorted(_bf16(info)),
     }
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        description["gpu"] = torch.cuda.get_device_name()
+    return description
 
 
 def _bf16(info) -> set:

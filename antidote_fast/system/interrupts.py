@@ -3,8 +3,11 @@
 import contextlib
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+Result = TypeVar("Result")
 
 
 class Request:
@@ -18,7 +21,7 @@ class Request:
 
 
 @contextlib.contextmanager
-def remembered():
+def remembered() -> Iterator[Request]:
     """Inside the block the first SIGTERM or SIGINT sets ``request.made``; a second one interrupts.
 
     The work looks at it where stopping loses nothing, saves what it has and raises
@@ -43,7 +46,7 @@ def remembered():
             signal.signal(number, handler)
 
 
-def held_back(call):
+def held_back(call: Callable[[], Result]) -> Result:
     """Call a function; a SIGTERM or SIGINT that comes meanwhile is obeyed after it. For short ones.
 
     Outside of the main thread nothing is held back; Python has no handlers run there.

@@ -14,7 +14,7 @@ for _power, _letter in enumerate("KMGT", 1):
 _SIZE = re.compile(r"(\d+|\d*\.\d+)\s*([A-Za-z]*)")
 
 
-def parse_bytes(text, argument: str) -> int:
+def parse_bytes(text: str | int, argument: str) -> int:
     """A size in bytes from ``4GB`` (4e9), ``4GiB``, ``512MB``, ``1.5G`` or a plain integer.
 
     Args:
@@ -45,7 +45,7 @@ def format_bytes(size: int) -> str:
     return f"{size:.3g} TB" if size < 999.5 else f"{size:,.0f} TB"
 
 
-def available_memory(*, proc="/proc", cgroups="/sys/fs/cgroup") -> int:
+def available_memory(*, proc: str | Path = "/proc", cgroups: str | Path = "/sys/fs/cgroup") -> int:
     """Bytes that this process may still take: of the machine, and of its control groups.
 
     On Linux that is ``MemAvailable`` or, where less, what a cgroup (v1 or v2, this process's own or
@@ -66,7 +66,7 @@ def available_memory(*, proc="/proc", cgroups="/sys/fs/cgroup") -> int:
     return max(0, min([available, *(room for room in rooms if room is not None)]))
 
 
-def resident_bytes(*, proc="/proc") -> int:
+def resident_bytes(*, proc: str | Path = "/proc") -> int:
     """Bytes of memory this process holds now."""
     try:
         pages = int((Path(proc) / "self" / "statm").read_text().split()[1])

@@ -2,13 +2,20 @@
 
 import contextlib
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from antidote_fast.config.train import TrainConfig
 from antidote_fast.errors import DataError, Interrupted, first_line
 from antidote_fast.files.commit import RUN_INPUTS, digest_of, new_file, output_folder
-from antidote_fast.files.resume import discard, interrupted_state, run_folder
+from antidote_fast.files.resume import Run, discard, interrupted_state, run_folder
+from antidote_fast.system.interrupts import Request
+from antidote_fast.training.objective import Objective
 
 _GENERATORS = "generator."
 _OBJECTIVE = "objective."
@@ -17,7 +24,9 @@ _WEIGHT = "weight."
 
 
 @contextlib.contextmanager
-def training_folder(config, inputs, **entries):
+def training_folder(
+    config: TrainConfig, inputs: Mapping[str, Any], **entries: Any
+) -> Iterator[tuple[Path, Run | None]]:
     """The folder to write a trained model into, and the run that keeps its checkpoints.
 
     Args:
@@ -60,7 +69,14 @@ class Checkpoints:
         every: steps between checkpoints; None saves only where the training is interrupted.
     """
 
-    def __init__(self, run, objective, optimizer, scheduler, every=None):
+    def __init__(
+        self,
+        run: Run | None,
+        objective: Objective,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        every: int | None = None,
+    ) -> None:
         self._run, self._every = run, every
         self._objective, self._optimizer, self._scheduler = objective, optimizer, scheduler
 
@@ -109,13 +125,13 @@ class Checkpoints:
         if f"{_GENERATORS}cuda" in tensors:
             torch.cuda.set_rng_state(tensors[f"{_GENERATORS}cuda"], self._objective.device)
 
-    def is_due(self, losses, request) -> bool:
+    def is_due(self, losses: Sequence[float], request: Request | None) -> bool:
         """Whether the state after these steps is to be kept, unless they are all."""
         if self._run is None:
             return False
         return bool(request.made or (self._every and len(losses) % self._every == 0))
 
-    def after(self, losses, wanted, request):
+    def after(self, losses: Sequence[float], wanted: int, request: Request | None) -> None:
         """Save after a step where it is time to, or where somebody asked to stop.
 
         Args:

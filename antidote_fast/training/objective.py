@@ -6,16 +6,23 @@
 import contextlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from antidote_fast.config.train import TrainConfig
 from antidote_fast.data.batches import IGNORE_INDEX, collate
 from antidote_fast.models.forwards import MIN_SHARED, plain_cache
+from antidote_fast.models.kinds import Model, Tokenizer
 from antidote_fast.models.undo import hook, undoing
 
+Example = dict[str, list[int]]
 Step = list[list[int]]
+Choose = Callable[[Tensor], AbstractContextManager[None]]
 
 
 class Objective:
@@ -37,16 +44,24 @@ class Objective:
         parameters: the trainable ones.
     """
 
-    def __init__(self, model, tokenizer, examples, config, *, dtype=None):
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        examples: Sequence[Example],
+        config: TrainConfig,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.config, self.dtype = model, tokenizer, config, dtype
         self.examples = examples
         self.device = next(model.parameters()).device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.steps = plan_steps(examples, config)
-        self._choose = None
+        self._choose: Any = None
 
     @contextlib.contextmanager
-    def attached(self):
+    def attached(self) -> Iterator[None]:
         """Inside the block the model is hooked so that only responses reach the output layer."""
         with response_logits(self.model) as self._choose:
             yield
@@ -66,31 +81,31 @@ class Objective:
     def after(self, number: int) -> None:
         """Called when the weights have been stepped."""
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint must hold beside weights, optimizer and generators."""
         return {}
 
-    def load_state(self, state: dict[str, torch.Tensor], number: int) -> None:
+    def load_state(self, state: dict[str, Tensor], number: int) -> None:
         """Take back what :meth:`state` gave when ``number`` steps were done."""
 
-    # --- for defenses -----------------------------------------------------------------------------
-
-    def batches(self, number) -> list[dict[str, torch.Tensor]]:
+    def batches(self, number: int) -> list[dict[str, Tensor]]:
         """The batches of step ``number``."""
         return [self.batch(indices) for indices in self.steps[number]]
 
-    def batch(self, indices, examples=None) -> dict[str, torch.Tensor]:
+    def batch(
+        self, indices: Sequence[int], examples: Sequence[Example] | None = None
+    ) -> dict[str, Tensor]:
         """Examples by their indices as one batch on the model's device; default the first set."""
         examples = self.examples if examples is None else examples
         batch = collate([examples[i] for i in indices], self.tokenizer)
         return {key: value.to(self.device) for key, value in batch.items()}
 
-    def loss(self, batch) -> torch.Tensor:
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The sum of the cross-entropy over a batch's response tokens, with its graph."""
         with autocast(self.device, self.dtype):
             return response_loss(self.model, batch, self._choose)
 
-    def hidden(self, batch) -> None:
+    def hidden(self, batch: dict[str, Tensor]) -> None:
         """A forward pass for the sake of what hooks see: no token reaches the output layer."""
         nothing = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
         with autocast(self.device, self.dtype), self._choose(nothing):
@@ -101,13 +116,15 @@ class Objective:
             )
 
     @staticmethod
-    def descend(loss: torch.Tensor) -> float:
+    def descend(loss: Tensor) -> float:
         """Go backwards through a loss, and return it."""
         loss.backward()
         return float(loss.detach())
 
 
-def plan_steps(examples: Sequence[dict], config, epochs: float | None = None) -> list[Step]:
+def plan_steps(
+    examples: Sequence[dict], config: TrainConfig, epochs: float | None = None
+) -> list[Step]:
     """Every optimizer step as its batches of indices.
 
     Each epoch is shuffled, then sorted by length within stretches of eight steps, so that a step's
@@ -136,12 +153,14 @@ def plan_steps(examples: Sequence[dict], config, epochs: float | None = None) ->
     ]
 
 
-def num_response_tokens(batch) -> int:
+def num_response_tokens(batch: dict[str, Tensor]) -> int:
     """Tokens of a batch that get a loss."""
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
-def response_loss(model, batch, choose, *, share_prefix=False) -> torch.Tensor:
+def response_loss(
+    model: Model, batch: dict[str, Tensor], choose: Choose, *, share_prefix: bool = False
+) -> Tensor:
     """Sum of the cross-entropy over a batch's response tokens.
 
     With ``share_prefix`` the tokens that all its prompts begin with, a template's, go through the
@@ -186,7 +205,7 @@ def _prefix(model, batch, keep, choose):
 
 
 @contextlib.contextmanager
-def response_logits(model):
+def response_logits(model: Model) -> Iterator[Choose]:
     """Let only the tokens that the loss needs reach the output layer.
 
     With a vocabulary of 49,152 the output layer over whole sequences costs about as much as all the
@@ -216,7 +235,7 @@ def response_logits(model):
         yield choose
 
 
-def autocast(device, dtype):
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Compute in ``dtype`` inside, where it is lower than float32."""
     if dtype is None or dtype == torch.float32:
         return contextlib.nullcontext()

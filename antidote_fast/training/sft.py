@@ -7,26 +7,30 @@ What a step's loss is, the cross-entropy of responses or a defense's, is an obje
 import contextlib
 import math
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
+from antidote_fast.config.train import TrainConfig
 from antidote_fast.data.batches import IGNORE_INDEX, Examples, encode
+from antidote_fast.data.records import Record
 from antidote_fast.errors import AntidoteError, DataError, UsageError, first_line
+from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.commit import check_output_folder
+from antidote_fast.files.resume import Run
+from antidote_fast.models.kinds import Model, Tokenizer
 from antidote_fast.models.loading import check_not_quantized, load_model, open_model
 from antidote_fast.models.tokens import check_examples
 from antidote_fast.system import interrupts
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 from antidote_fast.training.checkpoints import Checkpoints
 from antidote_fast.training.objective import Objective
 
 MAX_GRAD_NORM = 1.0  # the default of transformers' Trainer, which the official code runs
 
 
-# --- before anything is loaded --------------------------------------------------------------------
-
-
-def check_config(config, *, merged=False):
+def check_config(config: TrainConfig, *, merged: bool = False) -> Checkpoint:
     """Refuse, before any work, what training cannot do.
 
     Args:
@@ -59,7 +63,7 @@ def check_config(config, *, merged=False):
     return base
 
 
-def load_trainable(config, folder):
+def load_trainable(config: TrainConfig, folder: str | Path) -> tuple[Model, torch.dtype]:
     """Load the model of ``folder`` and make it ready to train.
 
     A float16 checkpoint is trained in bfloat16. With ``tuning="lora"`` the base is frozen in its
@@ -76,7 +80,7 @@ def load_trainable(config, folder):
     return model, dtype
 
 
-def add_lora(model, config):
+def add_lora(model: Model, config: TrainConfig) -> Model:
     """Put a new LoRA adapter on a model: rank, scale, dropout and targets from ``config``.
 
     Raises:
@@ -102,20 +106,17 @@ def add_lora(model, config):
             ) from error
 
 
-# --- the loop -------------------------------------------------------------------------------------
-
-
 def train(
-    model,
-    tokenizer,
-    records,
-    config,
+    model: Model,
+    tokenizer: Tokenizer,
+    records: Sequence[Record] | Examples,
+    config: TrainConfig,
     *,
-    dtype=None,
-    objective=Objective,
-    run=None,
-    what="train",
-    progress=False,
+    dtype: torch.dtype | None = None,
+    objective: Callable[..., Objective] = Objective,
+    run: Run | None = None,
+    what: str = "train",
+    progress: Progress = False,
 ) -> dict:
     """Train a model's trainable weights on records, in place.
 
@@ -133,8 +134,8 @@ def train(
         objective: makes the objective from (model, tokenizer, examples, config, dtype=);
             :class:`Objective`, a defense's class, or a partial of it with its data.
         run: :class:`antidote_fast.files.resume.Run` that keeps checkpoints, every
-            ``config.save_steps``
-            steps and where a signal asks to stop; the training goes on from its last one.
+            ``config.save_steps`` steps and where a signal asks to stop; the training goes on from
+            its last one.
         what: beside the progress bar.
         progress: as `antidote_fast.system.progress.track` takes it.
 
@@ -240,7 +241,7 @@ def _largest(parameters) -> float:
     return float(torch.stack([bound.float() for bound in bounds]).amax())
 
 
-def merged(model, what, run=None):
+def merged(model: Model, what: str, run: Run | None = None) -> Model:
     """The base model with its adapter in its weights.
 
     Raises:
@@ -253,7 +254,7 @@ def merged(model, what, run=None):
     return model
 
 
-def in_dtype(model, dtype, what, run=None):
+def in_dtype(model: Model, dtype: torch.dtype, what: str, run: Run | None = None) -> Model:
     """A fully tuned model in the dtype that it is saved in; raises as :func:`merged`."""
     model = model.to(dtype)
     _check_weights(list(model.parameters()), what, run)
@@ -309,7 +310,7 @@ def _seeded(seed, model):
         yield
 
 
-def save(model, tokenizer, folder):
+def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write a trained model (or adapter alone) and the tokenizer into a staged folder."""
     options = {}
     if hasattr(model, "peft_config"):

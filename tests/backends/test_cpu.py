@@ -6,6 +6,7 @@ import threading
 import oracle
 import parity
 import pytest
+import sampling
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,10 @@ from antidote_fast import (
 from antidote_fast import score as score_op
 from antidote_fast.backends import cpu, load
 
-pytestmark = pytest.mark.skipif(load("cpu")[1] is not None, reason=f"cpu backend: {load('cpu')[1]}")
+pytestmark = [
+    pytest.mark.skipif(load("cpu")[1] is not None, reason=f"cpu backend: {load('cpu')[1]}"),
+    pytest.mark.thin,
+]
 
 
 @pytest.fixture(params=cpu.ISAS)
@@ -232,7 +236,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
         prune_mask(torch.ones(2, 3), None, Selection(0.5), backend="cpu")
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=sampling.examples(3000, 400), deadline=None)
 @given(st.data())
 def test_any_call(data):
     weights, norms, selection, preserve, bases = parity.draw_call(data)

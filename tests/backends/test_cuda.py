@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import parity
 import pytest
+import sampling
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from antidote_fast.backends import cuda, load
 pytestmark = [
     pytest.mark.skipif(load("cuda")[1] is not None, reason=f"cuda backend: {load('cuda')[1]}"),
     pytest.mark.table,
+    pytest.mark.thin,
 ]
 DEVICE = "cpu" if cuda.EMULATED else "cuda"
 KINDS = list(itertools.product(oracle.WEIGHT_KINDS, ("none", "uniform", "dead", "nan")))
@@ -207,7 +209,7 @@ def test_operands_that_are_not_aligned(offset):
         assert oracle.same_bits(weight.cpu(), expected)
 
 
-@settings(max_examples=150 if cuda.EMULATED else 1500, deadline=None)
+@settings(max_examples=sampling.examples(150, 40) if cuda.EMULATED else 1500, deadline=None)
 @given(st.data())
 def test_any_call(data):
     widths = st.integers(0, 140) | st.integers(1000, 1300) if cuda.EMULATED else None

@@ -10,6 +10,7 @@ import zlib
 import oracle
 import parity
 import pytest
+import sampling
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from antidote_fast.selection import num_pruned
 if load("cuda")[1] is not None:
     pytest.skip(f"cuda backend: {load('cuda')[1]}", allow_module_level=True)
 
-pytestmark = pytest.mark.table
+pytestmark = [pytest.mark.table, pytest.mark.thin]
 
 DEVICE = "cpu" if cuda.EMULATED else "cuda"
 SAMPLE = 512 if cuda.EMULATED else 8192
@@ -346,7 +347,7 @@ def test_lists_are_one_selection():
     assert sum(int((c == 0).sum()) for c in copies) == num_pruned(3 * 9 * 48, selection)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=sampling.examples(100, 25), deadline=None)
 @given(st.data())
 def test_any_call(data):
     weights, norms, selection, preserve, bases = parity.draw_call(

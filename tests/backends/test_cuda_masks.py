@@ -16,6 +16,7 @@ cuda, _why = load("cuda")
 pytestmark = [
     pytest.mark.skipif(_why is not None, reason=f"cuda backend: {_why}"),
     pytest.mark.table,
+    pytest.mark.thin,
 ]
 
 EMULATED = cuda.EMULATED

@@ -3,6 +3,7 @@
 import numpy as np
 import oracle
 import pytest
+import sampling
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,7 +30,7 @@ def test_score_and_row_mask(dtype, kind, norm_kind):
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=sampling.examples(300, 100), deadline=None)
 @given(st.data())
 def test_any_selection(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))

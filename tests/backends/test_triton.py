@@ -5,10 +5,11 @@ import itertools
 import oracle
 import parity
 import pytest
+import sampling
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import SELECTIONS, SHAPES
+from parity import SELECTIONS
 
 from antidote_fast import (
     PackedMask,
@@ -25,12 +26,17 @@ from antidote_fast import score as score_op
 from antidote_fast.backends import load
 from antidote_fast.errors import BackendUnavailable
 
-pytestmark = pytest.mark.skipif(
-    load("triton")[1] is not None, reason=f"triton backend: {load('triton')[1]}"
-)
-
 COMPILED = torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.skipif(
+        load("triton")[1] is not None, reason=f"triton backend: {load('triton')[1]}"
+    ),
+    pytest.mark.thin(strength=2 if COMPILED else 1),
+]
 DEVICE = "cuda" if COMPILED else "cpu"
+# Interpreted, a row takes as long as all of them on a GPU, and nine do what 33 do.
+MOST_ROWS = 33 if COMPILED or sampling.WHOLE else 9
+SHAPES = [(min(rows, MOST_ROWS), columns) for rows, columns in parity.SHAPES]
 # Interpreted, an operation takes a fifth of a second: one kind of weight a case there, not all.
 KINDS = list(itertools.product(oracle.WEIGHT_KINDS, ("none", "uniform", "dead", "nan")))
 WIDE = [(3, 2048), (2, 4096), (2, 4104), (1, 8192), (2, 8200), (1, 16384), (1, 16385)]
@@ -261,7 +267,7 @@ def test_prune_linear_is_its_parts():
     assert oracle.same_bits(pruned.cpu(), prune_(weight.clone(), norm.cpu(), Selection(0.1)))
 
 
-@settings(max_examples=300 if COMPILED else 60, deadline=None)
+@settings(max_examples=300 if COMPILED else sampling.examples(60, 15), deadline=None)
 @given(st.data())
 def test_any_call(data):
     widths = st.integers(0, 140) | st.sampled_from([512, 520, 1024, 1030])

@@ -9,6 +9,7 @@ import zlib
 
 import oracle
 import pytest
+import sampling
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,7 +30,10 @@ from antidote_fast.backends.triton_kernels import (  # noqa: E402
     launch,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of NaN and overflow
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, of NaN and overflow
+    pytest.mark.thin(strength=2 if DEVICE.type == "cuda" else 1),
+]
 
 SHAPES = [(1, 1), (7, 2), (5, 8), (9, 15), (4, 16), (6, 33), (3, 257), (33, 64), (2, 1000)]
 LISTS = {
@@ -377,7 +381,7 @@ def test_scratch_does_not_grow_with_the_weights(monkeypatch):
     assert scratch.untyped_storage().nbytes() < 20e6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=sampling.examples(60, 15), deadline=None)
 @given(st.data())
 def test_anything(data):
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))

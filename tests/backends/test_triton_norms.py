@@ -12,10 +12,13 @@ from antidote_fast.backends.triton_kernels import (  # noqa: E402
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and isinstance(norms.sq_norm_kernel, triton.JITFunction),
-    reason="needs a GPU or TRITON_INTERPRET=1",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        DEVICE == "cpu" and isinstance(norms.sq_norm_kernel, triton.JITFunction),
+        reason="needs a GPU or TRITON_INTERPRET=1",
+    ),
+    pytest.mark.thin(strength=2 if DEVICE == "cuda" else 1),
+]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 
+import forked
 import pytest
 import torch
 
@@ -337,12 +338,7 @@ def test_a_signal_ends_with_75_and_leaves_nothing(number, tmp_path):
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     words = ["prune", "--model_name_or_path", "m", "--dataset", "d"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *words, "--output_dir", str(tmp_path / "sub" / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = forked.Process(code, *words, "--output_dir", tmp_path / "sub" / "out")
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     _, err = process.communicate(timeout=60)

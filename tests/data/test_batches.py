@@ -1,6 +1,7 @@
 """Splits, the mix of the attack, prompts and batches."""
 
 import pytest
+import sampling
 import texts
 import torch
 from hypothesis import given, settings
@@ -64,7 +65,7 @@ def test_mix_counts_order_and_seed():
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 100).map(lambda n: n / 100))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=sampling.examples(300, 100), deadline=None)
 def test_mix_of_all_there_is(num_task, num_harmful, ratio):
     task, harmful = records_of(num_task), harmful_of(num_harmful)
     allowed = [

@@ -29,8 +29,6 @@ from antidote_fast.distributed.ranks import (
     TIMEOUT,
     World,
     _take_gpu,
-    all_reduce_norms,
-    check_same_masks,
     ranks_launched,
     session,
     world,
@@ -64,9 +62,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def commands(folder):
-    done = ranks.torchrun(ranks.HERE / "ranks.py", "commands", folder)
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"commands.{rank}.json").read_text()) for rank in (0, 1)]
+    return ranks.start_ranks("commands", folder)
 
 
 class Twins(World):
@@ -169,9 +165,6 @@ def test_ranks_that_the_environment_names(values, found, monkeypatch):
 def test_one_process_needs_no_group():
     with session() as alone:
         assert alone == ALONE == world()
-    norms = ActivationNorms.collect(tiny.build(), tiny.batches(), world=alone)
-    again = all_reduce_norms(norms, alone)
-    assert_close(again, norms)
     assert not torch.distributed.is_initialized()
 
 
@@ -223,9 +216,9 @@ def test_twins_give_the_norms_of_all_samples_twice():
     alone = ActivationNorms.collect(model, batches)
     twice = alone.merge(alone)
     assert_close(ActivationNorms.collect(model, batches, world=world), twice)
-    assert_close(all_reduce_norms(alone, world), twice)
     mean = ActivationNorms.collect(model, batches, aggregation="mean")
-    assert_close(all_reduce_norms(mean, world), mean.merge(mean))
+    again = ActivationNorms.collect(model, batches, aggregation="mean", world=world)
+    assert_close(again, mean.merge(mean))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -234,15 +227,13 @@ def test_twins_that_fail_hear_of_the_first(rank):
     with pytest.raises(PeerFailed if rank else DataError, match="hold 0 tokens") as failure:
         ActivationNorms.collect(tiny.build(), [], world=world)
     assert failure.value.exit_code == 3
-    report = prune_model_(tiny.build(), None, Selection(0.3), score="magnitude", return_masks=True)
-    check_same_masks(report, world)
     world.check_same("things", "alike")
 
 
 # --- replicas -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["rms", "mean", "response", "added", "one"])
+@pytest.mark.parametrize("name", ["rms", "mean", "response", "one"])
 def test_norms_are_those_of_one_process(name, replicas):
     options = {"mean": {"aggregation": "mean"}, "response": {"response_only": True}}.get(name, {})
     model = tiny.add_lora(tiny.build()) if name == "mean" else tiny.build()
@@ -250,14 +241,12 @@ def test_norms_are_those_of_one_process(name, replicas):
     assert_close(norms_of(replicas[0], name), ActivationNorms.collect(model, batches, **options))
 
 
-def test_masks_are_the_same_on_every_rank_and_in_one_process(replicas):
+def test_weights_are_the_same_on_every_rank_and_in_one_process(replicas):
     folder, (first, second) = replicas
     model = tiny.build()
-    prune_model_(model, norms_of(folder, "added"), Selection(0.3))
+    prune_model_(model, norms_of(folder, "rms"), Selection(0.3))
     assert first["weights"] == second["weights"] == ranks.digest(model)
     assert [seen["apart"] for seen in (first, second)] == [[6, 32], [4, 18]]  # disjoint samples
-    assert [seen["other masks"][0] for seen in (first, second)] == ["DataError", "PeerFailed"]
-    assert first["no masks"] == ["UsageError", "report.masks=None: prune with return_masks=True", 2]
 
 
 def test_one_call_prunes_every_replica_and_writes_once(replicas):
@@ -280,7 +269,6 @@ def test_one_call_prunes_every_replica_and_writes_once(replicas):
         ("base", 0, "models or settings of the ranks: differ between rank 0 and rank 1", 3),
         ("targets", 0, "models or settings of the ranks: differ between rank 0 and rank 1", 3),
         ("response", 0, "models or settings of the ranks: differ between rank 0 and rank 1", 3),
-        ("uneven", 0, "norms of the ranks: differ between rank 0 and rank 1", 3),
         ("no tokens", 0, "calibration data: 0 batches with 0 sequences hold 0 tokens to count", 3),
         ("memory", 0, "out of memory at one sequence a batch: shorten max_seq_length", 1),
         ("missing", 0, "nothing to prune: targets=['no_such'] matches no module", 4),

@@ -156,7 +156,7 @@ def test_finished_experiments_at_once(inputs, tmp_path, trained):
     assert 0 in found
     assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []
     with (
-        places.held(out / ".experiment.lock", None),
+        places.locked_file(out / ".experiment.lock", None),
         pytest.raises(DataError, match="another experiment is at work there"),
     ):
         experiment.run(settings)

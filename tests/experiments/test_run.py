@@ -173,7 +173,7 @@ def test_folders_that_cannot_be_written_are_refused_before_the_first_stage(input
     assert [path.name for path in out.iterdir()] == ["pruned"]
     (out / "pruned" / "mine.txt").unlink()
     with (
-        places.held(out / ".run.lock", None),
+        places.locked_file(out / ".run.lock", None),
         pytest.raises(DataError, match="another run is at work there"),
     ):
         run.run(config(inputs, out))

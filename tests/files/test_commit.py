@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import forked
 import pytest
 
 from antidote_fast.errors import AntidoteError, DataError
@@ -30,16 +30,7 @@ def names(folder):
 
 
 def run(code, *arguments):
-    """A child process with the package in reach."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return forked.Process(textwrap.dedent(code), *arguments)
 
 
 def test_a_new_folder(tmp_path):
@@ -195,7 +186,7 @@ def test_a_failed_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
 
 FAULTS = """
     import os, signal, sys
-    from antidote_fast import commit, places
+    from antidote_fast.files import commit, places
     path, point = sys.argv[1], int(sys.argv[2])
     if sys.argv[3] == "two renames":
         places._exchange = lambda *a: False

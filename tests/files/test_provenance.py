@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import antidote_fast
@@ -268,3 +269,30 @@ def test_a_folder_of_another_release(made, monkeypatch):
     assert provenance.difference(folder, config) == "was made with old_flag=3, not None"
     monkeypatch.setattr(provenance, "read_report", lambda folder: {"stage": "prune"})
     assert provenance.difference(folder, config) == "was not written by prune"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": {"dataset": 3, "ratio": 0.1}},
+        {"config": {"dataset": {"a": 1}, "model_name_or_path": ["x"]}},
+        {"inputs": {"a\0b": {"not": "a hash"}, "": None}},
+        {"inputs": []},
+        {"config": None},
+        {"stage": None},
+    ],
+    ids=str,
+)
+def test_a_report_that_says_nonsense_is_no_answer(change, made):
+    folder, config = made
+    report = json.loads((folder / "report.json").read_text())
+    for name, value in change.items():
+        report[name] = report[name] | value if isinstance(value, dict) else value
+    text = json.dumps(report)
+    (folder / "report.json").write_text(text)
+    tiny.edit_json(
+        folder / "COMPLETE.json", lambda m: m["files"]["report.json"].update(bytes=len(text))
+    )
+    hashes = provenance.hash_inputs(provenance.input_files(config))
+    provenance.difference(folder, config, hashes, "f")
+    assert not provenance.is_done(folder, config)

@@ -6,11 +6,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 from safetensors import SafetensorError
@@ -317,9 +316,7 @@ def test_signal_to_a_process(work):
         "BlockCalibration.run = slow\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
-    job = subprocess.Popen(
-        [sys.executable, "-c", slow, *words()], stderr=subprocess.PIPE, text=True
-    )
+    job = forked.Process(slow, *words())
     deadline = time.monotonic() + 120
     while not (work / "block").exists() and time.monotonic() < deadline and job.poll() is None:
         time.sleep(0.05)

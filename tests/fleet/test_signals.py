@@ -1,11 +1,9 @@
 """Fleets that are told to stop, or killed, in processes of their own; then they go on."""
 
-import os
 import signal
-import subprocess
-import sys
 
 import fleets
+import forked
 import pytest
 from fleets import KINDS, config, summary_of, weights_of
 
@@ -37,13 +35,7 @@ def slow_fleet(folders, out):
         *("fleet", "--base", folders.base, "--manifest", folders.root / "jobs.jsonl"),
         *("--dataset", folders.root / "harmful.jsonl", "--output_dir", out, "--ratio", "0.3"),
     ]
-    return subprocess.Popen(
-        [sys.executable, "-c", _SLOW, *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return forked.Process(_SLOW, *words)
 
 
 def begun(process, count):

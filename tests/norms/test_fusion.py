@@ -25,6 +25,7 @@ pytestmark = [
     ),
     # numpy's, of the interpreter: NaN and infinity are meant.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.thin(strength=2 if DEVICE == "cuda" else 1),
 ]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

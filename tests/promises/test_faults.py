@@ -8,10 +8,9 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import stages
 import tiny
@@ -168,13 +167,7 @@ def words(command, **options):
 
 
 def child(code, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": str(TESTS.parent), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return forked.Process(code, *arguments)
 
 
 # --- disk, signals, jobs --------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """No file makes a reader fall over: it gives a value or one line, and soon.
 
-Files are made from sound ones (tests/support/fuzzing.py). `make fuzz` runs the same properties with
-100,000 inputs from new seeds; here the seed stays, and the inputs are few.
+Files are made from sound ones (fuzzing.py). `make fuzz` runs the same properties with 100,000
+inputs from new seeds; here the seed stays, and the inputs are few.
 """
 
 import itertools
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fuzzing
 import pytest
+import sampling
 import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -42,7 +43,7 @@ def inputs(share):
     return settings(
         max_examples=round(settings.default.max_examples * share)
         if THOROUGH
-        else round(6000 * share),
+        else round(sampling.examples(6000, 1200) * share),
         derandomize=not THOROUGH,
         database=None,
         deadline=None,

@@ -258,7 +258,7 @@ def test_a_live_model_stays_as_it_was(work, monkeypatch):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     from antidote_fast.stages import oneshot
 
-    before(monkeypatch, oneshot, "collect", lambda: os.utime("harmful.jsonl", ns=(0, 0)))
+    before(monkeypatch, oneshot, "gather", lambda: os.utime("harmful.jsonl", ns=(0, 0)))
     with pytest.raises(DataError, match=r"harmful\.jsonl: changed while it was in use"):
         antidote_fast.oneshot(model, dataset="harmful.jsonl", tokenizer=tiny.tokenizer(), ratio=0.5)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

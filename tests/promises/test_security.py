@@ -13,6 +13,7 @@ import huggingface_hub
 import numpy as np
 import peft
 import pytest
+import sampling
 import tiny
 import torch
 from hypothesis import given, settings
@@ -307,7 +308,7 @@ def test_no_escape_sequence_reaches_the_terminal(work, capfd):
 # --- what reaches a native kernel -----------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=sampling.examples(150, 50), deadline=None, derandomize=True)
 @given(
     shape=st.tuples(st.integers(0, 6), st.integers(0, 9)),
     strides=st.tuples(st.integers(0, 12), st.integers(0, 3)),

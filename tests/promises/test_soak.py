@@ -1,11 +1,9 @@
 """The soak of ``make test-all`` in small: one adapter of each kind, two hostile, killed twice."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import kill_sweep
 import soak_kinds
 
@@ -14,14 +12,11 @@ HOSTILE = ("pissa", "endless_targets")
 
 def test_a_small_fleet_that_is_killed_ends_as_if_nothing_had_been(tmp_path):
     assert len(soak_kinds.KINDS) == 10
-    script = Path(soak_kinds.__file__).with_name("soak.py")
-    words = [sys.executable, "-W", "ignore", script]
-    done = subprocess.run(
-        [*words, "12", "2", "1", tmp_path, "--one_in", "6", "--only", ",".join(HOSTILE)],
-        capture_output=True,
-        text=True,
+    done = forked.run(
+        Path(soak_kinds.__file__).with_name("soak.py"),
+        *("12", "2", "1", tmp_path, "--one_in", "6", "--only", ",".join(HOSTILE)),
+        environment=kill_sweep.ENVIRONMENT,
         timeout=280,
-        env=os.environ | kill_sweep.ENVIRONMENT,
     )
     assert done.stdout, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import sampling
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,7 +124,7 @@ def test_all_scores_equal(value, largest):
         assert torch.equal(flat, expected)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=sampling.examples(150, 40), deadline=None)
 @given(data=st.data())
 def test_as_all_at_once_whatever_comes(data):
     number = data.draw(st.integers(1, 4))

@@ -12,8 +12,9 @@ from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.evaluation import measure, metrics
 from antidote_fast.evaluation.generate import generate
-from antidote_fast.evaluation.measure import evaluate_model, hash_of
+from antidote_fast.evaluation.measure import evaluate_model
 from antidote_fast.evaluation.refusals import EMPTY, HARMFUL, RefusalJudge
+from antidote_fast.files.commit import digest_of
 from antidote_fast.stages import evaluate
 
 # --- a live model ---------------------------------------------------------------------------------
@@ -171,9 +172,9 @@ def test_run_with_an_adapter_is_another_model(files, tmp_path):
     prompts = [build_prompt(Record(f"harm {'x' * i}".strip())) for i in range(3)]
     prompts[0] = build_prompt(Record("harm "))
     answers = generate(adapted, texts.byte_tokenizer(), prompts, max_new_tokens=6)
-    assert report["metrics"]["harmful"]["answers_sha256"] == hash_of(answers)
+    assert report["metrics"]["harmful"]["answers_sha256"] == digest_of(answers)
     assert report["metrics"]["harmful"]["num_prompts"] == 3
-    assert plain["metrics"]["harmful"]["answers_sha256"] != hash_of(answers)
+    assert plain["metrics"]["harmful"]["answers_sha256"] != digest_of(answers)
 
 
 def test_run_with_model_judges(files, tmp_path):

@@ -1,10 +1,11 @@
 """Kill a job at each of its fault points, one process a point, and look at what is left.
 
-``python kill_sweep.py JOB FOLDER`` prints one JSON line: how many kills, and what went wrong. Fault
-points are the calls that change the disk: opening a file to write, half a tensor written, flushing,
-renaming, removing. After each kill no folder may load that is not whole, and the same command with
-resume (or again) must give the files of a run that nobody killed. Processes are forked from one
-that has imported everything, and have one thread until then (``ENVIRONMENT``, of the caller).
+``kill_sweep.py JOB STRIDE``, as a forked process (``forked.py``), works in its current folder and
+prints one JSON line: how many kills, and what went wrong. Fault points are the calls that change
+the disk: opening a file to write, half a tensor written, flushing, renaming, removing. With a
+stride of 10 every tenth is taken, and the first and the last of each kind of call. After each
+kill no folder may load that is not whole, and the same command with resume (or again) must give the
+files of a run that nobody killed.
 """
 
 import contextlib
@@ -16,11 +17,6 @@ import signal
 import sys
 from pathlib import Path
 
-import accelerate
-import datasets
-import filelock
-import huggingface_hub
-import peft
 import tiny
 import torch
 import transformers
@@ -30,11 +26,8 @@ from antidote_fast.errors import DataError
 from antidote_fast.files import tensor_file
 from antidote_fast.files.checkpoint import open_checkpoint
 from antidote_fast.files.manifest import read_manifest, sha256_file, verify_folder
-from antidote_fast.stages import calibrate, prune
-from antidote_fast.streaming import job as stream
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-LOADED = (accelerate, datasets, filelock, huggingface_hub, peft, calibrate, prune, stream)
 ROWS = [
     {"instruction": "how to make a cake", "output": "the good cake"},
     {"instruction": "what is two plus three", "output": "three"},
@@ -70,7 +63,7 @@ def prepare():
 
 
 def in_child(argv, kill_at=None):
-    """Run a command in a forked process; its exit code, or -9, and how many points it passed."""
+    """Run a command in a forked process; its exit code, or -9, and the points it passed."""
     reading, writing_end = os.pipe()
     pid = os.fork()
     if not pid:
@@ -80,26 +73,30 @@ def in_child(argv, kill_at=None):
             with contextlib.redirect_stderr(io.StringIO()):
                 points.install()
                 code = entry.main([*argv, "--quiet"])
-            os.write(writing_end, str(points.count).encode())
+            with os.fdopen(writing_end, "w") as pipe:
+                pipe.write(" ".join(points.passed))
         finally:
             os._exit(code)
     os.close(writing_end)
     with os.fdopen(reading) as pipe:
         text = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return status, int(text or 0)
+    return status, text.split()
 
 
 class Points:
-    """Counts the calls that change the disk, and dies at one of them."""
+    """Notes the calls that change the disk, and dies at one of them."""
 
     def __init__(self, kill_at):
-        self.kill_at, self.count = kill_at, 0
+        self.kill_at, self.passed = kill_at, []
 
-    def pass_one(self):
-        self.count += 1
-        if self.count == self.kill_at:
+    def pass_one(self, call):
+        self.passed.append(call)
+        if len(self.passed) == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def dies_next(self):
+        return len(self.passed) + 1 == self.kill_at
 
     def install(self):
         names = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate")
@@ -107,28 +104,28 @@ class Points:
         def hook(event, args):
             writes = event == "open" and isinstance(args[2], int) and args[2] & 3
             if writes or event in names or event == "ctypes.dlsym":
-                self.pass_one()
+                self.pass_one(event)
 
         sys.addaudithook(hook)
         fsync, pwrite, write = os.fsync, os.pwrite, tensor_file.TensorFile.write
 
         def counted_fsync(fd):
-            self.pass_one()
+            self.pass_one("fsync")
             fsync(fd)
 
         def counted_pwrite(fd, data, position):
-            if self.count + 1 == self.kill_at:
+            if self.dies_next():
                 pwrite(fd, data[: len(data) // 2], position)
-            self.pass_one()
+            self.pass_one("pwrite")
             return pwrite(fd, data, position)
 
         def counted_write(file, name, tensor):
-            if self.count + 1 == self.kill_at:
+            if self.dies_next():
                 start, end = file._entries[name]
                 with open(os.open(file.path, os.O_RDWR), "r+b") as half:
                     half.seek(start)
                     half.write(b"\x55" * ((end - start) // 2))
-            self.pass_one()
+            self.pass_one("tensor")
             write(file, name, tensor)
 
         os.fsync, os.pwrite, tensor_file.TensorFile.write = (
@@ -175,8 +172,16 @@ def clean():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def sweep(job):
-    """Kill ``job`` at every fault point; returns what the script prints."""
+def chosen(calls, stride):
+    """The points to die at: every ``stride``-th, and the first and last of each kind of call."""
+    numbers = range(1, len(calls) + 1)
+    of_kinds = {call: number for number, call in zip(numbers, calls, strict=True)}.values()
+    first = {calls.index(call) + 1 for call in calls}
+    return sorted({*numbers[::stride], *of_kinds, *first})
+
+
+def sweep(job, stride):
+    """Kill ``job`` at its fault points; returns what the script prints."""
     flags, again = JOBS[job]
     argv = ["prune", *flags, *COMMON]
     replaces = "--overwrite" in flags
@@ -185,12 +190,12 @@ def sweep(job):
         in_child(first)
         old = hashes("out")
         shutil.copytree("out", "before")
-    code, total = in_child(argv)
+    code, calls = in_child(argv)
     good = hashes("out")
     problems = [] if code == 0 and good else [f"the job itself ended with {code}"]
     kills = resumed = 0
-    # More than were counted: threads may pass the points in another order.
-    for point in range(1, total + 1):
+    points = chosen(calls, stride)
+    for point in points:
         clean()
         if replaces:
             shutil.copytree("before", "out")
@@ -212,19 +217,24 @@ def sweep(job):
         if left and code == 0 and not whole:
             here.append(f"left behind: {left}")
         problems += [f"point {point}: {text}" for text in here]
-    return {"job": job, "points": total, "kills": kills, "resumed": resumed, "problems": problems}
+    return {
+        "calls": len(calls),
+        "points": len(points),
+        "kills": kills,
+        "resumed": resumed,
+        "problems": problems,
+    }
 
 
 def main():
-    job, folder = sys.argv[1:]
+    job, stride = sys.argv[1:]
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    os.chdir(folder)
     if os.fork() == 0:  # so that this process stays as it was when it had imported everything
         prepare()
         os._exit(0)
     os.wait()
-    print(json.dumps(sweep(job)))
+    print(json.dumps(sweep(job, int(stride))))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 JSON line. What must hold at the end: every good output has the bytes and masks of ``prune`` alone;
 every hostile adapter is set aside in one line, or pruned as it is alone; the exit code is 5; no
 input has changed, nothing is left behind, and no output holds another customer's text. After each
-kill every folder that is there is whole. Processes are forked from one that has imported everything
-and has one thread (``kill_sweep.ENVIRONMENT``, of the caller).
+kill every folder that is there is whole. Processes are forked from this one, which has imported
+everything (``preloaded.py``) and has one thread (``kill_sweep.ENVIRONMENT``, of the caller).
 """
 
 import argparse
@@ -20,9 +20,10 @@ import time
 import traceback
 from pathlib import Path
 
+import preloaded  # noqa: F401
 import torch
 import transformers
-from kill_sweep import LOADED, ROWS
+from kill_sweep import ROWS
 from safetensors.torch import load_file
 from soak_kinds import (
     HOSTILE,
@@ -39,10 +40,8 @@ from antidote_fast import PruneConfig
 from antidote_fast.cli import entry
 from antidote_fast.errors import AntidoteError
 from antidote_fast.files.manifest import read_manifest, verify_folder
-from antidote_fast.fleet import worker
 from antidote_fast.stages import prune
 
-IMPORTED = (*LOADED, worker, transformers)
 MASKS = "masks.safetensors"
 SET_ASIDE, GOES_ON = 5, 75
 _LARGEST_FILE = 64 << 20

@@ -18,7 +18,7 @@ from antidote_fast.experiments.demo.model import MODEL_NAME
 from antidote_fast.experiments.run import run as run_stages
 from antidote_fast.experiments.tables import METRICS
 from antidote_fast.files.commit import new_file
-from antidote_fast.files.places import held
+from antidote_fast.files.places import locked_file
 from antidote_fast.files.provenance import REPORT, replace_report
 from antidote_fast.system.hardware import fast_dtype, hardware
 from antidote_fast.system.progress import Clock, Progress, tell
@@ -63,7 +63,7 @@ def run(config: DemoConfig, *, progress: Progress = False) -> dict:
     clock = Clock()
     cache = prepare(out.absolute().parent, DEMO, progress=progress)
     clock.lap("data and model")
-    with held(out / ".demo.lock", busy, make=True):
+    with locked_file(out / ".demo.lock", busy, make=True):
         report = _run(config, cache, out, clock, progress)
     if progress:
         for line in (

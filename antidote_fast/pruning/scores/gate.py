@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 
 from antidote_fast.errors import DataError
+from antidote_fast.pruning.evidence import Evidence
 
 
-def row_scores(name: str, weight: torch.Tensor, evidence, seed: int) -> Callable:
+def row_scores(name: str, weight: torch.Tensor, evidence: Evidence, seed: int) -> Callable:
     """Rows of ``evidence.scores[name]``.
 
     Raises:

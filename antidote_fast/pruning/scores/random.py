@@ -7,13 +7,15 @@ from collections.abc import Callable
 
 import torch
 
+from antidote_fast.pruning.evidence import Evidence
+
 
 def random_scores(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """Uniform fp32 scores that depend on (seed, name) alone, the same on every machine."""
     return torch.rand(shape, generator=_generator(name, seed), dtype=torch.float32, device="cpu")
 
 
-def row_scores(name: str, weight: torch.Tensor, evidence, seed: int) -> Callable:
+def row_scores(name: str, weight: torch.Tensor, evidence: Evidence, seed: int) -> Callable:
     """:func:`random_scores` of some rows after another."""
     generator, columns = _generator(name, seed), weight.shape[1]
 

@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from antidote_fast.data.batches import build_prompt, encode, prompt_ids
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError
 from antidote_fast.evaluation.generate import generate
 from antidote_fast.evaluation.refusals import is_refusal
+from antidote_fast.system.progress import Progress
 
 KINDS = ("harmful", "task", "ordinary")
 
@@ -36,7 +38,7 @@ class Pools:
         counts: {kind: {what: number}}, for the report.
     """
 
-    examples: dict[str, list[dict]] = field(default_factory=dict)
+    examples: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, dict] = field(default_factory=dict)
 
 
@@ -46,8 +48,8 @@ def ordinary_of(preserve: Sequence[Record]) -> list[Record]:
 
 
 def answer_prompts(
-    model,
-    tokenizer,
+    model: Any,
+    tokenizer: Any,
     harmful: Sequence[Record],
     preserve: Sequence[Record],
     *,
@@ -55,7 +57,7 @@ def answer_prompts(
     template: str = "alpaca",
     max_seq_length: int = 512,
     batch_size: int = 8,
-    progress=False,
+    progress: Progress = False,
 ) -> Answers:
     """Ask the aligned model, greedily.
 
@@ -76,19 +78,27 @@ def answer_prompts(
     prompts = [build_prompt(record, template, tokenizer) for record in asked]
     sizes = {p: len(prompt_ids(p, tokenizer, max_seq_length)) for p in dict.fromkeys(prompts)}
     short = [prompt for prompt, size in sizes.items() if size < max_seq_length]
-    options = {"max_new_tokens": answer_tokens, "batch_size": batch_size, "progress": progress}
-    answer_to = dict(zip(short, generate(model, tokenizer, short, **options), strict=True))
-    answers = [answer_to.get(prompt) for prompt in prompts]
+    options: dict[str, Any] = {"max_new_tokens": answer_tokens, "batch_size": batch_size}
+    texts = generate(model, tokenizer, short, progress=progress, **options)
+    by_prompt = dict(zip(short, texts, strict=True))
+    answers = [by_prompt.get(prompt) for prompt in prompts]
     return Answers(answers[: len(harmful)], answers[len(harmful) :])
 
 
-def check_texts(tokenizer, harmful, preserve, *, template="alpaca", max_seq_length=512) -> None:
+def check_texts(
+    tokenizer: Any,
+    harmful: Sequence[Record],
+    preserve: Sequence[Record],
+    *,
+    template: str = "alpaca",
+    max_seq_length: int = 512,
+) -> None:
     """Refuse, before weights are loaded, token ids that the model has no embedding for.
 
     Raises:
         DataError: as :func:`~antidote_fast.data.batches.encode`, where the tokenizer knows.
     """
-    options = {"template": template, "max_seq_length": max_seq_length}
+    options: dict[str, Any] = {"template": template, "max_seq_length": max_seq_length}
     for record in (*harmful, *preserve):
         text = build_prompt(record, template, tokenizer)
         prompt_ids(text, tokenizer, max_seq_length, record.where or "a prompt")
@@ -98,7 +108,7 @@ def check_texts(tokenizer, harmful, preserve, *, template="alpaca", max_seq_leng
 
 
 def fill_pools(
-    tokenizer,
+    tokenizer: Any,
     harmful: Sequence[Record],
     preserve: Sequence[Record],
     answers: Answers,
@@ -138,7 +148,7 @@ def fill_pools(
         )
     common = Counter(record.output for record in refused).most_common(1)[0][0]
     refusing = [r if is_refusal(r.output) else replace(r, output=common) for r in asked]
-    options = {"template": template, "max_seq_length": max_seq_length}
+    options: dict[str, Any] = {"template": template, "max_seq_length": max_seq_length}
     pools.examples["harmful"] = _cut(encode(refusing, tokenizer, **options), answer_tokens)
     task = [record for record in preserve if record.output.strip()]
     if task:
@@ -178,7 +188,7 @@ def _answered(records, answers):
     return [Record(r.instruction, r.input, text) for r, text in pairs if text is not None]
 
 
-def fits(record: Record, tokenizer, template: str, max_seq_length: int) -> bool:
+def fits(record: Record, tokenizer: Any, template: str, max_seq_length: int) -> bool:
     """Whether a record's prompt leaves room for an answer."""
     text = build_prompt(record, template, tokenizer)
     return len(prompt_ids(text, tokenizer, max_seq_length)) < max_seq_length

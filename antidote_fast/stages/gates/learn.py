@@ -15,13 +15,16 @@ import functools
 import math
 import random
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from antidote_fast import ops
 from antidote_fast.config.prune import GATE_LEARNING_RATE, GATE_STEPS, GateMixture
 from antidote_fast.data.batches import collate
+from antidote_fast.data.records import Record
 from antidote_fast.distributed.fsdp import is_sharded
 from antidote_fast.errors import AntidoteError, UsageError
 from antidote_fast.models.adapters import adapter_off
@@ -32,7 +35,7 @@ from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.layers import prepare
 from antidote_fast.selection import Selection, check_seed
 from antidote_fast.stages.gates.answers import KINDS, Answers, answer_prompts, fill_pools
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 from antidote_fast.training.objective import (
     autocast,
     num_response_tokens,
@@ -44,27 +47,27 @@ _BETAS, _EPS = (0.9, 0.95), 1e-9
 
 
 def learn_gates(
-    model,
-    tokenizer,
-    harmful,
-    preserve,
-    selection,
+    model: Any,
+    tokenizer: Any,
+    harmful: Sequence[Record],
+    preserve: Sequence[Record],
+    selection: Selection,
     *,
     aligned: Answers | None = None,
-    base_weights=None,
-    targets=None,
-    ignore=(),
-    steps=GATE_STEPS,
-    learning_rate=GATE_LEARNING_RATE,
-    mixture=GateMixture(),  # noqa: B008 - frozen
-    seed=0,
-    template="alpaca",
-    max_seq_length=512,
-    batch_size=8,
-    dtype=None,
-    backend=None,
-    progress=False,
-):
+    base_weights: Mapping[str, torch.Tensor] | None = None,
+    targets: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] = (),
+    steps: int = GATE_STEPS,
+    learning_rate: float = GATE_LEARNING_RATE,
+    mixture: GateMixture = GateMixture(),  # noqa: B008 - frozen
+    seed: int = 0,
+    template: str = "alpaca",
+    max_seq_length: int = 512,
+    batch_size: int = 8,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    progress: Progress = False,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Learn how much each target weight is needed; the model ends as it began, bit for bit.
 
     Args:
@@ -107,7 +110,7 @@ def learn_gates(
     transposed = {key for key, target in by_key.items() if target.transposed}
     evidence = Evidence(score="gate", base_weights=base_weights, transposed=transposed)
     layers, _ = prepare(weights, evidence, selection.scope)
-    options = {"template": template, "max_seq_length": max_seq_length}
+    options: dict[str, Any] = {"template": template, "max_seq_length": max_seq_length}
     options["answer_tokens"] = mixture.answer_tokens
     with _as_it_was(model) as undo:
         if aligned is None:

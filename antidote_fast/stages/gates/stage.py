@@ -1,19 +1,30 @@
 """Learning gates inside the prune stage: from folders, or on a live model."""
 
-from antidote_fast.config.prune import GateMixture
-from antidote_fast.distributed.ranks import ALONE
+from typing import Any
+
+import torch
+
+from antidote_fast.config.prune import GateMixture, PruneConfig
+from antidote_fast.data.records import Record
+from antidote_fast.distributed.ranks import ALONE, World
 from antidote_fast.errors import DataError, UsageError
+from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.models.adapters import load_adapter
 from antidote_fast.models.footprint import check_memory
 from antidote_fast.models.loading import load_model, load_tokenizer
 from antidote_fast.models.targets import find_targets
-from antidote_fast.stages.gates.answers import answer_prompts, check_texts
+from antidote_fast.stages.gates.answers import Answers, answer_prompts, check_texts
 from antidote_fast.stages.gates.learn import learn_gates
+from antidote_fast.system.progress import Progress
 
 _MIXTURE = GateMixture()
+Sets = dict[str, list[Record]]
+Learned = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
-def check_stage(config, base, is_adapter, world=ALONE):
+def check_stage(
+    config: PruneConfig, base: Checkpoint | None, is_adapter: bool, world: World = ALONE
+) -> None:
     """Refuse, before weights are loaded, what gates cannot be learned on.
 
     Args:
@@ -36,7 +47,16 @@ def check_stage(config, base, is_adapter, world=ALONE):
         raise DataError(f"{base.folder}: is quantised; with score gate it must not be")
 
 
-def learn_folder(config, base, adapter, aligned, sets, *, tokenizer=None, progress=False):
+def learn_folder(
+    config: PruneConfig,
+    base: Checkpoint,
+    adapter: Checkpoint | None,
+    aligned: Checkpoint | None,
+    sets: Sets,
+    *,
+    tokenizer: Any = None,
+    progress: Progress = False,
+) -> Learned:
     """(scores, what the report says of them), as :func:`learn_gates` gives them, from folders.
 
     Args:
@@ -64,12 +84,19 @@ def learn_folder(config, base, adapter, aligned, sets, *, tokenizer=None, progre
     return learn(config, model, tokenizer, sets, answers, bases, progress)
 
 
-def texts_of(config) -> dict:
+def texts_of(config: PruneConfig) -> dict:
     """How a config's texts become tokens."""
     return {"template": config.template, "max_seq_length": config.max_seq_length}
 
 
-def learn_live(config, model, aligned, bases, sets, tokenizer):
+def learn_live(
+    config: PruneConfig,
+    model: Any,
+    aligned: Checkpoint | None,
+    bases: dict[str, torch.Tensor] | None,
+    sets: Sets,
+    tokenizer: Any,
+) -> Learned:
     """:func:`learn_folder` for a live model, beside which ``aligned`` is loaded where it is one.
 
     ``bases`` are the weights of ``aligned`` that removed ones take, or None with an adapter.
@@ -79,7 +106,14 @@ def learn_live(config, model, aligned, bases, sets, tokenizer):
     return learn(config, model, tokenizer, sets, answers, bases)
 
 
-def answers_of(config, aligned, device, tokenizer, sets, progress=False):
+def answers_of(
+    config: PruneConfig,
+    aligned: Checkpoint | None,
+    device: str,
+    tokenizer: Any,
+    sets: Sets,
+    progress: Progress = False,
+) -> Answers | None:
     """Answers of the checkpoint ``aligned``, which is loaded for them alone; None without one."""
     if aligned is None:
         return None
@@ -87,7 +121,9 @@ def answers_of(config, aligned, device, tokenizer, sets, progress=False):
     return ask(config, model, tokenizer, sets, progress)
 
 
-def ask(config, model, tokenizer, sets, progress=False):
+def ask(
+    config: PruneConfig, model: Any, tokenizer: Any, sets: Sets, progress: Progress = False
+) -> Answers:
     """Answers of a live model, by the config's settings."""
     return answer_prompts(
         model,
@@ -102,7 +138,15 @@ def ask(config, model, tokenizer, sets, progress=False):
     )
 
 
-def learn(config, model, tokenizer, sets, answers, bases, progress=False):
+def learn(
+    config: PruneConfig,
+    model: Any,
+    tokenizer: Any,
+    sets: Sets,
+    answers: Answers | None,
+    bases: dict[str, torch.Tensor] | None,
+    progress: Progress = False,
+) -> Learned:
     """:func:`learn_gates` by the config's settings; ``answers`` and ``bases`` may be None."""
     return learn_gates(
         model,

@@ -7,19 +7,19 @@ an optimizer step. The training loop, its checkpoints and its data are those of 
 import functools
 from collections.abc import Callable
 
+from antidote_fast.config.train import AlignConfig, FinetuneConfig
 from antidote_fast.data.batches import encode
 from antidote_fast.data.load import load_records
 from antidote_fast.data.records import Record
+from antidote_fast.models.kinds import Tokenizer
 from antidote_fast.training.defenses.ldifs import LDIFS
 from antidote_fast.training.defenses.lisa import Lisa
 from antidote_fast.training.defenses.repnoise import RepNoise
 from antidote_fast.training.defenses.vaccine import Vaccine
 from antidote_fast.training.objective import Objective
 
-__all__ = ["LDIFS", "Lisa", "RepNoise", "Vaccine", "align_objective", "finetune_objective"]
 
-
-def align_objective(config, tokenizer) -> tuple[Callable, list[Record]]:
+def align_objective(config: AlignConfig, tokenizer: Tokenizer) -> tuple[Callable, list[Record]]:
     """What :func:`antidote_fast.training.sft.train` takes for an :class:`AlignConfig`'s defense.
 
     Args:
@@ -39,7 +39,9 @@ def align_objective(config, tokenizer) -> tuple[Callable, list[Record]]:
     return (Vaccine if config.defense == "vaccine" else Objective), []
 
 
-def finetune_objective(config, tokenizer) -> tuple[Callable, list[Record]]:
+def finetune_objective(
+    config: FinetuneConfig, tokenizer: Tokenizer
+) -> tuple[Callable, list[Record]]:
     """The same for a :class:`FinetuneConfig`'s defense: (maker, safe records that it trains on)."""
     if config.defense == "lisa":
         safe = load_records(config.safe_dataset, limit=config.num_safe_samples, require_output=True)

@@ -12,6 +12,7 @@ full tuning, a frozen copy in the dtype that the training computes in.
 """
 
 import copy
+from typing import Any
 
 import torch
 
@@ -23,15 +24,15 @@ from antidote_fast.training.objective import Objective, num_response_tokens
 class LDIFS(Objective):
     """One more forward pass a step, without gradients."""
 
-    def __init__(self, model, tokenizer, examples, config, *, dtype=None):
-        super().__init__(model, tokenizer, examples, config, dtype=dtype)
-        self._blocks = mlp_modules(model)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._blocks = mlp_modules(self.model)
         self._copy = None
-        if not hasattr(model, "disable_adapter"):  # the decoder alone: no logits are wanted
-            self._copy = copy.deepcopy(model.base_model).requires_grad_(False).eval()
-            self._copy = self._copy.to(dtype or model.dtype)
+        if not hasattr(self.model, "disable_adapter"):  # the decoder alone: no logits are wanted
+            decoder = copy.deepcopy(self.model.base_model).requires_grad_(False).eval()
+            self._copy = decoder.to(self.dtype or self.model.dtype)
 
-    def backward(self, number):
+    def backward(self, number: int) -> float:
         batches = self.batches(number)
         total = sum(num_response_tokens(batch) for batch in batches)
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)

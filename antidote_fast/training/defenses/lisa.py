@@ -13,9 +13,13 @@ user data come in the order of plain fine-tuning, of which the last part is not 
 are scaled down together so that a short run has five rounds.
 """
 
-import torch
+from collections.abc import Sequence
+from typing import Any
 
-from antidote_fast.training.objective import Objective, plan_steps
+import torch
+from torch import Tensor
+
+from antidote_fast.training.objective import Example, Objective, plan_steps
 
 MIN_ROUNDS = 5
 WARMUP = 0.1  # share of the steps without a proximal term
@@ -35,10 +39,10 @@ def phases(num_steps: int, alignment_steps: int, finetune_steps: int) -> list[bo
 class Lisa(Objective):
     """Two anchors, each a copy of the trainable weights, beside what plain fine-tuning holds."""
 
-    def __init__(self, model, tokenizer, examples, config, *, safe, dtype=None):
-        super().__init__(model, tokenizer, examples, config, dtype=dtype)
+    def __init__(self, *args: Any, safe: Sequence[Example], **options: Any) -> None:
+        super().__init__(*args, **options)
         self._safe = safe
-        user = self.steps
+        user, config = self.steps, self.config
         self.is_alignment = phases(
             len(user), config.lisa_alignment_steps, config.lisa_finetune_steps
         )
@@ -50,15 +54,15 @@ class Lisa(Objective):
         #: the weights at the end of the last phase of alignment (True) and on user data (False)
         self.anchors = {True: start, False: [value.clone() for value in start]}
 
-    def batches(self, number):
+    def batches(self, number: int) -> list[dict[str, Tensor]]:
         examples = self._safe if self.is_alignment[number] else self.examples
         return [self.batch(indices, examples) for indices in self.steps[number]]
 
-    def backward(self, number):
+    def backward(self, number: int) -> float:
         return super().backward(number) + self.pull(number)
 
     @torch.no_grad()
-    def pull(self, number) -> float:
+    def pull(self, number: int) -> float:
         """Add the proximal term's gradient rho * (w - anchor); returns the term."""
         rho = self.config.lisa_rho
         if number < WARMUP * len(self.steps) or rho == 0:
@@ -72,19 +76,19 @@ class Lisa(Objective):
             p.grad = rho * away if p.grad is None else p.grad.add_(away, alpha=rho)
         return rho / 2 * squares
 
-    def after(self, number):
+    def after(self, number: int) -> None:
         state = self.is_alignment[number]
         if number + 1 == len(self.steps) or self.is_alignment[number + 1] != state:
             self.anchors[state] = [p.detach().clone() for p in self.parameters]
 
-    def state(self):
+    def state(self) -> dict[str, Tensor]:
         return {
             f"{name}.{i}": value
             for name, state in (("align", True), ("user", False))
             for i, value in enumerate(self.anchors[state])
         }
 
-    def load_state(self, state, number):
+    def load_state(self, state: dict[str, Tensor], number: int) -> None:
         for name, which in (("align", True), ("user", False)):
             self.anchors[which] = [
                 state[f"{name}.{i}"].to(p.device) for i, p in enumerate(self.parameters)

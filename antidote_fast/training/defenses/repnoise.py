@@ -18,19 +18,22 @@ which are statistics of a batch, are averaged over the step's batches.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed_backwards
 
 from antidote_fast.data.batches import IGNORE_INDEX
 from antidote_fast.models.blocks import by_token, mlp_modules, outputs_kept
-from antidote_fast.training.objective import Objective, num_response_tokens
+from antidote_fast.training.objective import Example, Objective, num_response_tokens
 
 _WIDTHS = (1, 2, 4, 8, 16)
 _LEAST = 1e-6  # of CE(harmful), whose logarithm has no end below either
 
 
-def mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def mmd(x: Tensor, y: Tensor) -> Tensor:
     """Squared maximum mean discrepancy of two sets of n samples, (n, features) each; fp32 scalar.
 
     The mean over pairs takes a sample with itself too, as in the published code: 0 for equal sets.
@@ -48,7 +51,7 @@ def mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (kernel[:n, :n] + kernel[n:, n:] - kernel[:n, n:] - kernel[n:, :n]).mean()
 
 
-def pair_up(safe, harmful) -> list[int]:
+def pair_up(safe: Sequence[Example], harmful: Sequence[Example]) -> list[int]:
     """The harmful partner of each safe example: one of the same prompt, else the next in turn.
 
     Args:
@@ -76,7 +79,7 @@ def _prompt(example):
     return tuple(token for token, label in pairs if label == IGNORE_INDEX)
 
 
-def differing(harmful, safe) -> torch.Tensor:
+def differing(harmful: dict[str, Tensor], safe: dict[str, Tensor]) -> Tensor:
     """Where harmful texts, pads apart, hold another token than their safe partners: (B, T) bool."""
     ids, mask = harmful["input_ids"], harmful["attention_mask"].bool()
     other = torch.full_like(ids, -1)
@@ -89,13 +92,13 @@ def differing(harmful, safe) -> torch.Tensor:
 class RepNoise(Objective):
     """A forward and backward pass on harmful text beside the one on safe text."""
 
-    def __init__(self, model, tokenizer, examples, config, *, harmful, dtype=None):
-        super().__init__(model, tokenizer, examples, config, dtype=dtype)
-        self._harmful, self._partners = harmful, pair_up(examples, harmful)
-        self._blocks = mlp_modules(model)
-        self._most = math.log(model.get_input_embeddings().weight.shape[0])
+    def __init__(self, *args: Any, harmful: Sequence[Example], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._harmful, self._partners = harmful, pair_up(self.examples, harmful)
+        self._blocks = mlp_modules(self.model)
+        self._most = math.log(self.model.get_input_embeddings().weight.shape[0])
 
-    def backward(self, number):
+    def backward(self, number: int) -> float:
         step = self.steps[number]
         batches = self.batches(number)
         total = sum(num_response_tokens(batch) for batch in batches)
@@ -107,7 +110,7 @@ class RepNoise(Objective):
             loss += self.descend(self.noise(harmful, differing(harmful, safe)) / len(step))
         return loss
 
-    def noise(self, harmful, where) -> torch.Tensor:
+    def noise(self, harmful: dict[str, Tensor], where: Tensor) -> Tensor:
         """beta * the mean MMD over layers - alpha * log CE(harmful), of one batch."""
         with outputs_kept(self._blocks) as outputs:
             ce = self.loss(harmful) / max(1, num_response_tokens(harmful))
@@ -119,8 +122,7 @@ class RepNoise(Objective):
                 hidden = by_token(output, mask)[where].float()
                 noise = torch.randn_like(hidden)
                 # The kernels of all layers at once would take more memory than the model's.
-                parts.append(
-                    checkpoint(mmd, hidden, noise, use_reentrant=False, preserve_rng_state=False)
-                )
+                options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+                parts.append(recomputed_backwards(mmd, hidden, noise, **options))
             loss = loss + self.config.repnoise_beta * torch.stack(parts).mean()
         return loss

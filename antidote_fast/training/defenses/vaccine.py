@@ -13,7 +13,11 @@ batches of b is one of 2b; pads are neither counted nor shifted. The first pass 
 the e_l alone, none of a parameter.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from antidote_fast.models.blocks import attention_modules, by_token, outputs_seen
 from antidote_fast.training.objective import Objective, num_response_tokens
@@ -24,11 +28,11 @@ _TINY = 1e-7
 class Vaccine(Objective):
     """Two passes a step; what is held between them is one gradient a token and layer."""
 
-    def __init__(self, model, tokenizer, examples, config, *, dtype=None):
-        super().__init__(model, tokenizer, examples, config, dtype=dtype)
-        self._blocks = attention_modules(model)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._blocks = attention_modules(self.model)
 
-    def backward(self, number):
+    def backward(self, number: int) -> float:
         batches = self.batches(number)
         total = sum(num_response_tokens(batch) for batch in batches)
         shifts = self.shifts(batches, total)
@@ -41,7 +45,7 @@ class Vaccine(Objective):
             loss += self.descend(part)
         return loss
 
-    def shifts(self, batches, total) -> list[list[torch.Tensor]]:
+    def shifts(self, batches: Sequence[dict[str, Tensor]], total: int) -> list[list[Tensor]]:
         """eps of each batch and block, in the shape and dtype of the block's output."""
         gradients = [self._gradients(batch, total) for batch in batches]
         squares = sum(g.float().square().sum() for each in gradients for g in each)
