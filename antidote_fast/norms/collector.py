@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from antidote_fast import backends
 from antidote_fast._check import WEIGHT_DTYPES
@@ -504,24 +505,45 @@ def run_batch(
         batch: as :meth:`ActivationNorms.collect` takes it, on the model's device.
         options: of :func:`lean_forward`.
     """
+
+    def forward(part: Mapping[str, Any]) -> None:
+        if collector.start(part):
+            with contextlib.suppress(LastInputSeen):
+                run_forward(model, options, part)
+            collector.finish()
+
+    in_halves(forward, batch)
+
+
+def in_halves(forward: Callable[..., Any], batch: Mapping[str, Any], *others: Any) -> list[Any]:
+    """What a forward gives: of all, or where a GPU's memory is too small, of ever smaller parts.
+
+    Args:
+        forward: takes the same arguments as follow; begins anew what it left unfinished.
+        batch: dict with ``input_ids`` (B, T).
+        others: what else is split, in tuples and lists: tensors of B entries.
+
+    Returns:
+        The results, in order.
+
+    Raises:
+        AntidoteError: it does not fit at one sequence either.
+    """
     size = batch["input_ids"].shape[0]
     try:
-        if collector.start(batch):
-            with contextlib.suppress(LastInputSeen):
-                run_forward(model, options, batch)
-            collector.finish()
-        return
+        return [forward(batch, *others)]
     except torch.OutOfMemoryError as error:
-        collector.discard()
         if size < 2:
             raise AntidoteError(
                 "out of memory at one sequence a batch: shorten max_seq_length"
             ) from error
-    for rows in (slice(0, size // 2), slice(size // 2, size)):
-        half = {
-            key: value[rows]
-            if isinstance(value, Tensor) and value.dim() and value.shape[0] == size
-            else value
-            for key, value in batch.items()
-        }
-        run_batch(model, collector, half, options)
+
+    def half(rows: slice) -> Any:
+        def part(value: Any) -> Any:
+            split = isinstance(value, Tensor) and value.dim() and value.shape[0] == size
+            return value[rows] if split else value
+
+        return pytree.tree_map(part, (dict(batch), *others))
+
+    halves = (slice(0, size // 2), slice(size // 2, size))
+    return [result for rows in halves for result in in_halves(forward, *half(rows))]

@@ -44,16 +44,14 @@ class TensorStore:
     """
 
     def __init__(self, path, room):
-        self.path = Path(path)
-        self.room = room
-        self.num_bytes = 0
-        self.num_spilled = 0
+        self.path, self.room = Path(path), room
+        self.num_bytes = self.num_spilled = 0
         self._held, self._places = {}, {}
         self._end = 0
         self._fd = None
 
     def put(self, number, tensors, memory=None):
-        """Put away a list of tensors (None among them stays None).
+        """Put away a list of tensors.
 
         Args:
             number: under which :meth:`get` gives it back.
@@ -61,13 +59,12 @@ class TensorStore:
             memory: what :meth:`take` of another store of the same room gave for a list of these
                 shapes and dtypes; it is filled, so that nothing is allocated anew.
         """
-        tensors = [t if t is None else t.detach().to("cpu").contiguous() for t in tensors]
+        tensors = [tensor.detach().to("cpu").contiguous() for tensor in tensors]
         size = _num_bytes(tensors)
         self.num_bytes += size
         if memory is not None:
             for there, tensor in zip(memory, tensors, strict=True):
-                if there is not None:
-                    there.copy_(tensor)
+                there.copy_(tensor)
             self._held[number] = memory
         elif self.room.take(size):
             self._held[number] = tensors
@@ -83,7 +80,7 @@ class TensorStore:
         """The list that was put under ``number``, on the CPU."""
         if number in self._held:
             return self._held[number]
-        return [None if place is None else self._read(*place) for place in self._places[number]]
+        return [self._read(*place) for place in self._places[number]]
 
     def drop(self, number):
         """Forget what is in memory of one list."""
@@ -110,10 +107,7 @@ class TensorStore:
         for number, tensors in self._held.items():
             if number not in self._places:
                 self._write(number, tensors)
-        return [
-            [number, [p and [p[0], list(p[1]), str(p[2]).removeprefix("torch.")] for p in places]]
-            for number, places in sorted(self._places.items())
-        ]
+        return sorted(self._places.items())
 
     def sync(self):
         """Wait until what is in the file is on the disk."""
@@ -130,11 +124,9 @@ class TensorStore:
         store = cls(path, room)
         try:
             store._fd = os.open(store.path, os.O_RDWR)
-            for number, places in index:
-                store._places[number] = [
-                    p and (p[0], tuple(p[1]), getattr(torch, p[2])) for p in places
-                ]
-                tensors = [p and store._read(*p) for p in store._places[number]]
+            store._places = dict(index)
+            for number in store._places:
+                tensors = store.get(number)
                 size = _num_bytes(tensors)
                 store.num_bytes += size
                 if room.take(size):
@@ -152,10 +144,8 @@ class TensorStore:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         places = []
         for tensor in tensors:
-            if tensor is None:
-                places.append(None)
-                continue
-            places.append((self._end, tuple(tensor.shape), tensor.dtype))
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            places.append((self._end, list(tensor.shape), dtype))
             data = bytes_of(tensor)
             while len(data):
                 count = os.pwrite(self._fd, data[: 1 << 30], self._end)
@@ -163,13 +153,13 @@ class TensorStore:
         self._places[number] = places
 
     def _read(self, position, shape, dtype):
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
         read_into(self._fd, bytes_of(tensor), position, self.path)
         return tensor
 
 
 def _num_bytes(tensors):
-    return sum(t.nbytes for t in tensors if t is not None)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def room_for_hidden(config, model, batches):
