@@ -27,7 +27,7 @@ from antidote_fast.files.tensor_file import save_tensors
 from antidote_fast.models.forwards import make_lean
 from antidote_fast.models.targets import find_targets
 from antidote_fast.models.tokens import num_embeddings
-from antidote_fast.models.undo import Undo, eval_mode, no_grad
+from antidote_fast.models.undo import eval_mode, no_grad, undoing
 from antidote_fast.norms import fusion
 from antidote_fast.norms.collector import (
     AGGREGATIONS,
@@ -164,41 +164,34 @@ class ActivationNorms:
                 fusion.check_fuse(device.type, aggregation)
         if fingerprint is None:
             fingerprint = fingerprint_model(model)
-        undo = Undo()
-        # Twice, each to the end: an interrupt may come in the midst of the first.
-        try:
-            try:
-                no_grad(undo)
-                collector = NormCollector(
-                    chosen, aggregation=aggregation, response_only=response_only, backend=backend
+        with undoing() as undo:
+            no_grad(undo)
+            collector = NormCollector(
+                chosen, aggregation=aggregation, response_only=response_only, backend=backend
+            )
+            undo.later(collector.close)
+            collector.open()
+            if collector.others_on(model):
+                raise UsageError(
+                    "model: norms are being collected on it already; wait for that, or use a copy "
+                    "of the model"
                 )
-                undo.later(collector.close)
-                collector.open()
-                if collector.others_on(model):
-                    raise UsageError(
-                        "model: norms are being collected on it already; wait for that, or use a "
-                        "copy of the model"
-                    )
-                eval_mode(model, undo)
-                if fuse:
-                    fusion.fuse(model, collector, undo)
-                options = make_lean(model, undo, chosen)
-                numbered = enumerate(track(batches, "calibrate", progress))
-                known = num_embeddings(model)
-                placed = (on_device(batch, device, known, number) for number, batch in numbered)
-                if in_step:
-                    forward = functools.partial(run_forward, model, options)
-                    run_in_step(placed, collector, forward, world, device)
-                    reshard(model)
-                else:
-                    with world.together():
-                        for batch in placed:
-                            run_batch(model, collector, batch, options)
-                return cls.of(collector, fingerprint=fingerprint, world=world)
-            finally:
-                undo.run()
-        finally:
-            undo.run()
+            eval_mode(model, undo)
+            if fuse:
+                fusion.fuse(model, collector, undo)
+            options = make_lean(model, undo, chosen)
+            numbered = enumerate(track(batches, "calibrate", progress))
+            known = num_embeddings(model)
+            placed = (on_device(batch, device, known, number) for number, batch in numbered)
+            if in_step:
+                forward = functools.partial(run_forward, model, options)
+                run_in_step(placed, collector, forward, world, device)
+                reshard(model)
+            else:
+                with world.together():
+                    for batch in placed:
+                        run_batch(model, collector, batch, options)
+            return cls.of(collector, fingerprint=fingerprint, world=world)
 
     @classmethod
     def of(
@@ -320,24 +313,22 @@ class ActivationNorms:
         Raises:
             DataError: no such file, not a norms file, an unknown version, or damaged contents.
         """
-        path = Path(path)
+        where = f"{name}={str(path)!r}"
         try:
             metadata, tensors = read_tensor_file(path)
         except FileNotFoundError:
-            raise DataError(f"{name}={str(path)!r}: no such file") from None
-        except OSError as error:
-            raise DataError(f"{name}={str(path)!r}: cannot be read: {error.strerror}") from None
-        except DataError as error:
-            what = str(error).removeprefix(f"{path}: ")
-            raise DataError(f"{name}={str(path)!r}: cannot be read: {what}") from None
+            raise DataError(f"{where}: no such file") from None
+        except (OSError, DataError) as error:
+            what = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ")
+            raise DataError(f"{where}: cannot be read: {what}") from None
+        if metadata.get("format") != FORMAT:
+            raise DataError(f"{where}: is not a norms file of antidote_fast")
+        if metadata.get("version") != VERSION:
+            raise DataError(
+                f"{where}: has format version {metadata.get('version')!r}; "
+                f"this release reads {VERSION}"
+            )
         try:
-            if metadata.get("format") != FORMAT:
-                raise DataError(f"{name}={str(path)!r}: is not a norms file of antidote_fast")
-            if metadata.get("version") != VERSION:
-                raise DataError(
-                    f"{name}={str(path)!r}: has format version {metadata.get('version')!r}; "
-                    f"this release reads {VERSION}"
-                )
             sums: dict[str, dict[str, Tensor]] = {kind: {} for kind in _SUMS}
             for full, tensor in tensors.items():
                 key, _, kind = full.rpartition(".")
@@ -345,22 +336,17 @@ class ActivationNorms:
             mean = metadata["aggregation"] == "mean"
             if metadata["aggregation"] not in AGGREGATIONS or mean != bool(sums["norm_sum"]):
                 raise ValueError(f"aggregation={metadata['aggregation']!r}")
-            return cls(
-                sums["sq_sum"],
-                norm_sum=sums["norm_sum"] if mean else None,
-                num_sequences=int(metadata["num_sequences"]),
-                num_tokens=int(metadata["num_tokens"]),
-                response_only={"true": True, "false": False}[metadata["response_only"]],
-                fingerprint=metadata["fingerprint"],
-                transposed=_names(metadata["transposed"]),
-                routed=_names(metadata["routed"]),
-            )
-        except DataError:
-            raise
+            settings: dict[str, Any] = {
+                "num_sequences": int(metadata["num_sequences"]),
+                "num_tokens": int(metadata["num_tokens"]),
+                "response_only": {"true": True, "false": False}[metadata["response_only"]],
+                "fingerprint": metadata["fingerprint"],
+                "transposed": _names(metadata["transposed"]),
+                "routed": _names(metadata["routed"]),
+            }
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise DataError(
-                f"{name}={str(path)!r}: cannot be read: {printable(error):.300}"
-            ) from None
+            raise DataError(f"{where}: cannot be read: {printable(error):.300}") from None
+        return cls(sums["sq_sum"], norm_sum=sums["norm_sum"] if mean else None, **settings)
 
     def _check(self) -> None:
         if not self.sq_sum:
@@ -399,9 +385,5 @@ def _added(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str
 
 def counts_of(norms: ActivationNorms) -> dict[str, Any]:
     """Return what a report says of norms: how much they were collected over, and how."""
-    return {
-        "num_sequences": norms.num_sequences,
-        "num_tokens": norms.num_tokens,
-        "response_only": norms.response_only,
-        "aggregation": norms.aggregation,
-    }
+    names = ("num_sequences", "num_tokens", "response_only", "aggregation")
+    return {name: getattr(norms, name) for name in names}
