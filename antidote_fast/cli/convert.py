@@ -122,22 +122,18 @@ def _load(path):
 
 def _named(path, contents, prefix):
     """(parameter name, tensor) of each mask in a dict, or in a list or dict of layers."""
-    pairs = None
     if isinstance(contents, list):
-        pairs = list(enumerate(contents))
-    elif isinstance(contents, dict) and contents and all(type(key) is int for key in contents):
-        pairs = list(contents.items())
-    elif isinstance(contents, dict):
-        groups = [("", contents)]
-    else:
+        contents = dict(enumerate(contents))
+    if not isinstance(contents, dict):
         raise DataError(f"{path}: holds a {type(contents).__name__}, not masks by name")
-    if pairs is not None:
-        for number, layer in pairs:
+    groups = {"": contents}
+    if contents and all(type(key) is int for key in contents):
+        for number, layer in contents.items():
             if not isinstance(layer, dict) or number < 0:
                 raise DataError(f"{path}: layer {number} is not a dict of masks by name")
-        groups = [(f"{prefix}{number}.", layer) for number, layer in pairs]
+        groups = {f"{prefix}{number}.": layer for number, layer in contents.items()}
     seen = set()
-    for start, masks in groups:
+    for start, masks in groups.items():
         for name, tensor in masks.items():
             if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_NAME:
                 raise DataError(f"{path}: {ascii(name)[:80]} is not the name of a weight")
@@ -196,13 +192,8 @@ def convert_command(argv: Sequence[str]) -> None:
         tell(parser.format_help(), end="")
         return
     flags = parser.parse_args(argv)
-    counts = convert_masks(
-        flags.old,
-        flags.output,
-        ones=flags.ones,
-        prefix=flags.prefix,
-        overwrite=flags.overwrite,
-    )
+    options = {"ones": flags.ones, "prefix": flags.prefix, "overwrite": flags.overwrite}
+    counts = convert_masks(flags.old, flags.output, **options)
     tell(
         f"{counts['masks']} masks, {counts['removed']:,} of {counts['weights']:,} weights removed: "
         f"{flags.output}"
