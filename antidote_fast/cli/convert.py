@@ -148,9 +148,9 @@ def _named(path, contents, prefix):
 
 
 def _packed(path, name, tensor, ones_kept):
-    import numpy as np
     import torch
 
+    from antidote_fast.backends.reference import pack_bits
     from antidote_fast.masks import PackedMask
 
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_nested
@@ -172,10 +172,8 @@ def _packed(path, name, tensor, ones_kept):
             raise DataError(f"{path}: {name!r} is {tensor.dtype}, which no mask is of") from None
         if not bool((ones | ~chosen).all()):
             raise DataError(f"{path}: {name!r} holds values other than 0 and 1")
-        chosen = (~chosen if ones_kept else chosen).numpy()
-        bits.append(torch.from_numpy(np.packbits(chosen, axis=1, bitorder="little")))
-    empty = torch.zeros((0, (tensor.shape[1] + 7) // 8), dtype=torch.uint8)
-    return PackedMask(torch.cat(bits or [empty]), tuple(tensor.shape))
+        bits.append(pack_bits(~chosen if ones_kept else chosen))
+    return PackedMask(torch.cat(bits), tuple(tensor.shape))
 
 
 def convert_command(argv: Sequence[str]) -> None:

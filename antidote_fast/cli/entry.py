@@ -156,12 +156,11 @@ def _run_stage(name, words, quiet, size):
         hint = "; share its jobs with --shard" if name == "fleet" else ""
         raise UsageError(f"{name}: runs in one process; torchrun is for {shared}{hint}")
     run = _function(stage.run)
-    with command_line_progress(quiet) as progress:
+    with contextlib.ExitStack() as stack:
+        options = {"progress": stack.enter_context(command_line_progress(quiet))}
         if size > 1:
-            with session(config.device) as world:
-                report = run(config, progress=progress, world=world)
-        else:
-            report = _reported(run, config, progress)
+            options["world"] = stack.enter_context(session(config.device))
+        report = _reported(run, config, options)
     error = report.pop("raise", None)
     if not quiet:
         from antidote_fast.cli.show import summary
@@ -171,10 +170,10 @@ def _run_stage(name, words, quiet, size):
         raise error
 
 
-def _reported(run, config, progress):
+def _reported(run, config, options):
     """The report of a stage; one that did a part of its work hands it over with its exception."""
     try:
-        return run(config, progress=progress)
+        return run(config, **options)
     except (Interrupted, JobsSetAside) as error:
         if getattr(error, "report", None) is None:
             raise

@@ -29,7 +29,7 @@ from antidote_fast.files.commit import (
 from antidote_fast.files.manifest import read_manifest
 from antidote_fast.files.places import run_of, sync
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 KEPT = "what was done is kept, and the same command with --resume goes on"
 
 

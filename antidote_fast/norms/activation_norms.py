@@ -8,9 +8,10 @@ root of the mean square (``aggregation="rms"``), its text the mean of per-sequen
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ VERSION = "1"
 _SUMS = ("sq_sum", "norm_sum")
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class ActivationNorms:
     """The sums of squares that a data set gives, from which any selection can be made later.
 
@@ -63,26 +65,22 @@ class ActivationNorms:
             below 1.
     """
 
-    def __init__(
-        self,
-        sq_sum: Mapping[str, Tensor],
-        *,
-        num_sequences: int,
-        num_tokens: int,
-        norm_sum: Mapping[str, Tensor] | None = None,
-        response_only: bool = False,
-        fingerprint: str = "",
-        transposed: Iterable[str] = (),
-        routed: Iterable[str] = (),
-    ) -> None:
-        self.sq_sum = dict(sq_sum)
-        self.norm_sum = None if norm_sum is None else dict(norm_sum)
-        self.num_sequences = int(num_sequences)
-        self.num_tokens = int(num_tokens)
-        self.response_only = bool(response_only)
-        self.fingerprint = fingerprint
-        self.transposed = frozenset(transposed)
-        self.routed = frozenset(routed)
+    sq_sum: dict[str, Tensor]
+    _: dataclasses.KW_ONLY
+    num_sequences: int
+    num_tokens: int
+    norm_sum: dict[str, Tensor] | None = None
+    response_only: bool = False
+    fingerprint: str = ""
+    transposed: Set[str] = frozenset()
+    routed: Set[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.sq_sum = dict(self.sq_sum)
+        self.norm_sum = None if self.norm_sum is None else dict(self.norm_sum)
+        self.num_sequences, self.num_tokens = int(self.num_sequences), int(self.num_tokens)
+        self.response_only = bool(self.response_only)
+        self.transposed, self.routed = frozenset(self.transposed), frozenset(self.routed)
         self._check()
 
     @property
@@ -236,9 +234,10 @@ class ActivationNorms:
         for key, value in self.sq_sum.items():
             if value.shape != other.sq_sum[key].shape:
                 raise DataError(f"norms cannot be merged: {key} differs in length")
-        return self._with(
-            _added(self.sq_sum, other.sq_sum),
-            self.norm_sum and _added(self.norm_sum, other.norm_sum or {}),
+        return dataclasses.replace(
+            self,
+            sq_sum=_added(self.sq_sum, other.sq_sum),
+            norm_sum=self.norm_sum and _added(self.norm_sum, other.norm_sum or {}),
             num_sequences=self.num_sequences + other.num_sequences,
             num_tokens=self.num_tokens + other.num_tokens,
         )
@@ -253,9 +252,10 @@ class ActivationNorms:
         absent = [key for key in keys if key not in self.sq_sum]
         if absent:
             raise DataError(f"{name}: hold no weight {absent[0]!r}; collect them for these targets")
-        return self._with(
-            {key: self.sq_sum[key] for key in keys},
-            self.norm_sum and {key: self.norm_sum[key] for key in keys},
+        return dataclasses.replace(
+            self,
+            sq_sum={key: self.sq_sum[key] for key in keys},
+            norm_sum=self.norm_sum and {key: self.norm_sum[key] for key in keys},
             transposed=self.transposed & set(keys),
             routed=self.routed & set(keys),
         )
@@ -265,20 +265,13 @@ class ActivationNorms:
         """Join the norms of several blocks, collected on the same data, to those of one model."""
         parts = list(parts)
         means = {key: value for part in parts for key, value in (part.norm_sum or {}).items()}
-        return parts[0]._with(
-            {key: value for part in parts for key, value in part.sq_sum.items()},
-            means or None,
+        return dataclasses.replace(
+            parts[0],
+            sq_sum={key: value for part in parts for key, value in part.sq_sum.items()},
+            norm_sum=means or None,
             transposed=frozenset().union(*(part.transposed for part in parts)),
             routed=frozenset().union(*(part.routed for part in parts)),
         )
-
-    def _with(
-        self, sq_sum: Mapping[str, Tensor], norm_sum: Mapping[str, Tensor] | None, **changes: Any
-    ) -> ActivationNorms:
-        """Other sums, or counts, collected as these were."""
-        names = ("num_sequences", "num_tokens", "response_only", "fingerprint")
-        settings = {name: getattr(self, name) for name in (*names, "transposed", "routed")}
-        return ActivationNorms(sq_sum, norm_sum=norm_sum, **{**settings, **changes})
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file (4 bytes a channel), which appears whole or not at all."""

@@ -5,6 +5,7 @@ block by block. Its weights are read from the checkpoint's files when they are n
 """
 
 import contextlib
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -83,10 +84,6 @@ class BlockModel:
         """Size in memory of what lies before the first block: the embeddings, mostly."""
         return sum(empty.nbytes for _, empty in self._outside.values())
 
-    def read(self, index) -> dict[str, torch.Tensor]:
-        """A block's tensors as saved, on the CPU, by their name in the checkpoint."""
-        return self._read(self._sources[index])
-
     def loaded(self, indices, prefetch=True):
         """For each index its tensors as saved; inside the loop's body that block can be run.
 
@@ -100,16 +97,14 @@ class BlockModel:
         """
         indices = list(indices)
         with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self.read, indices[0]) if indices else None
-            for place, index in enumerate(indices):
-                tensors = coming.result()
-                more = place + 1 < len(indices)
-                coming = reader.submit(self.read, indices[place + 1]) if more and prefetch else None
+            coming = None
+            for index, following in itertools.zip_longest(indices, indices[1:]):
+                tensors = self._read(index) if coming is None else coming.result()
+                ahead = prefetch and following is not None
+                coming = reader.submit(self._read, following) if ahead else None
                 with self._filled(self._sources[index], tensors):
                     yield index, tensors
                 tensors = None
-                if more and not prefetch:
-                    coming = reader.submit(self.read, indices[place + 1])
 
     @torch.no_grad()
     def calls(self, batches):
@@ -122,7 +117,7 @@ class BlockModel:
             (hidden states that enter the first block, what :meth:`run` takes as ``calls``) of each
             batch.
         """
-        tensors = self._read(self._outside)
+        tensors = self._tensors_of(self._outside)
         with self._filled(self._outside, tensors), lean_forward(self.model) as options:
             for batch in batches:
                 inputs = {
@@ -156,17 +151,16 @@ class BlockModel:
 
     def _recorded(self, inputs):
         """The model up to its last block, each block replaced by one that notes its arguments."""
-        for attempt in range(2):
-            calls = []
+        for as_tuple in (self._as_tuple, not self._as_tuple):
+            calls, self._as_tuple = [], as_tuple
             try:
                 with self._recorders(calls):
                     self.model(**inputs)
+                break
             except _Done:
                 return calls[0][0], [entry[1:] for entry in calls]
             except _OtherForm:
-                if attempt:
-                    break
-                self._as_tuple = not self._as_tuple
+                continue
         raise DataError(
             f"{self.base.folder}: hands other values than hidden states from block to block, or "
             "leaves blocks out; prune it without stream"
@@ -216,7 +210,11 @@ class BlockModel:
             empties = {name: empty for name, (_, empty) in sources.items()}
             self.model.load_state_dict(empties, strict=False, assign=True)
 
-    def _read(self, sources):
+    def _read(self, index):
+        return self._tensors_of(self._sources[index])
+
+    def _tensors_of(self, sources):
+        """The tensors as saved, on the CPU, by their names in the checkpoint."""
         return {saved: read_tensor(self.base.tensors[saved]) for saved, _ in sources.values()}
 
     def _all_sources(self):

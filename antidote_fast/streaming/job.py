@@ -39,8 +39,7 @@ def collect_norms(config, base, adapter, records, run, *, tokenizer=None, progre
     """
     blocks = _Blocks(config, base, adapter, records, run, tokenizer)
     with interrupts.remembered() as request, Background() as background:
-        for _ in blocks.run(request, background, progress, stop_early=True):
-            pass
+        blocks.run(request, background, progress)
     return blocks.norms(), blocks.counts
 
 
@@ -73,11 +72,11 @@ def prune_model(
             blocks = _Blocks(config, base, None, records, run, tokenizer)
             targets = blocks.calibration.targets
             keys = [target.key for target in targets]
-            evidence = replace(
-                evidence,
-                transposed={target.key for target in targets if target.transposed},
-                routed={target.key for target in targets if target.routed},
-            )
+            roles = {
+                role: {target.key for target in targets if getattr(target, role)}
+                for role in ("transposed", "routed")
+            }
+            evidence = replace(evidence, **roles)
         preserve_norms = evidence.preserve_norms
         if preserve_norms is not None:
             if config.targets is not None or config.ignore:
@@ -86,12 +85,10 @@ def prune_model(
             check_keys(keys, preserve_norms.sq_sum, "preserve_norms")
         writer = Writer(config, base, run, keys, evidence, aligned)
         if blocks is not None and config.scope != "global":
-            for tensors, part in blocks.run(request, background, progress, writer=writer):
-                writer.prune(tensors, part)
+            blocks.run(request, background, progress, writer)
         else:
             if blocks is not None:
-                for _ in blocks.run(request, background, progress, stop_early=True):
-                    pass
+                blocks.run(request, background, progress)
                 background.wait()
                 norms = blocks.norms()
             writer.rewrite(norms, request, background, progress)
@@ -146,17 +143,17 @@ class _Blocks:
         """The norms of all targets."""
         return ActivationNorms.joined(self._parts)
 
-    def run(self, request, background, progress, *, writer=None, stop_early=False):
-        """Run what is left; yields (tensors as saved, norms or None) of each block.
+    def run(self, request, background, progress, writer=None):
+        """Run what is left.
 
-        With a writer each block's tensors are written once the caller has them back. With
-        ``stop_early`` blocks behind the last target are not read.
+        With a writer each block is pruned and written once its norms are there; without, blocks
+        behind the last target are not read.
         """
         calibration, model = self.calibration, self._model
         first, end = self.state.get("next", 0), len(model)
-        if stop_early:
+        if writer is None:
             end = calibration.last + 1
-        if writer is not None and not first:
+        elif not first:
             names = {name for i in range(len(model)) for name in model.saved_names(i)}
             background.submit(writer.copy_others, names)
         if first <= calibration.last:
@@ -166,7 +163,8 @@ class _Blocks:
         for index, tensors, norms in track(steps, "stream", progress, total=end - first):
             if norms is not None:
                 self._parts.append(norms)
-            yield tensors, norms
+            if writer is not None:
+                writer.prune(tensors, norms)
             unsaved += model.num_bytes(index)
             state = before = spilled = None
             # Keeping must not cost more than the block itself did.
