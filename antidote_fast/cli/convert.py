@@ -50,9 +50,8 @@ def convert_masks(
         ``{"masks": count, "removed": weights, "weights": weights in all}``.
 
     Raises:
-        DataError: not such a file; code in it; anything in it that is not a mask; a destination
-            that is there and may not be replaced.
-        UsageError: another ``ones``.
+        DataError: not such a file, anything in it that is not a mask, or a destination that may not
+            be replaced.
         AntidoteError: it cannot be written.
     """
     from antidote_fast.masks import save_masks
@@ -182,9 +181,7 @@ def convert_command(argv: Sequence[str]) -> None:
     parser.add_argument("old", help="a file of masks that torch.save wrote")
     parser.add_argument("--output", required=True, help="the .safetensors file to write")
     parser.add_argument("--ones", help="removed or kept: what a 1 in the old file means")
-    parser.add_argument(
-        "--prefix", default=PREFIX, help="before the number of a layer [%(default)s]"
-    )
+    parser.add_argument("--prefix", default=PREFIX, help="before a layer's number [%(default)s]")
     parser.add_argument("--overwrite", action="store_true", help="replace a mask file")
     if "-h" in argv or "--help" in argv:
         tell(parser.format_help(), end="")

@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from antidote_fast.errors import (
     UsageError,
     printable,
 )
+from antidote_fast.system.interrupts import handled_by
 from antidote_fast.system.progress import (
     command_line_progress,
     drop_unwritable,
@@ -85,7 +85,8 @@ def _run(argv):
     quiet = "--quiet" in argv
     argv = [word for word in argv if word not in ("--debug", "--quiet")]
     try:
-        with _interrupts(), _hushed(debug):
+        # SIGTERM ends a command as Ctrl-C does: staged folders are removed on the way out.
+        with handled_by(signal.default_int_handler, [signal.SIGTERM]), _hushed(debug):
             return _dispatch(argv, quiet)
     except (KeyboardInterrupt, Exception) as error:
         if debug:
@@ -232,20 +233,6 @@ def _missing_extra(error):
     return AntidoteError(
         f"{error.name or error} is not installed; pip install 'antidote-fast[{extra}]'"
     )
-
-
-@contextlib.contextmanager
-def _interrupts():
-    """SIGTERM ends a command as Ctrl-C does: staged folders are removed on the way out."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -47,9 +47,7 @@ def local_rows(
     """What of the targets this rank prunes, every check made that needs more than one rank.
 
     Args:
-        targets: of :func:`antidote_fast.models.targets.find_targets`.
-        evidence: the :class:`antidote_fast.pruning.evidence.Evidence`.
-        selection: as :func:`antidote_fast.pruning.prune.prune_model_` takes it.
+        targets, evidence, selection: as :func:`antidote_fast.pruning.prune.prune_model_` has them.
         scores: names of the scores that a rank can tell of its rows alone.
 
     Returns:
@@ -193,9 +191,6 @@ def run_in_step(
         run: runs one forward of a batch.
         world: all ranks that hold a shard.
         device: where the model takes its inputs.
-
-    Raises:
-        As :meth:`ActivationNorms.collect`; PeerFailed on the other ranks.
     """
     rest, counts = iter(batches), False
     ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
@@ -232,13 +227,9 @@ def sampled_rows(
 ) -> dict[str, Tensor] | None:
     """A few rows of sharded matrices, the same on every rank, in one collective.
 
-    Args:
-        parameters: list of (name, parameter); those that are not sharded matrices are left out.
-        pick: which rows, from a shape.
-        columns: how many columns of them.
-
     Returns:
-        {name: (rows, columns) fp32}, or None where one is sharded otherwise than by rows.
+        {name: (rows that ``pick`` gives of a shape, first ``columns``) fp32}, without what is no
+        sharded matrix; None where one is sharded otherwise than by rows.
     """
     whole, parts, world = {}, {}, ALONE
     for name, parameter in parameters:

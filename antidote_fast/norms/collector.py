@@ -483,11 +483,8 @@ def run_batch(
 ) -> None:
     """One forward under a :class:`NormCollector`; on a GPU out of memory, two of half the size.
 
-    Args:
-        model: in eval mode; the caller has switched gradients off.
-        collector: has its hooks on the model.
-        batch: as :meth:`ActivationNorms.collect` takes it, on the model's device.
-        options: of :func:`lean_forward`.
+    The model is in eval mode, with hooks of the collector and without gradients; the batch is on
+    its device, and the options are those of :func:`lean_forward`.
     """
 
     def forward(part: Mapping[str, Any]) -> None:
@@ -503,12 +500,9 @@ def in_halves(forward: Callable[..., Any], batch: Mapping[str, Any], *others: An
     """What a forward gives: of all, or where a GPU's memory is too small, of ever smaller parts.
 
     Args:
-        forward: takes the same arguments as follow; begins anew what it left unfinished.
+        forward: takes what follows, and begins anew what it left unfinished.
         batch: dict with ``input_ids`` (B, T).
         others: what else is split, in tuples and lists: tensors of B entries.
-
-    Returns:
-        The results, in order.
 
     Raises:
         AntidoteError: it does not fit at one sequence either.

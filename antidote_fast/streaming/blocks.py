@@ -85,15 +85,10 @@ class BlockModel:
         return sum(empty.nbytes for _, empty in self._outside.values())
 
     def loaded(self, indices, prefetch=True):
-        """For each index its tensors as saved; inside the loop's body that block can be run.
+        """For each index (index, {name as saved: tensor}); the loop's body can run that block.
 
-        Args:
-            indices: of blocks, in order.
-            prefetch: read the next block while this one is in use.
-
-        Yields:
-            (index, {saved name: tensor}); the tensors are the caller's to change once the block
-            has run, as on the CPU the block runs on that very memory.
+        With ``prefetch`` the next block is read while this one is in use. The tensors are the
+        caller's to change once the block has run, as on the CPU it runs on that very memory.
         """
         indices = list(indices)
         with ThreadPoolExecutor(1) as reader:
@@ -110,12 +105,8 @@ class BlockModel:
     def calls(self, batches):
         """What each block is called with, batch by batch: embeddings are in memory meanwhile.
 
-        Args:
-            batches: dicts of tensors for the model's forward.
-
         Yields:
-            (hidden states that enter the first block, what :meth:`run` takes as ``calls``) of each
-            batch.
+            (hidden states that enter the first block, a ``call`` for :meth:`run` of each block).
         """
         tensors = self._tensors_of(self._outside)
         with self._filled(self._outside, tensors), lean_forward(self.model) as options:
@@ -129,13 +120,7 @@ class BlockModel:
 
     @torch.no_grad()
     def run(self, index, hidden, call) -> torch.Tensor:
-        """The hidden states that leave block ``index``, which must be loaded.
-
-        Args:
-            index: of the block.
-            hidden: (B, T, hidden_size), the states that enter it.
-            call: of :meth:`calls`, that batch's entry ``index``.
-        """
+        """What leaves block ``index``, which must be loaded, of ``hidden`` (B, T, hidden_size)."""
         leaves, spec, place = call
         leaves = [x.to(self.device) if isinstance(x, torch.Tensor) else x for x in leaves]
         leaves[place] = hidden.to(self.device)
@@ -282,11 +267,10 @@ def _find_blocks(model, base):
     if getattr(model.config, "is_encoder_decoder", False):
         raise DataError(f"{base.folder}: has an encoder and a decoder; prune it without stream")
     lists = [
-        (sum(p.numel() for p in module.parameters()), -len(name), name, module)
+        (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     ]
     if not lists:
         raise DataError(f"{base.folder}: has no list of decoder blocks; prune it without stream")
-    *_, name, module = max(lists, key=lambda entry: entry[:2])
-    return name, module
+    return max(lists, key=lambda x: (sum(p.numel() for p in x[1].parameters()), -len(x[0])))

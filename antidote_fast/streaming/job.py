@@ -27,11 +27,8 @@ def collect_norms(config, base, adapter, records, run, *, tokenizer=None, progre
 
     Args:
         config: a :class:`CalibrateConfig` or :class:`PruneConfig`.
-        base, adapter: checkpoints, as the stage opened them.
-        records: the calibration data.
+        base, adapter, records: as the stage opened them.
         run: :class:`antidote_fast.files.resume.Run`.
-        tokenizer: instead of the base's own.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
 
     Raises:
         Interrupted: a signal came; the block that ran then is done and kept.
@@ -49,14 +46,11 @@ def prune_model(
     """Prune a full model into ``run.output``, block by block.
 
     Args:
-        config: a :class:`PruneConfig`.
-        base: the model's checkpoint.
-        records: the calibration data, or None where the evidence is whole without.
-        run: :class:`antidote_fast.files.resume.Run`.
+        config, base, records, run: as :func:`collect_norms`; ``records`` is None where the evidence
+            is whole without.
         evidence: :class:`antidote_fast.pruning.evidence.Evidence`, without weights of ``aligned``.
         keys: names of the weights; not looked at where the calibration finds them.
         aligned: checkpoint of the model whose values removed weights take, or None.
-        tokenizer, progress: as :func:`collect_norms`.
 
     Returns:
         (PruneReport, norms or None, what the report says of them, {file name: SHA-256}).

@@ -57,11 +57,7 @@ class BlockCalibration:
         return max(i for i, targets in enumerate(self._by_block) if targets)
 
     def begin(self, hidden=None):
-        """Run the model up to its first block.
-
-        Args:
-            hidden: what :meth:`keep` returned in an interrupted run, to go on from there.
-        """
+        """Run the model up to its first block, or go on from what :meth:`keep` returned."""
         self._calls = TensorStore(self.folder / "calls.bin", self.room)
         if hidden is None:
             self._hidden = self._store(0)
@@ -75,15 +71,11 @@ class BlockCalibration:
         self.spilled_bytes = self._spilled(self._hidden)
 
     def steps(self, indices, prefetch=True):
-        """Run block after block.
-
-        Args:
-            indices: of the blocks, in order, from the one that :meth:`begin` was about.
-            prefetch: read the next block while this one runs.
+        """Run block after block, from the one that :meth:`begin` was about to the last target.
 
         Yields:
             (index, {name as saved: tensor}, norms of the block's targets or None where it has
-            none). The tensors are the caller's to change. Blocks after the last target do not run.
+            none); the tensors are the caller's to change.
         """
         for index, tensors in self.model.loaded(indices, prefetch):
             norms = self.run(index) if index <= self.last else None

@@ -14,11 +14,7 @@ _SHARE = 0.8  # of the free memory, where max_memory says nothing
 
 
 class Room:
-    """Bytes that several stores share.
-
-    Args:
-        limit: the most that they may hold in memory together.
-    """
+    """Bytes that several stores may hold in memory together."""
 
     def __init__(self, limit):
         self.left = max(0, int(limit))
@@ -36,12 +32,7 @@ class Room:
 
 
 class TensorStore:
-    """Lists of tensors by number; those that find no room lie in one file.
-
-    Args:
-        path: the file, made when it is first needed.
-        room: a :class:`Room`.
-    """
+    """Lists of tensors by number; those that find no room lie in one file, made when needed."""
 
     def __init__(self, path, room):
         self.path, self.room = Path(path), room
@@ -51,13 +42,10 @@ class TensorStore:
         self._fd = None
 
     def put(self, number, tensors, memory=None):
-        """Put away a list of tensors.
+        """Put away a list of tensors; copied where they do not stay in memory.
 
-        Args:
-            number: under which :meth:`get` gives it back.
-            tensors: the list; copied where ``memory`` is given or they do not stay in memory.
-            memory: what :meth:`take` of another store of the same room gave for a list of these
-                shapes and dtypes; it is filled, so that nothing is allocated anew.
+        ``memory``, which :meth:`take` of another store of the same room gave for such a list, is
+        filled where it is given, so that nothing is allocated anew.
         """
         tensors = [tensor.detach().to("cpu").contiguous() for tensor in tensors]
         size = _num_bytes(tensors)
@@ -99,10 +87,9 @@ class TensorStore:
             self.path.unlink(missing_ok=True)
 
     def keep(self) -> list:
-        """Have all of it in the file, what is in memory too; :meth:`sync` then waits for the disk.
+        """Have all in the file, what is in memory too; gives what :meth:`reopen` needs, for JSON.
 
-        Returns:
-            What :meth:`reopen` needs, for JSON.
+        :meth:`sync` then waits for the disk.
         """
         for number, tensors in self._held.items():
             if number not in self._places:
