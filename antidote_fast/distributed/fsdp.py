@@ -66,19 +66,14 @@ def local_rows(
     weights = {key: w.to_local() if is_sharded(w) else w for key, w in weights.items()}
     if world.size == 1:
         return weights, ALONE
+    saved = "where weights are sharded; or prune the saved checkpoint"
     if selection.n_m is None and selection.scope != "row":
-        raise UsageError(
-            f"scope={selection.scope!r}: must be row where weights are sharded; or prune the saved "
-            "checkpoint"
-        )
+        raise UsageError(f"scope={selection.scope!r}: must be row {saved}")
     if evidence.score not in scores:
         accepted = " or ".join(scores)
         raise UsageError(f"score={evidence.score!r}: must be {accepted} where weights are sharded")
     if evidence.base_weights is not None:
-        raise UsageError(
-            "base_weights: must be left out where weights are sharded; or prune the saved "
-            "checkpoint"
-        )
+        raise UsageError(f"base_weights: must be left out {saved}")
     for target in targets:
         if target.transposed and is_sharded(target.weight):
             raise DataError(

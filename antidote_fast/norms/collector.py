@@ -180,9 +180,14 @@ class NormCollector:
             if sorted(self._order) != list(range(len(self.targets))):
                 self.stop_early = False
         self._add_pending()
-        for flat in self._batch.values():
-            if not bool(torch.isfinite(flat).all()):
-                self._name_the_bad_layer()
+        if not all(bool(torch.isfinite(flat).all()) for flat in self._batch.values()):
+            slots = zip(self.targets, self._slots, strict=True)
+            bad = next(t for t, slot in slots if not all(bool(x.isfinite().all()) for x in slot))
+            self.discard()
+            raise DataError(
+                f"{bad.key}: its input holds NaN or infinity, or squares past float32, in batch "
+                f"{self._seen_batches}"
+            )
         for device, flat in self._batch.items():
             self._total[device].add_(flat)
         self.num_sequences += self._sequences
@@ -294,11 +299,10 @@ class NormCollector:
             start = sizes.get(device, 0)
             self._places.append((device, start, target.in_features))
             sizes[device] = start + parts * target.in_features
-        zeros = [
+        self._batch, self._total = (
             {d: torch.zeros(n, dtype=torch.float64, device=d) for d, n in sizes.items()}
             for _ in range(2)
-        ]
-        self._batch, self._total = zeros
+        )
         self._slots = self._views(self._batch)
 
     def _views(self, flats: Flats) -> list[tuple[Tensor, ...]]:
@@ -420,15 +424,6 @@ class NormCollector:
                 f"{tuple(self._shape)}"
             )
         return self.tokens_counted(x)[1], add
-
-    def _name_the_bad_layer(self) -> None:
-        for target, views in zip(self.targets, self._slots, strict=True):
-            if not all(bool(torch.isfinite(view).all()) for view in views):
-                self.discard()
-                raise DataError(
-                    f"{target.key}: its input holds NaN or infinity, or squares past float32, in "
-                    f"batch {self._seen_batches}"
-                )
 
 
 def _version(x: Tensor) -> int | None:

@@ -66,11 +66,9 @@ def prune_model(
             blocks = _Blocks(config, base, None, records, run, tokenizer)
             targets = blocks.calibration.targets
             keys = [target.key for target in targets]
-            roles = {
-                role: {target.key for target in targets if getattr(target, role)}
-                for role in ("transposed", "routed")
-            }
-            evidence = replace(evidence, **roles)
+            transposed = {target.key for target in targets if target.transposed}
+            routed = {target.key for target in targets if target.routed}
+            evidence = replace(evidence, transposed=transposed, routed=routed)
         preserve_norms = evidence.preserve_norms
         if preserve_norms is not None:
             if config.targets is not None or config.ignore:
@@ -78,18 +76,15 @@ def prune_model(
                 evidence = replace(evidence, preserve_norms=preserve_norms)
             check_keys(keys, preserve_norms.sq_sum, "preserve_norms")
         writer = Writer(config, base, run, keys, evidence, aligned)
-        if blocks is not None and config.scope != "global":
-            blocks.run(request, background, progress, writer)
-        else:
-            if blocks is not None:
-                blocks.run(request, background, progress)
-                background.wait()
-                norms = blocks.norms()
+        in_turn = config.scope != "global"
+        if blocks is not None:
+            blocks.run(request, background, progress, writer if in_turn else None)
+            background.wait()
+            norms, counts = blocks.norms(), blocks.counts
+        if blocks is None or not in_turn:
             writer.rewrite(norms, request, background, progress)
-        background.wait()
+            background.wait()
         digests = writer.finish()
-    if blocks is not None:
-        norms, counts = blocks.norms(), blocks.counts
     return writer.report(), norms, counts, digests
 
 
@@ -119,12 +114,8 @@ class _Blocks:
             backend=getattr(config, "backend", None),
             fingerprint=base.fingerprint(),
         )
-        done = self.state.get("next", 0)
-        self._parts = [
-            ActivationNorms.load(self._norms_file(i))
-            for i in range(done)
-            if self._norms_file(i).exists()
-        ]
+        files = map(self._norms_file, range(self.state.get("next", 0)))
+        self._parts = [ActivationNorms.load(file) for file in files if file.exists()]
         self._records = batches.counts
 
     @property

@@ -119,12 +119,11 @@ def _cgroup_folders(proc, cgroups):
     folders = []
     for line in lines:
         hierarchy, controllers, path = line.split(":", 2)
+        roots = []
         if hierarchy == "0":
             roots = [cgroups, cgroups / "unified"]
         elif "memory" in controllers.split(","):
             roots = [cgroups / "memory"]
-        else:
-            continue
         for root in roots:
             # In a container the path may be the host's, and its own cgroup the root of the mount.
             own = root / path.lstrip("/")

@@ -66,15 +66,13 @@ def tell(text: str, *, error: bool = False, end: str = "\n") -> None:
 @contextlib.contextmanager
 def steady_streams() -> Iterator[None]:
     """Inside the block nothing raises that is printed, whoever prints it."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = mine = Steady(sys.stdout), Steady(sys.stderr)
-    try:
-        yield
-    finally:
-        for name, old, new in zip(("stdout", "stderr"), before, mine, strict=True):
-            new.flush()
-            if getattr(sys, name) is new:
-                setattr(sys, name, old)
+    streams = Steady(sys.stdout), Steady(sys.stderr)
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        try:
+            yield
+        finally:
+            for stream in streams:
+                stream.flush()
 
 
 def open_missing_streams() -> None:
