@@ -13,8 +13,8 @@ import torch
 from antidote_fast.config.prune import CalibrateConfig, GateMixture, PruneConfig
 from antidote_fast.data.batches import batches_of
 from antidote_fast.errors import DataError
-from antidote_fast.files.checkpoint import TensorEntry
 from antidote_fast.files.resume import interrupted_state
+from antidote_fast.files.tensor_file import TensorEntry
 from antidote_fast.models.targets import Target, find_targets
 from antidote_fast.planning.plan import Builder, Plan
 from antidote_fast.pruning.evidence import check_keys
