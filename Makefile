@@ -1,10 +1,11 @@
 # make demo   the whole road on a small real model: align, attack, prune, evaluate -> demo-out/
 # make test   style, the sanitizer table and the tests; of long lists of cases a fixed sample
 # make test-all   every case, and what takes hours: fuzzing, a fleet of 1,000 adapters that is killed
+# make docs   the documents as a site -> build/site
 #
 # Each target works in the virtual environment that is active, and makes .venv where none is.
 # A torch that is there already is kept. On Linux plain `pip install torch` brings CUDA, some
-# gigabytes of it; README.md says how to get the build without.
+# gigabytes of it; docs/install.md says how to get the build without.
 
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 PY := $(VENV)/bin/python
@@ -17,7 +18,7 @@ MARK := $(VENV)/.antidote-fast$(subst /,-,$(CURDIR))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: demo test test-all tests style sanitize fuzz soak bench gpu-check clean
+.PHONY: demo test test-all tests style sanitize fuzz soak docs bench gpu-check clean
 
 # A short spin keeps OpenMP usable on busy cores. A training step of the demo, one of two Xeon cores
 # taken by another program: 25 s with libgomp's default, 2.3 s with a spin of 10000; with both cores
@@ -80,6 +81,10 @@ soak: $(MARK)-test
 		$(PY) -W ignore tests/support/soak.py 1000 20 $(SEED) build/soak
 	rm -rf build/soak
 
+# Fails on a broken link and on a public name without a docstring. Nothing is fetched.
+docs: $(MARK)-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+
 # Those that want a GPU say so and exit with 2.
 bench: $(MARK)-test
 	for file in benchmarks/bench_*.py; do $(PY) $$file || [ $$? = 2 ] || exit; done
@@ -104,6 +109,10 @@ $(MARK)-build: | $(PY)
 
 $(MARK)-test: pyproject.toml setup.py $(NATIVE) | $(MARK)-build
 	$(PY) -m pip install -q --no-build-isolation -e '.[hf,plot,test]'
+	touch $@
+
+$(MARK)-docs: pyproject.toml setup.py $(NATIVE) | $(MARK)-build
+	$(PY) -m pip install -q --no-build-isolation -e '.[docs]'
 	touch $@
 
 $(MARK)-demo: pyproject.toml setup.py $(NATIVE) | $(MARK)-build

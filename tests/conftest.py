@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import faulty
+import broken_backends
 import interpreting
 import sampling
 import tiny
@@ -55,8 +55,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def broken(monkeypatch):
-    """Puts a backend that does some damage in place of another, as :func:`faulty.install`."""
-    return functools.partial(faulty.install, monkeypatch)
+    """Puts a backend that does some damage in place of another (``broken_backends.install``)."""
+    return functools.partial(broken_backends.install, monkeypatch)
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def _remove(weight, removed, base_weight):
         weight.view(bits).copy_(torch.where(removed, base, weight.view(bits)))
 
 
-def selected_masks(keys, selection):
+def selected_masks(keys: Sequence[Tensor], selection: Selection) -> list[Tensor]:
     """Bool masks of what is removed, by integer keys in the order (key, index)."""
     if selection.scope == "row":
         return [_selected_in_rows(key, selection) for key in keys]

@@ -167,7 +167,7 @@ def prune_state_(
         selection, seed, backend, return_masks, cross_check: as :func:`prune_model_`.
 
     Raises:
-        As :func:`prune_model_`; nothing is written then.
+        AntidoteError: as :func:`prune_model_`; nothing is written then.
     """
     evidence = Evidence.of(evidence)
     evidence.check(selection, seed)

@@ -41,7 +41,7 @@ def test_every_kernel_keeps_the_rules(tmp_path):
 
 
 def test_each_broken_rule_is_named(tmp_path):
-    done, found = compiled(tmp_path, "--calls", "aot_toys:calls", "--arch", "90")
+    done, found = compiled(tmp_path, "--calls", "broken_kernels:calls", "--arch", "90")
     assert done.returncode == 1
     narrow, spills, fused, silent = found["problems"]
     assert "narrow_kernel" in narrow

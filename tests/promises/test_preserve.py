@@ -2,11 +2,11 @@
 
 import json
 
+import plain_prune
 import pytest
-import slow
 import tiny
 import torch
-from faulty import DAMAGES, WRONG, not_written, one_too_many, swap
+from broken_backends import DAMAGES, WRONG, not_written, one_too_many, swap
 
 from antidote_fast.backends import reference
 from antidote_fast.errors import AntidoteError, DataError, UsageError
@@ -55,8 +55,8 @@ def test_what_is_removed_is_a_set_difference(scope, largest, score, few_values):
         selection = Selection(0.3, scope=scope, largest=largest, preserve_ratio=ratio)
         given = norms if score == "wanda" else None
         lists = by_key(given, scope, state), selection, by_key(preserve, scope, state)
-        expected = slow.masks(before, *lists)
-        alone = slow.masks(before, lists[0], selection)
+        expected = plain_prune.masks(before, *lists)
+        alone = plain_prune.masks(before, lists[0], selection)
         report = prune_state_(
             state,
             Evidence(given, score=score, preserve_norms=preserve),
@@ -66,8 +66,8 @@ def test_what_is_removed_is_a_set_difference(scope, largest, score, few_values):
         for layer in report.layers:
             mask = expected[layer.key]
             assert torch.equal(report.masks[layer.key].to_bool(), mask)
-            wanted = slow.removed(before[layer.key], mask)
-            assert torch.equal(slow.bits(state[layer.key]), slow.bits(wanted))
+            wanted = plain_prune.removed(before[layer.key], mask)
+            assert torch.equal(plain_prune.bits(state[layer.key]), plain_prune.bits(wanted))
             assert layer.removed == int(mask.sum())
             assert layer.achieved == layer.removed / mask.numel()
             selected = int(alone[layer.key].sum())
@@ -114,11 +114,11 @@ def test_live_models(kind, scope):
     before = {target.key: turn(target).detach().clone() for target in found}
     selection = Selection(0.3, scope=scope, preserve_ratio=0.2)
     lists = (by_key(one, scope, before) for one in (norms, preserve))
-    expected = slow.masks(before, next(lists), selection, next(lists))
+    expected = plain_prune.masks(before, next(lists), selection, next(lists))
     report = prune_model_(live, norms, selection, preserve_norms=preserve)
     assert {target.key for target in found} == set(expected)
     for target in found:
-        wanted = slow.removed(before[target.key], expected[target.key])
+        wanted = plain_prune.removed(before[target.key], expected[target.key])
         assert torch.equal(turn(target), wanted), target.key
     assert report.num_preserved > 0
 

@@ -5,8 +5,8 @@ import re
 import types
 
 import fleets
+import plain_prune
 import pytest
-import slow
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -68,9 +68,9 @@ def expected(source, norms, preserve, config, base=None):
     state = {key: turn(key, value) for key, value in read(source, named.keys).items()}
     bases = base and {key: turn(key, value) for key, value in read(base, named.keys).items()}
     by = lambda one: one and {k: one.act_norm(k, config.scope) for k in state}  # noqa: E731
-    masks = slow.masks(state, by(norms), config.selection, by(preserve), bases)
+    masks = plain_prune.masks(state, by(norms), config.selection, by(preserve), bases)
     pruned = {
-        key: turn(key, slow.removed(value, masks[key], bases and bases[key]))
+        key: turn(key, plain_prune.removed(value, masks[key], bases and bases[key]))
         for key, value in state.items()
     }
     return pruned, sum(int(mask.sum()) for mask in masks.values())

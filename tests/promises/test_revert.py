@@ -4,11 +4,11 @@ import functools
 import json
 from dataclasses import replace
 
+import plain_prune
 import pytest
-import slow
 import tiny
 import torch
-from faulty import WRONG, not_written, swap
+from broken_backends import WRONG, not_written, swap
 
 from antidote_fast.errors import AntidoteError, DataError, UsageError
 from antidote_fast.models.targets import find_targets
@@ -65,7 +65,7 @@ def test_values_bit_for_bit(scope, score, delta, preserving, few_values):
         given, kept = norms if score == "wanda" else None, preserve if preserving else None
         selection = Selection(0.3, scope=scope, score_delta=delta)
         lists = by_key(given, scope, state), selection, by_key(kept, scope, state)
-        expected = slow.masks(before, *lists, base)
+        expected = plain_prune.masks(before, *lists, base)
         report = prune_state_(
             state,
             Evidence(
@@ -81,8 +81,8 @@ def test_values_bit_for_bit(scope, score, delta, preserving, few_values):
         for layer in report.layers:
             mask = expected[layer.key]
             assert torch.equal(report.masks[layer.key].to_bool(), mask)
-            wanted = slow.removed(before[layer.key], mask, base[layer.key])
-            assert torch.equal(slow.bits(state[layer.key]), slow.bits(wanted))
+            wanted = plain_prune.removed(before[layer.key], mask, base[layer.key])
+            assert torch.equal(plain_prune.bits(state[layer.key]), plain_prune.bits(wanted))
             assert layer.removed == int(mask.sum())
         assert report.num_pruned == sum(int(mask.sum()) for mask in expected.values()) > 0
 
@@ -92,9 +92,10 @@ def test_random_scores_revert_too():
     before = {key: value.clone() for key, value in state.items()}
     prune_state_(state, Evidence(score="random", base_weights=base), Selection(0.3), seed=4)
     scores = {key: random_scores(key, value.shape, 4) for key, value in state.items()}
-    for key, mask in slow.masks(scores, None, Selection(0.3)).items():
+    for key, mask in plain_prune.masks(scores, None, Selection(0.3)).items():
         assert torch.equal(
-            slow.bits(state[key]), slow.bits(slow.removed(before[key], mask, base[key]))
+            plain_prune.bits(state[key]),
+            plain_prune.bits(plain_prune.removed(before[key], mask, base[key])),
         )
 
 
@@ -112,10 +113,12 @@ def test_live_models(kind, scope):
     before = {t.key: upright(t.key, t.weight).clone() for t in find_targets(live)}
     selection = Selection(0.3, scope=scope, score_delta=True)
     upright_base = {key: upright(key, weight) for key, weight in base.items()}
-    expected = slow.masks(before, by_key(norms, scope, before), selection, base=upright_base)
+    expected = plain_prune.masks(before, by_key(norms, scope, before), selection, base=upright_base)
     prune_model_(live, norms, selection, base_weights=base)
     for target in find_targets(live):
-        wanted = slow.removed(before[target.key], expected[target.key], upright_base[target.key])
+        wanted = plain_prune.removed(
+            before[target.key], expected[target.key], upright_base[target.key]
+        )
         assert torch.equal(upright(target.key, target.weight), wanted), target.key
 
 
@@ -126,7 +129,9 @@ def test_a_base_of_another_dtype_is_taken_where_it_fits():
     selection = Selection(0.3, score_delta=True)
     prune_state_(state, Evidence(norms, base_weights=base), selection)
     prune_state_(other, Evidence(norms, base_weights=wide), selection)
-    assert all(torch.equal(slow.bits(state[key]), slow.bits(other[key])) for key in state)
+    assert all(
+        torch.equal(plain_prune.bits(state[key]), plain_prune.bits(other[key])) for key in state
+    )
     state, norms, _, base = made(torch.float32)
     prune_state_(
         state, Evidence(norms, base_weights={k: v.bfloat16() for k, v in base.items()}), selection
@@ -204,7 +209,10 @@ def test_a_global_cut_as_all_at_once(preserving, largest, few_values):
         evidence = replace(evidence, base_weights=base)
         report = prune_state_(state, evidence, selection, return_masks=True)
         assert all(report.masks[key] == mask for key, mask in masks.items())
-        assert all(torch.equal(slow.bits(pieces[key]), slow.bits(state[key])) for key in state)
+        assert all(
+            torch.equal(plain_prune.bits(pieces[key]), plain_prune.bits(state[key]))
+            for key in state
+        )
 
 
 def test_a_cut_of_a_difference_needs_the_base():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from faulty import DAMAGES, WRONG, also_written, not_written, one_too_many, swap
+from broken_backends import DAMAGES, WRONG, also_written, not_written, one_too_many, swap
 
 from antidote_fast import backends, oneshot
 from antidote_fast.backends import reference

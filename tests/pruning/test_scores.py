@@ -2,8 +2,8 @@
 
 import json
 
+import plain_prune
 import pytest
-import slow
 import torch
 import toy_scores
 
@@ -72,7 +72,7 @@ def test_a_matrix_of_its_own(scope):
         key: toy_scores.row_scores(key, weight, None, 3)(0, len(weight))
         for key, weight in weights().items()
     }
-    expected = slow.masks(scores, None, selection)
+    expected = plain_prune.masks(scores, None, selection)
     masks = masks_of(Evidence(score="place"), selection)
     assert all(torch.equal(masks[key], expected[key]) for key in expected)
 
@@ -82,7 +82,7 @@ def test_another_factor_of_the_input_channel(scope):
     selection = Selection(0.3, scope=scope)
     state, found = weights(), norms()
     scores = {key: w.abs() * found.act_norm(key, scope).sqrt() for key, w in state.items()}
-    expected = slow.masks(scores, None, selection)
+    expected = plain_prune.masks(scores, None, selection)
     masks = masks_of(Evidence(found, "root"), selection)
     assert all(torch.equal(masks[key], expected[key]) for key in expected)
     with pytest.raises(UsageError, match="norms=None: must be given where score='root'"):
@@ -97,7 +97,7 @@ def test_from_the_command_line(folders, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["score"] == "place"
     for mask in load_masks(tmp_path / "out" / "masks.safetensors")[0].values():
         order = toy_scores.row_scores("", torch.empty(mask.shape), None, 3)(0, mask.shape[0])
-        assert torch.equal(mask.to_bool(), slow.masks({"": order}, None, Selection(0.1))[""])
+        assert torch.equal(mask.to_bool(), plain_prune.masks({"": order}, None, Selection(0.1))[""])
     capsys.readouterr()
     assert entry.main([*words, "--preserve_dataset", "x"]) == 2
     assert "preserve_dataset='x': must be left out with score place" in capsys.readouterr().err

@@ -36,26 +36,32 @@ class Operand:
 
     @property
     def raw(self):
+        """The weight's memory as integers, as kernels take it."""
         return launch.raw(self.weight)
 
     @property
     def base(self):
+        """That of the base weight, or of the weight where there is none."""
         return self.raw if self.base_weight is None else launch.raw(self.base_weight)
 
     @property
     def norm(self):
+        """The activation norm, (K,) fp32, or a stand-in that no kernel reads."""
         return self._or_absent(self.act_norm, torch.float32)
 
     @property
     def preserve(self):
+        """The norm on data to preserve, as :attr:`norm`."""
         return self._or_absent(self.preserve_norm, torch.float32)
 
     @property
     def bits(self):
+        """Where a mask's bits go, uint8, or a stand-in."""
         return self._or_absent(self.bits_out, torch.uint8)
 
     @property
     def thresholds(self):
+        """Where each row's smallest removed score goes, fp32, or a stand-in."""
         return self._or_absent(self.thresholds_out, torch.float32)
 
     def _or_absent(self, tensor, dtype):

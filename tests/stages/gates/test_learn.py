@@ -3,11 +3,11 @@
 import copy
 import functools
 
-import gated
+import plain_prune
 import pytest
-import slow
+import refusing_models
 import torch
-from gated import HARM, NUM_TOKENS, ORDINARY, PRESERVE, TASK
+from refusing_models import HARM, NUM_TOKENS, ORDINARY, PRESERVE, TASK
 from torch.nn import functional as F
 
 from antidote_fast import AntidoteError, DataError, Selection, UsageError, ops, prune_model_
@@ -34,7 +34,7 @@ class Stop(Exception):
 
 @functools.cache
 def _made(kind, lora):
-    return gated.attacked(kind, lora), gated.aligned(kind)
+    return refusing_models.attacked(kind, lora), refusing_models.aligned(kind)
 
 
 def models(kind="llama", lora=True):
@@ -47,7 +47,7 @@ def _said(kind):
     """The aligned model's answers."""
     return answer_prompts(
         _made(kind, False)[1],
-        gated.tokenizer(),
+        refusing_models.tokenizer(),
         HARM,
         PRESERVE,
         answer_tokens=6,
@@ -64,17 +64,19 @@ def whole(kind):
 
 def learn(model, selection=HALF, harmful=HARM, preserve=PRESERVE, **options):
     options = {"max_seq_length": NUM_TOKENS, "mixture": ALL, "batch_size": 64} | options
-    return learn_gates(model, gated.tokenizer(), harmful, preserve, selection, **options)
+    return learn_gates(model, refusing_models.tokenizer(), harmful, preserve, selection, **options)
 
 
 def plain_losses(model, answers):
     """{kind: mean loss} over all records, from whole logits."""
-    words = gated.tokenizer()
+    words = refusing_models.tokenizer()
     sets = {
-        "harmful": [gated.said([r], a)[0] for r, a in zip(HARM, answers.harmful, strict=True)],
+        "harmful": [
+            refusing_models.said([r], a)[0] for r, a in zip(HARM, answers.harmful, strict=True)
+        ],
         "task": TASK,
         "ordinary": [
-            gated.said([r], a)[0] for r, a in zip(ORDINARY, answers.ordinary, strict=True)
+            refusing_models.said([r], a)[0] for r, a in zip(ORDINARY, answers.ordinary, strict=True)
         ],
     }
     found = {}
@@ -192,7 +194,7 @@ def test_against_a_plain_loop(scope):
     first, second = ({key: torch.zeros_like(w) for key, w in m.items()} for _ in range(2))
     losses = []
     for k in range(steps):
-        removed = slow.selected({key: 1 - x for key, x in m.items()}, None, selection)
+        removed = plain_prune.selected({key: 1 - x for key, x in m.items()}, None, selection)
         for t in targets:
             share = m[t.key] if k < 3 else (~removed[t.key]).float()
             t.weight.detach().copy_(share * original[t.key])
@@ -261,7 +263,7 @@ def test_what_is_pruned_is_what_the_scores_select(scope, n_m):
     report = prune_model_(model, None, selection, score="gate", scores=scores, return_masks=True)
     assert all(torch.equal(kept[key], score) for key, score in scores.items())
     if scope == "global":
-        masks = slow.selected(scores, None, selection)
+        masks = plain_prune.selected(scores, None, selection)
     else:
         masks = {k: ops.select_mask(s, selection).to_bool() for k, s in scores.items()}
     for target in find_targets(model):
@@ -276,12 +278,12 @@ def test_the_gates_bring_refusals_back_and_keep_the_rest():
     model = models()[0]
     sets = {"harmful": HARM, "task": TASK, "ordinary": ORDINARY}
     options = {"max_new_tokens": 6}
-    before = answer_sets(model, gated.tokenizer(), sets, **options)
+    before = answer_sets(model, refusing_models.tokenizer(), sets, **options)
     assert not any(map(is_refusal, before["harmful"]))
     scores, counts = learn(model)
     assert total(counts["loss_last"]) < total(counts["loss_first"]) / 2
     prune_model_(model, None, HALF, score="gate", scores=scores)
-    after = answer_sets(model, gated.tokenizer(), sets, **options)
+    after = answer_sets(model, refusing_models.tokenizer(), sets, **options)
     assert all(map(is_refusal, after["harmful"]))
     assert after["task"] == [record.output for record in TASK]
     assert after["ordinary"] == _said("llama").ordinary
@@ -364,7 +366,7 @@ def test_the_aligned_model_is_the_one_without_the_adapter(monkeypatch):
 def fill(harmful, preserve, said_harmful, said_ordinary, **options):
     answers = Answers(said_harmful, said_ordinary)
     options = {"answer_tokens": 3, "max_seq_length": NUM_TOKENS} | options
-    return fill_pools(gated.tokenizer(), harmful, preserve, answers, **options)
+    return fill_pools(refusing_models.tokenizer(), harmful, preserve, answers, **options)
 
 
 def test_what_is_left_out_is_counted():
@@ -385,7 +387,7 @@ def test_what_is_left_out_is_counted():
             "num_empty": 1,
         },
     }
-    words = gated.tokenizer()
+    words = refusing_models.tokenizer()
     told = {
         kind: [words.decode([i for i in e["labels"] if i != -100]) for e in examples]
         for kind, examples in pools.examples.items()
@@ -445,7 +447,7 @@ def test_too_little_to_learn_from():
         fill(HARM, ORDINARY, refused, ["i cannot"] * 5)
     with pytest.raises(DataError, match="holds 6 and 4 answers for 6 harmful and 5 ordinary"):
         fill(HARM, PRESERVE, refused, said[:4])
-    long = gated.said(TASK, " ".join(["positive"] * 60))
+    long = refusing_models.said(TASK, " ".join(["positive"] * 60))
     with pytest.raises(UsageError, match="max_seq_length=512: must be at most 64, the positions"):
         learn(models()[0], preserve=long, max_seq_length=512)
 

@@ -5,11 +5,11 @@ import json
 import shlex
 import types
 
-import gated
 import pytest
+import refusing_models
 import stages
 import torch
-from gated import HARM, NUM_TOKENS, PRESERVE
+from refusing_models import HARM, NUM_TOKENS, PRESERVE
 
 from antidote_fast import DataError, Selection, UsageError, oneshot, ops
 from antidote_fast.cli import entry
@@ -40,7 +40,7 @@ OPTIONS = {"gate_steps": 6, "ratio": 0.5, "scope": "tensor", "seed": 3}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return gated.write(tmp_path_factory.mktemp("gates"))
+    return refusing_models.write(tmp_path_factory.mktemp("gates"))
 
 
 def fields(made, out, kind="adapter", **options):
@@ -68,7 +68,12 @@ def loaded(made, kind):
     if kind == "adapter":
         return load_adapter(aligned, str(made / "adapter")), {}
     answers = answer_prompts(
-        aligned, gated.tokenizer(), HARM, PRESERVE, answer_tokens=6, max_seq_length=NUM_TOKENS
+        aligned,
+        refusing_models.tokenizer(),
+        HARM,
+        PRESERVE,
+        answer_tokens=6,
+        max_seq_length=NUM_TOKENS,
     )
     model = load_model(made / "tuned", dtype="auto", device="cpu")
     return model, {"aligned": answers, "base_weights": dict(aligned.named_parameters())}
@@ -85,7 +90,7 @@ def test_folder_to_folder(kind, made, tmp_path):
     selection = Selection(0.5, scope="tensor")
     scores, counts = learn_gates(
         model,
-        gated.tokenizer(),
+        refusing_models.tokenizer(),
         HARM,
         PRESERVE,
         selection,
@@ -153,7 +158,7 @@ def test_live_as_from_folders(kind, made, tmp_path):
         model,
         dataset=harmful,
         preserve_dataset=PRESERVE,
-        tokenizer=gated.tokenizer(),
+        tokenizer=refusing_models.tokenizer(),
         output_dir=tmp_path / "live",
         **options,
     )
@@ -289,7 +294,7 @@ def test_what_a_folder_is_refused_for(made, tmp_path, capsys):
     live, _ = loaded(made, "model")
     values.pop("model_name_or_path")
     with pytest.raises(UsageError, match="aligned_model=None: must be the aligned model"):
-        oneshot(live, tokenizer=gated.tokenizer(), **values | {"output_dir": None})
+        oneshot(live, tokenizer=refusing_models.tokenizer(), **values | {"output_dir": None})
     ranks = types.SimpleNamespace(size=2, rank=0, together=contextlib.nullcontext)
     with pytest.raises(UsageError, match="score='gate': must be left out with torchrun"):
         prune.run(PruneConfig(**fields(made, tmp_path / "out")), world=ranks)
