@@ -148,7 +148,10 @@ def _check_override(field, value, where):
         raise DataError(
             f"{where}: {field!r:.60}: no such key; known are adapter, name, {', '.join(OVERRIDES)}"
         )
-    kind = FleetConfig.__dataclass_fields__[field].type
+    declared = FleetConfig.__dataclass_fields__[field]
+    kind = declared.type
+    if "choices" in declared.metadata:
+        kind = typing.Literal[tuple(declared.metadata["choices"]())]
     if not _fits(value, kind):
         raise DataError(f"{where}: {field}={value!r:.60}: must be {_words(kind)}")
 
