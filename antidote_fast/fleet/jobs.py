@@ -149,11 +149,11 @@ def _check_override(field, value, where):
             f"{where}: {field!r:.60}: no such key; known are adapter, name, {', '.join(OVERRIDES)}"
         )
     declared = FleetConfig.__dataclass_fields__[field]
-    kind = declared.type
-    if "choices" in declared.metadata:
-        kind = typing.Literal[tuple(declared.metadata["choices"]())]
-    if not _fits(value, kind):
-        raise DataError(f"{where}: {field}={value!r:.60}: must be {_words(kind)}")
+    if not _fits(value, declared.type):
+        raise DataError(f"{where}: {field}={value!r:.60}: must be {_words(declared.type)}")
+    names = list(declared.metadata["choices"]()) if "choices" in declared.metadata else [value]
+    if value not in names:
+        raise DataError(f"{where}: {field}={value!r:.60}: must be one of {', '.join(names)}")
 
 
 def _fits(value, kind):
