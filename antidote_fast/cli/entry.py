@@ -114,9 +114,8 @@ def _dispatch(argv, quiet):
         module = "inspect" if command == "env" else command
         _function(f"antidote_fast.cli.{module}:{command}_command")(rest)
     else:
-        raise UsageError(
-            f"{command!r}: no such command{flags.close_to(command, [*STAGES, *PLAIN])}"
-        )
+        hint = flags.close_to(command, [*STAGES, *PLAIN])
+        raise UsageError(f"{command!r}: no such command{hint}")
     return 0
 
 
@@ -156,29 +155,23 @@ def _run_stage(name, words, quiet, size):
         shared = " and ".join(other for other in STAGES if STAGES[other].ranks)
         hint = "; share its jobs with --shard" if name == "fleet" else ""
         raise UsageError(f"{name}: runs in one process; torchrun is for {shared}{hint}")
-    run = _function(stage.run)
+    run, failure = _function(stage.run), None
     with contextlib.ExitStack() as stack:
         options = {"progress": stack.enter_context(command_line_progress(quiet))}
         if size > 1:
             options["world"] = stack.enter_context(session(config.device))
-        report = _reported(run, config, options)
-    error = report.pop("raise", None)
+        try:
+            report = run(config, **options)
+        except (Interrupted, JobsSetAside) as error:  # a part of the work may be done
+            report, failure = getattr(error, "report", None), error
+            if report is None:
+                raise
     if not quiet:
         from antidote_fast.cli.show import summary
 
         tell(summary(report, config.output_dir))
-    if error is not None:
-        raise error
-
-
-def _reported(run, config, options):
-    """The report of a stage; one that did a part of its work hands it over with its exception."""
-    try:
-        return run(config, **options)
-    except (Interrupted, JobsSetAside) as error:
-        if getattr(error, "report", None) is None:
-            raise
-        return {**error.report, "raise": error}
+    if failure is not None:
+        raise failure
 
 
 def _show_plan(name, words):
@@ -188,12 +181,10 @@ def _show_plan(name, words):
     config, _ = flags.from_words(STAGES[name].config, words, name)
     from antidote_fast.planning.dry_run import plan
 
-    if os.environ.get("RANK", "0") != "0":
-        return  # of torchrun's processes the first tells for all
-    plan_made = plan(config)
-    tell(json.dumps(plan_made.to_dict(), indent=2) if as_json else "\n".join(plan_made.lines()))
-    if plan_made.refusal:
-        raise AntidoteError(plan_made.refusal)
+    planned = plan(config)
+    tell(json.dumps(planned.to_dict(), indent=2) if as_json else "\n".join(planned.lines()))
+    if planned.refusal:
+        raise AntidoteError(planned.refusal)
 
 
 def _function(place):

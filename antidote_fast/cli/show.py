@@ -80,10 +80,8 @@ def _sweep_lines(report, took, output_dir):
     if best is None:
         lines.append(f"recommended: none, {report['why_none']}")
     else:
-        lines += [
-            f"recommended: {best['score']}, {best['scope']} scope, ratio {best['ratio']:g}",
-            f"  {report['command']}",
-        ]
+        chosen = f"{best['score']}, {best['scope']} scope, ratio {best['ratio']:g}"
+        lines += [f"recommended: {chosen}", f"  {report['command']}"]
     stopped = report["early_stopping"]
     left_out, every = stopped["candidates_left_out"], stopped["candidates"]
     lines.append(
