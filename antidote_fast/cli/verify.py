@@ -21,11 +21,7 @@ _NEVER = "a weight that changed cannot be seen"
 
 
 def verify(folder: str | Path, progress: Progress = False) -> dict:
-    """What is wrong with a folder.
-
-    Args:
-        folder: one that this tool wrote, or a model or adapter folder.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
+    """What is wrong with a folder: one that this tool wrote, or of a model or adapter.
 
     Returns:
         ``{"files": count, "bytes": size, "hashes": whether contents were compared, "problems":

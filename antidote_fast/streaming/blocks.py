@@ -17,6 +17,7 @@ from antidote_fast.files.tensor_file import read_tensor
 from antidote_fast.models.adapters import load_adapter
 from antidote_fast.models.forwards import lean_forward
 from antidote_fast.models.loading import check_not_quantized, without_weights
+from antidote_fast.norms.collector import on_device, run_forward
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -110,13 +111,8 @@ class BlockModel:
         """
         tensors = self._tensors_of(self._outside)
         with self._filled(self._outside, tensors), lean_forward(self.model) as options:
-            for batch in batches:
-                inputs = {
-                    key: value.to(self.device) if isinstance(value, torch.Tensor) else value
-                    for key, value in batch.items()
-                    if key != "labels"
-                }
-                yield self._recorded(inputs | options)
+            for number, batch in enumerate(batches):
+                yield self._recorded(on_device(batch, self.device, None, number), options)
 
     @torch.no_grad()
     def run(self, index, hidden, call) -> torch.Tensor:
@@ -134,18 +130,17 @@ class BlockModel:
             )
         return out
 
-    def _recorded(self, inputs):
+    def _recorded(self, batch, options):
         """The model up to its last block, each block replaced by one that notes its arguments."""
         for as_tuple in (self._as_tuple, not self._as_tuple):
             calls, self._as_tuple = [], as_tuple
             try:
                 with self._recorders(calls):
-                    self.model(**inputs)
+                    run_forward(self.model, options, batch)
                 break
-            except _Done:
-                return calls[0][0], [entry[1:] for entry in calls]
-            except _OtherForm:
-                continue
+            except _Stop as stop:
+                if stop.args[0]:
+                    return calls[0][0], [entry[1:] for entry in calls]
         raise DataError(
             f"{self.base.folder}: hands other values than hidden states from block to block, or "
             "leaves blocks out; prune it without stream"
@@ -160,14 +155,14 @@ class BlockModel:
                 leaves, spec = pytree.tree_flatten((args, kwargs))
                 hidden = args[0] if args else kwargs.get("hidden_states")
                 if index != len(calls) or not isinstance(hidden, torch.Tensor):
-                    raise _OtherForm
+                    raise _Stop(False)
                 if calls and hidden.shape != calls[0][0].shape:
-                    raise _OtherForm
+                    raise _Stop(False)
                 place = next(i for i, leaf in enumerate(leaves) if leaf is hidden)
                 calls.append((hidden if index == 0 else None, leaves, spec, place))
                 leaves[place] = None
                 if index == last:
-                    raise _Done
+                    raise _Stop(True)
                 return (hidden,) if self._as_tuple else hidden
 
             return forward
@@ -238,12 +233,9 @@ class BlockModel:
         return sources
 
 
-class _Done(Exception):
-    """Every block's arguments are noted."""
-
-
-class _OtherForm(Exception):
-    """The model wants its blocks to return a tuple (or a tensor), not what they returned."""
+class _Stop(Exception):
+    """True: every block's arguments are noted. False: a block got other than hidden states, as the
+    model wants its blocks to return a tuple (or a tensor), not what they returned."""
 
 
 @contextlib.contextmanager

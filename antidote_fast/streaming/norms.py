@@ -23,8 +23,7 @@ class BlockCalibration:
         batches: as :meth:`ActivationNorms.collect` takes them.
         folder: where hidden states that find no room lie, and those that are kept.
         room: :class:`antidote_fast.streaming.spill.Room` for hidden states and arguments of blocks.
-        targets, ignore: as :meth:`ActivationNorms.collect`.
-        fingerprint: of the base model.
+        targets, ignore, fingerprint: as :meth:`ActivationNorms.collect`.
         options: response_only, aggregation and backend, as :class:`NormCollector`.
 
     Attributes:

@@ -19,11 +19,10 @@ class ModelSink:
     loader takes the folder for a model.
 
     Args:
-        checkpoint: a :class:`antidote_fast.files.checkpoint.Checkpoint`; each of its tensors is to
-            be written or copied once.
-        folder: an existing folder.
-        done: names of tensors that an interrupted run has written there.
-        digests: {file name: SHA-256} of files that it has hashed.
+        checkpoint: the :class:`antidote_fast.files.checkpoint.Checkpoint`; each of its tensors is
+            to be written or copied once, into an existing ``folder``.
+        done, digests: names of tensors that an interrupted run has written there, and {file name:
+            SHA-256} of the files that it has hashed.
 
     Raises:
         AntidoteError: not enough room on the disk.
