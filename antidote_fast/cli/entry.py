@@ -203,7 +203,9 @@ def _told_by_another_rank(error, rank):
 def _explain(error):
     """(one line, exit code) for anything that ended a command."""
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] != "antidote_fast":
-        error = _missing_extra(error)
+        extra = {"matplotlib": "plot", "ray": "ray"}.get(error.name, "hf")
+        text = f"{error.name or error} is not installed; pip install 'antidote-fast[{extra}]'"
+        error = AntidoteError(text)
     if isinstance(error, AntidoteError):
         return printable(" ".join(str(error).split())), error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -219,24 +221,13 @@ def _explain(error):
     return f"unexpected failure: {kind}: {printable(text):.300} (--debug shows where)", FAILED
 
 
-def _missing_extra(error):
-    extra = {"matplotlib": "plot", "ray": "ray"}.get(error.name, "hf")
-    return AntidoteError(
-        f"{error.name or error} is not installed; pip install 'antidote-fast[{extra}]'"
-    )
-
-
 @contextlib.contextmanager
 def _hushed(debug):
     """Keep the libraries' warnings and logs to themselves, unless debugging."""
-    if debug:
-        yield
-        return
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
+    with contextlib.ExitStack() as stack:
+        if not debug:
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.WARNING)
+            stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+        yield

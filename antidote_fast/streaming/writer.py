@@ -123,10 +123,8 @@ class Writer:
         """Read, prune and write block after block, with norms that are there or a score without."""
         cut = self._cut(norms, request, progress) if self._selection.scope == "global" else None
         groups = {}
-        for name in self._base.tensors:
-            match = _BLOCK.match(name)
-            groups.setdefault(match[1] if match else "", []).append(name)
-        groups.pop("", None)
+        for name in filter(_BLOCK.match, self._base.tensors):
+            groups.setdefault(_BLOCK.match(name)[1], []).append(name)
         done, in_blocks = set(self._written), {name for names in groups.values() for name in names}
         background.submit(self.copy_others, in_blocks)
         background.wait()
