@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,15 @@ from antidote_fast.errors import AntidoteError, DataError, NoRoom, NotWritable
 from antidote_fast.files import places
 from antidote_fast.files.manifest import (
     MANIFEST,
-    MANIFEST_VERSION,
+    MAX_MANIFEST_BYTES,
     TOOL,
     listing,
     read_manifest,
-    sha256_file,
+    write_manifest,
 )
-from antidote_fast.files.places import sync
-from antidote_fast.system.progress import Progress, track
+from antidote_fast.files.places import run_of, sync
+from antidote_fast.files.safe_open import read_object
+from antidote_fast.system.progress import Progress
 
 STATE = "run.json"  # in the state of a run that resumes
 RUN_INPUTS = "run_inputs"  # in its COMPLETE.json
@@ -51,7 +51,8 @@ def check_output_folder(path: str | Path, overwrite: bool = False) -> None:
     """
     as_named, path = Path(path), Path(os.path.abspath(path))
     with os_errors(as_named, any_number=True):
-        if _holds_litter(path):
+        # What a killed job may have left, inside or beside.
+        if os.path.isdir(path / places.HIDDEN) or (path.is_dir() and os.path.isdir(run_of(path))):
             with contextlib.suppress(AntidoteError), locked(path):
                 pass
         check_contents(as_named, overwrite)
@@ -80,13 +81,6 @@ def check_parent(folder: str | Path) -> None:
     except DataError as error:
         if error is not busy:  # then outputs can be made, for another job makes one
             raise
-
-
-def _holds_litter(path):
-    """Whether something of a killed job may lie beside or in the folder, which is there."""
-    return os.path.isdir(path / places.HIDDEN) or (
-        os.path.isdir(path) and os.path.isdir(places.Place(path).at("run"))
-    )
 
 
 def check_contents(path: str | Path, overwrite: bool) -> None:
@@ -184,18 +178,24 @@ def commit(
 
     Args:
         staged: a folder beside ``place.path``, or inside of it.
-        place: the :class:`antidote_fast.files.places.Place` to take.
+        place: which to take.
         manifest_entries: further JSON values for ``COMPLETE.json``.
         digests: {file name: SHA-256} of files that were hashed before and are on the disk already.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
+        progress: while files are hashed.
 
     Raises:
         AntidoteError: the folder is in its place, but a power cut may take it away; or, inside,
             that it is half-filled (:func:`antidote_fast.files.places.put_in_place`).
     """
-    _write_manifest(staged, manifest_entries, digests or {}, progress)
-    _usual_modes(staged)
-    _sync_tree(staged)
+    write_manifest(staged, manifest_entries, digests or {}, progress)
+    # Files get the modes that the umask gives; safetensors writes its own for the owner alone.
+    mode = staged.stat().st_mode & 0o666
+    for root, _, names in os.walk(staged, topdown=False):
+        for path in (os.path.join(root, name) for name in names):
+            if not os.path.islink(path):
+                os.chmod(path, mode)
+            sync(path)
+        sync(root)
     places.put_in_place(staged, place)
     try:
         sync(place.path.parent)
@@ -214,9 +214,6 @@ def locked(path: str | Path) -> Iterator[places.Place]:
     Folders above ``path`` that had to be made for the lock are removed again where ``path`` is not
     there at the end.
 
-    Yields:
-        where the output is to be made (:class:`antidote_fast.files.places.Place`).
-
     Raises:
         DataError: another job holds it, or it cannot be made.
     """
@@ -234,13 +231,8 @@ def locked(path: str | Path) -> Iterator[places.Place]:
 def _is_output_of(path, run):
     """Whether ``path`` is the whole output of the very run that left its state in ``run``."""
     recorded = (read_manifest(path) or {}).get(RUN_INPUTS)
-    if recorded is None:
-        return False
-    try:
-        contents = json.loads((run / STATE).read_text(encoding="utf-8"))
-        return recorded == digest_of(contents["inputs"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    state = read_object(run / STATE, MAX_MANIFEST_BYTES) if recorded else None
+    return bool(state) and "inputs" in state and recorded == digest_of(state["inputs"])
 
 
 def digest_of(inputs: Any) -> str:
@@ -288,30 +280,6 @@ def _os_error_number(error):
     return int(told[1]) if told and type(error).__name__ == "SafetensorError" else None
 
 
-def _write_manifest(folder, entries, digests, progress):
-    files = {
-        name: {"sha256": digests.get(name) or sha256_file(p), "bytes": p.stat().st_size}
-        for name, p in track(listing(folder).items(), "hash", progress)
-    }
-    manifest = {
-        **entries,
-        "schema_version": MANIFEST_VERSION,
-        "tool": TOOL,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "files": files,
-    }
-    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def _usual_modes(folder):
-    """Files get the modes that the umask gives; safetensors writes its own for the owner alone."""
-    mode = folder.stat().st_mode & 0o666
-    for path in (*listing(folder).values(), folder / MANIFEST):
-        if not path.is_symlink():
-            path.chmod(mode)
-
-
 @contextlib.contextmanager
 def new_file(path: str | Path, alone: bool = False) -> Iterator[Path]:
     """A name beside ``path`` to write to; at the end it is flushed and takes the name ``path``.
@@ -340,13 +308,6 @@ def new_file(path: str | Path, alone: bool = False) -> Iterator[Path]:
         finally:
             if os.path.lexists(partial):
                 os.unlink(partial)
-
-
-def _sync_tree(folder):
-    for root, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync(os.path.join(root, name))
-        sync(root)
 
 
 def nearest_folder(path: str | Path) -> Path:

@@ -201,7 +201,7 @@ FAULTS = """
         return call
     os.fsync = fatal(os.fsync)
     os.rename = fatal(os.rename)
-    commit._write_manifest = fatal(commit._write_manifest)
+    commit.write_manifest = fatal(commit.write_manifest)
     places.put_in_place = fatal(places.put_in_place)
     commit.shutil.rmtree = fatal(commit.shutil.rmtree)
     with commit.output_folder(path, overwrite=True) as staged:

@@ -360,7 +360,7 @@ WRITES = {  # a way to write, and which call
     "a flush": ((tensor_file.TensorFile, "sync"), 8),
     "the model": ((sink, "copy_checkpoint_files"), 1),
     "the report": ((prune, "write_report"), 1),
-    "the commit": ((commit, "_write_manifest"), 1),
+    "the commit": ((commit, "write_manifest"), 1),
     "its name": ((places, "put_in_place"), 1),
 }
 
