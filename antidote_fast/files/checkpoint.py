@@ -16,18 +16,11 @@ from pathlib import Path
 import torch
 
 from antidote_fast.errors import DataError, printable, readable
+from antidote_fast.files import safe_open
 from antidote_fast.files.bounds import check_counts
 from antidote_fast.files.fingerprint import fingerprint
 from antidote_fast.files.manifest import read_manifest
-from antidote_fast.files.safe_open import (
-    Folder,
-    Watch,
-    check_stored,
-    identity,
-    is_file_name,
-    open_file,
-    read_all,
-)
+from antidote_fast.files.safe_open import Folder, Watch, open_file
 from antidote_fast.files.tensor_file import DTYPES, TensorEntry, bytes_of, read_into, read_tensor
 from antidote_fast.system.progress import Progress, track
 
@@ -51,8 +44,7 @@ class Checkpoint:
     """A checked folder of a model or of a PEFT adapter.
 
     Args:
-        folder: the folder.
-        is_adapter: True for a PEFT adapter.
+        folder, is_adapter: where, and which of the two.
         config: ``config.json`` or ``adapter_config.json``.
         tensors: every tensor by its name as saved.
         weight_files: the safetensors files, in order.
@@ -78,11 +70,7 @@ class Checkpoint:
         return saved or self._by_tail.get(key)
 
     def entry(self, key: str) -> TensorEntry:
-        """Where the parameter ``key`` of the live model lies.
-
-        Raises:
-            DataError: it is not in the checkpoint.
-        """
+        """Where the parameter ``key`` of the live model lies; a DataError where it is not saved."""
         name = self.find(key)
         if name is None:
             raise DataError(f"{self.folder}: has no tensor {key!r}")
@@ -122,9 +110,7 @@ class Checkpoint:
                 )
             try:
                 tensors[key] = self._held_tensor(entry) if self.is_adapter else read_tensor(entry)
-            except DataError:
-                raise
-            except (OSError, RuntimeError, TypeError, ValueError) as error:
+            except RuntimeError as error:
                 raise DataError(f"{entry.file}: cannot be read: {printable(error):.300}") from None
         return tensors
 
@@ -137,7 +123,7 @@ class Checkpoint:
         """
         [path] = self.weight_files
         with readable(path), self.source.open(path.name) as file:
-            data = read_all(file, path, max(e.end for e in self.tensors.values()))
+            data = safe_open.read_all(file, path, max(e.end for e in self.tensors.values()))
         length = _header_length(path, data, len(data))
         listed = (read_manifest(self.folder) or {"files": {}})["files"].get(path.name)
         same = listed is None or hashlib.sha256(data).hexdigest() == listed["sha256"]
@@ -152,9 +138,8 @@ class Checkpoint:
 
     def digests(self) -> dict[str, str]:
         """{path: SHA-256} of an adapter's weights, of the very bytes that :meth:`read` gave."""
-        return {
-            str(path): hashlib.sha256(self.adapter_bytes).hexdigest() for path in self.weight_files
-        }
+        [path] = self.weight_files
+        return {str(path): hashlib.sha256(self.adapter_bytes).hexdigest()}
 
     def fingerprint(self) -> str:
         """As :func:`antidote_fast.files.fingerprint.fingerprint_model`, from the files.
@@ -242,9 +227,6 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
 def read_tensor_file(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """(metadata, tensors) of one safetensors file, read through one descriptor.
 
-    Args:
-        path: the file; a link out of its folder is not followed.
-
     Raises:
         FileNotFoundError: no such file.
         DataError: it is malformed, cannot be read or changed meanwhile, or holds a dtype that this
@@ -252,7 +234,7 @@ def read_tensor_file(path: str | Path) -> tuple[dict[str, str], dict[str, torch.
     """
     with open_file(path) as file:
         before = os.fstat(file.fileno())
-        check_stored(before, path)
+        safe_open.check_stored(before, path)
         entries, metadata = _header_of(file, path)
         tensors = {}
         for name, entry in entries.items():
@@ -261,21 +243,18 @@ def read_tensor_file(path: str | Path) -> tuple[dict[str, str], dict[str, torch.
             try:
                 tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
             except RuntimeError:
-                size = entry.end - entry.start
-                raise DataError(
-                    f"{path}: {name!r} of {size} bytes does not fit in memory"
-                ) from None
+                what = f"{name!r} of {entry.num_bytes} bytes does not fit in memory"
+                raise DataError(f"{path}: {what}") from None
             read_into(file.fileno(), bytes_of(tensors[name]), entry.start, path)
-        if identity(os.fstat(file.fileno())) != identity(before):
+        if safe_open.identity(os.fstat(file.fileno())) != safe_open.identity(before):
             raise DataError(f"{path}: changed while it was read")
     return metadata, tensors
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file; of the rest no more than the header is read.
+    """The metadata of a safetensors file; no more than its header is read.
 
-    Raises:
-        DataError: as :func:`read_tensor_file`; also where there is no such file.
+    A DataError as :func:`read_tensor_file`; also where there is no such file.
     """
     with readable(path), open_file(path) as file:
         return _header_of(file, path)[1]
@@ -284,10 +263,10 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def read_json(folder: str | Path | Folder, name: str) -> dict:
     """A JSON object from a file of a checkpoint folder, given as a path or held open."""
     folder = folder if isinstance(folder, Folder) else Folder(folder)
-    path = folder.path / name if isinstance(name, str) else folder.path
+    path = folder.path / name
     try:
         with folder.open(name) as file:
-            value = json.loads(read_all(file, path, _MAX_JSON_BYTES).decode("utf-8"))
+            value = json.loads(safe_open.read_all(file, path, _MAX_JSON_BYTES).decode("utf-8"))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except DataError:
@@ -318,10 +297,9 @@ def _read_index(source):
         raise DataError(f"{folder / INDEX_FILE}: has no weight_map")
     for key, name in index.items():
         _check_name(folder / INDEX_FILE, key)
-        if not is_file_name(name):
-            raise DataError(
-                f"{folder}: refers to {ascii(name)[:80]}, which is not a plain file name"
-            )
+        if not safe_open.is_file_name(name):
+            what = f"refers to {ascii(name)[:80]}, which is not a plain file name"
+            raise DataError(f"{folder}: {what}")
     names = sorted(set(index.values()))
     for name in names:
         if not name.endswith(".safetensors"):

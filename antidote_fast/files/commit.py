@@ -18,15 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from antidote_fast.errors import AntidoteError, DataError, NoRoom, NotWritable
-from antidote_fast.files import places
-from antidote_fast.files.manifest import (
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    TOOL,
-    listing,
-    read_manifest,
-    write_manifest,
-)
+from antidote_fast.files import manifest, places
+from antidote_fast.files.manifest import MANIFEST, TOOL, read_manifest
 from antidote_fast.files.places import run_of, sync
 from antidote_fast.files.safe_open import read_object
 from antidote_fast.system.progress import Progress
@@ -63,13 +56,10 @@ def check_output_folder(path: str | Path, overwrite: bool = False) -> None:
 
 
 def check_parent(folder: str | Path) -> None:
-    """Refuse a folder in which no output can be made; as :func:`check_output_folder` otherwise.
-
-    Args:
-        folder: where outputs are to be made, such as a fleet's; it need not be there.
+    """Refuse a folder, such as a fleet's, in which no output can be made; it need not be there.
 
     Raises:
-        DataError: naming it.
+        DataError, AntidoteError: as :func:`check_output_folder`.
     """
     folder = Path(os.path.abspath(folder))
     busy = DataError(f"output_dir={str(folder)!r}: another job is at work there")
@@ -106,14 +96,14 @@ def check_contents(path: str | Path, overwrite: bool) -> None:
             f"{where}: exists and is not empty; name another folder, or pass "
             f"overwrite to replace one that {TOOL} wrote"
         )
-    manifest = read_manifest(path)
-    if manifest is None:
+    written = read_manifest(path)
+    if written is None:
         raise DataError(
             f"{where}: was not written by {TOOL} (no {MANIFEST}), so overwrite does not replace it"
         )
     apart = f"{places.HIDDEN}/"
-    present = {name for name in listing(path) if not name.startswith(apart)}
-    foreign = sorted(present - set(manifest["files"]))
+    present = {name for name in manifest.listing(path) if not name.startswith(apart)}
+    foreign = sorted(present - set(written["files"]))
     if foreign:
         raise DataError(
             f"{where}: holds {foreign[0]!r}, which {TOOL} did not write; move it away first"
@@ -187,7 +177,7 @@ def commit(
         AntidoteError: the folder is in its place, but a power cut may take it away; or, inside,
             that it is half-filled (:func:`antidote_fast.files.places.put_in_place`).
     """
-    write_manifest(staged, manifest_entries, digests or {}, progress)
+    manifest.write_manifest(staged, manifest_entries, digests or {}, progress)
     # Files get the modes that the umask gives; safetensors writes its own for the owner alone.
     mode = staged.stat().st_mode & 0o666
     for root, _, names in os.walk(staged, topdown=False):
@@ -231,7 +221,7 @@ def locked(path: str | Path) -> Iterator[places.Place]:
 def _is_output_of(path, run):
     """Whether ``path`` is the whole output of the very run that left its state in ``run``."""
     recorded = (read_manifest(path) or {}).get(RUN_INPUTS)
-    state = read_object(run / STATE, MAX_MANIFEST_BYTES) if recorded else None
+    state = read_object(run / STATE, manifest.MAX_MANIFEST_BYTES) if recorded else None
     return bool(state) and "inputs" in state and recorded == digest_of(state["inputs"])
 
 
@@ -240,17 +230,22 @@ def digest_of(inputs: Any) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
+def first_difference(before: Any, now: Any) -> str | None:
+    """The first key under which two dicts differ; None where none does, or one is no dict."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return None
+    return next((k for k in sorted({*before, *now}) if before.get(k) != now.get(k)), None)
+
+
 @contextlib.contextmanager
 def os_errors(
     path: str | Path, outcome: Callable[[], str] = lambda: NOTHING, any_number: bool = False
 ) -> Iterator[None]:
-    """Turn the operating system's refusal to write into one line.
+    """Turn the operating system's refusal to write the output ``path`` into one line.
 
     Args:
-        path: the output.
         outcome: called for what is left then.
-        any_number: any error of the system's, not only those that tell of a full disk or of
-            missing rights.
+        any_number: any error of the system's, not only a full disk and missing rights.
 
     Raises:
         NoRoom: the disk is full, or a file exceeds a limit.
@@ -285,11 +280,8 @@ def new_file(path: str | Path, alone: bool = False) -> Iterator[Path]:
     """A name beside ``path`` to write to; at the end it is flushed and takes the name ``path``.
 
     Where the block raises, ``path`` is as it was and nothing else is left; what a killed process
-    left is replaced by the next one to write ``path``.
-
-    Args:
-        path: the file.
-        alone: the caller holds a lock that nobody gets past who would write ``path``.
+    left is replaced by the next one to write ``path``. ``alone`` says that the caller holds a lock
+    which nobody gets past who would write ``path``.
 
     Raises:
         DataError: others have been writing it for a minute.
@@ -298,9 +290,8 @@ def new_file(path: str | Path, alone: bool = False) -> Iterator[Path]:
     beside = places.Place(path)
     partial = beside.at("partial")
     busy = DataError(f"{path}: another job is writing it")
-    with (
-        contextlib.nullcontext() if alone else places.locked_file(beside.at("lock"), busy, wait=60)
-    ):
+    nobody = contextlib.nullcontext()
+    with nobody if alone else places.locked_file(beside.at("lock"), busy, wait=60):
         try:
             yield partial
             sync(partial)

@@ -12,14 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from antidote_fast.errors import DataError, readable
-from antidote_fast.files.safe_open import (
-    READ_BY_STAGES,
-    identity,
-    is_file_name,
-    open_below,
-    open_file,
-    read_object,
-)
+from antidote_fast.files import safe_open
+from antidote_fast.files.safe_open import read_object
 from antidote_fast.system.progress import Progress, track
 
 _NOT_READ = ("README.md", "report.json")
@@ -73,7 +67,7 @@ def check_input(folder: str | Path, progress: Progress = False, only: str | None
     for name, entry in track(files, "verify", progress):
         path = folder / name
         try:
-            with open_below(folder, name) as file:
+            with safe_open.open_below(folder, name) as file:
                 status = os.fstat(file.fileno())
                 if status.st_size != entry["bytes"]:
                     told = f"{status.st_size} bytes, not {entry['bytes']} as written"
@@ -84,7 +78,7 @@ def check_input(folder: str | Path, progress: Progress = False, only: str | None
                     beside += entry["bytes"]
                     if beside > _MAX_BESIDE:
                         raise DataError(f"{path}: with it more than 1 GiB lie beside the weights")
-                digest = _digest(path, identity(status))
+                digest = _digest(path, safe_open.identity(status))
         except FileNotFoundError:
             raise DataError(f"{path}: missing; {MANIFEST} lists it") from None
         except OSError as error:
@@ -97,7 +91,7 @@ def _is_read(name, is_adapter):
     """Whether a stage reads a file of a model's folder, or of an adapter's, which has one."""
     if is_adapter and name.endswith(".safetensors"):
         return name == _ADAPTER_FILE
-    return READ_BY_STAGES.fullmatch(name) is not None
+    return safe_open.READ_BY_STAGES.fullmatch(name) is not None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -107,7 +101,7 @@ def _digest(path, identity):
 
 def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal; opened as :meth:`safe_open.Folder.open` says."""
-    with open_file(path) as file:
+    with safe_open.open_file(path) as file:
         return sha256_of(file)
 
 
@@ -137,7 +131,7 @@ def read_manifest(folder: str | Path) -> dict | None:
 
 def _is_inside(name, entry):
     """Whether a name of a listing stays in its folder, and has a size and a SHA-256."""
-    if name == MANIFEST or not all(map(is_file_name, name.split("/"))):
+    if name == MANIFEST or not all(map(safe_open.is_file_name, name.split("/"))):
         return False
     if not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
         return False

@@ -18,9 +18,10 @@ import time
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from antidote_fast import __version__
 from antidote_fast.config.base import RENAMED, fields_by
 from antidote_fast.errors import DataError
-from antidote_fast.files.commit import digest_of, new_file
+from antidote_fast.files.commit import digest_of, first_difference, new_file
 from antidote_fast.files.manifest import read_manifest, sha256_file, sha256_of, verify_folder
 from antidote_fast.files.safe_open import READ_BY_STAGES, Folder, read_object
 from antidote_fast.system.memory import peak_device_memory_bytes, peak_memory_bytes
@@ -34,14 +35,14 @@ _MAX_HASHED_TOGETHER = 4 << 30
 _MAX_REPORT_BYTES = 256 << 20
 _NOT_HASHED = "not hashed"
 _OF_A_RUN = ("antidote-fast", "torch", "transformers", "peft")
-_LIBRARIES = (*_OF_A_RUN, "numpy", "safetensors", "tokenizers", "datasets", "accelerate")
+_LIBRARIES = (*_OF_A_RUN[1:], "numpy", "safetensors", "tokenizers", "datasets", "accelerate")
 
 
 def run_inputs(config, base, adapter=None, *, records, norms=None, aligned=None) -> dict:
     """Everything that decides a stage's result, of what is opened: so that a run can go on.
 
     Args:
-        config: a stage's frozen dataclass.
+        config: a stage's.
         base: checkpoint of the model: its fingerprint and the size and date of its files; hashing
             all of it would cost more than the pruning.
         adapter: checkpoint of the adapter, or None; hashed.
@@ -86,27 +87,24 @@ def _sums(norms):
 def versions() -> dict:
     """The versions that decide a result: this package, Python, the libraries, the platform."""
     installed = {"python": platform.python_version(), "platform": platform.platform()}
+    installed["antidote-fast"] = __version__  # a checkout need not be installed
     for name in _LIBRARIES:
         try:
             installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             installed[name] = None
-    if installed["antidote-fast"] is None:  # run from a checkout that was not installed
-        import antidote_fast
-
-        installed["antidote-fast"] = antidote_fast.__version__
     return installed
 
 
 def hash_inputs(paths, read=None, *, listed=True) -> dict:
-    """What the files were that a stage read: ``{path: sha256}``.
+    """What the files and folders were that a stage read: ``{path: sha256}``.
 
     A folder that this tool wrote counts with the hashes of its ``COMPLETE.json``, any other with
     its files up to 256 MB each and 4 GiB together; what is over that is told by its size. Hub names
     and None are skipped.
 
     Args:
-        paths: files and folders.
+        paths: which.
         read: {path: sha256} of files that were hashed as they were read; they replace the hashes
             of what lies there now.
         listed: take the word of a ``COMPLETE.json``; else the files that it lists are hashed.
@@ -210,9 +208,7 @@ def difference(folder, config, hashes=None, base_fingerprint=None) -> str | None
             continue
         value = getattr(config, name)
         then, now = _contents_of(before.get(name), recorded), _contents_of(value, hashes)
-        if then != now and isinstance(then, dict) and isinstance(now, dict):
-            names = sorted(then.keys() | now.keys())
-            changed = next(file for file in names if then.get(file) != now.get(file))
+        if (changed := first_difference(then, now)) is not None:
             return f"was made from another {changed!r}"
         if then != now:
             return f"was made with another {name} than {value!r:.80}"

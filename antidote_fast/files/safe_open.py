@@ -44,8 +44,7 @@ def is_file_name(name: object) -> bool:
 class Folder:
     """A folder held open; its files are opened relative to it.
 
-    Args:
-        path: the folder; it may itself be a link, as it is the caller's own word.
+    ``path`` may itself be a link, as it is the caller's own word.
 
     Raises:
         DataError: no such folder, or it cannot be read.
@@ -128,11 +127,7 @@ class Folder:
             return 0
 
     def names(self) -> list[str]:
-        """The names of all that is in the folder, sorted.
-
-        Raises:
-            DataError: there are more than 10,000.
-        """
+        """The names of all that is in the folder, sorted; a DataError for more than 10,000."""
         names = []
         with os.scandir(self._fd) as entries:
             for entry in entries:
@@ -182,12 +177,7 @@ def open_below(folder: str | Path, name: str) -> BinaryIO:
 
 
 def read_file(path: str | Path, max_bytes: int) -> bytes:
-    """All bytes of a file that a caller names.
-
-    Raises:
-        FileNotFoundError: no such file.
-        DataError: as :meth:`Folder.open` and :func:`read_all`.
-    """
+    """As :func:`read_all`, for a file that a caller names, opened as :meth:`Folder.open` does."""
     with open_file(path) as file:
         return read_all(file, path, max_bytes)
 
@@ -242,9 +232,8 @@ class Watch:
 
     A file counts by its inode, size and the times of its last change, which no owner can set back.
 
-    Args:
-        paths: files, and folders with the files in them; None and what is not there (names of the
-            hub) are left out.
+    ``paths`` are files, and folders with the files in them; None and what is not there (names of
+    the hub) are left out.
 
     Raises:
         DataError: a folder of too many files, or a file that is being written at this moment.
@@ -266,17 +255,12 @@ class Watch:
                         self._seen[file] = state
 
     def check(self) -> None:
-        """Compare.
-
-        Raises:
-            DataError: naming the first file that is gone or another one now.
-        """
+        """Compare; a DataError names the first file that is gone or another one now."""
         for file, before in self._seen.items():
-            try:
-                same = _both(file) == before
-            except OSError:
-                same = False
-            if not same:
+            now = None
+            with contextlib.suppress(OSError):
+                now = _both(file)
+            if now != before:
                 raise DataError(f"{file}: changed while it was in use; nothing is made from it")
 
 

@@ -82,11 +82,6 @@ def save_tensors(
     """Write a safetensors file whose bytes depend on its contents alone.
 
     ``safetensors.torch.save_file`` puts the metadata in another order each time.
-
-    Args:
-        path: the file.
-        tensors: {name: tensor} on any device.
-        metadata: {str: str}.
     """
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     file = TensorFile.create(path, specs, metadata)
@@ -98,11 +93,8 @@ class TensorFile:
     """A safetensors file of known names and shapes, filled in any order.
 
     The header is there from the start and the file has its full length, so that what was written
-    before a crash need not be written again.
-
-    Args:
-        path: the file.
-        entries: {name: (first byte, byte after the last)} within the file.
+    before a crash need not be written again. ``entries`` are {name: (first byte, byte after the
+    last)} within the file.
     """
 
     def __init__(self, path: str | Path, entries: Mapping[str, tuple[int, int]]) -> None:
