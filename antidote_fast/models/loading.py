@@ -5,17 +5,25 @@ sees it, so that neither a pickle nor a shard that is cut short nor remote code 
 loader.
 """
 
+import contextlib
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from antidote_fast.errors import AntidoteError, DataError, UsageError, first_line, readable
+from antidote_fast.errors import (
+    AntidoteError,
+    DataError,
+    UsageError,
+    first_line,
+    printable,
+    readable,
+)
 from antidote_fast.files.bounds import bounded, check_counts
 from antidote_fast.files.checkpoint import Checkpoint, check_inside, open_checkpoint, read_json
 from antidote_fast.files.manifest import check_input
@@ -61,20 +69,39 @@ def resolve_folder(name_or_path: str | Path, argument: str = "model_name_or_path
         raise DataError(f"{shown}: no such folder")
     from huggingface_hub import errors, snapshot_download
 
+    options = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*/*"], "etag_timeout": 10}
     try:
-        return Path(
-            snapshot_download(
-                text, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"], etag_timeout=10
-            )
-        )
-    except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
-        kind = "needs access rights" if isinstance(error, errors.GatedRepoError) else "is not there"
-        raise DataError(f"{shown}: no such folder, and on the hub it {kind}") from None
+        return Path(snapshot_download(text, **options))
+    except errors.GatedRepoError:
+        why = "on the hub it needs access rights"
+    except errors.RepositoryNotFoundError:
+        why = "on the hub it is not there"
     except (errors.HFValidationError, errors.EntryNotFoundError, OSError, RuntimeError):
-        raise DataError(
-            f"{shown}: no such folder, and it is neither in the local cache nor can the hub be "
-            "reached"
-        ) from None
+        why = "it is neither in the local cache nor can the hub be reached"
+    raise DataError(f"{shown}: no such folder, and {why}")
+
+
+@contextlib.contextmanager
+def foreign(where: str | Path, fails: str, memory: str | None = None) -> Iterator[None]:
+    """Inside the block, whatever a foreign file makes a library raise is a DataError of one line.
+
+    Args:
+        where: the folder.
+        fails: what cannot be done, for the message.
+        memory: what the message adds where memory lacks, which is no fault of the file.
+
+    Raises:
+        DataError: with the first line of the error, which may quote the file.
+        AntidoteError: not enough memory, where ``memory`` is given.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        if memory is not None and isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise AntidoteError(f"{where}: not enough memory to load it{memory}") from error
+        raise DataError(f"{where}: {fails}: {printable(first_line(error)):.300}") from error
 
 
 def open_model(config: Any, argument: str = "model_name_or_path") -> Checkpoint:
@@ -147,26 +174,18 @@ def load_model(
         # Packed weights do not move afterwards; those on meta are checked and never read.
         options["device_map"] = {"": str(device)}
     transformers = import_transformers()
-    try:
-        with bounded(checkpoint):
-            model, info = getattr(transformers, auto_class).from_pretrained(
-                str(folder),
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **options,
-            )
-    except DataError:
-        raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        where = device if device_map is None else f"device_map={device_map!r}"
-        raise AntidoteError(f"{folder}: not enough memory to load it on {where}") from error
-    except Exception as error:  # whatever a foreign config makes transformers raise
-        raise DataError(f"{folder}: cannot be loaded: {first_line(error)}") from error
+    place = device if device_map is None else f"device_map={device_map!r}"
+    with foreign(folder, "cannot be loaded", f" on {place}"), bounded(checkpoint):
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            str(folder),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
     missing = sorted(info.get("missing_keys") or ())
     if missing:
-        raise DataError(
-            f"{folder}: lacks {len(missing)} tensors that the model needs, {missing[0]!r} first"
-        )
+        count = f"{len(missing)} tensors that the model needs"
+        raise DataError(f"{folder}: lacks {count}, {missing[0]!r} first")
     if "device_map" not in options:
         model.to(device)
     return model.eval()
@@ -195,13 +214,14 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
     if (folder / "config.json").exists():  # which transformers reads too
         check_counts(folder, read_json(folder, "config.json"))
     transformers = import_transformers()
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    with foreign(folder, "its tokenizer cannot be read"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # whatever a foreign file makes transformers raise
-        raise DataError(f"{folder}: its tokenizer cannot be read: {first_line(error)}") from error
-    tokenizer.num_embeddings = _num_embeddings(folder, trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(str(folder), **options)
+        tokenizer.num_embeddings = int(config.get_text_config().vocab_size)
+    except Exception:  # a tokenizer alone, or what a foreign config makes transformers raise
+        tokenizer.num_embeddings = None
     return tokenizer
 
 
@@ -220,17 +240,6 @@ def import_transformers() -> ModuleType:
             "(in older ones a checkpoint's config can run code): pip install -U transformers"
         )
     return transformers
-
-
-def _num_embeddings(folder, trust_remote_code):
-    """How many token ids the folder's model has embeddings for; None where it does not tell."""
-    transformers = import_transformers()
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), **options)
-        return int(config.get_text_config().vocab_size)
-    except Exception:  # a tokenizer alone, or what a foreign config makes transformers raise
-        return None
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -277,24 +286,16 @@ def without_weights(base: Checkpoint, dtype: str | torch.dtype, trust_remote_cod
     from accelerate import init_empty_weights
 
     dtype = pick_dtype(dtype)
-    try:
+    with foreign(base.folder, "cannot be loaded"):
         config = transformers.AutoConfig.from_pretrained(
             str(base.folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
         if dtype == "auto":
-            dtype = getattr(config, "dtype", None) or _first_dtype(base)
+            saved = (entry.dtype for entry in base.tensors.values())
+            floats = (d for d in saved if d is not None and d.is_floating_point)
+            dtype = getattr(config, "dtype", None) or next(floats, torch.float32)
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         with torch.device("meta"), bounded(base):  # at first without memory for buffers either
             transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
         with init_empty_weights(include_buffers=False):
-            model = transformers.AutoModelForCausalLM.from_config(config, **options)
-    except DataError:
-        raise
-    except Exception as error:  # whatever a foreign config makes transformers raise
-        raise DataError(f"{base.folder}: cannot be loaded: {first_line(error)}") from error
-    return model
-
-
-def _first_dtype(base):
-    floats = [e.dtype for e in base.tensors.values() if e.dtype and e.dtype.is_floating_point]
-    return floats[0] if floats else torch.float32
+            return transformers.AutoModelForCausalLM.from_config(config, **options)
