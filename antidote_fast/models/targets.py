@@ -141,19 +141,26 @@ def find_targets(
     if not adapter:
         _check_not_packed(model, chosen)
     for target in chosen:
-        weight = target.weight
+        weight, refused = target.weight, None
         if weight.dtype not in _FLOATS:
-            raise DataError(
-                f"{target.key}: is {weight.dtype}; must be float32, bfloat16 or float16"
-            )
-        if type(weight) not in (torch.Tensor, nn.Parameter) and not is_sharded(weight):
-            raise DataError(
-                f"{target.key}: is a {type(weight).__name__}; must be a plain parameter"
-            )
-        if weight.dim() != 2:
-            raise DataError(f"{target.key}: has shape {tuple(weight.shape)}; must be a matrix")
-    _check_apart(chosen)
-    _check_no_source(model, chosen)
+            refused = f"is {weight.dtype}; must be float32, bfloat16 or float16"
+        elif type(weight) not in (torch.Tensor, nn.Parameter) and not is_sharded(weight):
+            refused = f"is a {type(weight).__name__}; must be a plain parameter"
+        elif weight.dim() != 2:
+            refused = f"has shape {tuple(weight.shape)}; must be a matrix"
+        if refused:
+            raise DataError(f"{target.key}: {refused}")
+    owners = {}
+    for target in chosen:
+        first = owners.setdefault(id(target.weight), target)
+        if first is not target:
+            both = f"{first.key} and {target.key}"
+            raise DataError(f"{both} share one weight; leave one out with ignore")
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        target = owners.get(id(parameter))
+        if target is not None and not target.masked and _SOURCE.search(name):
+            why = f"another weight is computed from it ({name}); leave it out with ignore"
+            raise DataError(f"{target.key}: {why}")  # as of one that is tied
     return sorted(chosen, key=lambda target: natural_key(target.key))
 
 
@@ -219,15 +226,13 @@ def select_keys(
         for k in keys
         if k.endswith(".weight") and re.search(r"(^|\.)\d+\.", k) and "norm" not in k.split(".")[-2]
     ]
-    chosen = []
     hits = dict.fromkeys(wanted or (), False)
-    for key in candidates:
-        if _is_chosen(_names_of_key(key), (), bool(lora), hits, unwanted):
-            chosen.append(key)
-    if any(hits.values()):
-        for pattern, hit in hits.items():
-            if not hit:
-                raise UsageError(f"targets: {pattern!r} matches no weight here")
+    chosen = [
+        key for key in candidates if _is_chosen(_names_of_key(key), (), bool(lora), hits, unwanted)
+    ]
+    missed = [pattern for pattern, hit in hits.items() if not hit]
+    if 0 < len(missed) < len(hits):
+        raise UsageError(f"targets: {missed[0]!r} matches no weight here")
     if not chosen:
         raise NothingPruned(f"nothing to prune: no weight here is targets={targets!r}")
     return sorted(chosen, key=natural_key)
@@ -303,16 +308,8 @@ def _linear_targets(model):
         weight, masked, problem = _weight_of(name, module)
         if name.rsplit(".", 1)[-1] in _OUTPUT_NAMES or id(weight) in outside:
             continue
-        target = Target(
-            f"{name}.weight",
-            module,
-            weight,
-            _is_conv1d(module),
-            module,
-            _is_routed(name),
-            masked=masked,
-        )
-        yield target, [name], problem
+        where = f"{name}.weight", module, weight, _is_conv1d(module), module, _is_routed(name)
+        yield Target(*where, masked=masked), [name], problem
 
 
 def _weight_of(name, module):
@@ -418,53 +415,26 @@ def _check_hits(model, targets, hits):
     for pattern in missed:
         for name, module in model.named_modules():
             if name and _matches(pattern, [name], _classes(module)):
-                raise UsageError(
-                    f"targets: {pattern!r} matches {name} ({type(module).__name__}), which is not "
-                    "a linear layer that can be pruned"
-                )
-    if missed and len(missed) < len(hits):
-        raise UsageError(f"targets: {missed[0]!r} matches no module of this model")
+                what = f"{name} ({type(module).__name__})"
+                not_linear = "which is not a linear layer that can be pruned"
+                raise UsageError(f"targets: {pattern!r} matches {what}, {not_linear}")
+    nowhere = "matches no module of this model"
+    if 0 < len(missed) < len(hits):
+        raise UsageError(f"targets: {missed[0]!r} {nowhere}")
     if missed:
-        raise NothingPruned(
-            f"nothing to prune: targets={targets!r} matches no module of this model"
-        )
+        raise NothingPruned(f"nothing to prune: targets={targets!r} {nowhere}")
 
 
 def _check_not_packed(model, targets):
     config = getattr(model, "config", None)
     quantization = getattr(config, "quantization_config", None)
-    packed = [t for t in targets if _is_packed(t.weight.dtype)]
+    dtypes = [target.weight.dtype for target in targets]
+    packed = [d for d in dtypes if not d.is_floating_point or d.itemsize == 1]
     if quantization is None and not getattr(model, "is_quantized", False) and not packed:
         return
     method = getattr(quantization, "quant_method", None)
-    method = getattr(method, "value", method) or (packed[0].weight.dtype if packed else "unknown")
+    method = getattr(method, "value", method) or (packed[0] if packed else "unknown")
     raise DataError(
         f"the model is quantised ({method}); its packed weights cannot be pruned one by one: prune "
         "an adapter on it, or the model before quantisation"
     )
-
-
-def _is_packed(dtype):
-    return not dtype.is_floating_point or dtype.itemsize == 1
-
-
-def _check_apart(targets):
-    owners = {}
-    for target in targets:
-        first = owners.setdefault(id(target.weight), target)
-        if first is not target:
-            raise DataError(
-                f"{first.key} and {target.key} share one weight; leave one out with ignore"
-            )
-
-
-def _check_no_source(model, targets):
-    """Refuse a target from which another module's weight is computed, as a tied one would be."""
-    owners = {id(target.weight): target for target in targets if not target.masked}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        target = owners.get(id(parameter))
-        if target is not None and _SOURCE.search(name):
-            raise DataError(
-                f"{target.key}: another weight is computed from it ({name}); leave it out with "
-                "ignore"
-            )
