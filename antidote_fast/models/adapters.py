@@ -160,8 +160,12 @@ def _put_on(model, adapter, adapter_name, tensors):
         warnings.simplefilter("ignore")  # missing keys are checked below, as an error
         config = peft.PeftConfig.from_peft_type(**config)
         kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
-        with _placed_already(model):
-            live = kind(model, config, adapter_name, autocast_adapter_dtype=False)
+        # PEFT places a model anew that accelerate has placed, and reads offloaded weights as if
+        # they were there. After an error the module tree has the map back.
+        device_map = vars(model).pop("hf_device_map", None)
+        live = kind(model, config, adapter_name, autocast_adapter_dtype=False)
+        if device_map is not None:
+            model.hf_device_map = device_map
         needed = peft.get_peft_model_state_dict(
             live, adapter_name=adapter_name, save_embedding_layers=False
         )
@@ -269,18 +273,6 @@ def _module_names(keys):
     """Names of the modules that parameters of these names are in, as ``named_modules`` has them."""
     paths = (key.split(".") for key in keys)
     return list(dict.fromkeys(".".join(p[:i]) for p in paths for i in range(1, len(p))))
-
-
-@contextlib.contextmanager
-def _placed_already(model):
-    """Keep PEFT from placing a model anew that accelerate has placed: it reads offloaded weights as
-    if they were there."""
-    device_map = model.__dict__.pop("hf_device_map", None)
-    try:
-        yield
-    finally:
-        if device_map is not None:
-            model.hf_device_map = device_map
 
 
 def _keep_file_dtype(live, adapter, adapter_name, offloaded, tensors):

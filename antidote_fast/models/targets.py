@@ -170,14 +170,10 @@ def coverage(model: nn.Module, targets: Sequence[Target]) -> Coverage:
     in_lora = any(".lora_" in key for key in keys)
     total, not_linear = 0, []
     for name, parameter in model.named_parameters():
-        if in_lora:
-            total += parameter.numel() if re.search(r"\.lora_[AB]\.", name) else 0
-        elif re.search(r"\.\d+\.", name) and ".lora_" not in name:
-            if parameter.dim() == 2:
-                total += parameter.numel()
-            elif parameter.dim() > 2:
-                total += parameter.numel()
-                not_linear.append(name)
+        in_block = re.search(r"\.\d+\.", name) and ".lora_" not in name and parameter.dim() > 1
+        if re.search(r"\.lora_[AB]\.", name) if in_lora else in_block:
+            total += parameter.numel()
+            not_linear += [name] if not in_lora and parameter.dim() > 2 else []
     return Coverage(sum(t.weight.numel() for t in targets), total, tuple(not_linear))
 
 
@@ -369,11 +365,10 @@ def _lora_targets(model, adapter):
             ("lora_B", second, second if plain else module, None if plain else first),
         ):
             key = f"{saved}.{factor}.weight"
-            weight, masked, unfit = None, False, None
-            if problem is None:
-                weight, masked, unfit = _weight_of(f"{name}.{factor}", linear)
+            parts = None, False, problem
+            weight, masked, unfit = parts if problem else _weight_of(f"{name}.{factor}", linear)
             target = Target(key, linear, weight, False, source, routed, before, masked)
-            yield target, _names_of_key(key), problem or unfit
+            yield target, _names_of_key(key), unfit
 
 
 def _lora_problem(name, module, adapter):

@@ -33,16 +33,14 @@ def tokenize(
         limit: ids that can be used; None reads the whole text.
         options: of the tokenizer's call.
     """
+    size = len(text)
     if limit is not None:
         size = _CHARACTERS * (max(limit, 0) + _MARGIN)
         text = text[: max(_MAX_READ, 4 * size)]
-    else:
-        size = len(text)
     while size < len(text):
         head = text[:size]
-        parts = head.rsplit(None, 1)
-        before = parts[0] if len(parts) == 2 else ""
-        if len(before) < size // 2:
+        before, *after = head.rsplit(None, 1) or [""]
+        if not after or len(before) < size // 2:
             before = head if size >= _MAX_UNBROKEN else ""
         if before:
             ids = list(tokenizer(before, **options)["input_ids"])
@@ -106,9 +104,6 @@ def fitted(batch: dict, known: int | None, where: str) -> dict:
 
     Returns:
         The batch, or one like it with other pads.
-
-    Raises:
-        DataError: as :func:`check_ids`.
     """
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     if known is None or ids.is_meta or not ids.numel():
