@@ -69,10 +69,9 @@ def prompt_ids(
 
     Args:
         text: as :func:`build_prompt` gives it.
-        tokenizer: not changed. That of :func:`antidote_fast.models.loading.load_tokenizer` knows
-            how many embeddings its model has.
-        limit: ids that can be used; of a longer prompt there may be only the first part, of more
-            than that many. None gives all.
+        tokenizer: that of :func:`antidote_fast.models.loading.load_tokenizer` knows how many
+            embeddings its model has.
+        limit: as :func:`antidote_fast.models.tokens.tokenize` takes it.
         where: what a refusal calls the prompt.
 
     Raises:
@@ -212,11 +211,9 @@ def make_batches(
         DataError: as :func:`encode`.
     """
     examples = encode(records, tokenizer, template, max_seq_length)
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
-    batches = Examples(
-        collate([examples[i] for i in order[start : start + batch_size]], tokenizer)
-        for start in range(0, len(order), batch_size)
-    )
+    ordered = sorted(examples, key=lambda example: -len(example["input_ids"]))
+    starts = range(0, len(ordered), batch_size)
+    batches = Examples(collate(ordered[i : i + batch_size], tokenizer) for i in starts)
     vars(batches).update(examples.counts)
     return batches
 

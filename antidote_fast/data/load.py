@@ -12,6 +12,8 @@ from antidote_fast.data.records import BEAVERTAILS_ROLES, Record, read_rows, row
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.selection import check_seed
 
+_FILES = (".json", ".jsonl", ".csv", ".txt", ".parquet", ".gz", ".yaml")  # no name on the hub
+
 
 def _split_role(name: str) -> tuple[str, str | None]:
     base, colon, role = name.rpartition(":")
@@ -24,17 +26,13 @@ def _split_role(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _looks_like_hub_name(name: str) -> bool:
-    part = r"[A-Za-z0-9][\w.-]*"
-    if Path(name).suffix.lower() in (".json", ".jsonl", ".csv", ".txt", ".parquet", ".gz", ".yaml"):
-        return False
-    return find_source(name) is not None or re.fullmatch(f"{part}/{part}", name) is not None
-
-
 def local_file(name_or_path: str) -> str | None:
     """The file that a data set's name means, without its role; None for a hub name."""
     name, _ = _split_role(str(name_or_path))
-    return name if os.path.exists(name) or not _looks_like_hub_name(name) else None
+    if os.path.exists(name) or Path(name).suffix.lower() in _FILES:
+        return name
+    part = r"[A-Za-z0-9][\w.-]*"
+    return None if find_source(name) or re.fullmatch(f"{part}/{part}", name) else name
 
 
 def load_records(
@@ -51,15 +49,14 @@ def load_records(
     (SST2), ``text, label`` (AGNEWS, so only for labels of that meaning), ``question, answer``
     (GSM8K), or plain ``prompt, response``.
 
-    Known on the hub: PKU-Alignment/BeaverTails, stanfordnlp/sst2 (sst2, glue/sst2), ag_news,
-    openai/gsm8k, tatsu-lab/alpaca, tatsu-lab/alpaca_eval; another name works where its columns do.
     A role may follow a colon. For BeaverTails, on the hub or as a local file, one is needed:
     ``:safe`` (alignment), ``:unsafe`` (attack, the first 5000 unsafe rows), ``:realign`` (the
     unsafe rows after those, without the prompts among them), ``:eval`` (1000 unsafe rows of
     30k_test, the default of ``split="test"``). For the others on the hub: ``:train``, ``:test``.
 
     Args:
-        name_or_path: file, or hub name, with or without a role.
+        name_or_path: file, or hub name (of :data:`.hub.HUB_SOURCES`, or any whose columns do), with
+            or without a role.
         split: train or test, where a hub data set has both and no role says which.
         limit: records kept, from the start.
         require_output: refuse data without an answer column.

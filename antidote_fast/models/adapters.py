@@ -54,11 +54,10 @@ def check_adapter(adapter: Checkpoint, base: Checkpoint) -> None:
         DataError: naming the tensor, the field or what differs.
     """
     where = str(adapter.folder)
-    check_adapter_config(adapter.config, where)
-    check_sizes(adapter, {name: entry.shape for name, entry in base.tensors.items()})
-    check_input(adapter.folder)
-    shapes = _factor_shapes(adapter)
-    match_modules(adapter.config, _module_names(base.tensors), where)
+    shapes = _checked_factors(adapter, {name: e.shape for name, e in base.tensors.items()})
+    paths = [name.split(".") for name in base.tensors]
+    modules = dict.fromkeys(".".join(path[:i]) for path in paths for i in range(1, len(path)))
+    match_modules(adapter.config, modules, where)
     base_shapes = {}
     for name, entry in base.tensors.items():
         if name.endswith(".weight") and entry.dtype is not None and len(entry.shape) == 2:
@@ -101,10 +100,9 @@ def load_adapter(
     Args:
         model: the base model, as :func:`load_model` gives it. Its own weights stay as they are, and
             after an error its modules and their attributes as well.
-        adapter: folder or hub name of the adapter, or its :class:`Checkpoint`.
-        adapter_name: name of the adapter in the live model.
-        tensors: {name in the file: tensor}, those of the adapter, where they are read already; they
-            stay the caller's.
+        adapter: a folder, a name on the hub, or a checkpoint.
+        adapter_name: what the live model calls it.
+        tensors: {name in the file: tensor} where they are read already; they stay the caller's.
 
     Returns:
         The ``peft.PeftModel``, in eval mode.
@@ -119,16 +117,14 @@ def load_adapter(
     where = str(adapter.folder)
     if not adapter.is_adapter:
         raise DataError(f"adapter={where!r}: is a whole model, not a PEFT adapter")
-    check_adapter_config(adapter.config, where)
-    check_sizes(adapter, {name: tuple(t.shape) for name, t in model.state_dict().items()})
-    check_input(adapter.folder)
-    _factor_shapes(adapter)
+    state = model.state_dict()
+    _checked_factors(adapter, {name: tuple(tensor.shape) for name, tensor in state.items()})
     offloaded = {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values())
     offloaded = offloaded and any(p.is_meta for p in model.parameters())
     if adapter.config.get("use_dora") and offloaded:
         raise DataError(f"{where}: DoRA needs the base's weights, and some of them are offloaded")
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    _check_copies(adapter, model.state_dict().get, tied, offloaded)
+    _check_copies(adapter, state.get, tied, offloaded)
     tree = ModuleTree(model)
     try:
         live, needed = _put_on(model, adapter, adapter_name, tensors)
@@ -150,7 +146,7 @@ def _put_on(model, adapter, adapter_name, tensors):
     if saved:  # before PEFT copies what they name, which may be the whole base
         whole = ((n, m) for n, m in model.named_modules() if n.endswith(saved))
         keys = [f"{_PREFIX}{n}.{key}" for n, m in whole for key, _ in m.named_parameters()]
-        _check_needed(adapter, dict.fromkeys(keys), every=False)
+        _check_needed(adapter, keys, every=False)
     config = {**adapter.config, **fields, "inference_mode": True}
     config.pop("runtime_config", None)
     import peft
@@ -269,12 +265,6 @@ def _check_copies(adapter, base_tensor, tied, offloaded=False):
             raise DataError(f"{where}: holds {key!r} with other values than the base has; {what}")
 
 
-def _module_names(keys):
-    """Names of the modules that parameters of these names are in, as ``named_modules`` has them."""
-    paths = (key.split(".") for key in keys)
-    return list(dict.fromkeys(".".join(p[:i]) for p in paths for i in range(1, len(p))))
-
-
 def _keep_file_dtype(live, adapter, adapter_name, offloaded, tensors):
     """PEFT makes the factors in the base's dtype; give them back the file's, bit for bit."""
     factors = {}
@@ -298,9 +288,13 @@ def _keep_file_dtype(live, adapter, adapter_name, offloaded, tensors):
         raise DataError(f"{adapter.folder}: {left[0]!r} belongs to a part that is offloaded")
 
 
-def _factor_shapes(adapter):
-    """{module: (out_features, in_features)} that the factors stand for."""
+def _checked_factors(adapter, base):
+    """{module: (out_features, in_features)} that an adapter's factors stand for, once it is known
+    to be sound; ``base`` as in :func:`check_sizes`."""
     where = str(adapter.folder)
+    check_adapter_config(adapter.config, where)
+    check_sizes(adapter, base)
+    check_input(adapter.folder)
     factors = {}
     for name, entry in adapter.tensors.items():
         match = LORA_FACTOR.fullmatch(name)

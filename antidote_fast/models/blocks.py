@@ -66,14 +66,11 @@ def _mlp_of(model, block, attention):
     ]
     called = [pair for pair in children if _MLP.search(type(pair[1]).__name__)]
     called = called or [pair for pair in children if _MLP.search(pair[0].rpartition(".")[2])]
-    linear = [pair for pair in children if _is_linear(pair[1])]
-    return (called or linear or [None])[-1]
-
-
-def _is_linear(module):
     # An adapter's layer stands in for the linear one that it wraps.
-    weight = getattr(getattr(module, "base_layer", module), "weight", None)
-    return weight is not None and weight.dim() == 2
+    inner = [getattr(module, "base_layer", module) for _, module in children]
+    weights = [getattr(module, "weight", None) for module in inner]
+    linear = [c for c, w in zip(children, weights, strict=True) if w is not None and w.dim() == 2]
+    return (called or linear or [None])[-1]
 
 
 @contextmanager

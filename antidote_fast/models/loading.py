@@ -51,10 +51,6 @@ _DTYPES = {
 def resolve_folder(name_or_path: str | Path, argument: str = "model_name_or_path") -> Path:
     """A local folder as it is; a hub name as the folder of its downloaded files.
 
-    Args:
-        name_or_path: a folder, or a name such as ``HuggingFaceTB/SmolLM2-135M``.
-        argument: what an error message calls it.
-
     Raises:
         DataError: neither a folder nor on the hub, or the hub cannot be reached.
     """
@@ -86,13 +82,9 @@ def foreign(where: str | Path, fails: str, memory: str | None = None) -> Iterato
     """Inside the block, whatever a foreign file makes a library raise is a DataError of one line.
 
     Args:
-        where: the folder.
-        fails: what cannot be done, for the message.
-        memory: what the message adds where memory lacks, which is no fault of the file.
-
-    Raises:
-        DataError: with the first line of the error, which may quote the file.
-        AntidoteError: not enough memory, where ``memory`` is given.
+        where, fails: the folder, and what cannot be done with it.
+        memory: how a message of too little memory ends, which is no fault of the file then but an
+            AntidoteError.
     """
     try:
         yield
@@ -122,10 +114,8 @@ def open_model(config: Any, argument: str = "model_name_or_path") -> Checkpoint:
         other = "its base model, and this folder as adapter" if goes_on_it else "a whole model"
         raise DataError(f"{argument}={name!r}: is a PEFT adapter; give {other}")
     if argument == "adapter" and not checkpoint.is_adapter:
-        raise DataError(
-            f"adapter={name!r}: is a whole model, not an adapter; give it as model_name_or_path, "
-            "without adapter"
-        )
+        other = "give it as model_name_or_path, without adapter"
+        raise DataError(f"adapter={name!r}: is a whole model, not an adapter; {other}")
     return checkpoint
 
 
@@ -143,10 +133,9 @@ def load_model(
     Args:
         model_name_or_path: a folder or a hub name.
         dtype: auto (the checkpoint's), bfloat16, float16 or float32, or a torch dtype.
-        device: a torch device; auto takes cuda where there is one.
-        device_map: None, or ``"auto"``: accelerate spreads the model over all GPUs, and over the
-            CPU where those are full; or a map of its own, module by module. ``device`` must be auto
-            then.
+        device: as :func:`pick_device` takes it.
+        device_map: ``"auto"``, or a map of modules, by which accelerate spreads the model over all
+            GPUs, and over the CPU where those are full; ``device`` must be auto then.
         trust_remote_code: allow code that the checkpoint ships to run.
         auto_class: which transformers class loads it.
 
@@ -155,6 +144,7 @@ def load_model(
             tensor that the model needs and the file lacks (transformers would fill it at random);
             a configuration that transformers does not know; remote code that is not trusted.
         UsageError: unknown dtype or device, or a device together with device_map.
+        AntidoteError: not enough memory.
     """
     if device_map is not None and device != "auto":
         raise UsageError(f"device={device!r}: must be auto where device_map is given")
@@ -207,10 +197,8 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
     if (folder / "tokenizer_config.json").exists():
         config = read_json(folder, "tokenizer_config.json")
         if config.get("auto_map") and not trust_remote_code:
-            raise DataError(
-                f"{folder}: its tokenizer asks to run code of its own (auto_map); pass "
-                "trust_remote_code if you trust it"
-            )
+            what = "its tokenizer asks to run code of its own (auto_map)"
+            raise DataError(f"{folder}: {what}; pass trust_remote_code if you trust it")
     if (folder / "config.json").exists():  # which transformers reads too
         check_counts(folder, read_json(folder, "config.json"))
     transformers = import_transformers()
@@ -257,11 +245,10 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 def pick_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     """A torch dtype, or ``"auto"``."""
-    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
-        return dtype
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    picked = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if picked not in _DTYPES.values():
         raise UsageError(f"dtype={dtype!r}: must be one of {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
+    return picked
 
 
 def check_not_quantized(checkpoint: Checkpoint) -> None:

@@ -1,10 +1,9 @@
 """Regular expressions out of other people's files: matched in a process that can be stopped.
 
 Python's ``re`` backtracks, so a pattern of 20 characters can run for years, and meanwhile neither
-another thread nor a signal gets a turn. An adapter's config holds patterns (``rank_pattern`` and
-others) that PEFT matches with every module of the base. They are matched here first, by the same
-``re`` with the same names, in a child that the kernel ends once it has had :data:`SECONDS` of
-processor time. What is done there in milliseconds is so everywhere.
+another thread nor a signal gets a turn. An adapter's config holds patterns that PEFT matches with
+every module of the base. They are matched here first, by the same ``re`` with the same names, in a
+child that the kernel ends once it has had :data:`SECONDS` of processor time.
 """
 
 import functools
@@ -54,11 +53,7 @@ print(json.dumps(results[0]))
 
 
 def check_pattern(pattern: str, field: str, where: str) -> None:
-    """Refuse what is no text, over 1024 characters or not printable; nothing is compiled.
-
-    Raises:
-        DataError: naming the field.
-    """
+    """Refuse what is no text, too long or not printable, naming the field; none is compiled."""
     if not isinstance(pattern, str) or not pattern:
         raise DataError(f"{where}: {field}: {shown(pattern)} is not a pattern")
     if len(pattern) > MAX_LENGTH or not pattern.isprintable():
@@ -77,8 +72,7 @@ def first_matches(
     """Which pattern each name is matched by, the first one where there are several.
 
     Args:
-        patterns: regular expressions out of a file.
-        names: of modules.
+        patterns, names: regular expressions out of a file, and names of modules.
         form: how PEFT matches the field: ``"whole"`` (``re.fullmatch``), ``"end"`` (a name's last
             parts, as rank_pattern) or ``"layers"`` (what stands before a layer's number).
         field, where: what a message calls the field, and the file.

@@ -134,10 +134,8 @@ def find_targets(
         _check_hits(model, targets, hits)
     if not chosen:
         what = "a query, key or value projection" if wanted is None else f"targets={targets!r}"
-        raise NothingPruned(
-            f"nothing to prune: no linear layer is {what}"
-            + (f" outside of ignore={list(ignore)!r}" if unwanted else "")
-        )
+        outside = f" outside of ignore={list(ignore)!r}" if unwanted else ""
+        raise NothingPruned(f"nothing to prune: no linear layer is {what}{outside}")
     if not adapter:
         _check_not_packed(model, chosen)
     for target in chosen:
@@ -188,11 +186,7 @@ def first_computed(model: nn.Module) -> str | None:
 
 
 def check_names(keys: Iterable[str]) -> None:
-    """Refuse names of tensors from which a weight is computed.
-
-    Raises:
-        DataError: naming the first one.
-    """
+    """Refuse names of tensors from which a weight is computed: a DataError of the first one."""
     for key in keys:
         if _SOURCE.search(key):
             raise DataError(
