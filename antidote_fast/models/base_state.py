@@ -21,7 +21,11 @@ class ModuleTree:
 
     def __init__(self, model: nn.Module) -> None:
         owners = [*model.modules(), getattr(model, "config", None)]
-        self._owners = [(o, _copied(vars(o))) for o in owners if hasattr(o, "__dict__")]
+        self._owners = [
+            (o, {n: (v, v.copy() if type(v) in _COPIED else None) for n, v in vars(o).items()})
+            for o in owners
+            if hasattr(o, "__dict__")
+        ]
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
 
     def restore(self) -> None:
@@ -40,13 +44,6 @@ class ModuleTree:
                 here[name] = value
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
-
-
-def _copied(attributes):
-    return {
-        name: (value, value.copy() if type(value) in _COPIED else None)
-        for name, value in attributes.items()
-    }
 
 
 class Marks:

@@ -158,6 +158,7 @@ def load_model(
     check_input(folder)
     device = pick_device(device)
     options = {"dtype": pick_dtype(dtype), "use_safetensors": True, "local_files_only": True}
+    options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     if device_map is not None:
         options["device_map"] = device_map
     elif "quantization_config" in checkpoint.config or device.type == "meta":
@@ -166,12 +167,7 @@ def load_model(
     transformers = import_transformers()
     place = device if device_map is None else f"device_map={device_map!r}"
     with foreign(folder, "cannot be loaded", f" on {place}"), bounded(checkpoint):
-        model, info = getattr(transformers, auto_class).from_pretrained(
-            str(folder),
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        model, info = getattr(transformers, auto_class).from_pretrained(str(folder), **options)
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         count = f"{len(missing)} tensors that the model needs"

@@ -290,8 +290,14 @@ def _is_conv1d(module):
 
 
 def _linear_targets(model):
-    """(Target, names, None) of every linear layer but the output layer."""
-    outside = _embedding_weights(model)
+    """(Target, names, why it cannot be pruned or None) of every linear layer.
+
+    Not of those that share a weight with an embedding or the output layer.
+    """
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if get is not None else None
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is output]
+    outside = {id(p) for m in embeddings for p in m.parameters() if p.dim() > 1}
     for name, module in model.named_modules():
         if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
             continue
@@ -331,16 +337,6 @@ def _not_kept(name, by):
 
 def _classes(module):
     return [c.__name__ for c in type(module).__mro__ if c is not object]
-
-
-def _embedding_weights(model):
-    """Identities of all that embeddings and the output layer are made of."""
-    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    get = getattr(model, "get_output_embeddings", None)
-    output = get() if get is not None else None
-    if isinstance(output, nn.Module):
-        modules.append(output)
-    return {id(p) for m in modules for p in m.parameters() if p.dim() > 1}
 
 
 def _lora_targets(model, adapter):

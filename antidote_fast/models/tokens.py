@@ -62,10 +62,10 @@ def vocab_size(config: dict) -> int | None:
 
 
 def check_ids(ids: Sequence[int], known: int | None, where: str) -> None:
-    """Refuse token ids that a model has no embedding for; where is how many ``known``, if it is.
+    """Refuse a text's token ids where ``known``, a model's number of embeddings or None, is passed.
 
     Raises:
-        DataError: with ``where`` the text is, the first such id and the number of embeddings.
+        DataError: saying ``where`` the text is, the first such id and the number of embeddings.
     """
     if known is None or not ids or 0 <= min(ids) <= max(ids) < known:
         return
