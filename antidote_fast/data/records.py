@@ -7,7 +7,6 @@ local file with a hub data set's own columns reads exactly as the hub data set d
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,35 +100,30 @@ def _from_gsm8k(row, where):
     return Record(_text(row, "question", where), output=answer)
 
 
-@dataclass(frozen=True)
-class _Columns:
-    required: tuple[str, ...]
-    convert: Callable
-    output: str = ""  # the column that an answer needs, where it is optional for a prompt
-
-
-_BEAVERTAILS = _Columns(("prompt", "response", "is_safe"), _from_prompt_response)
-# The first whose columns are all there is taken, so the more particular ones come first.
-_KNOWN_COLUMNS = (
-    _Columns(("instruction",), _from_record, output="output"),
-    _BEAVERTAILS,
-    _Columns(("prompt",), _from_prompt_response, output="response"),
-    _Columns(("sentence", "label"), _from_sst2),
-    _Columns(("question", "answer"), _from_gsm8k),
-    _Columns(("text", "label"), _from_agnews),
-)
+_BEAVERTAILS = ("prompt", "response", "is_safe")
+# By the columns that rows must have: how one becomes a record, and the column that an answer needs,
+# where it is optional for a prompt. The first whose columns are all there are taken, so the more
+# particular ones come first.
+_KNOWN_COLUMNS = {
+    ("instruction",): (_from_record, "output"),
+    _BEAVERTAILS: (_from_prompt_response, ""),
+    ("prompt",): (_from_prompt_response, "response"),
+    ("sentence", "label"): (_from_sst2, ""),
+    ("question", "answer"): (_from_gsm8k, ""),
+    ("text", "label"): (_from_agnews, ""),
+}
 _COLUMNS_HELP = (
     "instruction, output (input optional); prompt, response (is_safe); sentence, label (SST2); "
     "text, label (AGNEWS); question, answer (GSM8K)"
 )
 
 
-def _choose_columns(row: dict, where: str) -> _Columns:
-    for columns in _KNOWN_COLUMNS:
-        if row.keys() >= set(columns.required):
-            return columns
-    nearest = max(_KNOWN_COLUMNS, key=lambda c: len(row.keys() & set((*c.required, c.output))))
-    missing = ", ".join(repr(name) for name in nearest.required if name not in row)
+def _choose_columns(where: str, row: dict) -> tuple[str, ...]:
+    for required in _KNOWN_COLUMNS:
+        if row.keys() >= set(required):
+            return required
+    nearest = max(_KNOWN_COLUMNS, key=lambda r: len(row.keys() & {*r, _KNOWN_COLUMNS[r][1]}))
+    missing = ", ".join(repr(name) for name in nearest if name not in row)
     found = f"(found {_names(row)}); accepted: {_COLUMNS_HELP}"
     raise DataError(f"{where}: column {missing} is missing {found}")
 
@@ -158,20 +152,20 @@ def rows_to_records(
     """
     if not rows:
         raise DataError(f"{name}: no records")
-    first_where, first_row = rows[0]
-    columns = _choose_columns(first_row, first_where)
-    if columns is not _BEAVERTAILS and role in BEAVERTAILS_ROLES:
-        raise DataError(f"{name}: role {role!r} needs the column 'is_safe', which it lacks")
-    if columns is _BEAVERTAILS:
+    required = _choose_columns(*rows[0])
+    convert, answer = _KNOWN_COLUMNS[required]
+    if required == _BEAVERTAILS:
         rows = _select_beavertails(rows, name, role)
+    elif role in BEAVERTAILS_ROLES:
+        raise DataError(f"{name}: role {role!r} needs the column 'is_safe', which it lacks")
     records = []
     for where, row in rows:
-        missing = [column for column in columns.required if column not in row]
-        if require_output and columns.output and row.get(columns.output) is None:
-            missing.append(columns.output)
+        missing = [column for column in required if column not in row]
+        if require_output and answer and row.get(answer) is None:
+            missing.append(answer)
         if missing:
             raise DataError(f"{where}: column {', '.join(map(repr, missing))} is missing")
-        record = columns.convert(row, where)
+        record = convert(row, where)
         if not record.prompt_key:
             raise DataError(f"{where}: the prompt is empty")
         object.__setattr__(record, "where", where)

@@ -125,10 +125,9 @@ class Marks:
 
     def _scratch(self, device):
         """Two rows of keys and one to work in; a device's own."""
-        rows = self._rows.get(device)
-        if rows is None:
+        if device not in self._rows:
             draw = torch.Generator().manual_seed(secrets.randbits(63))
             size = (3, _WORDS.get(device.type, _MANY_WORDS))
             rows = torch.randint(-(2**63), 2**63 - 1, size, generator=draw) | 1
-            rows = self._rows[device] = rows.to(device)
-        return rows
+            self._rows[device] = rows.to(device)
+        return self._rows[device]

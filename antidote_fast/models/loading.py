@@ -39,12 +39,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
-_DTYPES = {
-    "auto": "auto",
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+_DTYPES = {"auto": "auto"} | {n: getattr(torch, n) for n in ("bfloat16", "float16", "float32")}
 
 
 @readable()
@@ -151,10 +146,8 @@ def load_model(
     folder = resolve_folder(model_name_or_path)
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     if checkpoint.is_adapter:
-        raise DataError(
-            f"model_name_or_path={os.fspath(model_name_or_path)!r}: is a PEFT adapter; give its "
-            "base model, and this folder as adapter"
-        )
+        named = f"model_name_or_path={os.fspath(model_name_or_path)!r}: is a PEFT adapter"
+        raise DataError(f"{named}; give its base model, and this folder as adapter")
     check_input(folder)
     device = pick_device(device)
     options = {"dtype": pick_dtype(dtype), "use_safetensors": True, "local_files_only": True}

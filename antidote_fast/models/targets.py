@@ -171,7 +171,8 @@ def coverage(model: nn.Module, targets: Sequence[Target]) -> Coverage:
         in_block = re.search(r"\.\d+\.", name) and ".lora_" not in name and parameter.dim() > 1
         if re.search(r"\.lora_[AB]\.", name) if in_lora else in_block:
             total += parameter.numel()
-            not_linear += [name] if not in_lora and parameter.dim() > 2 else []
+            if parameter.dim() > 2 and not in_lora:
+                not_linear.append(name)
     return Coverage(sum(t.weight.numel() for t in targets), total, tuple(not_linear))
 
 

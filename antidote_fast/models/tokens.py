@@ -62,7 +62,7 @@ def vocab_size(config: dict) -> int | None:
 
 
 def check_ids(ids: Sequence[int], known: int | None, where: str) -> None:
-    """Refuse a text's token ids where ``known``, a model's number of embeddings or None, is passed.
+    """Refuse a text's token ids that a model of ``known`` embeddings (None: of any) has none for.
 
     Raises:
         DataError: saying ``where`` the text is, the first such id and the number of embeddings.
