@@ -78,8 +78,8 @@ def prompt_ids(
         DataError: a token id that the model has no embedding for.
     """
     bos = tokenizer.bos_token
-    begins = bool(bos) and text.startswith(bos)
-    ids = tokenize(text, tokenizer, limit, add_special_tokens=not begins)
+    special = not (bos and text.startswith(bos))
+    ids = tokenize(text, tokenizer, limit, add_special_tokens=special)
     if limit is None or len(ids) <= limit:  # of a longer one nothing is used
         check_ids(ids, getattr(tokenizer, "num_embeddings", None), where)
     eos = tokenizer.eos_token_id

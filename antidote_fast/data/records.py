@@ -262,9 +262,11 @@ def read_rows(path: Path) -> list[tuple[str, dict]]:
     if _is_json_lines(path, text.lstrip()):
         # Not splitlines(): it also cuts at U+2028 and the like, which JSON strings may hold.
         lines = ((f"{path}: line {i}", line) for i, line in enumerate(text.split("\n"), 1))
-        rows = [(where, _parse(line, where, True)) for where, line in lines if line.strip()]
+        rows = [
+            (where, _parse(line, where, one_line=True)) for where, line in lines if line.strip()
+        ]
     else:
-        parsed = _parse(text, str(path), False)
+        parsed = _parse(text, str(path), one_line=False)
         parsed = parsed if isinstance(parsed, list) else [parsed]
         rows = [(f"{path}: record {i}", row) for i, row in enumerate(parsed, 1)]
     for where, row in rows:

@@ -154,11 +154,12 @@ def find_targets(
         if first is not target:
             both = f"{first.key} and {target.key}"
             raise DataError(f"{both} share one weight; leave one out with ignore")
+    # A target may be tied to what another module computes its weight from.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         target = owners.get(id(parameter))
         if target is not None and not target.masked and _SOURCE.search(name):
             why = f"another weight is computed from it ({name}); leave it out with ignore"
-            raise DataError(f"{target.key}: {why}")  # as of one that is tied
+            raise DataError(f"{target.key}: {why}")
     return sorted(chosen, key=lambda target: natural_key(target.key))
 
 
@@ -305,8 +306,8 @@ def _linear_targets(model):
         weight, masked, problem = _weight_of(name, module)
         if name.rsplit(".", 1)[-1] in _OUTPUT_NAMES or id(weight) in outside:
             continue
-        where = f"{name}.weight", module, weight, _is_conv1d(module), module, _is_routed(name)
-        yield Target(*where, masked=masked), [name], problem
+        fields = f"{name}.weight", module, weight, _is_conv1d(module), module, _is_routed(name)
+        yield Target(*fields, masked=masked), [name], problem
 
 
 def _weight_of(name, module):
