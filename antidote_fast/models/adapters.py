@@ -151,8 +151,7 @@ def _put_on(model, adapter, adapter_name, tensors):
     config.pop("runtime_config", None)
     import peft
 
-    fails = "cannot be put on this model"
-    with warnings.catch_warnings(), foreign(where, fails, memory=""):
+    with warnings.catch_warnings(), foreign(where, "cannot be put on this model", memory=""):
         warnings.simplefilter("ignore")  # missing keys are checked below, as an error
         config = peft.PeftConfig.from_peft_type(**config)
         kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)

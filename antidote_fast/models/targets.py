@@ -292,10 +292,7 @@ def _is_conv1d(module):
 
 
 def _linear_targets(model):
-    """(Target, names, why it cannot be pruned or None) of every linear layer.
-
-    Not of those that share a weight with an embedding or the output layer.
-    """
+    """(Target, names, why it cannot be pruned or None) of linear layers but the output layer."""
     get = getattr(model, "get_output_embeddings", None)
     output = get() if get is not None else None
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is output]
