@@ -28,10 +28,6 @@ def run(config: ExperimentConfig, *, progress: Progress = False) -> dict:
     the one of highest FA * (100 - HS) is taken, the first of equals: a model that fails at its task
     is as bad as one that does all harm.
 
-    Args:
-        config: the experiment.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
-
     Returns:
         The contents of report.json: ``chosen`` (by defense), ``num_cells``, ``num_computed``,
         ``num_left``, ``failed`` (one line for each cell that could not be made, such as one whose
@@ -225,8 +221,8 @@ def _name(cell):
 def _specs(config):
     if config.tables:
         return config.tables
-    grids = config.grid if isinstance(config.grid, list) else [config.grid]
-    across = [n for g in grids for n, v in g.items() if len(v) > 1 and n not in ("seed", "defense")]
+    lists = [pair for each in grid.grids_of(config) for pair in each.items()]
+    across = [n for n, values in lists if len(values) > 1 and n not in ("seed", "defense")]
     return [{"title": f"By {name}", "across": name} for name in dict.fromkeys(across)]
 
 

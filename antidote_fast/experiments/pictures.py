@@ -27,11 +27,9 @@ _OTHERS = [("#0072B2", "P"), ("#999999", "X"), *(style[1:] for style in DEFENSES
 def _panels(width, height, number=1):
     """A figure of so many inches and its axes, side by side, with a grid."""
     # Not pyplot: it would keep the figure, and pick a window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = list(figure.subplots(1, number, squeeze=False)[0])
     for axes in panels:
         axes.grid(color="#dddddd", linewidth=0.7)
@@ -169,16 +167,11 @@ def plot_sweep(report: dict, path: str | os.PathLike) -> None:
 
 
 def _draw(path, title, models, start, rows, best, least=0):
-    """Harmful score against finetune accuracy.
+    """Harmful score against finetune accuracy: a curve a score and scope, in the order of ratios.
 
-    Args:
-        path: the picture.
-        title: its title.
-        models: {name: metrics} of models that no curve made.
-        start: the one of them at which every curve begins.
-        rows: those of a sweep; a curve a score and scope, its points in the order of their ratios.
-        best: (what it is, its row, its metrics) of what was chosen, or None.
-        least: the accuracy that is just within the budget; drawn where it is above 0.
+    Every curve begins at the model ``start``, one of ``models`` ({name: metrics}); ``rows`` are a
+    sweep's. ``best`` is (what it is, its row, its metrics) of what was chosen, or None; ``least``,
+    drawn where it is above 0, is the accuracy that is just within the budget.
     """
     figure, [axes] = _panels(10, 7)
     curves = {}

@@ -85,9 +85,7 @@ def stages_of(config: RunConfig) -> tuple[dict[str, StageConfig], dict[str, Stag
 def check(config: RunConfig, stages: dict, scores: dict) -> None:
     """Refuse data that cannot be read and folders that cannot be written, before the first stage.
 
-    Args:
-        config: the run's.
-        stages, scores: as :func:`stages_of` gives them.
+    ``stages`` and ``scores`` are those of :func:`stages_of`.
 
     Raises:
         DataError: naming what is refused.

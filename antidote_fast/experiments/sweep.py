@@ -36,10 +36,6 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
     The model is pruned as it is loaded: with a ``dtype`` other than that of its files, ``prune`` of
     the files may remove other weights where scores are nearly equal.
 
-    Args:
-        config: what to try, and on what.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
-
     Returns:
         The contents of report.json: as :func:`sweep_model`, with ``command``, the line that makes
         the recommended model, ``datasets`` and ``calibration``. No text of a prompt is in it.

@@ -277,7 +277,7 @@ def _chosen(rows, spec):
 
 
 def _at(rows, spec, x):
-    own = [] if is_cost(spec) else [row for row in rows if _value(row, spec["across"]) is not None]
+    own = [row for row in rows if _value(row, spec.get("across")) is not None]
     return [row for row in own if _value(row, spec["across"]) == x] if own else rows
 
 

