@@ -9,7 +9,7 @@ from antidote_fast.errors import UsageError
 from antidote_fast.experiments.chain import Chain, Maker, at_work, check_own_folder, shared_flags
 from antidote_fast.files.commit import check_output_folder
 from antidote_fast.files.manifest import read_manifest
-from antidote_fast.files.provenance import REPORT, replace_report
+from antidote_fast.files.provenance import REPORT, write_report
 from antidote_fast.stages.inputs import check_data
 from antidote_fast.system.progress import Progress, track
 
@@ -55,7 +55,7 @@ def run(config: RunConfig, *, progress: Progress = False) -> dict:
             "stage_seconds": seconds,
             "reused": reused,
         }
-        return replace_report(out, "run", config, results)
+        return write_report(out, "run", config, results, grows=True)
 
 
 def stages_of(config: RunConfig) -> tuple[dict[str, StageConfig], dict[str, StageConfig]]:

@@ -18,7 +18,7 @@ from antidote_fast.experiments.demo.model import MODEL_NAME
 from antidote_fast.experiments.run import run as run_stages
 from antidote_fast.experiments.tables import METRICS
 from antidote_fast.files.commit import new_file
-from antidote_fast.files.provenance import REPORT, replace_report
+from antidote_fast.files.provenance import REPORT, write_report
 from antidote_fast.system.hardware import fast_dtype, hardware
 from antidote_fast.system.progress import Clock, Progress, tell
 from antidote_fast.system.text import number, table
@@ -124,7 +124,7 @@ def _run(config, cache, out, clock, progress):
     }
     with new_file(out / PICTURE) as partial:
         pictures.plot_demo(results, partial)
-    return replace_report(out, "demo", config, results)
+    return write_report(out, "demo", config, results, grows=True)
 
 
 def _sources():
