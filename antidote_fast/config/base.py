@@ -39,7 +39,7 @@ def holds_path(declared: Field) -> bool:
     return declared.metadata.get(_IS_PATH, False)
 
 
-def fields_by(config, decides: str) -> list[Field]:
+def fields_by(config: Any, decides: str) -> list[Field]:
     """The fields of a config, or of its class, of which this decides a stage's result.
 
     Args:
@@ -84,13 +84,13 @@ def with_new_names(values: Any, notify: Callable[[str], None] = warnings.warn) -
     return renamed
 
 
-def check(condition, name, value, accepted):
+def check(condition: object, name: str, value: object, accepted: str) -> None:
     """Refuse a value in one line that names the argument and what is accepted."""
     if not condition:
         raise UsageError(f"{name}={value!r}: must be {accepted}")
 
 
-def check_positive(config, *names):
+def check_positive(config: Any, *names: str) -> None:
     """Refuse fields that are not above 0; None is passed over."""
     for name in names:
         value = getattr(config, name)
@@ -106,7 +106,7 @@ def one_of(choices: Callable[[], Mapping[str, Any]], default: str) -> Any:
     return field(default=default, metadata={"choices": choices})
 
 
-def expand_paths(config):
+def expand_paths(config: Any) -> None:
     """Put the home folder in place of ``~`` in every path, once for all stages.
 
     Raises:

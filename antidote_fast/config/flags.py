@@ -7,6 +7,7 @@ import json
 import os
 import re
 import typing
+from collections.abc import Sequence
 
 from antidote_fast.config.base import RENAMED, with_new_names
 from antidote_fast.config.experiment import SECTIONS, ExperimentConfig, RunConfig
@@ -22,9 +23,12 @@ ALIASES = {
 # Entries of an experiment that the parser, which reads text as YAML wherever anything may stand,
 # would take a title such as "T1: poison" for a mapping in.
 _STRUCTURED = ("grid", "levels", "tune", "tables")
+Config = typing.TypeVar("Config")
 
 
-def from_words(config_class, words, command):
+def from_words(
+    config_class: type[Config], words: list[str], command: str
+) -> tuple[Config, list[str]]:
     """The dataclass from a command's flags; ``--config file.yaml`` among them, flags override it.
 
     Args:
@@ -62,7 +66,7 @@ def from_words(config_class, words, command):
     return dataclasses.replace(config, **structured), notices
 
 
-def from_values(config_class, values, where):
+def from_values(config_class: type[Config], values: dict[str, typing.Any], where: str) -> Config:
     """The dataclass from a dict, as YAML gives it; checked as flags are.
 
     Raises:
@@ -71,7 +75,7 @@ def from_values(config_class, values, where):
     return _parsed(config_class, "parse_object", with_new_names(values), where)
 
 
-def spelled_out(words, config_class):
+def spelled_out(words: Sequence[str], config_class: type) -> tuple[list[str], list[str]]:
     """Rewrite flags to the one spelling that the parser takes.
 
     Dashes become underscores, aliases their field, ``--flag`` alone ``--flag=true``, and the words
@@ -109,7 +113,7 @@ def spelled_out(words, config_class):
     return spelled, notices
 
 
-def help_text(config_class, prog, example):
+def help_text(config_class: type, prog: str, example: str) -> str:
     """What ``--help`` prints."""
     parser = _parser(config_class, prog=prog, usage=f"{prog} {example}")
     choices = _choices(config_class)
@@ -128,7 +132,7 @@ def help_text(config_class, prog, example):
     return parser.format_help()
 
 
-def close_to(word, words, prefix=""):
+def close_to(word: str, words: Sequence[str], prefix: str = "") -> str:
     """``"; did you mean ...?"`` where one of ``words`` is near, else nothing."""
     close = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""

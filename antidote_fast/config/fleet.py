@@ -9,7 +9,7 @@ from antidote_fast.config.scores import computed_scores
 from antidote_fast.errors import UsageError
 
 
-def parse_shard(text) -> tuple[int, int]:
+def parse_shard(text: str) -> tuple[int, int]:
     """(i, n) of ``"i/n"``, 0 <= i < n.
 
     Raises:

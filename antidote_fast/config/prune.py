@@ -181,7 +181,7 @@ class PruneConfig(CalibrateConfig):
             "cross_check": self.cross_check,
         }
 
-    def check_aligned(self, is_adapter):
+    def check_aligned(self, is_adapter: bool) -> None:
         """Refuse a score that is learned where no aligned model could answer.
 
         Args:

@@ -6,6 +6,8 @@ Two records tell it. Whoever has opened everything goes by :func:`run_inputs`, o
 config counts its fields declare (:mod:`antidote_fast.config.base`).
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
@@ -15,16 +17,21 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from antidote_fast import __version__
-from antidote_fast.config.base import RENAMED, fields_by
+from antidote_fast.config.base import RENAMED, StageConfig, fields_by
 from antidote_fast.errors import DataError
 from antidote_fast.files.commit import digest_of, first_difference, new_file
 from antidote_fast.files.manifest import read_manifest, sha256_file, sha256_of, verify_folder
 from antidote_fast.files.safe_open import READ_BY_STAGES, Folder, read_object
 from antidote_fast.system.memory import peak_device_memory_bytes, peak_memory_bytes
+
+if TYPE_CHECKING:
+    from antidote_fast.files.checkpoint import Checkpoint
 
 REPORT = "report.json"
 SCHEMA_VERSION = 1
@@ -38,7 +45,15 @@ _OF_A_RUN = ("antidote-fast", "torch", "transformers", "peft")
 _LIBRARIES = (*_OF_A_RUN[1:], "numpy", "safetensors", "tokenizers", "datasets", "accelerate")
 
 
-def run_inputs(config, base, adapter=None, *, records, norms=None, aligned=None) -> dict:
+def run_inputs(
+    config: StageConfig,
+    base: Checkpoint,
+    adapter: Checkpoint | None = None,
+    *,
+    records: Mapping[str, Iterable[Any]],
+    norms: Mapping[str, Any] | None = None,
+    aligned: Checkpoint | None = None,
+) -> dict:
     """Everything that decides a stage's result, of what is opened: so that a run can go on.
 
     Args:
@@ -96,7 +111,12 @@ def versions() -> dict:
     return installed
 
 
-def hash_inputs(paths, read=None, *, listed=True) -> dict:
+def hash_inputs(
+    paths: Iterable[str | Path | None],
+    read: Mapping[str, str] | None = None,
+    *,
+    listed: bool = True,
+) -> dict:
     """What the files and folders were that a stage read: ``{path: sha256}``.
 
     A folder that this tool wrote counts with the hashes of its ``COMPLETE.json``, any other with
@@ -144,20 +164,20 @@ def _hash_folder(path):
     return hashes
 
 
-def settings_of(config) -> dict:
+def settings_of(config: StageConfig) -> dict:
     """{field: value} of what decides a stage's result by its value, as JSON gives it back."""
     values = {each.name: getattr(config, each.name) for each in fields_by(config, "value")}
     return json.loads(json.dumps(values))
 
 
-def input_files(config) -> list[str]:
+def input_files(config: StageConfig) -> list[str]:
     """The local files and folders that a stage's config names, data sets without their role."""
     names = [getattr(config, each.name) for each in fields_by(config, "contents")]
     paths = [(name, name.rpartition(":")[0]) for name in names if name is not None]
     return [path for pair in paths if (path := next(filter(os.path.exists, pair), None))]
 
 
-def is_done(folder, config) -> bool:
+def is_done(folder: str | Path, config: StageConfig) -> bool:
     """Whether ``folder`` is whole and came from these settings and files, all hashed again."""
     try:
         return difference(folder, config) is None
@@ -165,7 +185,12 @@ def is_done(folder, config) -> bool:
         return False
 
 
-def difference(folder, config, hashes=None, base_fingerprint=None) -> str | None:
+def difference(
+    folder: str | Path,
+    config: StageConfig,
+    hashes: Mapping[str, str] | None = None,
+    base_fingerprint: str | None = None,
+) -> str | None:
     """What is otherwise in a folder than if a stage made it now; None where nothing is.
 
     Args:
@@ -240,7 +265,15 @@ def _contents_of(value, hashes):
     return value
 
 
-def write_report(folder, stage, config, results, inputs=(), *, grows=False) -> dict:
+def write_report(
+    folder: str | Path,
+    stage: str,
+    config: Any,
+    results: Mapping[str, Any],
+    inputs: Iterable[str | Path | None] | dict[str, str] = (),
+    *,
+    grows: bool = False,
+) -> dict:
     """Write ``report.json`` into ``folder`` and return its contents.
 
     Args:
@@ -288,7 +321,7 @@ def _dumps(value, **options):
     return json.dumps(value, allow_nan=False, default=_plain, **options)
 
 
-def read_report(folder) -> dict | None:
+def read_report(folder: str | Path) -> dict | None:
     """The ``report.json`` of a folder, or None where there is none of a version we know.
 
     A link out of the folder is not followed, and nothing over 256 MiB is read.

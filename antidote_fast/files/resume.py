@@ -11,19 +11,21 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from antidote_fast.errors import AntidoteError, DataError, Interrupted
 from antidote_fast.files import commit
 from antidote_fast.files.commit import RUN_INPUTS, STATE, digest_of, first_difference
 from antidote_fast.files.manifest import read_manifest
-from antidote_fast.files.places import run_of, sync
+from antidote_fast.files.places import Place, run_of, sync
 
 STATE_VERSION = 2
 KEPT = "what was done is kept, and the same command with --resume goes on"
 
 
-def is_finished(path, inputs) -> bool:
+def is_finished(path: str | Path, inputs: Mapping[str, Any]) -> bool:
     """Whether ``path`` is the whole output of a run with these very inputs.
 
     Raises:
@@ -61,12 +63,12 @@ class Run:
     keep = done = False
     digests = None
 
-    def __init__(self, place, inputs, state):
+    def __init__(self, place: Place, inputs: Mapping[str, Any], state: dict[str, Any]) -> None:
         self.folder, self.state = place.at("run"), state
         self.output = self.folder / "output"
         self._place, self._inputs = place, inputs
 
-    def save(self, state):
+    def save(self, state: dict[str, Any]) -> None:
         """Replace the state; it is on the disk when this returns."""
         contents = {"schema_version": STATE_VERSION, "inputs": self._inputs, "state": state}
         with commit.new_file(self.folder / STATE, alone=True) as partial:
@@ -74,14 +76,16 @@ class Run:
         sync(self.folder)
         self.state = state
 
-    def commit(self, **manifest_entries):
+    def commit(self, **manifest_entries: Any) -> None:
         """Give :attr:`output` the target's name, with these further values in ``COMPLETE.json``."""
         manifest_entries[RUN_INPUTS] = digest_of(self._inputs)
         commit.commit(self.output, self._place, manifest_entries, self.digests)
         self.done = True
 
 
-def interrupted_state(path, inputs, *, resume=False, overwrite=False) -> dict:
+def interrupted_state(
+    path: str | Path, inputs: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> dict:
     """What :func:`run_folder` would go on from: {} where it would begin.
 
     Raises:
@@ -99,13 +103,15 @@ def interrupted_state(path, inputs, *, resume=False, overwrite=False) -> dict:
     return {}
 
 
-def discard(path) -> None:
+def discard(path: str | Path) -> None:
     """Remove what an interrupted run left for the output ``path``; the caller holds its lock."""
     shutil.rmtree(run_of(path), ignore_errors=True)
 
 
 @contextlib.contextmanager
-def run_folder(path, inputs, *, resume=False, overwrite=False):
+def run_folder(
+    path: str | Path, inputs: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> Iterator[Run]:
     """A :class:`Run` for the output ``path``; the block ends with :meth:`Run.commit`.
 
     An interruption (a signal, a crash, the power) or the system's refusal (a full disk, missing

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
+from typing import Any
 
 from antidote_fast.config.fleet import FleetConfig, parse_shard
 from antidote_fast.errors import Interrupted, JobsSetAside
@@ -15,10 +16,10 @@ from antidote_fast.fleet import folder
 from antidote_fast.fleet.jobs import read_jobs
 from antidote_fast.system import interrupts
 from antidote_fast.system.memory import peak_memory_bytes
-from antidote_fast.system.progress import count
+from antidote_fast.system.progress import Progress, count
 
 
-def run(config: FleetConfig, *, progress=False) -> dict:
+def run(config: FleetConfig, *, progress: Progress = False) -> dict:
     """Do all jobs of the list that are not done.
 
     Each job's folder, ``output_dir/NAME``, is what ``prune`` writes for its adapter. A job that
@@ -71,7 +72,7 @@ class Tally:
         total: jobs in all.
     """
 
-    def __init__(self, total):
+    def __init__(self, total: int) -> None:
         self.total = total
         self.outcomes = []
         self.counts = {"done": 0, "skipped": 0, "failed": 0}
@@ -82,7 +83,7 @@ class Tally:
         """Jobs that are done, were done before, or are set aside."""
         return sum(self.counts.values())
 
-    def add(self, outcome):
+    def add(self, outcome: dict[str, Any]) -> None:
         """Count one outcome of :meth:`Worker.run`."""
         self.outcomes.append(outcome)
         self.counts[outcome["status"]] += 1

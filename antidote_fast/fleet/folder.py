@@ -7,18 +7,21 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.files.commit import check_output_folder, check_parent, new_file
 from antidote_fast.files.manifest import read_manifest
 from antidote_fast.files.provenance import difference, read_report
+from antidote_fast.fleet.jobs import Job
 
 FAILED = "failed"
 SCHEMA_VERSION = 1
 
 
-def finished(job, hashes, base_fingerprint):
+def finished(job: Job, hashes: Mapping[str, str], base_fingerprint: str) -> dict | None:
     """The report of a job whose folder is whole and was made as it would be now; else None.
 
     Sizes are compared, not the hashes of what was written: ``antidote-fast inspect`` does that.
@@ -48,7 +51,7 @@ def finished(job, hashes, base_fingerprint):
     return None
 
 
-def set_aside(out, outcome):
+def set_aside(out: str | Path, outcome: Mapping[str, Any]) -> None:
     """Record why a job failed in ``failed/NAME.json``; a later success takes it away."""
     record = {"schema_version": SCHEMA_VERSION, **outcome, "created": _now()}
     folder = Path(out) / FAILED
@@ -56,7 +59,7 @@ def set_aside(out, outcome):
     write_json(folder / f"{outcome['name']}.json", record)
 
 
-def forget(out, name):
+def forget(out: str | Path, name: str) -> None:
     """Remove the record of a failure, and its folder where that was the last one."""
     folder = Path(out) / FAILED
     with contextlib.suppress(FileNotFoundError):
@@ -65,7 +68,7 @@ def forget(out, name):
         folder.rmdir()
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file that appears whole or not at all.
 
     Raises:
@@ -79,14 +82,14 @@ def write_json(path, value):
         raise AntidoteError(f"{path}: {error.strerror or error}") from error
 
 
-def summary_path(out, shard):
+def summary_path(out: str | Path, shard: tuple[int, int]) -> Path:
     """``summary.json``, or with several shards each its own."""
     index, count = shard
     return Path(out) / ("summary.json" if count == 1 else f"summary-{index}-of-{count}.json")
 
 
 @contextlib.contextmanager
-def locked(out, shard):
+def locked(out: str | Path, shard: tuple[int, int]) -> Iterator[None]:
     """Hold this shard of ``out``; shards of one division may be held at once.
 
     Raises:
@@ -126,7 +129,7 @@ def locked(out, shard):
         lock.release()
 
 
-def is_disk_full(error) -> bool:
+def is_disk_full(error: BaseException | None) -> bool:
     """Whether a full disk is behind an exception, so that no other job would fare better."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -135,7 +138,7 @@ def is_disk_full(error) -> bool:
     return False
 
 
-def has_room(out, size) -> bool:
+def has_room(out: str | Path, size: int) -> bool:
     """Whether ``size`` more bytes fit below ``out``: they are taken, and given back at once."""
     try:
         with tempfile.TemporaryFile(dir=out) as file:

@@ -10,12 +10,15 @@ had at first. Whether the base's weights are still those that were loaded is com
 
 import json
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 
 from antidote_fast.errors import AntidoteError
+from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.models.adapters import load_adapter
 from antidote_fast.models.base_state import Marks, ModuleTree
+from antidote_fast.models.kinds import Model
 
 _NAME = "default"
 # Of adapter_config.json: says where the adapter comes from, not what it computes.
@@ -40,18 +43,18 @@ class AdapterSlot:
             base was loaded again.
     """
 
-    def __init__(self, load):
+    def __init__(self, load: Callable[[], Model]) -> None:
         self._load = load
         self.swaps = self.loads = self.reloads = 0
         self._marks = None
         self._compared = True  # and nothing has run on the base since
         self._take(load())
 
-    def fits(self, adapter):
+    def fits(self, adapter: Checkpoint) -> bool:
         """Whether :meth:`put` will copy tensors, and leave modules and their hooks as they are."""
         return self._places is not None and _layout(adapter) == self._layout
 
-    def put(self, adapter, tensors):
+    def put(self, adapter: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> Model:
         """The live PEFT model with this adapter on it, in eval mode.
 
         Args:
@@ -93,7 +96,7 @@ class AdapterSlot:
         self._compared = name is None
         return name
 
-    def clear(self):
+    def clear(self) -> None:
         """Take the adapter off; the base is as it was loaded, and loaded again if it is not.
 
         Raises:

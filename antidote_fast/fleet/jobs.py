@@ -52,7 +52,7 @@ class Job:
     config: PruneConfig
 
 
-def read_jobs(config) -> list[Job]:
+def read_jobs(config: FleetConfig) -> list[Job]:
     """The jobs of ``config.manifest``, all of its lines checked.
 
     Raises:

@@ -10,10 +10,14 @@ import dataclasses
 import importlib.util
 import os
 import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from antidote_fast import errors
+from antidote_fast.config.fleet import FleetConfig
 from antidote_fast.data.load import local_file
 from antidote_fast.errors import AntidoteError, UsageError
+from antidote_fast.fleet.jobs import Job
 
 _AT_ONCE = 8  # jobs that an actor is handed at a time, at most
 _ATTEMPTS = 3  # of a job whose actor died each time
@@ -21,7 +25,7 @@ _DEATHS = 5  # of actors, with no job done in between
 _POLL_SECONDS = 0.5
 
 
-def check_installed():
+def check_installed() -> None:
     """Refuse ``--engine ray`` without Ray.
 
     Raises:
@@ -31,7 +35,9 @@ def check_installed():
         raise AntidoteError("engine=ray: ray is not installed; pip install 'antidote-fast[ray]'")
 
 
-def run(config, jobs, stop):
+def run(
+    config: FleetConfig, jobs: Sequence[Job], stop: Callable[[], bool]
+) -> Iterator[dict[str, Any]]:
     """Outcomes of the jobs, as :meth:`Worker.run` gives them, in the order in which they end.
 
     A Ray that is initialised, or that ``RAY_ADDRESS`` names, is used; else one is started here and

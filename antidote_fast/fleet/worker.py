@@ -11,11 +11,14 @@ import ctypes
 import dataclasses
 import functools
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from antidote_fast.data.batches import batches_of
+from antidote_fast.config.fleet import FleetConfig
+from antidote_fast.config.prune import PruneConfig
+from antidote_fast.data.batches import Examples, batches_of
 from antidote_fast.data.load import local_file
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.files.checkpoint import Checkpoint
@@ -57,7 +60,7 @@ class Worker:
         DataError, UsageError: the base is refused, or the backend cannot run.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: FleetConfig) -> None:
         self.config = config
         _keep_freed_memory()
         self.base = open_model(config)
@@ -69,7 +72,7 @@ class Worker:
         self._slot = self._hooks = self._hooked = self._collector = None
         self._usual = _ROOM
 
-    def check_data(self, jobs):
+    def check_data(self, jobs: Sequence[Job]) -> None:
         """Read and tokenise the fleet's own data sets, so that one no job could use ends it.
 
         Raises:
@@ -82,7 +85,9 @@ class Worker:
                     self.data_of(job.config, name)
                     break
 
-    def run(self, jobs, stop=lambda: False):
+    def run(
+        self, jobs: Iterable[Job], stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[dict[str, Any]]:
         """Do the jobs; yields one outcome a job, in order, as soon as its folder is in place.
 
         Args:
@@ -293,7 +298,7 @@ class Worker:
     def _tokenizer(self):
         return load_tokenizer(self.base.folder, trust_remote_code=self.config.trust_remote_code)
 
-    def data_of(self, config, name="dataset"):
+    def data_of(self, config: PruneConfig, name: str = "dataset") -> Examples:
         """The batches of a data set, on the device and tokenised once for all jobs."""
         settings = (
             getattr(config, name),

@@ -2,6 +2,7 @@
 
 import torch
 
+from antidote_fast.config.base import StageConfig
 from antidote_fast.errors import AntidoteError
 from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.models.loading import pick_device, pick_dtype
@@ -20,7 +21,7 @@ def weight_bytes(checkpoint: Checkpoint, dtype: str = "auto") -> int:
     return sum(e.num_bytes for e in entries) + change
 
 
-def check_memory(config, checkpoints: list[Checkpoint | None]) -> None:
+def check_memory(config: StageConfig, checkpoints: list[Checkpoint | None]) -> None:
     """Refuse, before weights are loaded, what cannot be held; only what is surely needed counts.
 
     That is the weights, and in full training their fp32 copies, gradients and Adam's moments.

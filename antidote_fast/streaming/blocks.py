@@ -6,19 +6,24 @@ block by block. Its weights are read from the checkpoint's files when they are n
 
 import contextlib
 import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from antidote_fast.errors import DataError
+from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.tensor_file import read_tensor
 from antidote_fast.models.adapters import load_adapter
 from antidote_fast.models.forwards import lean_forward
 from antidote_fast.models.loading import check_not_quantized, without_weights
 from antidote_fast.norms.collector import on_device, run_forward
 
+Call = tuple[list[Any], pytree.TreeSpec, int]
+"""A block's arguments as leaves and their tree, and which leaf its hidden states are."""
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -40,7 +45,15 @@ class BlockModel:
         DataError: a model that cannot be run block by block, naming why.
     """
 
-    def __init__(self, base, adapter=None, *, dtype="auto", device="cpu", trust_remote_code=False):
+    def __init__(
+        self,
+        base: Checkpoint,
+        adapter: Checkpoint | None = None,
+        *,
+        dtype: str = "auto",
+        device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
         check_not_quantized(base)
         self.base, self.device = base, torch.device(device)
         self.model = without_weights(base, dtype, trust_remote_code)
@@ -63,14 +76,14 @@ class BlockModel:
         ]
         self._as_tuple = False
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._blocks)
 
-    def saved_names(self, index) -> list[str]:
+    def saved_names(self, index: int) -> list[str]:
         """Names of a block's tensors in the checkpoint."""
         return [saved for saved, _ in self._sources[index].values()]
 
-    def num_bytes(self, index) -> int:
+    def num_bytes(self, index: int) -> int:
         """Size of a block in memory: as saved, and in the dtype it runs in where that differs."""
         entries = [
             (self.base.tensors[saved], empty) for saved, empty in self._sources[index].values()
@@ -85,7 +98,9 @@ class BlockModel:
         """Size in memory of what lies before the first block: the embeddings, mostly."""
         return sum(empty.nbytes for _, empty in self._outside.values())
 
-    def loaded(self, indices, prefetch=True):
+    def loaded(
+        self, indices: Iterable[int], prefetch: bool = True
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """For each index (index, {name as saved: tensor}); the loop's body can run that block.
 
         With ``prefetch`` the next block is read while this one is in use. The tensors are the
@@ -103,7 +118,7 @@ class BlockModel:
                 tensors = None
 
     @torch.no_grad()
-    def calls(self, batches):
+    def calls(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, list[Call]]]:
         """What each block is called with, batch by batch: embeddings are in memory meanwhile.
 
         Yields:
@@ -115,7 +130,7 @@ class BlockModel:
                 yield self._recorded(on_device(batch, self.device, None, number), options)
 
     @torch.no_grad()
-    def run(self, index, hidden, call) -> torch.Tensor:
+    def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """What leaves block ``index``, which must be loaded, of ``hidden`` (B, T, hidden_size)."""
         leaves, spec, place = call
         leaves = [x.to(self.device) if isinstance(x, torch.Tensor) else x for x in leaves]

@@ -6,23 +6,40 @@ scope reads the targets twice more, to find the one edge of all. What is done li
 beside output_dir (:mod:`antidote_fast.files.resume`), from which ``resume`` goes on.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
+from antidote_fast.config.prune import CalibrateConfig, PruneConfig
 from antidote_fast.data.batches import batches_of
+from antidote_fast.data.records import Record
 from antidote_fast.errors import Interrupted
+from antidote_fast.files.checkpoint import Checkpoint
+from antidote_fast.files.resume import Run
+from antidote_fast.models.kinds import Tokenizer
 from antidote_fast.models.loading import load_tokenizer, pick_device
 from antidote_fast.norms.activation_norms import ActivationNorms, counts_of
-from antidote_fast.pruning.evidence import check_keys
+from antidote_fast.pruning.evidence import Evidence, check_keys
+from antidote_fast.pruning.report import PruneReport
 from antidote_fast.streaming.blocks import BlockModel
 from antidote_fast.streaming.norms import BlockCalibration
 from antidote_fast.streaming.sink import Background
 from antidote_fast.streaming.spill import Room, room_for_hidden
 from antidote_fast.streaming.writer import Writer
 from antidote_fast.system import interrupts
-from antidote_fast.system.progress import track
+from antidote_fast.system.progress import Progress, track
 
 
-def collect_norms(config, base, adapter, records, run, *, tokenizer=None, progress=False):
+def collect_norms(
+    config: CalibrateConfig,
+    base: Checkpoint,
+    adapter: Checkpoint | None,
+    records: Sequence[Record],
+    run: Run,
+    *,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress = False,
+) -> tuple[ActivationNorms, dict[str, Any]]:
     """(norms, what the report says of them), block by block; goes on where ``run`` stopped.
 
     Args:
@@ -41,8 +58,17 @@ def collect_norms(config, base, adapter, records, run, *, tokenizer=None, progre
 
 
 def prune_model(
-    config, base, records, run, evidence, *, keys=(), aligned=None, tokenizer=None, progress=False
-):
+    config: PruneConfig,
+    base: Checkpoint,
+    records: Sequence[Record] | None,
+    run: Run,
+    evidence: Evidence,
+    *,
+    keys: Collection[str] = (),
+    aligned: Checkpoint | None = None,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress = False,
+) -> tuple[PruneReport, ActivationNorms | None, dict[str, Any], dict[str, str]]:
     """Prune a full model into ``run.output``, block by block.
 
     Args:

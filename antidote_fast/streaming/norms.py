@@ -5,14 +5,19 @@ and on disk past it; kept on disk, they are where an interrupted calibration goe
 """
 
 import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from antidote_fast.errors import DataError
 from antidote_fast.models.targets import find_targets
 from antidote_fast.norms.activation_norms import ActivationNorms
 from antidote_fast.norms.collector import NormCollector, in_halves
-from antidote_fast.streaming.spill import TensorStore
+from antidote_fast.streaming.blocks import BlockModel
+from antidote_fast.streaming.spill import Room, TensorStore
 
 
 class BlockCalibration:
@@ -35,8 +40,17 @@ class BlockCalibration:
     """
 
     def __init__(
-        self, model, batches, folder, room, *, targets=None, ignore=(), fingerprint="", **options
-    ):
+        self,
+        model: BlockModel,
+        batches: Iterable[Mapping[str, Any]],
+        folder: Path,
+        room: Room,
+        *,
+        targets: str | Iterable[str] | None = None,
+        ignore: str | Iterable[str] = (),
+        fingerprint: str = "",
+        **options: Any,
+    ) -> None:
         self.model, self.folder, self.room = model, folder, room
         self._options, self._fingerprint = options, fingerprint
         self.targets = find_targets(model.model, targets, ignore)
@@ -55,7 +69,7 @@ class BlockCalibration:
         """Index of the last block that holds a target."""
         return max(i for i, targets in enumerate(self._by_block) if targets)
 
-    def begin(self, hidden=None):
+    def begin(self, hidden: Mapping[str, Any] | None = None) -> None:
         """Run the model up to its first block, or go on from what :meth:`keep` returned."""
         self._calls = TensorStore(self.folder / "calls.bin", self.room)
         if hidden is None:
@@ -69,7 +83,9 @@ class BlockCalibration:
             self._note(number, calls)
         self.spilled_bytes = self._spilled(self._hidden)
 
-    def steps(self, indices, prefetch=True):
+    def steps(
+        self, indices: Iterable[int], prefetch: bool = True
+    ) -> Iterator[tuple[int, dict[str, Tensor], ActivationNorms | None]]:
         """Run block after block, from the one that :meth:`begin` was about to the last target.
 
         Yields:
@@ -80,7 +96,7 @@ class BlockCalibration:
             norms = self.run(index) if index <= self.last else None
             yield index, tensors, norms
 
-    def run(self, index, collect=True):
+    def run(self, index: int, collect: bool = True) -> ActivationNorms | None:
         """The norms of a loaded block's targets (None without), its output put in place of its
         input; with ``collect=False`` the forward alone."""
         targets = [
@@ -118,7 +134,7 @@ class BlockCalibration:
         self._hidden = after
         return norms
 
-    def keep(self):
+    def keep(self) -> tuple[dict[str, Any] | None, TensorStore | None, TensorStore | None]:
         """Have the hidden states on disk that enter the next block.
 
         Returns:

@@ -1,9 +1,14 @@
 """A model's folder that is written block by block, and hashed as its files are filled."""
 
 import os
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.commit import check_free_space
 from antidote_fast.files.manifest import sha256_file
 from antidote_fast.files.pruned_copy import copy_checkpoint_files
@@ -28,7 +33,13 @@ class ModelSink:
         AntidoteError: not enough room on the disk.
     """
 
-    def __init__(self, checkpoint, folder, done=(), digests=None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        folder: str | Path,
+        done: Collection[str] = (),
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         self.checkpoint, self.folder = checkpoint, Path(folder)
         self.digests = dict(digests or {})
         self._left = {}
@@ -47,7 +58,7 @@ class ModelSink:
         for name in done:
             self._left[checkpoint.tensors[name].file].pop(name)
 
-    def write(self, tensors):
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill in tensors, {name as saved: tensor}."""
         for name, tensor in tensors.items():
             file = self.checkpoint.tensors[name].file
@@ -55,7 +66,7 @@ class ModelSink:
             self._touched.add(file)
             self._left[file].pop(name)
 
-    def copy(self, names):
+    def copy(self, names: Iterable[str]) -> None:
         """Copy tensors from the checkpoint as they are."""
         for name in names:
             entry = self.checkpoint.tensors[name]
@@ -63,7 +74,7 @@ class ModelSink:
             self._touched.add(entry.file)
             self._left[entry.file].pop(name)
 
-    def sync(self):
+    def sync(self) -> None:
         """Wait until all that was written is on the disk; hash the files that are full now."""
         for file in self._touched:
             self._files[file].sync()
@@ -72,7 +83,7 @@ class ModelSink:
             if not left and file.name not in self.digests:
                 self.digests[file.name] = sha256_file(self._partial(file))
 
-    def finish(self):
+    def finish(self) -> None:
         """Name the weight files, all full by now, and copy what surrounds them."""
         self.sync()
         for file in self._files:
@@ -86,21 +97,21 @@ class ModelSink:
 class Background:
     """One call at a time beside the caller's own work, in the order given; a context manager."""
 
-    def __enter__(self):
+    def __enter__(self) -> "Background":
         self._pool, self._last = ThreadPoolExecutor(1), None
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._pool.shutdown()
         if error is None:
             self.wait()
 
-    def submit(self, call, *args):
+    def submit(self, call: Callable[..., Any], *args: Any) -> None:
         """Begin ``call(*args)`` once the one before is done, whose error is raised here."""
         self.wait()
         self._last = self._pool.submit(call, *args)
 
-    def wait(self):
+    def wait(self) -> None:
         """Wait for the last call; its error is raised here."""
         last, self._last = self._last, None
         if last is not None:

@@ -1,12 +1,17 @@
 """Tensors that are put away and taken back, in memory up to a limit and on disk past it."""
 
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from antidote_fast.config.prune import CalibrateConfig
 from antidote_fast.errors import AntidoteError, DataError
 from antidote_fast.files.tensor_file import bytes_of, read_into
+from antidote_fast.streaming.blocks import BlockModel
 from antidote_fast.system.memory import available_memory, format_bytes, parse_bytes, resident_bytes
 
 _FIRST_FORWARD = 64 << 20  # of libraries and their buffers; 36 to 50 MB were seen
@@ -16,17 +21,17 @@ _SHARE = 0.8  # of the free memory, where max_memory says nothing
 class Room:
     """Bytes that several stores may hold in memory together."""
 
-    def __init__(self, limit):
+    def __init__(self, limit: int) -> None:
         self.left = max(0, int(limit))
 
-    def take(self, size) -> bool:
+    def take(self, size: int) -> bool:
         """Reserve ``size`` bytes, where there are so many left."""
         if size > self.left:
             return False
         self.left -= size
         return True
 
-    def give(self, size):
+    def give(self, size: int) -> None:
         """Hand back bytes that were taken."""
         self.left += size
 
@@ -34,14 +39,16 @@ class Room:
 class TensorStore:
     """Lists of tensors by number; those that find no room lie in one file, made when needed."""
 
-    def __init__(self, path, room):
+    def __init__(self, path: str | Path, room: Room) -> None:
         self.path, self.room = Path(path), room
         self.num_bytes = self.num_spilled = 0
         self._held, self._places = {}, {}
         self._end = 0
         self._fd = None
 
-    def put(self, number, tensors, memory=None):
+    def put(
+        self, number: int, tensors: Iterable[Tensor], memory: list[Tensor] | None = None
+    ) -> None:
         """Put away a list of tensors; copied where they do not stay in memory.
 
         ``memory``, which :meth:`take` of another store of the same room gave for such a list, is
@@ -60,23 +67,23 @@ class TensorStore:
             self.num_spilled += size
             self._write(number, tensors)
 
-    def take(self, number):
+    def take(self, number: int) -> list[Tensor] | None:
         """The memory of one list, forgotten here, its room still taken; None if it is on disk."""
         return self._held.pop(number, None)
 
-    def get(self, number) -> list:
+    def get(self, number: int) -> list[Tensor]:
         """The list that was put under ``number``, on the CPU."""
         if number in self._held:
             return self._held[number]
         return [self._read(*place) for place in self._places[number]]
 
-    def drop(self, number):
+    def drop(self, number: int) -> None:
         """Forget what is in memory of one list."""
         held = self._held.pop(number, None)
         if held is not None:
             self.room.give(_num_bytes(held))
 
-    def close(self, delete=True):
+    def close(self, delete: bool = True) -> None:
         """Give back the memory, and the file as well unless ``delete`` is False."""
         for number in list(self._held):
             self.drop(number)
@@ -96,13 +103,13 @@ class TensorStore:
                 self._write(number, tensors)
         return sorted(self._places.items())
 
-    def sync(self):
+    def sync(self) -> None:
         """Wait until what is in the file is on the disk."""
         if self._fd is not None:
             os.fsync(self._fd)
 
     @classmethod
-    def reopen(cls, path, room, index) -> "TensorStore":
+    def reopen(cls, path: str | Path, room: Room, index: Iterable[Sequence[Any]]) -> "TensorStore":
         """What :meth:`keep` left on disk; read into memory as far as there is room.
 
         Raises:
@@ -149,7 +156,9 @@ def _num_bytes(tensors):
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def room_for_hidden(config, model, batches):
+def room_for_hidden(
+    config: CalibrateConfig, model: BlockModel, batches: Iterable[Mapping[str, Tensor]]
+) -> tuple[int, bool]:
     """(bytes for hidden states and arguments of blocks, whether the next block is read ahead).
 
     Raises:

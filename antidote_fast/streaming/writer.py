@@ -2,18 +2,28 @@
 
 import dataclasses
 import re
+from collections.abc import Collection, Mapping
+from typing import Any
 
+from torch import Tensor
+
+from antidote_fast.config.prune import PruneConfig
 from antidote_fast.config.scores import SCORES
 from antidote_fast.errors import Interrupted, NothingPruned
+from antidote_fast.files.checkpoint import Checkpoint
+from antidote_fast.files.resume import Run
 from antidote_fast.files.tensor_file import read_tensor
 from antidote_fast.masks import mask_key, masks_file
 from antidote_fast.models.loading import pick_device
 from antidote_fast.models.targets import natural_key
+from antidote_fast.norms.activation_norms import ActivationNorms
+from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.global_cut import GlobalCut, find_cut
 from antidote_fast.pruning.prune import prune_state_
 from antidote_fast.pruning.report import PruneReport
-from antidote_fast.streaming.sink import ModelSink
-from antidote_fast.system.progress import track
+from antidote_fast.streaming.sink import Background, ModelSink
+from antidote_fast.system.interrupts import Request
+from antidote_fast.system.progress import Progress, track
 
 _BLOCK = re.compile(r"(.*?\.\d+)\.")
 
@@ -31,7 +41,15 @@ class Writer:
         aligned: checkpoint of the model whose values removed weights take, or None.
     """
 
-    def __init__(self, config, base, run, keys, evidence, aligned):
+    def __init__(
+        self,
+        config: PruneConfig,
+        base: Checkpoint,
+        run: Run,
+        keys: Collection[str],
+        evidence: Evidence,
+        aligned: Checkpoint | None,
+    ) -> None:
         self._config, self._base, self._run = config, base, run
         self._selection = config.selection
         self._evidence, self._aligned = evidence, aligned
@@ -63,13 +81,18 @@ class Writer:
             path = run.output / "masks.safetensors"
             self._masks = masks_file(path, shapes, about, keep=bool(self._written))
 
-    def copy_others(self, names):
+    def copy_others(self, names: Collection[str]) -> None:
         """Copy what is in no block as it is, unless an interrupted run has."""
         others = [x for x in self._base.tensors if x not in names and x not in set(self._written)]
         self._sink.copy(others)
         self._written += others
 
-    def prune(self, tensors, norms, cut=None):
+    def prune(
+        self,
+        tensors: Mapping[str, Tensor],
+        norms: ActivationNorms | None,
+        cut: GlobalCut | None = None,
+    ) -> None:
         """Prune the targets among a block's tensors, {name as saved: tensor}, in place."""
         weights = {
             self._saved[name]: tensor for name, tensor in tensors.items() if name in self._saved
@@ -96,12 +119,12 @@ class Writer:
         for key, mask in (part.masks or {}).items():
             self._masks.write(mask_key(key), mask.bits)
 
-    def write(self, tensors):
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write a block's tensors, pruned or not."""
         self._sink.write(tensors)
         self._written += tensors
 
-    def state(self):
+    def state(self) -> dict[str, Any]:
         """What :meth:`__init__` takes up again; what it tells of is on the disk."""
         self._sink.sync()
         if self._masks is not None:
@@ -119,7 +142,13 @@ class Writer:
             }
         }
 
-    def rewrite(self, norms, request, background, progress):
+    def rewrite(
+        self,
+        norms: ActivationNorms | None,
+        request: Request,
+        background: Background,
+        progress: Progress,
+    ) -> None:
         """Read, prune and write block after block, with norms that are there or a score without."""
         cut = self._cut(norms, request, progress) if self._selection.scope == "global" else None
         groups = {}
@@ -144,7 +173,7 @@ class Writer:
                     "command with --resume goes on"
                 )
 
-    def finish(self):
+    def finish(self) -> dict[str, str]:
         """Name the files; returns their digests."""
         if not self._report.layers:
             raise NothingPruned(
