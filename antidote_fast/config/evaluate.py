@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, check, check_positive, contents, path
+from antidote_fast.config.base import StageConfig, check, contents, number, path, set_field
 from antidote_fast.errors import UsageError
 
 Task = Literal["sst2", "agnews", "gsm8k", "alpaca", "label"]
@@ -61,8 +61,8 @@ class EvaluateConfig(StageConfig):
     win_rate_judge: str | None = path(None)
     reference_model: str | None = contents(None)
     drift_dataset: str | None = contents(None)
-    num_samples: int | None = None
-    max_new_tokens: int = 512
+    num_samples: int | None = number(None)
+    max_new_tokens: int = number(512)
     save_outputs: bool = False
     paper: bool = False
 
@@ -75,23 +75,14 @@ class EvaluateConfig(StageConfig):
             if self.reference_model is not None:
                 self._fill_in(drift_dataset=PAPER_DRIFT_DATASET)
         self._fill_in(judge="refusal")
-        check_positive(self, "num_samples", "max_new_tokens")
-        check(
-            (self.reference_model is None) == (self.drift_dataset is None),
-            "reference_model",
-            self.reference_model,
-            "given together with drift_dataset",
-        )
-        if self.task_dataset:
-            check(
-                (self.task == "alpaca") == (self.win_rate_judge is not None),
-                "win_rate_judge",
-                self.win_rate_judge,
-                "given with task alpaca, and only with it",
-            )
-        if not (
-            self.harmful_dataset or self.task_dataset or self.benign_dataset or self.drift_dataset
-        ):
+        together = (self.reference_model is None) == (self.drift_dataset is None)
+        accepted = "given together with drift_dataset"
+        check(together, "reference_model", self.reference_model, accepted)
+        together = (self.task == "alpaca") == (self.win_rate_judge is not None)
+        accepted = "given with task alpaca, and only with it"
+        check(together or not self.task_dataset, "win_rate_judge", self.win_rate_judge, accepted)
+        kinds = ("harmful", "task", "benign", "drift")
+        if not any(getattr(self, f"{kind}_dataset") for kind in kinds):
             raise UsageError(
                 "harmful_dataset=None: must be a data set, unless task_dataset, benign_dataset or "
                 "drift_dataset is given"
@@ -100,4 +91,4 @@ class EvaluateConfig(StageConfig):
     def _fill_in(self, **values):
         for name, value in values.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # as dataclasses do for frozen ones
+                set_field(self, name, value)

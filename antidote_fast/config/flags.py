@@ -43,7 +43,7 @@ def from_words(config_class, words, command):
     if config_class is ExperimentConfig and words and not words[0].startswith("-"):
         words = [f"--config={words[0]}", *words[1:]]
     words, notices = spelled_out(words, config_class)
-    structured = {}
+    is_experiment, structured = config_class is ExperimentConfig, {}
     for i, word in enumerate(words):
         flag, equals, path = word.partition("=")
         if flag == "--config":
@@ -51,11 +51,11 @@ def from_words(config_class, words, command):
             check_yaml(path)
             words[i : i + (1 if equals else 2)] = [f"--config={path}"]
             renamed = any(name in Path(path).read_text(encoding="utf-8") for name in RENAMED)
-            if config_class is ExperimentConfig or renamed:
+            if is_experiment or renamed:
                 # The parser takes the contents as well as a name.
-                values = with_new_names(read_yaml(path), lambda text: notices.append(text))
+                values = with_new_names(read_yaml(path), notices.append)
                 words[i] = f"--config={json.dumps(values)}"
-            if config_class is ExperimentConfig:
+            if is_experiment:
                 structured = {k: values[k] for k in _STRUCTURED if values.get(k)}
     config = _parsed(config_class, "parse_args", words, command)
     given = {re.split(r"[.=]", word)[0] for word in words}
@@ -113,10 +113,10 @@ def spelled_out(words, config_class):
 def help_text(config_class, prog, example):
     """What ``--help`` prints."""
     parser = _parser(config_class, prog=prog, usage=f"{prog} {example}")
-    choices = _choices(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
     for action in parser._actions:
-        if action.dest in choices:
-            table = choices[action.dest]()
+        if action.dest in fields and "choices" in fields[action.dest].metadata:
+            table = fields[action.dest].metadata["choices"]()
             action.metavar = f"{{{','.join(table)}}}"
             formulas = "; ".join(f"{name} = {entry.formula}" for name, entry in table.items())
             action.help = f"{action.help} {formulas}."
@@ -142,15 +142,6 @@ def _kinds(config_class):
         for field in dataclasses.fields(SECTIONS[section]):
             kinds[f"{section}.{field.name}"] = field.type
     return kinds
-
-
-def _choices(config_class):
-    """{flag without its dashes: a function that gives the table of what it takes}."""
-    return {
-        field.name: field.metadata["choices"]
-        for field in dataclasses.fields(config_class)
-        if "choices" in field.metadata
-    }
 
 
 def _is_list(kind):

@@ -4,7 +4,15 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from antidote_fast.config.base import StageConfig, aside, check, check_positive, contents, one_of
+from antidote_fast.config.base import (
+    StageConfig,
+    aside,
+    check,
+    check_data_set,
+    contents,
+    number,
+    one_of,
+)
 from antidote_fast.config.scores import SCORES, Score
 from antidote_fast.errors import UsageError
 from antidote_fast.selection import Selection
@@ -59,7 +67,7 @@ class CalibrateConfig(StageConfig):
 
     dataset: str = contents()
     adapter: str | None = contents(None)
-    num_calibration_samples: int = 2000
+    num_calibration_samples: int = number(2000)
     response_only: bool = False
     aggregation: Literal["rms", "mean"] = "rms"
     targets: list[str] | None = None
@@ -71,7 +79,6 @@ class CalibrateConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "num_calibration_samples")
         if self.max_memory is not None:
             parse_bytes(self.max_memory, "max_memory")
             check(self.stream, "max_memory", self.max_memory, "given with stream")
@@ -111,7 +118,7 @@ class PruneConfig(CalibrateConfig):
 
     dataset: str | None = contents(None)
     norms: str | None = contents(None)
-    ratio: float = 0.1
+    ratio: float = number(0.1, "in (0, 1]")
     scope: Literal["row", "tensor", "global"] = "row"
     score: str = one_of(lambda: SCORES, "wanda")
     save_norms: bool = False
@@ -120,26 +127,24 @@ class PruneConfig(CalibrateConfig):
     cross_check: bool = True
     preserve_dataset: str | None = contents(None)
     preserve_norms: str | None = contents(None)
-    preserve_ratio: float | None = None
+    preserve_ratio: float | None = number(None, "in [0, 1]")
     aligned_model: str | None = contents(None)
     score_delta: bool = False
-    gate_steps: int = GATE_STEPS
-    gate_learning_rate: float = GATE_LEARNING_RATE
+    gate_steps: int = number(GATE_STEPS)
+    gate_learning_rate: float = number(GATE_LEARNING_RATE)
     paper: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        check(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
         if self.paper:
-            for name, value in (("score", "wanda"), ("scope", "row"), ("aggregation", "rms")):
-                check(
-                    getattr(self, name) == value, name, getattr(self, name), f"{value} with paper"
-                )
+            for name, wanted in (("score", "wanda"), ("scope", "row"), ("aggregation", "rms")):
+                value = getattr(self, name)
+                check(value == wanted, name, value, f"{wanted} with paper")
             for name in _BEYOND_THE_PAPER:
                 value = getattr(self, name)
                 check(value is None or value is False, name, value, "left out with paper")
-        if self.scoring.needs_norms and self.dataset is None and self.norms is None:
-            raise UsageError("dataset=None: must be a file or hub name unless norms is given")
+        if self.scoring.needs_norms and self.norms is None:
+            check_data_set(self, "dataset", "unless norms is given")
         self._check_score()
         self._check_preserve()
         if self.aligned_model is not None and self.adapter is not None:
@@ -164,22 +169,14 @@ class PruneConfig(CalibrateConfig):
     @property
     def selection(self) -> Selection:
         """What is removed of the weights."""
-        return Selection(
-            self.ratio,
-            scope=self.scope,
-            preserve_ratio=self.preserve_ratio,
-            score_delta=self.score_delta,
-        )
+        names = ("ratio", "scope", "preserve_ratio", "score_delta")
+        return Selection(**{name: getattr(self, name) for name in names})
 
     @property
     def prune_options(self) -> dict[str, Any]:
         """The further arguments of a prune, of tensors or of a model."""
-        return {
-            "seed": self.seed,
-            "backend": self.backend,
-            "return_masks": self.save_masks,
-            "cross_check": self.cross_check,
-        }
+        names = ("seed", "backend", "cross_check")
+        return {name: getattr(self, name) for name in names} | {"return_masks": self.save_masks}
 
     def check_aligned(self, is_adapter):
         """Refuse a score that is learned where no aligned model could answer.
@@ -201,22 +198,19 @@ class PruneConfig(CalibrateConfig):
                 value = getattr(self, name)
                 check(value == defaults[name], name, value, f"left out without score {other.name}")
         for name in self.scoring.needs:
-            if getattr(self, name) is None:
-                raise UsageError(f"{name}=None: must be a file or hub name with score {self.score}")
+            check_data_set(self, name, f"with score {self.score}")
         for name in self.scoring.refused:
             value = getattr(self, name)
             check(value == defaults[name], name, value, f"left out with score {self.score}")
-        check_positive(self, "gate_steps", "gate_learning_rate")
         rate = self.gate_learning_rate
-        check(math.isfinite(rate), "gate_learning_rate", rate, "a finite number")
+        check(rate < math.inf, "gate_learning_rate", rate, "a finite number")
 
     def _check_preserve(self):
         alone = self.preserve_dataset is None or self.preserve_norms is None
         check(alone, "preserve_norms", self.preserve_norms, "left out with preserve_dataset")
-        if self.preserve_ratio is not None:
-            check(0 <= self.preserve_ratio <= 1, "preserve_ratio", self.preserve_ratio, "in [0, 1]")
-            accepted = "given with preserve_dataset or preserve_norms"
-            check(self.preserves, "preserve_ratio", self.preserve_ratio, accepted)
+        needless = self.preserve_ratio is None or self.preserves
+        accepted = "given with preserve_dataset or preserve_norms"
+        check(needless, "preserve_ratio", self.preserve_ratio, accepted)
         if self.stream and self.preserve_dataset is not None:
             raise UsageError(
                 f"preserve_dataset={self.preserve_dataset!r}: must be left out with stream; "
