@@ -13,12 +13,6 @@ from antidote_fast.stages.inputs import NORMS_FILE, open_inputs
 def run(config: CalibrateConfig, *, progress: Any = False, world: World = ALONE) -> dict:
     """The calibrate stage: writes ``norms.safetensors``, which serves any later selection.
 
-    Args:
-        config: the model, the adapter and the data.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
-        world: the ranks that share the samples (:func:`antidote_fast.distributed.session`);
-            rank 0 writes.
-
     Returns:
         The contents of report.json; empty on ranks that do not write.
 

@@ -24,6 +24,8 @@ from antidote_fast.stages.evidence import gather
 from antidote_fast.stages.inputs import open_inputs
 from antidote_fast.stages.prune import finish, prune_folder
 
+_IN_MEMORY = ("dataset", "norms", "preserve_dataset", "preserve_norms")
+
 
 def oneshot(
     model: str | os.PathLike | torch.nn.Module,
@@ -62,34 +64,28 @@ def oneshot(
         NothingPruned: no weight matched the targets.
     """
     live = not isinstance(model, (str, os.PathLike))
-    in_memory = {}
-    fields = dict(config) if isinstance(config, dict) else {}
-    if isinstance(config, PruneConfig):
-        fields = dataclasses.asdict(config)
-    elif config is not None and not isinstance(config, dict):
+    if config is not None and not isinstance(config, (PruneConfig, dict)):
         raise UsageError(f"config={config!r:.80}: must be a PruneConfig or a dict of its fields")
-    score = SCORES.get(overrides.get("score", fields.get("score")))
+    fields = with_new_names(dict(vars(config) if isinstance(config, PruneConfig) else config or {}))
+    place = getattr(getattr(model, "config", None), "_name_or_path", "") if live else model
+    values: dict[str, Any] = {"model_name_or_path": place or "a live model"} | overrides
+    arguments = {"adapter": adapter, "dataset": dataset, "output_dir": output_dir}
+    values |= {name: value for name, value in arguments.items() if value is not None}
+    score = SCORES.get(values.get("score", fields.get("score")))
     answered = score is None or score.learner is None
-    if dataset is not None:
-        overrides["dataset"] = dataset
-    for name in ("dataset", "norms", "preserve_dataset", "preserve_norms"):
-        value = overrides.get(name)
-        if isinstance(value, (str, os.PathLike)):
-            overrides[name] = os.fspath(value)
-        elif value is not None:
-            # The field is checked: it must say that something is there.
+    in_memory = {}
+    for name, value in values.items():
+        if isinstance(value, os.PathLike):
+            values[name] = os.fspath(value)
+        elif name in _IN_MEMORY and value is not None and not isinstance(value, str):
             is_data = name.endswith("dataset")
             in_memory[name] = _records(value, name, answered) if is_data else value
-            overrides[name] = "records in memory" if is_data else "norms in memory"
-    fields, overrides = with_new_names(fields), with_new_names(overrides)
-    if output_dir is None and not live and "output_dir" not in fields:
+            # The field is checked: it must say that something is there.
+            values[name] = "records in memory" if is_data else "norms in memory"
+    fields |= with_new_names(values)
+    if not live and "output_dir" not in fields:
         raise UsageError("output_dir=None: must be a folder where model is a folder or hub name")
-    place: Any = getattr(getattr(model, "config", None), "_name_or_path", "") if live else model
-    fields |= {"model_name_or_path": os.fspath(place) or "a live model"} | overrides
-    if adapter is not None:
-        fields["adapter"] = os.fspath(adapter)
-    if output_dir is not None or "output_dir" not in fields:
-        fields["output_dir"] = "" if output_dir is None else os.fspath(output_dir)
+    fields.setdefault("output_dir", "")
     try:
         settings = PruneConfig(**fields)
     except TypeError as error:
@@ -115,14 +111,8 @@ def _prune_live(model, config, in_memory, tokenizer, world):
     with world.together():
         inputs.watch.check()  # the last moment at which the model is as it was
     inputs.pruned_from = time.perf_counter()
-    report = prune_model_(
-        inputs.model,
-        inputs.evidence,
-        config.selection,
-        targets=config.targets,
-        ignore=config.ignore,
-        **config.prune_options,
-    )
+    options = config.prune_options | {"targets": config.targets, "ignore": config.ignore}
+    report = prune_model_(inputs.model, inputs.evidence, config.selection, **options)
     with world.together():
         if config.output_dir and not world.rank:
             _write_live(inputs, tokenizer, report)
@@ -132,9 +122,11 @@ def _prune_live(model, config, in_memory, tokenizer, world):
 def _check_writable(model, config):
     """Refuse an output_dir for a model that no file can hold as it is."""
     where = f"output_dir={config.output_dir!r}: must be left out where"
-    if config.output_dir and any(is_sharded(p) for p in model.parameters()):
+    if not config.output_dir:
+        return
+    if any(is_sharded(p) for p in model.parameters()):
         raise UsageError(f"{where} the model is sharded; save it as you save its checkpoints")
-    computed = first_computed(model) if config.output_dir else None
+    computed = first_computed(model)
     if computed is not None:
         raise UsageError(
             f"{where} weights are computed from others ({computed}), which no file of this model "
@@ -155,15 +147,11 @@ def _write_live(inputs, tokenizer, report):
 
 def _save_live(model, folder):
     """Save the adapter alone of a PEFT model, else the whole model."""
-    if not getattr(model, "peft_config", None):
+    if not hasattr(model, "get_base_model"):  # or with an adapter that transformers itself put on
         model.save_pretrained(folder)
         return
-    active = model.active_adapters
-    active = (active() if callable(active) else active)[0]
-    if hasattr(model, "get_base_model"):
-        model.save_pretrained(folder, selected_adapters=[active], save_embedding_layers=False)
-    else:  # an adapter that transformers itself put on
-        model.save_pretrained(folder)
+    active = model.active_adapters[0]
+    model.save_pretrained(folder, selected_adapters=[active], save_embedding_layers=False)
     # PEFT puts any adapter that is not called "default" into a folder of its name.
     inner = folder / active
     if inner.is_dir():

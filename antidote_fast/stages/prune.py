@@ -29,9 +29,7 @@ def run(config: PruneConfig, *, progress: Any = False, world: World = ALONE) -> 
     Args:
         config: what to prune; with ``norms``, or a score that needs no data, no model is loaded.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
-        world: the ranks that share the samples (:func:`antidote_fast.distributed.session`);
-            rank 0 prunes and writes. The norms are the same on every rank, and so would be the
-            masks.
+        world: the ranks that share the samples; rank 0 prunes and writes.
 
     Returns:
         The contents of report.json; empty on ranks that do not write.
@@ -64,8 +62,7 @@ def prune_folder(
     if config.stream:
         with inputs.run_folder() as run:
             report = _prune_in_blocks(inputs, run)
-            contents = finish(run.output, inputs, report)
-        return report, contents
+            return report, finish(run.output, inputs, report)
     gather(inputs)
     with world.together():
         if world.rank:
@@ -74,8 +71,7 @@ def prune_folder(
         report = prune_weights(inputs, weights)
         with inputs.output_folder(progress) as folder:
             write_pruned(inputs.source, folder, pruned_of(weights, report), progress)
-            contents = finish(folder, inputs, report)
-    return report, contents
+            return report, finish(folder, inputs, report)
 
 
 def _prune_in_blocks(inputs, run):
@@ -97,16 +93,10 @@ def _prune_in_blocks(inputs, run):
         if absent:
             raise DataError(f"{base.folder}: has no tensor {absent[0]!r}")
         evidence = dataclasses.replace(evidence, **roles)
+    about = (inputs.config, base, inputs.records.get("dataset"), run, evidence)
+    options = {"tokenizer": inputs.given_tokenizer, "progress": inputs.progress}
     report, norms, counts, run.digests = job.prune_model(
-        inputs.config,
-        base,
-        inputs.records.get("dataset"),
-        run,
-        evidence,
-        keys=keys,
-        aligned=inputs.aligned,
-        tokenizer=inputs.given_tokenizer,
-        progress=inputs.progress,
+        *about, keys=keys, aligned=inputs.aligned, **options
     )
     inputs.pruned_from = max(inputs.begun, time.perf_counter() - report.seconds)
     inputs.add_norms("dataset", norms, inputs.counts.get("dataset", {}) | counts)
@@ -119,16 +109,9 @@ def pruned_of(weights: dict, report: PruneReport) -> dict:
 
 
 def finish(folder: Any, inputs: Inputs, report: PruneReport, hashes: dict | None = None) -> dict:
-    """Write norms and masks where asked for, the model card and report.json.
+    """Write norms and masks where asked for, the model card and report.json; returns what is in it.
 
-    Args:
-        folder: the staged one.
-        inputs: what was pruned, by what.
-        report: what was removed.
-        hashes: of the files that were read, as of :func:`hash_inputs`, where they are known.
-
-    Returns:
-        The contents of report.json.
+    ``hashes`` are of the files that were read, as of :func:`hash_inputs`, where they are known.
     """
     config, evidence = inputs.config, inputs.evidence
     seconds = {

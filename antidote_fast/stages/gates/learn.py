@@ -12,6 +12,7 @@ selection (Bengio et al., 2013, arXiv 1308.3432), its size Adam's.
 
 import contextlib
 import functools
+import itertools
 import math
 import random
 import time
@@ -115,15 +116,9 @@ def learn_gates(
     with _as_it_was(model) as undo:
         if aligned is None:
             with adapter_off(model):
-                aligned = answer_prompts(
-                    model,
-                    tokenizer,
-                    harmful,
-                    preserve,
-                    batch_size=batch_size,
-                    progress=progress,
-                    **options,
-                )
+                about = (model, tokenizer, harmful, preserve)
+                running: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+                aligned = answer_prompts(*about, **running, **options)
         pools = fill_pools(tokenizer, harmful, preserve, aligned, **options)
         _check_lengths(model, pools, max_seq_length)
         check_examples(model, *pools.examples.values())
@@ -132,39 +127,34 @@ def learn_gates(
             parameter.requires_grad_(False)
             parameter.grad = None
         gates = [_Gate(layer, by_key[layer.key].weight, selection) for layer in layers]
-        undo.later(lambda: [gate.restore() for gate in gates])  # where that below is interrupted
+        undo.later(lambda: [gate.restore() for gate in gates])
         for gate in gates:
             gate.weight.requires_grad_(True)
         draw = _drawn(pools, mixture, random.Random(seed))
-        losses = []
-        start = time.perf_counter()
-        try:
-            with response_logits(model) as choose, torch.enable_grad():
-                backward = functools.partial(_backward, model, choose, gates, device, dtype)
-                for step in track(range(steps), "learn gates", progress):
-                    hard = step >= steps // 2
-                    _put(gates, selection, hard, backend)
-                    loss = {
-                        kind: backward(weight, _batches(examples, batch_size, tokenizer))
-                        for kind, (weight, examples) in next(draw).items()
-                    }
-                    _check_finite(loss, step)
-                    falling = (steps - step) / (steps - steps // 2) if hard else 1.0
-                    for gate in gates:
-                        gate.step(learning_rate * falling, step + 1)
-                    _check_gates(gates, step)
-                    losses.append(loss)
-        finally:
-            for gate in gates:
-                gate.restore()
+        losses, start = [], time.perf_counter()
+        with response_logits(model) as choose, torch.enable_grad():
+            backward = functools.partial(_backward, model, choose, gates, device, dtype)
+            for step in track(range(steps), "learn gates", progress):
+                hard = step >= steps // 2
+                _put(gates, selection, hard, backend)
+                loss = {
+                    kind: backward(weight, _batches(examples, batch_size, tokenizer))
+                    for kind, (weight, examples) in next(draw).items()
+                }
+                _check_finite(loss, step)
+                falling = (steps - step) / (steps - steps // 2) if hard else 1.0
+                for gate in gates:
+                    gate.step(learning_rate * falling, step + 1)
+                _check_gates(gates, step)
+                losses.append({kind: round(value, 6) for kind, value in loss.items()})
     scores = {gate.key: 1 - gate.m for gate in gates}
     return scores, {
         "steps": steps,
         "learning_rate": learning_rate,
         "mixture": asdict(mixture),
         **{kind: pools.counts[kind] for kind in KINDS if kind in pools.counts},
-        "loss_first": _rounded(losses[0]),
-        "loss_last": _rounded(losses[-1]),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
         "seconds": round(time.perf_counter() - start, 3),
     }
 
@@ -182,15 +172,15 @@ class _Gate:
         self.m = torch.full(shape, 1 - ratio, dtype=torch.float32, device=device)
         self._gradient, self._first, self._second = (torch.zeros_like(self.m) for _ in range(3))
 
-    def soften(self):
-        """Write base + m * (W - base), rounded once."""
-        product = self.m * self._difference()
-        self._write(product if self._base is None else self._base.float() + product)
-
-    def cut(self, mask, backend):
-        """Write the weights that a mask leaves."""
-        left = self._original.clone()
-        self._write(ops.apply_mask_(left, mask, base_weight=self._base, backend=backend))
+    def write(self, mask, backend):
+        """Write the weights that a mask leaves; without one base + m * (W - base), rounded once."""
+        if mask is not None:
+            left = self._original.clone()
+            left = ops.apply_mask_(left, mask, base_weight=self._base, backend=backend)
+        else:
+            left = self.m * self._difference()
+            left = left if self._base is None else self._base.float() + left
+        self._write(left)
 
     def restore(self):
         """Write the weights as they were."""
@@ -241,28 +231,23 @@ def _backward(model, choose, gates, device, dtype, weight, batches):
 
 def _put(gates, selection, hard, backend):
     """Write the weights of a step: the gates' own share, or what the selection leaves."""
-    if not hard:
-        for gate in gates:
-            gate.soften()
-        return
-    scores = [1 - gate.m for gate in gates]
-    _, masks = ops.prune_many_(
-        scores, [None] * len(scores), selection, return_mask=True, backend=backend
-    )
+    masks = [None] * len(gates)
+    if hard:
+        scores = [1 - gate.m for gate in gates]
+        _, masks = ops.prune_many_(scores, masks, selection, return_mask=True, backend=backend)
     for gate, mask in zip(gates, masks, strict=True):
-        gate.cut(mask, backend)
+        gate.write(mask, backend)
 
 
 def _drawn(pools, mixture, rng):
     """{kind: (weight of its loss, examples)} of one step after another, for ever."""
-    sizes = {"harmful": mixture.harmful, "task": mixture.task, "ordinary": mixture.ordinary}
     weights = {"harmful": 1.0, "task": mixture.task_weight, "ordinary": mixture.ordinary_weight}
     cycles = {kind: _cycled(pools.examples[kind], rng) for kind in KINDS if kind in pools.examples}
     while True:
         yield {
-            kind: (weights[kind], [next(cycle) for _ in range(sizes[kind])])
+            kind: (weights[kind], list(itertools.islice(cycle, getattr(mixture, kind))))
             for kind, cycle in cycles.items()
-            if sizes[kind] and weights[kind]
+            if getattr(mixture, kind) and weights[kind]
         }
 
 
@@ -327,9 +312,8 @@ def _check_lengths(model, pools, max_seq_length):
 def _check_finite(loss, step):
     for kind, value in loss.items():
         if not math.isfinite(value):
-            raise AntidoteError(
-                f"gates: the {kind} loss is {value} in step {step + 1}; use another dtype"
-            )
+            where = f"is {value} in step {step + 1}"
+            raise AntidoteError(f"gates: the {kind} loss {where}; use another dtype")
 
 
 def _check_gates(gates, step):
@@ -340,7 +324,3 @@ def _check_gates(gates, step):
         raise AntidoteError(
             f"gates: those of {key} are not finite after step {step + 1}; use another dtype"
         )
-
-
-def _rounded(losses):
-    return {kind: round(value, 6) for kind, value in losses.items()}
