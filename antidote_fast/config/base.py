@@ -60,10 +60,7 @@ def holds_path(declared: Field) -> bool:
 def fields_by(config, decides: str) -> list[Field]:
     """The fields of a config, or of its class, of which this decides a stage's result.
 
-    Args:
-        config: one of the dataclasses.
-        decides: ``"value"``, as of any field without a declaration, ``"contents"`` or
-            ``"nothing"``.
+    It is ``"value"``, as of any field without a declaration, ``"contents"`` or ``"nothing"``.
     """
     return [each for each in fields(config) if each.metadata.get(_DECIDES, "value") == decides]
 
@@ -77,9 +74,8 @@ RENAMED = {
 def with_new_names(values: Any, notify: Callable[[str], None] = warnings.warn) -> Any:
     """Values as they are read from YAML or given by a caller, with the names that fields have now.
 
-    Args:
-        values: a mapping of fields, or of sections of fields; names may be ``section.field``.
-        notify: called with a line on each name of earlier.
+    They are by field, or by section and field; names may be ``section.field``. ``notify`` is called
+    with a line on each name of earlier.
 
     Raises:
         UsageError: a field is there by both of its names.
@@ -112,6 +108,14 @@ def check_data_set(config, name, when):
     """Refuse a field that is None, where ``when`` says that it names data."""
     if getattr(config, name) is None:
         raise UsageError(f"{name}=None: must be a file or hub name {when}")
+
+
+def check_left_out(config, names, when):
+    """Refuse those of these fields, where the config has them, that are not their defaults."""
+    defaults = {each.name: each.default for each in fields(config)}
+    for name in filter(defaults.__contains__, names):
+        value = getattr(config, name)
+        check(value == defaults[name], name, value, f"left out {when}")
 
 
 def set_field(config, name, value):

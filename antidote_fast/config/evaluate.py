@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from antidote_fast.config.base import StageConfig, check, contents, number, path, set_field
-from antidote_fast.errors import UsageError
 
 Task = Literal["sst2", "agnews", "gsm8k", "alpaca", "label"]
 # The paper's evaluation: held-out harmful prompts, their judge, and the test data of each task.
@@ -82,11 +81,9 @@ class EvaluateConfig(StageConfig):
         accepted = "given with task alpaca, and only with it"
         check(together or not self.task_dataset, "win_rate_judge", self.win_rate_judge, accepted)
         kinds = ("harmful", "task", "benign", "drift")
-        if not any(getattr(self, f"{kind}_dataset") for kind in kinds):
-            raise UsageError(
-                "harmful_dataset=None: must be a data set, unless task_dataset, benign_dataset or "
-                "drift_dataset is given"
-            )
+        some = any(getattr(self, f"{kind}_dataset") for kind in kinds)
+        accepted = "a data set, unless task_dataset, benign_dataset or drift_dataset is given"
+        check(some, "harmful_dataset", self.harmful_dataset, accepted)
 
     def _fill_in(self, **values):
         for name, value in values.items():

@@ -28,11 +28,6 @@ _STRUCTURED = ("grid", "levels", "tune", "tables")
 def from_words(config_class, words, command):
     """The dataclass from a command's flags; ``--config file.yaml`` among them, flags override it.
 
-    Args:
-        config_class: the stage's dataclass.
-        words: flags as a person types them.
-        command: the subcommand, for messages.
-
     Returns:
         (the dataclass, notices about aliases).
 
@@ -146,9 +141,7 @@ def _kinds(config_class):
 
 def _is_list(kind):
     # Of words or numbers; a list of mappings is one word of JSON.
-    kinds = (kind, *typing.get_args(kind))
-    items = [typing.get_args(k) for k in kinds if typing.get_origin(k) is list]
-    return any(item in ((str,), (float,)) for item in items)
+    return any(each in (list[str], list[float]) for each in (kind, *typing.get_args(kind)))
 
 
 @functools.cache  # a grid makes hundreds of configs; a parser takes as long as its values
@@ -183,22 +176,18 @@ def _default(match):
 def _parsed(config_class, method, given, command):
     parser = _parser(config_class)
     kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
-    fields = list(kinds)
     try:
         values = getattr(parser, method)(given)
     except AntidoteError:
         raise
     except Exception as error:  # the parser's own, YAML's, and what odd values make either raise
         prefix = "--" if method == "parse_args" else f"{command}."
-        raise _mistake(str(error), command, fields, prefix) from error
+        raise _mistake(str(error), command, kinds, prefix) from error
     for field, kind in kinds.items():  # the parser lets null through for any type
         if values[field] is None and type(None) not in typing.get_args(kind):
             raise UsageError(f"{field}=null: must be given, or left out for its default")
-    return config_class(**{field: _plain(values[field]) for field in fields})
-
-
-def _plain(value):
-    return value.as_dict() if hasattr(value, "as_dict") else value
+    plain = {k: v.as_dict() if hasattr(v, "as_dict") else v for k, v in vars(values).items()}
+    return config_class(**{field: plain[field] for field in kinds})
 
 
 def _mistake(message, command, fields, prefix):

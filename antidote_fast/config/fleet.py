@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, aside, check, contents, number, one_of
+from antidote_fast.config.base import StageConfig, aside, check_left_out, contents, number, one_of
 from antidote_fast.config.scores import computed_scores
 from antidote_fast.errors import UsageError
 
@@ -75,7 +75,6 @@ class FleetConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        alone = self.num_workers is None or self.engine == "ray"
-        accepted = "left out with engine local, which is one worker"
-        check(alone, "num_workers", self.num_workers, accepted)
+        if self.engine == "local":
+            check_left_out(self, ["num_workers"], "with engine local, which is one worker")
         parse_shard(self.shard)

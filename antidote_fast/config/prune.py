@@ -1,7 +1,7 @@
 """The configs of what collects norms and prunes: calibrate, prune and fleet."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from antidote_fast.config.base import (
@@ -9,12 +9,12 @@ from antidote_fast.config.base import (
     aside,
     check,
     check_data_set,
+    check_left_out,
     contents,
     number,
     one_of,
 )
 from antidote_fast.config.scores import SCORES, Score
-from antidote_fast.errors import UsageError
 from antidote_fast.selection import Selection
 from antidote_fast.system.memory import parse_bytes
 
@@ -83,8 +83,7 @@ class CalibrateConfig(StageConfig):
             parse_bytes(self.max_memory, "max_memory")
             check(self.stream, "max_memory", self.max_memory, "given with stream")
         if self.device_map is not None:
-            check(self.device == "auto", "device", self.device, "left out with device_map")
-            check(not self.stream, "stream", self.stream, "left out with device_map")
+            check_left_out(self, ["device", "stream"], "with device_map")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,20 +139,16 @@ class PruneConfig(CalibrateConfig):
             for name, wanted in (("score", "wanda"), ("scope", "row"), ("aggregation", "rms")):
                 value = getattr(self, name)
                 check(value == wanted, name, value, f"{wanted} with paper")
-            for name in _BEYOND_THE_PAPER:
-                value = getattr(self, name)
-                check(value is None or value is False, name, value, "left out with paper")
+            check_left_out(self, _BEYOND_THE_PAPER, "with paper")
         if self.scoring.needs_norms and self.norms is None:
             check_data_set(self, "dataset", "unless norms is given")
         self._check_score()
         self._check_preserve()
-        if self.aligned_model is not None and self.adapter is not None:
-            raise UsageError(
-                f"aligned_model={self.aligned_model!r}: must be left out with adapter, whose zero "
-                "already falls back to the aligned model"
-            )
-        unused = self.score_delta and self.aligned_model is None
-        check(not unused, "score_delta", True, "left out without aligned_model")
+        if self.adapter is not None:
+            why = "with adapter, whose zero already falls back to the aligned model"
+            check_left_out(self, ["aligned_model"], why)
+        if self.aligned_model is None:
+            check_left_out(self, ["score_delta"], "without aligned_model")
 
     @property
     def scoring(self) -> Score:
@@ -185,34 +180,26 @@ class PruneConfig(CalibrateConfig):
             is_adapter: what is pruned is an adapter, and without it the model is the aligned one.
         """
         if self.scoring.learner and not is_adapter and self.aligned_model is None:
-            raise UsageError(
-                f"aligned_model=None: must be the aligned model with score {self.score}, unless an "
-                "adapter is pruned"
-            )
+            accepted = f"the aligned model with score {self.score}, unless an adapter is pruned"
+            check(False, "aligned_model", None, accepted)
 
     def _check_score(self):
         """Refuse what the declarations of this score and of the others say."""
-        defaults = {each.name: each.default for each in fields(self)}
         for other in SCORES.values():
-            for name in other.settings if other is not self.scoring else ():
-                value = getattr(self, name)
-                check(value == defaults[name], name, value, f"left out without score {other.name}")
+            if other is not self.scoring:
+                check_left_out(self, other.settings, f"without score {other.name}")
         for name in self.scoring.needs:
             check_data_set(self, name, f"with score {self.score}")
-        for name in self.scoring.refused:
-            value = getattr(self, name)
-            check(value == defaults[name], name, value, f"left out with score {self.score}")
+        check_left_out(self, self.scoring.refused, f"with score {self.score}")
         rate = self.gate_learning_rate
         check(rate < math.inf, "gate_learning_rate", rate, "a finite number")
 
     def _check_preserve(self):
-        alone = self.preserve_dataset is None or self.preserve_norms is None
-        check(alone, "preserve_norms", self.preserve_norms, "left out with preserve_dataset")
-        needless = self.preserve_ratio is None or self.preserves
-        accepted = "given with preserve_dataset or preserve_norms"
-        check(needless, "preserve_ratio", self.preserve_ratio, accepted)
-        if self.stream and self.preserve_dataset is not None:
-            raise UsageError(
-                f"preserve_dataset={self.preserve_dataset!r}: must be left out with stream; "
-                "calibrate --stream on it first, and give that folder as preserve_norms"
-            )
+        if self.preserve_dataset is not None:
+            check_left_out(self, ["preserve_norms"], "with preserve_dataset")
+        if self.preserve_ratio is not None:
+            accepted = "given with preserve_dataset or preserve_norms"
+            check(self.preserves, "preserve_ratio", self.preserve_ratio, accepted)
+        if self.stream:
+            advice = "calibrate --stream on it first, and give that folder as preserve_norms"
+            check_left_out(self, ["preserve_dataset"], f"with stream; {advice}")

@@ -4,10 +4,17 @@ Values are checked when a config is made, so a wrong one is refused before anyth
 Defaults are the paper's settings (arXiv 2408.09600) where it has one.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, aside, check, check_data_set, contents, number
+from antidote_fast.config.base import (
+    StageConfig,
+    aside,
+    check_data_set,
+    check_left_out,
+    contents,
+    number,
+)
 
 # The flags of each defense; given with another one they are refused.
 DEFENSE_FLAGS = {
@@ -22,19 +29,8 @@ DEFENSE_FLAGS = {
     ),
     "ldifs": ("ldifs_lambda",),
 }
-
-
-def _check_defense(config, data=None):
-    """Refuse flags of a defense that is not the one chosen, and one without its data set."""
-    defaults = {each.name: each.default for each in fields(config)}
-    for defense, flags in DEFENSE_FLAGS.items():
-        for name in flags if defense != config.defense else ():
-            if name == "harmful_dataset" and isinstance(config, FinetuneConfig):
-                continue  # there it is the attack's
-            value = getattr(config, name, None)
-            check(value == defaults.get(name), name, value, f"left out without defense {defense}")
-    if data is not None:
-        check_data_set(config, data, f"with defense {config.defense}")
+# The data set that a defense needs.
+_DEFENSE_DATA = {"repnoise": "harmful_dataset", "lisa": "safe_dataset"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +69,16 @@ class TrainConfig(StageConfig):
     save_steps: int | None = aside(None, "greater than 0")
     resume: bool = aside(False)
 
+    def __post_init__(self):
+        super().__post_init__()
+        for defense, flags in DEFENSE_FLAGS.items():
+            if isinstance(self, FinetuneConfig):  # there harmful data are the attack's
+                flags = [name for name in flags if name != "harmful_dataset"]
+            if defense != self.defense:
+                check_left_out(self, flags, f"without defense {defense}")
+        if self.defense in _DEFENSE_DATA:
+            check_data_set(self, _DEFENSE_DATA[self.defense], f"with defense {self.defense}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(TrainConfig):
@@ -100,10 +106,6 @@ class AlignConfig(TrainConfig):
     harmful_dataset: str | None = contents(None)
     repnoise_alpha: float = number(0.1, "at least 0")
     repnoise_beta: float = number(0.001, "at least 0")
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_defense(self, "harmful_dataset" if self.defense == "repnoise" else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +141,5 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_defense(self, "safe_dataset" if self.defense == "lisa" else None)
         if self.poison_ratio > 0:
             check_data_set(self, "harmful_dataset", f"where poison_ratio={self.poison_ratio} > 0")

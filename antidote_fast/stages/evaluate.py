@@ -4,11 +4,12 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from antidote_fast.config.base import check
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.data.batches import Examples, build_prompt, make_batches, prompt_ids
 from antidote_fast.data.load import load_records
 from antidote_fast.data.records import Record
-from antidote_fast.errors import DataError, UsageError
+from antidote_fast.errors import DataError
 from antidote_fast.evaluation.drift import embedding_drift
 from antidote_fast.evaluation.generate import check_length
 from antidote_fast.evaluation.judges import check_judge, get_judge
@@ -150,10 +151,9 @@ def _check_judges(config):
     options = {"harmful_labels": config.harmful_labels}
     if config.harmful_dataset:
         check_judge(config.judge, **options)
-    elif config.judge != "refusal" or config.harmful_labels:
-        raise UsageError(
-            f"judge={config.judge!r}: must be left out without harmful_dataset, which it judges"
-        )
+    else:
+        usual = config.judge == "refusal" and not config.harmful_labels
+        check(usual, "judge", config.judge, "left out without harmful_dataset, which it judges")
     if config.task_dataset and config.win_rate_judge:
         open_checkpoint(resolve_folder(config.win_rate_judge))
     return {**options, "device": config.device}

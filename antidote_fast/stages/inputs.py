@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from antidote_fast import backends
+from antidote_fast.config.base import check_left_out
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import CalibrateConfig, PruneConfig
 from antidote_fast.data.load import load_records
@@ -199,8 +200,11 @@ def open_inputs(
     inputs = Inputs(config=config, given_tokenizer=tokenizer, progress=progress, world=world)
     in_memory = {} if in_memory is None else in_memory
     with world.together():
-        if model is None:
-            _check_ranks(config, world)
+        if model is None and world.size > 1:
+            why = "with torchrun; one process streams a model through one device"
+            check_left_out(config, ["stream"], why)
+            why = "with torchrun, which gives each rank a GPU of its own; start one process"
+            check_left_out(config, ["device_map"], why)
         inputs.watch = Watch(*input_files(config))
         if config.output_dir and not (config.resume or world.rank):
             check_output_folder(config.output_dir, config.overwrite)
@@ -219,7 +223,7 @@ def open_inputs(
             learner = learner_of(config)
             if learner is not None:
                 learner.check_stage(config, inputs.base, is_adapter, world)
-            if model is not None and config.aligned_model is not None:
+            if model is not None:
                 _check_live_aligned(config, inputs.model, is_adapter)
             inputs.aligned = open_aligned(config, inputs.base or inputs.model, progress)
             inputs.evidence = Evidence(score=config.score)
@@ -254,17 +258,6 @@ def unseen_data(config: CalibrateConfig, evidence: Evidence | None = None) -> li
     return [name for name, is_needed in needed.items() if is_needed]
 
 
-def _check_ranks(config, world):
-    """Refuse what several processes cannot share."""
-    for name, why in (
-        ("stream", "; one process streams a model through one device"),
-        ("device_map", ", which gives each rank a GPU of its own; start one process"),
-    ):
-        value = getattr(config, name)
-        if world.size > 1 and value:
-            raise UsageError(f"{name}={value!r}: must be left out with torchrun{why}")
-
-
 def open_folders(config: Any, progress: Any = False) -> tuple[Checkpoint, Checkpoint | None]:
     """(base, adapter or None), checked by their headers, hashes and what lies beside the weights.
 
@@ -295,13 +288,11 @@ def load_folders(config: Any, base: Checkpoint, adapter: Checkpoint | None) -> t
 
 def _check_live_aligned(config, model, is_adapter):
     """Refuse an aligned model beside a live one whose weights cannot take its values."""
-    where = f"aligned_model={config.aligned_model!r}: must be left out"
+    why = "where weights are sharded; or prune the saved checkpoint"
     if is_adapter:
-        raise UsageError(
-            f"{where} with an adapter, whose zero already falls back to the aligned model"
-        )
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise UsageError(f"{where} where weights are sharded; or prune the saved checkpoint")
+        why = "with an adapter, whose zero already falls back to the aligned model"
+    if is_adapter or any(map(is_sharded, model.parameters())):
+        check_left_out(config, ["aligned_model"], why)
 
 
 def open_aligned(

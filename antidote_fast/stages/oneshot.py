@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from antidote_fast.config.base import with_new_names
+from antidote_fast.config.base import check_left_out, with_new_names
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.config.scores import SCORES
 from antidote_fast.data.records import Record, rows_to_records
@@ -97,9 +97,7 @@ def oneshot(
 
 def _prune_live(model, config, in_memory, tokenizer, world):
     """Prune a live model in place; write it where there is an output_dir."""
-    for name in ("stream", "resume"):
-        if getattr(config, name):
-            raise UsageError(f"{name}=True: must be left out with a live model; give its folder")
+    check_left_out(config, ["stream", "resume"], "with a live model; give its folder")
     with world.together():
         _check_writable(model, config)
     inputs = open_inputs(config, in_memory, model=model, tokenizer=tokenizer, world=world)
@@ -115,7 +113,13 @@ def _prune_live(model, config, in_memory, tokenizer, world):
     report = prune_model_(inputs.model, inputs.evidence, config.selection, **options)
     with world.together():
         if config.output_dir and not world.rank:
-            _write_live(inputs, tokenizer, report)
+            is_adapter = bool(getattr(inputs.model, "peft_config", None))
+            entries = {"base_fingerprint": fingerprint_model(inputs.model)} if is_adapter else {}
+            with output_folder(config.output_dir, config.overwrite, **entries) as folder:
+                _save_live(inputs.model, folder)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
+                finish(folder, inputs, report)
     return report
 
 
@@ -124,25 +128,11 @@ def _check_writable(model, config):
     where = f"output_dir={config.output_dir!r}: must be left out where"
     if not config.output_dir:
         return
-    if any(is_sharded(p) for p in model.parameters()):
+    if any(map(is_sharded, model.parameters())):
         raise UsageError(f"{where} the model is sharded; save it as you save its checkpoints")
-    computed = first_computed(model)
-    if computed is not None:
-        raise UsageError(
-            f"{where} weights are computed from others ({computed}), which no file of this model "
-            "can hold"
-        )
-
-
-def _write_live(inputs, tokenizer, report):
-    model, config = inputs.model, inputs.config
-    is_adapter = bool(getattr(model, "peft_config", None))
-    entries: dict[str, Any] = {"base_fingerprint": fingerprint_model(model)} if is_adapter else {}
-    with output_folder(config.output_dir, config.overwrite, **entries) as folder:
-        _save_live(model, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        finish(folder, inputs, report)
+    if computed := first_computed(model):
+        why = f"weights are computed from others ({computed}), which no file of this model can hold"
+        raise UsageError(f"{where} {why}")
 
 
 def _save_live(model, folder):

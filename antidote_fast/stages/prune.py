@@ -113,28 +113,25 @@ def finish(folder: Any, inputs: Inputs, report: PruneReport, hashes: dict | None
 
     ``hashes`` are of the files that were read, as of :func:`hash_inputs`, where they are known.
     """
-    config, evidence = inputs.config, inputs.evidence
+    config, counts = inputs.config, inputs.counts
     seconds = {
         "calibrate": inputs.pruned_from - inputs.begun,
         "prune": time.perf_counter() - inputs.pruned_from,
     }
     if config.save_norms:
         files = {"norms": NORMS_FILE, "preserve_norms": PRESERVE_NORMS_FILE}
-        for name, norms in evidence.named_norms.items():
+        for name, norms in inputs.evidence.named_norms.items():
             norms.save(folder / files[name])
     if config.save_masks and report.masks is not None:  # else they are there already
         metadata = {"score": report.score, "scope": report.scope, "ratio": str(report.ratio)}
         save_masks(folder / MASKS_FILE, report.masks, metadata)
-    counts, preserved, gates = (
-        inputs.counts.get(name, {}) for name in ("dataset", "preserve_dataset", "gate")
-    )
-    write_card(folder, config, report, counts, preserved, gates)
+    write_card(folder, config, report, counts)
+    named = {"preserve_dataset": "preserve_data", "gate": "gate"}
     results = {
         **report.to_dict(),
-        **counts,
+        **counts.get("dataset", {}),
         **inputs.backend,
-        **({"preserve_data": preserved} if evidence.preserve_norms is not None else {}),
-        **({"gate": gates} if gates else {}),
+        **{entry: counts[name] for name, entry in named.items() if name in counts},
         "seconds": round(sum(seconds.values()), 3),
         "stage_seconds": {name: round(value, 3) for name, value in seconds.items()},
     }

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from antidote_fast import ops
+from antidote_fast.config.base import check
 from antidote_fast.config.prune import GATE_LEARNING_RATE, GATE_STEPS, GateMixture
 from antidote_fast.data.batches import collate
 from antidote_fast.data.records import Record
@@ -277,12 +278,15 @@ def _check_values(selection, steps, learning_rate):
     if not isinstance(selection, Selection):
         raise UsageError(f"selection={selection!r:.80}: must be a Selection")
     for name, unusable in (("largest", False), ("score_delta", True)):
-        if getattr(selection, name) is unusable:
-            raise UsageError(f"selection.{name}={unusable}: must be {not unusable} with score gate")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise UsageError(f"steps={steps!r}: must be an integer of at least 1")
-    if not (isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf):
-        raise UsageError(f"learning_rate={learning_rate!r}: must be a finite number above 0")
+        usable, accepted = (
+            getattr(selection, name) is not unusable,
+            f"{not unusable} with score gate",
+        )
+        check(usable, f"selection.{name}", unusable, accepted)
+    usable = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+    check(usable, "steps", steps, "an integer of at least 1")
+    usable = isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf
+    check(usable, "learning_rate", learning_rate, "a finite number above 0")
 
 
 def _check_model(model):
@@ -302,11 +306,9 @@ def _check_model(model):
 def _check_lengths(model, pools, max_seq_length):
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(e["input_ids"]) for pool in pools.examples.values() for e in pool)
-    if positions is not None and longest > positions:
-        raise UsageError(
-            f"max_seq_length={max_seq_length}: must be at most {positions}, the positions that the "
-            "model has, for these data"
-        )
+    accepted = f"at most {positions}, the positions that the model has, for these data"
+    enough = positions is None or longest <= positions
+    check(enough, "max_seq_length", max_seq_length, accepted)
 
 
 def _check_finite(loss, step):

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 
+from antidote_fast.config.base import check_left_out
 from antidote_fast.config.prune import GateMixture, PruneConfig
 from antidote_fast.data.records import Record
 from antidote_fast.distributed.ranks import ALONE, World
-from antidote_fast.errors import DataError, UsageError
+from antidote_fast.errors import DataError
 from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.models.footprint import check_memory
 from antidote_fast.models.loading import load_model
@@ -17,7 +18,6 @@ from antidote_fast.stages.gates.learn import learn_gates
 from antidote_fast.stages.inputs import Inputs, load_folders
 from antidote_fast.system.progress import Progress
 
-_MIXTURE = GateMixture()
 Sets = dict[str, list[Record]]
 Learned = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
@@ -25,24 +25,14 @@ Learned = tuple[dict[str, torch.Tensor], dict[str, Any]]
 def check_stage(
     config: PruneConfig, base: Checkpoint | None, is_adapter: bool, world: World = ALONE
 ) -> None:
-    """Refuse, before weights are loaded, what gates cannot be learned on.
-
-    Args:
-        config: a :class:`PruneConfig`, of any score.
-        base: checkpoint of the model, or None where it is live.
-        is_adapter: what is pruned is an adapter.
-        world: the ranks; only a process alone can learn.
+    """Refuse, before weights are loaded, what gates cannot be learned on; ``base`` may be None.
 
     Raises:
         UsageError, DataError: naming the argument.
     """
-    if config.scoring.learner is None:
-        return
     config.check_aligned(is_adapter)
     if world.size > 1:
-        raise UsageError(
-            f"score={config.score!r}: must be left out with torchrun; start one process"
-        )
+        check_left_out(config, ["score"], "with torchrun; start one process")
     if base is not None and "quantization_config" in base.config:
         raise DataError(f"{base.folder}: is quantised; with score gate it must not be")
 
@@ -100,7 +90,7 @@ def ask(
         model,
         tokenizer,
         *_records(sets),
-        answer_tokens=_MIXTURE.answer_tokens,
+        answer_tokens=GateMixture().answer_tokens,
         batch_size=config.batch_size,
         progress=progress,
         **texts_of(config),
@@ -127,7 +117,6 @@ def learn(
         base_weights=bases,
         steps=config.gate_steps,
         learning_rate=config.gate_learning_rate,
-        mixture=_MIXTURE,
         progress=progress,
         **texts_of(config),
         **{name: getattr(config, name) for name in names},
