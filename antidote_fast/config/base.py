@@ -173,11 +173,14 @@ class StageConfig:
     batch_size: int = number(8)
     trust_remote_code: bool = False
 
+    def picked(self, *names: str) -> dict[str, Any]:
+        """{name: value} of some fields."""
+        return {name: getattr(self, name) for name in names}
+
     @property
     def load_options(self) -> dict[str, Any]:
         """How :func:`antidote_fast.models.loading.load_model` loads its models."""
-        names = ("dtype", "device", "trust_remote_code")
-        return {name: getattr(self, name) for name in names}
+        return self.picked("dtype", "device", "trust_remote_code")
 
     def __post_init__(self):
         expand_paths(self)

@@ -164,14 +164,12 @@ class PruneConfig(CalibrateConfig):
     @property
     def selection(self) -> Selection:
         """What is removed of the weights."""
-        names = ("ratio", "scope", "preserve_ratio", "score_delta")
-        return Selection(**{name: getattr(self, name) for name in names})
+        return Selection(**self.picked("ratio", "scope", "preserve_ratio", "score_delta"))
 
     @property
     def prune_options(self) -> dict[str, Any]:
         """The further arguments of a prune, of tensors or of a model."""
-        names = ("seed", "backend", "cross_check")
-        return {name: getattr(self, name) for name in names} | {"return_masks": self.save_masks}
+        return self.picked("seed", "backend", "cross_check") | {"return_masks": self.save_masks}
 
     def check_aligned(self, is_adapter):
         """Refuse a score that is learned where no aligned model could answer.

@@ -56,7 +56,7 @@ def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
     with output_folder(config.output_dir, overwrite=config.overwrite) as folder:
         model = load_folders(config, inputs.base, inputs.adapter)
         clock.lap("load")
-        how = {name: getattr(config, name) for name in ("template", "max_new_tokens", "batch_size")}
+        how = config.picked("template", "max_new_tokens", "batch_size")
         answers = answer_sets(model, inputs.tokenizer, sets, **how, progress=progress)
         clock.lap("generate")
         metrics = {}
@@ -75,7 +75,7 @@ def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
 
             options = {"device": config.device}
             win_rate_judge = WinRateJudge.from_pretrained(config.win_rate_judge, **options)
-        judges = {"judge": judge, "win_rate_judge": win_rate_judge}
+        judges: dict[str, Any] = {"judge": judge, "win_rate_judge": win_rate_judge}
         scores = score_answers(sets, answers, task=config.task, **judges, progress=progress)
         clock.lap("judge")
         if config.save_outputs:
@@ -140,8 +140,7 @@ def open_inputs(config: EvaluateConfig) -> EvaluationInputs:
     drift_batches = None
     if config.drift_dataset:
         records = load_records(config.drift_dataset, limit=config.num_samples, require_output=True)
-        names = ("template", "max_seq_length", "batch_size")
-        how = {name: getattr(config, name) for name in names}
+        how = config.picked("template", "max_seq_length", "batch_size")
         drift_batches = make_batches(records, tokenizer, **how)
     return EvaluationInputs(base, adapter, tokenizer, sets, datasets, drift_batches, judge)
 
@@ -161,7 +160,8 @@ def _check_judges(config):
 
 def _drop_long(sets, tokenizer, config, model_config):
     """The records whose prompts leave room for an answer, and what the report says of each set."""
-    fitting, described, limit, longest = {}, {}, config.max_seq_length, 0
+    fitting: dict[str, list[Record]] = {}
+    described, limit, longest = {}, config.max_seq_length, 0
     for name, records in sets.items():
         source = getattr(config, f"{name}_dataset")
         short = fitting[name] = []

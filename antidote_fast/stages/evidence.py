@@ -79,7 +79,6 @@ def collect(
     Args as of :meth:`ActivationNorms.collect`; ``fingerprint`` is that of the base's files, where
     its weights cannot be looked at.
     """
-    names = ("targets", "ignore", "response_only", "aggregation")
     norms = ActivationNorms.collect(
         model,
         world.shard(batches),
@@ -87,7 +86,7 @@ def collect(
         fingerprint=fingerprint,
         backend=getattr(config, "backend", None),
         world=world,
-        **{name: getattr(config, name) for name in names},
+        **config.picked("targets", "ignore", "response_only", "aggregation"),
     )
     counts = counts_of(norms) | batches.counts
     if world.size > 1:

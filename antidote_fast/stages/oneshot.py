@@ -109,12 +109,13 @@ def _prune_live(model, config, in_memory, tokenizer, world):
     with world.together():
         inputs.watch.check()  # the last moment at which the model is as it was
     inputs.pruned_from = time.perf_counter()
-    options = config.prune_options | {"targets": config.targets, "ignore": config.ignore}
+    options = config.prune_options | config.picked("targets", "ignore")
     report = prune_model_(inputs.model, inputs.evidence, config.selection, **options)
     with world.together():
         if config.output_dir and not world.rank:
-            is_adapter = bool(getattr(inputs.model, "peft_config", None))
-            entries = {"base_fingerprint": fingerprint_model(inputs.model)} if is_adapter else {}
+            entries: dict[str, Any] = {}
+            if getattr(inputs.model, "peft_config", None):
+                entries["base_fingerprint"] = fingerprint_model(inputs.model)
             with output_folder(config.output_dir, config.overwrite, **entries) as folder:
                 _save_live(inputs.model, folder)
                 if tokenizer is not None:

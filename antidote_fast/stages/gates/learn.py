@@ -38,12 +38,7 @@ from antidote_fast.pruning.layers import prepare
 from antidote_fast.selection import Selection, check_seed
 from antidote_fast.stages.gates.answers import KINDS, Answers, answer_prompts, fill_pools
 from antidote_fast.system.progress import Progress, track
-from antidote_fast.training.objective import (
-    autocast,
-    num_response_tokens,
-    response_logits,
-    response_loss,
-)
+from antidote_fast.training.objective import num_response_tokens, response_logits, response_loss
 
 _BETAS, _EPS = (0.9, 0.95), 1e-9
 
@@ -66,7 +61,6 @@ def learn_gates(
     template: str = "alpaca",
     max_seq_length: int = 512,
     batch_size: int = 8,
-    dtype: torch.dtype | None = None,
     backend: str | None = None,
     progress: Progress = False,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -90,7 +84,6 @@ def learn_gates(
         seed: of the order of the records.
         template, max_seq_length: as of every stage.
         batch_size: sequences of one kind that go through the model at once, at most.
-        dtype: dtype to compute in, by autocast; None computes in that of the weights.
         backend: as in :mod:`antidote_fast.ops`.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
 
@@ -117,9 +110,8 @@ def learn_gates(
     with _as_it_was(model) as undo:
         if aligned is None:
             with adapter_off(model):
-                about = (model, tokenizer, harmful, preserve)
-                running: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-                aligned = answer_prompts(*about, **running, **options)
+                how = options | {"batch_size": batch_size, "progress": progress}
+                aligned = answer_prompts(model, tokenizer, harmful, preserve, **how)
         pools = fill_pools(tokenizer, harmful, preserve, aligned, **options)
         _check_lengths(model, pools, max_seq_length)
         check_examples(model, *pools.examples.values())
@@ -134,7 +126,7 @@ def learn_gates(
         draw = _drawn(pools, mixture, random.Random(seed))
         losses, start = [], time.perf_counter()
         with response_logits(model) as choose, torch.enable_grad():
-            backward = functools.partial(_backward, model, choose, gates, device, dtype)
+            backward = functools.partial(_backward, model, choose, gates, device)
             for step in track(range(steps), "learn gates", progress):
                 hard = step >= steps // 2
                 _put(gates, selection, hard, backend)
@@ -216,13 +208,12 @@ def _batches(examples, size, tokenizer):
     return [collate(examples[i : i + size], tokenizer) for i in range(0, len(examples), size)]
 
 
-def _backward(model, choose, gates, device, dtype, weight, batches):
+def _backward(model, choose, gates, device, weight, batches):
     """Add the gradient of ``weight`` times the mean loss of these batches; returns that mean."""
     total, mean = sum(map(num_response_tokens, batches)), 0.0
     for batch in batches:
         batch = {name: value.to(device) for name, value in batch.items()}
-        with autocast(device, dtype):
-            part = response_loss(model, batch, choose, share_prefix=True) / total
+        part = response_loss(model, batch, choose, share_prefix=True) / total
         (weight * part).backward()
         mean += float(part.detach())
         for gate in gates:
@@ -232,7 +223,7 @@ def _backward(model, choose, gates, device, dtype, weight, batches):
 
 def _put(gates, selection, hard, backend):
     """Write the weights of a step: the gates' own share, or what the selection leaves."""
-    masks = [None] * len(gates)
+    masks: Any = [None] * len(gates)
     if hard:
         scores = [1 - gate.m for gate in gates]
         _, masks = ops.prune_many_(scores, masks, selection, return_mask=True, backend=backend)

@@ -1,5 +1,6 @@
 """Learning gates inside the prune stage: from folders, or on a live model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def learn_scores(inputs: Inputs) -> Learned:
 
 def texts_of(config: PruneConfig) -> dict:
     """How a config's texts become tokens."""
-    return {"template": config.template, "max_seq_length": config.max_seq_length}
+    return config.picked("template", "max_seq_length")
 
 
 def answers_of(
@@ -89,7 +90,8 @@ def ask(
     return answer_prompts(
         model,
         tokenizer,
-        *_records(sets),
+        sets["dataset"],
+        sets["preserve_dataset"],
         answer_tokens=GateMixture().answer_tokens,
         batch_size=config.batch_size,
         progress=progress,
@@ -103,15 +105,15 @@ def learn(
     tokenizer: Any,
     sets: Sets,
     answers: Answers | None,
-    bases: dict[str, torch.Tensor] | None,
+    bases: Mapping[str, torch.Tensor] | None,
     progress: Progress = False,
 ) -> Learned:
     """:func:`learn_gates` by the config's settings; ``answers`` and ``bases`` may be None."""
-    names = ("targets", "ignore", "seed", "batch_size", "backend")
     return learn_gates(
         model,
         tokenizer,
-        *_records(sets),
+        sets["dataset"],
+        sets["preserve_dataset"],
         config.selection,
         aligned=answers,
         base_weights=bases,
@@ -119,10 +121,5 @@ def learn(
         learning_rate=config.gate_learning_rate,
         progress=progress,
         **texts_of(config),
-        **{name: getattr(config, name) for name in names},
+        **config.picked("targets", "ignore", "seed", "batch_size", "backend"),
     )
-
-
-def _records(sets):
-    """(harmful prompts, records to preserve)."""
-    return sets["dataset"], sets["preserve_dataset"]
