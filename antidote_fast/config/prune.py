@@ -174,12 +174,11 @@ class PruneConfig(CalibrateConfig):
     def check_aligned(self, is_adapter):
         """Refuse a score that is learned where no aligned model could answer.
 
-        Args:
-            is_adapter: what is pruned is an adapter, and without it the model is the aligned one.
+        Without its adapter a model is the aligned one.
         """
-        if self.scoring.learner and not is_adapter and self.aligned_model is None:
-            accepted = f"the aligned model with score {self.score}, unless an adapter is pruned"
-            check(False, "aligned_model", None, accepted)
+        there = is_adapter or self.aligned_model is not None or self.scoring.learner is None
+        accepted = f"the aligned model with score {self.score}, unless an adapter is pruned"
+        check(there, "aligned_model", self.aligned_model, accepted)
 
     def _check_score(self):
         """Refuse what the declarations of this score and of the others say."""

@@ -26,7 +26,6 @@ from antidote_fast.stages.inputs import load_folders
 from antidote_fast.system.progress import Clock
 
 OUTPUTS = "outputs.jsonl"
-_KINDS = ("harmful", "task", "benign")
 
 
 def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
@@ -67,15 +66,14 @@ def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
             del reference
             clock.lap("drift")
         del model  # a judge of 7B parameters wants the memory
-        judge = win_rate_judge = None
+        judges: dict[str, Any] = {}
         if "harmful" in sets:
-            judge = get_judge(config.judge, **inputs.judge)
+            judges["judge"] = get_judge(config.judge, **inputs.judge)
         if "task" in sets and config.win_rate_judge:
             from antidote_fast.evaluation.classifiers import WinRateJudge
 
-            options = {"device": config.device}
-            win_rate_judge = WinRateJudge.from_pretrained(config.win_rate_judge, **options)
-        judges: dict[str, Any] = {"judge": judge, "win_rate_judge": win_rate_judge}
+            path, options = config.win_rate_judge, {"device": config.device}
+            judges["win_rate_judge"] = WinRateJudge.from_pretrained(path, **options)
         scores = score_answers(sets, answers, task=config.task, **judges, progress=progress)
         clock.lap("judge")
         if config.save_outputs:
@@ -124,7 +122,7 @@ def open_inputs(config: EvaluateConfig) -> EvaluationInputs:
     judge = _check_judges(config)
     sets = {
         name: load_records(source, split="test", limit=config.num_samples)
-        for name in _KINDS
+        for name in ("harmful", "task", "benign")
         if (source := getattr(config, f"{name}_dataset"))
     }
     if "task" in sets:

@@ -126,8 +126,7 @@ class Inputs:
     def is_whole(self, room: int = 0) -> bool:
         """Whether ``resume`` leaves it at what is in output_dir, as the first rank finds it.
 
-        Args:
-            room: bytes that must be free on the disk where it does not.
+        Where it does not, ``room`` bytes must be free on the disk.
 
         Raises:
             DataError: output_dir must not be written, or is the output of another run.

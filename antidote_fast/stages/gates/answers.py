@@ -59,17 +59,10 @@ def answer_prompts(
     batch_size: int = 8,
     progress: Progress = False,
 ) -> Answers:
-    """Ask the aligned model, greedily.
+    """Ask the aligned model, greedily: harmful prompts, and records to preserve without output.
 
-    Args:
-        model: the aligned model itself.
-        tokenizer: its own.
-        harmful: prompts; outputs are not looked at.
-        preserve: of these the records without output are asked.
-        answer_tokens: new tokens an answer, at most.
-        template, max_seq_length, batch_size: as of every stage; a prompt of ``max_seq_length``
-            tokens or more is not asked.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
+    An answer has ``answer_tokens`` new tokens at most; a prompt of ``max_seq_length`` tokens or
+    more is not asked.
 
     Raises:
         UsageError, DataError: as :func:`antidote_fast.evaluation.generate.generate`.
