@@ -269,11 +269,8 @@ def _check_values(selection, steps, learning_rate):
     if not isinstance(selection, Selection):
         raise UsageError(f"selection={selection!r:.80}: must be a Selection")
     for name, unusable in (("largest", False), ("score_delta", True)):
-        usable, accepted = (
-            getattr(selection, name) is not unusable,
-            f"{not unusable} with score gate",
-        )
-        check(usable, f"selection.{name}", unusable, accepted)
+        accepted = f"{not unusable} with score gate"
+        check(getattr(selection, name) is not unusable, f"selection.{name}", unusable, accepted)
     usable = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
     check(usable, "steps", steps, "an integer of at least 1")
     usable = isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf
