@@ -38,7 +38,7 @@ def from_words(config_class, words, command):
     if config_class is ExperimentConfig and words and not words[0].startswith("-"):
         words = [f"--config={words[0]}", *words[1:]]
     words, notices = spelled_out(words, config_class)
-    is_experiment, structured = config_class is ExperimentConfig, {}
+    structured = {}
     for i, word in enumerate(words):
         flag, equals, path = word.partition("=")
         if flag == "--config":
@@ -46,11 +46,11 @@ def from_words(config_class, words, command):
             check_yaml(path)
             words[i : i + (1 if equals else 2)] = [f"--config={path}"]
             renamed = any(name in Path(path).read_text(encoding="utf-8") for name in RENAMED)
-            if is_experiment or renamed:
+            if config_class is ExperimentConfig or renamed:
                 # The parser takes the contents as well as a name.
                 values = with_new_names(read_yaml(path), notices.append)
                 words[i] = f"--config={json.dumps(values)}"
-            if is_experiment:
+            if config_class is ExperimentConfig:
                 structured = {k: values[k] for k in _STRUCTURED if values.get(k)}
     config = _parsed(config_class, "parse_args", words, command)
     given = {re.split(r"[.=]", word)[0] for word in words}
