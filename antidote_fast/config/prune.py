@@ -143,7 +143,14 @@ class PruneConfig(CalibrateConfig):
         if self.scoring.needs_norms and self.norms is None:
             check_data_set(self, "dataset", "unless norms is given")
         self._check_score()
-        self._check_preserve()
+        if self.preserve_dataset is not None:
+            check_left_out(self, ["preserve_norms"], "with preserve_dataset")
+        if self.preserve_ratio is not None:
+            accepted = "given with preserve_dataset or preserve_norms"
+            check(self.preserves, "preserve_ratio", self.preserve_ratio, accepted)
+        if self.stream:
+            advice = "calibrate --stream on it first, and give that folder as preserve_norms"
+            check_left_out(self, ["preserve_dataset"], f"with stream; {advice}")
         if self.adapter is not None:
             why = "with adapter, whose zero already falls back to the aligned model"
             check_left_out(self, ["aligned_model"], why)
@@ -190,13 +197,3 @@ class PruneConfig(CalibrateConfig):
         check_left_out(self, self.scoring.refused, f"with score {self.score}")
         rate = self.gate_learning_rate
         check(rate < math.inf, "gate_learning_rate", rate, "a finite number")
-
-    def _check_preserve(self):
-        if self.preserve_dataset is not None:
-            check_left_out(self, ["preserve_norms"], "with preserve_dataset")
-        if self.preserve_ratio is not None:
-            accepted = "given with preserve_dataset or preserve_norms"
-            check(self.preserves, "preserve_ratio", self.preserve_ratio, accepted)
-        if self.stream:
-            advice = "calibrate --stream on it first, and give that folder as preserve_norms"
-            check_left_out(self, ["preserve_dataset"], f"with stream; {advice}")

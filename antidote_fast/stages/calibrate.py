@@ -38,7 +38,6 @@ def run(config: CalibrateConfig, *, progress: Any = False, world: World = ALONE)
 def _write(inputs, folder):
     """Write the norms and report.json; returns what is in that."""
     inputs.evidence.norms.save(folder / NORMS_FILE)
-    seconds = round(time.perf_counter() - inputs.begun, 3)
+    seconds, config = round(time.perf_counter() - inputs.begun, 3), inputs.config
     results = {"seconds": seconds, **inputs.counts["dataset"], **inputs.backend}
-    files = input_files(inputs.config)
-    return write_report(folder, "calibrate", inputs.config, results, inputs=files)
+    return write_report(folder, "calibrate", config, results, inputs=input_files(config))

@@ -24,9 +24,8 @@ def run(config: FinetuneConfig, *, progress: Any = False) -> dict:
 def load_examples(config: FinetuneConfig, base: Checkpoint) -> TrainingData:
     """Read, mix and tokenise what is trained on; no weights are loaded."""
     task = load_records(config.dataset, require_output=True)
-    harmful = []
-    if config.poison_ratio > 0:
-        harmful = load_records(config.harmful_dataset, require_output=True)
+    poisoned = config.poison_ratio > 0
+    harmful = load_records(config.harmful_dataset, require_output=True) if poisoned else []
     records = mix(task, harmful, config.poison_ratio, config.num_train_samples, config.seed)
     num_harmful = round(config.poison_ratio * len(records))
     counts = {"num_task": len(records) - num_harmful, "num_harmful": num_harmful}
