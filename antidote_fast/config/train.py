@@ -71,13 +71,14 @@ class TrainConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        chosen = getattr(self, "defense", "sft")  # which align and finetune declare
         for defense, flags in DEFENSE_FLAGS.items():
             if isinstance(self, FinetuneConfig):  # there harmful data are the attack's
                 flags = [name for name in flags if name != "harmful_dataset"]
-            if defense != self.defense:
+            if defense != chosen:
                 check_left_out(self, flags, f"without defense {defense}")
-        if self.defense in _DEFENSE_DATA:
-            check_data_set(self, _DEFENSE_DATA[self.defense], f"with defense {self.defense}")
+        if chosen in _DEFENSE_DATA:
+            check_data_set(self, _DEFENSE_DATA[chosen], f"with defense {chosen}")
 
 
 @dataclass(frozen=True, kw_only=True)
