@@ -19,7 +19,7 @@ from antidote_fast.files.fingerprint import fingerprint_model
 from antidote_fast.models.targets import ALL_LINEAR, coverage, find_targets, select_keys
 from antidote_fast.models.undo import without_grad
 from antidote_fast.norms.activation_norms import ActivationNorms
-from antidote_fast.pruning.cross_check import CrossCheck, check_live, count_bits
+from antidote_fast.pruning.cross_check import CrossCheck, check_live
 from antidote_fast.pruning.evidence import Evidence, check_base, check_keys
 from antidote_fast.pruning.global_cut import GlobalCut
 from antidote_fast.pruning.layers import Layer, check_all, prepare, remove_all
@@ -314,13 +314,13 @@ def _layer_report(layer, selection, ratio):
     rows, columns = layer.matrix.shape
     preserving = layer.preserve_norm is not None
     if selection.scope == "global":  # how many of a weight were selected, nothing tells
-        k = removed = count_bits(layer.mask)
+        k = removed = layer.mask.count()
         preserved = None if preserving else 0
     else:
         whole = selection.scope == "tensor"
         k = num_pruned(rows * columns if whole else columns, selection)
         selected = k if whole else rows * k
-        removed = count_bits(layer.mask) if preserving else selected
+        removed = layer.mask.count() if preserving else selected
         preserved = selected - removed
     return LayerReport(
         key=layer.key,
