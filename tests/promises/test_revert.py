@@ -259,16 +259,12 @@ def test_a_broken_kernel_is_found_out(broken, damage, scope, preserving):
             assert all(torch.equal(state[key], value) for key, value in made()[0].items())
 
 
-def test_a_kernel_that_scores_the_weights_and_not_their_difference(broken, monkeypatch):
+def test_a_kernel_that_scores_the_weights_and_not_their_difference(broken):
     from antidote_fast.backends import reference
 
-    broken(lambda *arguments: None)
-    real = reference.prune
     plain = Selection(0.4)
-    monkeypatch.setattr(
-        reference,
-        "prune",
-        lambda w, n, selection, *rest, **options: real(w, n, plain, *rest, **options),
+    broken(lambda *arguments: None).prune = lambda w, n, selection, *rest, **options: (
+        reference.prune(w, n, plain, *rest, **options)
     )
     state, norms, _, base = made()
     with pytest.raises(AntidoteError, match=WRONG):
