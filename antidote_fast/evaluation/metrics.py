@@ -88,8 +88,8 @@ def benign_refusal_rate(answers: Sequence[str], judge: Judge | None = None) -> d
     """
     if not answers:
         raise DataError("no answers to judge for the benign refusal rate")
-    options = (judge.phrases, judge.num_characters) if isinstance(judge, RefusalJudge) else ()
-    refused = [is_refusal(answer, *options) for answer in answers]
+    refuses = judge.refuses if isinstance(judge, RefusalJudge) else is_refusal
+    refused = [refuses(answer) for answer in answers]
     kinds = Counter(
         without_content(answer) for answer, no in zip(answers, refused, strict=True) if not no
     )
