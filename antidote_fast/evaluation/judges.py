@@ -41,7 +41,7 @@ def check_judge(name: str, harmful_labels: Sequence[str] | None = None) -> None:
     """
     if not name:
         raise UsageError("judge='': must be refusal, beaver-dam, or a text-classification model")
-    kind, path = (None, None) if name == "refusal" else _model_judge(name)
+    kind, path = (None, "") if name == "refusal" else _model_judge(name)
     if harmful_labels and (kind is None or not kind.takes_labels):
         raise UsageError(
             f"harmful_labels={list(harmful_labels)}: must be left out with judge={name!r}"

@@ -52,11 +52,11 @@ class CrossCheck:
     Args:
         selection: the :class:`Selection`.
         backend: as in :mod:`antidote_fast.ops`; nothing is checked where it is the reference.
+        enabled: otherwise nothing is checked either.
     """
 
-    def __init__(self, selection: Selection, backend: str | None) -> None:
-        self.selection = selection
-        self.backend = backend
+    def __init__(self, selection: Selection, backend: str | None, enabled: bool = True) -> None:
+        self.selection, self.backend, self.enabled = selection, backend, enabled
         self._seen: set[tuple] = set()
         self._samples: list[Sample] = []
 
@@ -74,7 +74,7 @@ class CrossCheck:
             AntidoteError: the backend selects otherwise than the reference; nothing is written.
         """
         samples = []
-        for layer, matrix in zip(layers, scored, strict=True):
+        for layer, matrix in zip(layers, scored, strict=True) if self.enabled else ():
             kind = tuple(matrix.shape), layer.matrix.dtype, matrix.device
             module = backends.select(self.backend, matrix.device.type)
             if kind in self._seen or module is reference or not matrix.numel():

@@ -83,11 +83,7 @@ def prune_model_(
         PeerFailed: another rank refused.
     """
     evidence = Evidence.of(
-        norms,
-        score=score,
-        preserve_norms=preserve_norms,
-        base_weights=base_weights,
-        scores=scores,
+        norms, score=score, preserve_norms=preserve_norms, base_weights=base_weights, scores=scores
     )
     evidence.check(selection, seed)
     reshard(model)
@@ -115,15 +111,8 @@ def prune_model_(
     with world.together():
         if cross_check:
             check_live(to_prune, weights)
-        chosen = _choose(
-            weights,
-            evidence,
-            selection,
-            seed=seed,
-            backend=backend,
-            return_masks=return_masks,
-            cross_check=cross_check,
-        )
+        guard = CrossCheck(selection, backend, cross_check)
+        chosen = _choose(weights, evidence, selection, seed, guard, return_masks)
     for layer in chosen.layers:
         layer.masked = masked.get(layer.key)
     with world.together():
@@ -175,17 +164,9 @@ def prune_state_(
         keys = select_keys(weights, ALL_LINEAR if targets is None else targets, ignore)
         evidence = evidence.narrowed(keys)
         weights = {key: weights[key] for key in keys}
+    guard = CrossCheck(selection, backend, cross_check)
     return _choose(
-        weights,
-        evidence,
-        selection,
-        seed=seed,
-        backend=backend,
-        return_masks=return_masks,
-        cross_check=cross_check,
-        together=together,
-        cut=cut,
-        progress=progress,
+        weights, evidence, selection, seed, guard, return_masks, together, cut, progress
     ).remove()
 
 
@@ -194,11 +175,9 @@ def _choose(
     weights,
     evidence,
     selection,
-    *,
     seed,
-    backend,
+    guard,
     return_masks,
-    cross_check,
     together=False,
     cut=None,
     progress=False,
@@ -213,16 +192,15 @@ def _choose(
     for name, norms in evidence.named_norms.items():
         check_keys(weights, norms.sq_sum, name)
     layers, skipped = prepare(weights, evidence, selection.scope)
-    kernels = {backends.select(backend, layer.matrix.device.type).NAME for layer in layers}
+    kernels = {backends.select(guard.backend, layer.matrix.device.type).NAME for layer in layers}
     check_all(layers, selection)
-    guard = CrossCheck(selection, backend) if cross_check else None
     for call in track(_calls(layers, selection.scope, together), "prune", progress):
-        if cut is not None:
-            for layer in call:
-                layer.mask = cut.mask(layer.key, layer.matrix, layer.base)
-                layer.threshold = cut.threshold
-        else:
-            _select(call, evidence, selection, seed, backend, guard)
+        if cut is None:
+            _select(call, evidence, selection, seed, guard)
+            continue
+        for layer in call:
+            layer.mask = cut.mask(layer.key, layer.matrix, layer.base)
+            layer.threshold = cut.threshold
     ratio = selection.ratio if selection.n_m is None else selection.n_m[0] / selection.n_m[1]
     report = PruneReport(
         score=evidence.score,
@@ -240,7 +218,7 @@ def _choose(
         reverted=evidence.base_weights is not None,
         masks={layer.key: layer.mask for layer in layers} if return_masks else None,
     )
-    return _Chosen(layers, selection, backend, report, guard, start)
+    return _Chosen(layers, report, guard, start)
 
 
 @dataclass
@@ -248,20 +226,17 @@ class _Chosen:
     """Masks of all weights, none of them applied; ``report`` still lacks the layers."""
 
     layers: list[Layer]
-    selection: Selection
-    backend: str | None
     report: PruneReport
-    guard: CrossCheck | None
+    guard: CrossCheck
     start: float
 
     @without_grad
     def remove(self) -> PruneReport:
         """Apply the masks."""
-        report = self.report
-        remove_all(self.layers, self.backend)
-        if self.guard is not None:
-            self.guard.written()
-        report.layers = [_layer_report(x, self.selection, report.ratio) for x in self.layers]
+        report, guard = self.report, self.guard
+        remove_all(self.layers, guard.backend)
+        guard.written()
+        report.layers = [_layer_report(x, guard.selection, report.ratio) for x in self.layers]
         report.seconds = time.perf_counter() - self.start
         return report
 
@@ -282,7 +257,7 @@ def _calls(layers, scope, together):
     return list(calls.values())
 
 
-def _select(layers, evidence, selection, seed, backend, guard):
+def _select(layers, evidence, selection, seed, guard):
     """Choose what is removed, for the layers of one call."""
     start = time.perf_counter()
     scored = matrices = [x.matrix for x in layers]
@@ -292,7 +267,7 @@ def _select(layers, evidence, selection, seed, backend, guard):
             rows_of(x.key, x.matrix, evidence, seed)(0, len(x.matrix)).to(x.matrix.device)
             for x in layers
         ]
-    samples = guard.before(layers, scored) if guard else []
+    samples = guard.before(layers, scored)
     masks, thresholds = ops.prune_with_report_(
         scored,
         [x.norm for x in layers],
@@ -300,12 +275,11 @@ def _select(layers, evidence, selection, seed, backend, guard):
         preserve_norms=[x.preserve_norm for x in layers],
         base_weights=[x.base for x in layers] if scored is matrices else None,
         write=False,
-        backend=backend,
+        backend=guard.backend,
     )
     for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
         layer.mask, layer.threshold = mask, threshold
-    if samples:
-        guard.selected(samples, layers)
+    guard.selected(samples, layers)
     if len(layers) == 1 and selection.scope != "global":
         layers[0].seconds = time.perf_counter() - start
 
