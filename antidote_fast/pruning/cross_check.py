@@ -166,7 +166,7 @@ class CrossCheck:
         for copy, mask, base in zip(copies, masks, bases, strict=True):
             ops.apply_mask_(copy, mask, base_weight=base, backend=self.backend)
         expected = [sample.part.to("cpu", copy=True) for sample in samples]
-        expected_bits = [torch.empty(mask.bits.shape, dtype=torch.uint8) for mask in masks]
+        expected_bits = [mask.bits.to("cpu", copy=True) for mask in masks]
         reference.prune(
             expected,
             _on_cpu(norms),
@@ -178,10 +178,10 @@ class CrossCheck:
             thresholds=None,
         )
         for i, sample in enumerate(samples):
+            sample.mask_of_copy = expected_bits[i]
             same_mask = torch.equal(masks[i].bits.cpu(), expected_bits[i])
             if not same_mask or not torch.equal(_bits(copies[i]), _bits(expected[i])):
                 self._refuse(sample, _UNWRITTEN)
-            sample.mask_of_copy = expected_bits[i]
 
     def _refuse(self, sample, consequence):
         module = backends.select(self.backend, sample.part.device.type)
@@ -251,7 +251,7 @@ def _cut_at(sample, threshold, largest):
     scores, removed = sample.scores, sample.chosen
     if math.isnan(threshold):
         return not bool(removed.any())
-    edge = torch.tensor(threshold, dtype=torch.float32).view(torch.int32)
+    edge = torch.tensor(threshold, dtype=torch.float32, device="cpu").view(torch.int32)
     inside, outside = (scores > edge, scores < edge)[:: 1 if largest else -1]
     if removed[outside].any():
         return False
