@@ -3,6 +3,7 @@
 import json
 import math
 
+import plain_prune
 import pytest
 import sampling
 import torch
@@ -18,7 +19,6 @@ from antidote_fast.pruning import global_cut
 from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.global_cut import GlobalCut, find_cut
 from antidote_fast.pruning.prune import prune_state_
-from antidote_fast.pruning.scores.random import random_scores
 from antidote_fast.selection import Selection, num_pruned
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -192,7 +192,7 @@ def test_scores_that_span_all_magnitudes():
 
 
 def test_random_scores_are_drawn_in_parts():
-    whole = random_scores("a", (700, 1000), 5)  # more than one chunk
+    whole = plain_prune.random_scores("a", (700, 1000), 5)  # more than one chunk
     parts = list(global_cut._chunks("a", torch.empty(700, 1000), Evidence(score="random"), 5))
     assert len(parts) > 1
     assert torch.equal(torch.cat(parts).view(torch.float32), whole)
