@@ -48,7 +48,6 @@ def embedding_drift(
         reference: the aligned model; None for a PEFT model's own base, its adapter switched off.
         batches: dicts with ``input_ids`` and ``attention_mask`` (batch, length), right padded, of
             the same alignment data for both.
-        progress: as `antidote_fast.system.progress.track` takes it.
 
     Returns:
         ``embedding_drift_sum`` over layers and sequences, ``embedding_drift_per_token`` (the mean

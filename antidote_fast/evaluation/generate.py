@@ -76,10 +76,8 @@ def generate(
     Args:
         model: a causal language model of transformers, PEFT-wrapped or not. Its mode is restored.
         tokenizer: not changed; needs no pad token.
-        prompts: texts as `build_prompt` gives them.
+        prompts: texts as `build_prompt` gives them; ``batch_size`` of them at once.
         max_new_tokens: most tokens an answer.
-        batch_size: prompts at once.
-        progress: as `antidote_fast.system.progress.track` takes it.
 
     Returns:
         One answer a prompt, in order, special tokens and outer white space removed.

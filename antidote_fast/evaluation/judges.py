@@ -63,8 +63,7 @@ def get_judge(
     Args:
         name: refusal; beaver-dam, or beaver-dam:FOLDER for a local copy; else the folder or hub
             name of a text-classification model.
-        device: where a model goes.
-        dtype: what it is loaded in.
+        device, dtype: as :func:`antidote_fast.models.loading.load_model` takes them.
         harmful_labels: the classifier's labels that mean harm, where their names do not tell.
         batch_size: texts at once.
 

@@ -28,16 +28,10 @@ def answer_sets(
     """Greedy answers to several sets of records; sets with the same limit share their batches.
 
     Args:
-        model: a causal language model.
-        tokenizer: its own.
-        sets: records by name.
+        model, tokenizer, batch_size: as `generate` takes them.
+        sets: records by name; the answers come by these, in the order of the records.
         template: alpaca or chat.
         max_new_tokens: one limit, or one a name.
-        batch_size: prompts at once.
-        progress: as `antidote_fast.system.progress.track` takes it.
-
-    Returns:
-        The answers by name, in the order of the records.
     """
     limits = max_new_tokens
     if not isinstance(limits, Mapping):
@@ -111,15 +105,13 @@ def evaluate_model(
     ``max_new_tokens={"harmful": 24, "task": 8, "benign": 24}``.
 
     Args:
-        model: a causal language model, PEFT-wrapped or not; its mode is restored.
-        tokenizer: its own.
         harmful: held-out harmful prompts.
         task_records: held-out records of the user's task.
         task: how those are scored (`metrics.finetune_accuracy`).
         benign: ordinary prompts.
         judge: of the harmful score; a `RefusalJudge` where None.
         win_rate_judge: for task alpaca.
-        template, max_new_tokens, batch_size, progress: as `answer_sets` takes them.
+        model, tokenizer, template, max_new_tokens, batch_size: as `answer_sets` takes them.
 
     Returns:
         As `score_answers`.

@@ -45,9 +45,7 @@ def harmful_score(
 
     Args:
         answers: to held-out harmful prompts.
-        judge: a callable as in `judges`.
         prompts: the instructions, for a judge that reads them.
-        progress: as `antidote_fast.system.progress.track` takes it.
 
     Returns:
         ``harmful_score`` in percent of all answers, and the counts ``num_prompts``,
@@ -171,7 +169,6 @@ def finetune_accuracy(
         records: with the right (for alpaca: the reference) outputs.
         answers: one a record.
         judge: for alpaca, a `WinRateJudge`.
-        progress: as `antidote_fast.system.progress.track` takes it.
 
     Returns:
         ``finetune_accuracy`` in percent, ``num_records``, ``num_correct`` (for alpaca the wins) and

@@ -73,9 +73,8 @@ class GlobalCut:
         """What is removed of one weight.
 
         Args:
-            key: its name.
-            weight: (out, in), as ``read(key)`` gave it to :func:`find_cut`; left as it is.
-            base: like it, as ``read_base(key)`` gave it.
+            weight, base: (out, in), as ``read(key)`` and ``read_base(key)`` gave them to
+                :func:`find_cut`; left as they are.
 
         Raises:
             DataError: its scores are not those that were counted; it has changed since.
@@ -137,13 +136,11 @@ def find_cut(
     Args:
         keys: names of the weights, in any order; without those that are skipped.
         read: called with a name, gives the (out, in) tensor, bf16, fp16 or fp32.
-        evidence: as :func:`antidote_fast.pruning.prune.prune_state_` takes it; its norms hold these
-            names.
-        selection: a :class:`Selection` of global scope.
-        seed: of the random score.
+        evidence, seed: as :func:`antidote_fast.pruning.prune.prune_state_` takes them; the norms
+            hold these names.
+        selection: one of global scope.
         read_base: called with a name, gives the base of the weight, a tensor like it; needed, and
             called, with ``selection.score_delta`` alone.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
 
     Raises:
         UsageError: another scope, an unknown score, no norms where the score needs them, a

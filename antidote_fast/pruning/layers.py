@@ -62,15 +62,13 @@ def prepare(
     """Every check on every weight; nothing is written here.
 
     Args:
-        weights, evidence: as :func:`antidote_fast.pruning.prune.prune_state_`; names in
-            ``transposed`` and ``routed``, its own and those of its norms, may be of other weights.
+        weights, evidence: as :func:`antidote_fast.pruning.prune.prune_state_`, which says what is
+            raised; names in ``transposed`` and ``routed``, its own and those of its norms, may be
+            of other weights.
         scope: of the selection.
 
     Returns:
-        (:class:`Layer` s in natural order, {key: why it was left alone}).
-
-    Raises:
-        As :func:`antidote_fast.pruning.prune.prune_state_`.
+        (layers in natural order, {key: why it was left alone}).
     """
     check_names(weights)
     declared = SCORES[evidence.score]

@@ -31,7 +31,7 @@ def training_folder(
     """The folder to write a trained model into, and the run that keeps its checkpoints.
 
     Args:
-        config: a :class:`TrainConfig`.
+        config: where to, and whether with checkpoints.
         inputs: everything that decides the result, as :func:`run_inputs` gives it.
         entries: further JSON values for ``COMPLETE.json``.
 
@@ -64,11 +64,7 @@ class Checkpoints:
     Weights, Adam's moments, what the objective keeps and the generators go into one safetensors
     file, numbers into the run's JSON state.
 
-    Args:
-        run: :class:`antidote_fast.files.resume.Run`, or None.
-        objective: of the training; its parameters are saved.
-        optimizer, scheduler: of the training.
-        every: steps between checkpoints; None saves only where the training is interrupted.
+    ``every`` counts steps between checkpoints; None saves only where the training is interrupted.
     """
 
     run: Run | None
@@ -125,7 +121,6 @@ class Checkpoints:
         Args:
             losses: of the steps that are done.
             wanted: steps in all.
-            request: :class:`antidote_fast.system.interrupts.Request`.
 
         Raises:
             Interrupted: somebody asked to stop; the state is saved.

@@ -1,7 +1,6 @@
 """The training loop of align and finetune, and their checks.
 
-What a step's loss is, the cross-entropy of responses or a defense's, is an objective's
-(:mod:`antidote_fast.training.objective`).
+What a step's loss is says an objective (:mod:`antidote_fast.training.objective`).
 """
 
 import contextlib
@@ -35,11 +34,8 @@ def check_config(config: TrainConfig, *, merged: bool = False) -> Checkpoint:
     """Refuse, before any work, what training cannot do.
 
     Args:
-        config: a :class:`TrainConfig`.
+        config: whose model it opens.
         merged: whether an adapter will be merged into the weights.
-
-    Returns:
-        The checked :class:`~antidote_fast.files.checkpoint.Checkpoint` of the model to train.
 
     Raises:
         UsageError: an unknown schedule, or dtype float16.
@@ -125,20 +121,16 @@ def train(
     at norm 1. Batches hold records of similar length and come in an order that the seed decides.
 
     Args:
-        model: a causal language model, PEFT-wrapped or not; weights that do not require a gradient
-            stay. Left in eval mode.
+        model: PEFT-wrapped or not; weights that do not require a gradient stay. Left in eval mode.
         tokenizer: its own; not changed.
         records: records with outputs, or what `encode` made of them.
-        config: a :class:`TrainConfig`.
         dtype: dtype to compute in, by autocast, where the weights are float32; None computes in
             that of the weights.
         objective: makes the objective from (model, tokenizer, examples, config, dtype=);
             :class:`Objective`, a defense's class, or a partial of it with its data.
-        run: :class:`antidote_fast.files.resume.Run` that keeps checkpoints, every
-            ``config.save_steps`` steps and where a signal asks to stop; the training goes on from
-            its last one.
+        run: keeps checkpoints, every ``config.save_steps`` steps and where a signal asks to stop;
+            the training goes on from its last one.
         what: beside the progress bar.
-        progress: as `antidote_fast.system.progress.track` takes it.
 
     Returns:
         ``steps``, ``loss`` (one a step; a defense's whole objective), ``first_loss`` and
