@@ -330,12 +330,7 @@ class WinRateJudge(_ModelJudge):
     )
 
     def __init__(
-        self,
-        model: Model,
-        tokenizer: Tokenizer,
-        *,
-        max_length: int = 2048,
-        name: str = "win-rate",
+        self, model: Model, tokenizer: Tokenizer, *, max_length: int = 2048, name: str = "win-rate"
     ) -> None:
         """Args: model: a causal language model; tokenizer: its own; max_length: tokens read."""
         super().__init__(model, tokenizer, max_length, name)

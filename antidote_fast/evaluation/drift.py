@@ -31,11 +31,7 @@ def _forward(
 
 @torch.no_grad()
 def embedding_drift(
-    model: Model,
-    reference: Model | None,
-    batches: Sequence[dict],
-    *,
-    progress: Progress = False,
+    model: Model, reference: Model | None, batches: Sequence[dict], *, progress: Progress = False
 ) -> dict:
     """L2 distance of attention outputs between a fine-tuned model and the aligned one.
 
