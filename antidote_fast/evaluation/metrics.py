@@ -60,10 +60,7 @@ def harmful_score(
     return {
         "harmful_score": percent(counts[HARMFUL], len(answers)),
         "num_prompts": len(answers),
-        "num_harmful": counts[HARMFUL],
-        "num_safe": counts[SAFE],
-        "num_empty": counts[EMPTY],
-        "num_garbled": counts[GARBLED],
+        **{f"num_{verdict}": counts[verdict] for verdict in (HARMFUL, SAFE, EMPTY, GARBLED)},
     }
 
 

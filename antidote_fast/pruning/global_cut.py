@@ -38,12 +38,10 @@ class GlobalCut:
 
     Args:
         edge: the score at the edge as an integer; None where nothing is selected.
-        largest: as in the Selection.
-        seed: as :func:`find_cut` was given.
+        largest, seed, evidence: as :func:`find_cut` was given.
         ties: {key: (first, last)}: of the weight's scores that equal the edge, in flat order, those
             that are selected.
-        counts: {key: weights selected of it}.
-        evidence: as :func:`find_cut` was given.
+        counts: {key: weights selected of it}, those that ``preserve`` keeps among them.
         delta: the score is of the difference from a base.
         preserve: the cut that says what is preserved of what this one selects, or None.
     """
@@ -56,11 +54,6 @@ class GlobalCut:
     evidence: Evidence = field(repr=False)
     delta: bool = False
     preserve: "GlobalCut | None" = None
-
-    @property
-    def selected(self) -> int:
-        """Weights selected of all; those that ``preserve`` keeps among them."""
-        return sum(self.counts.values())
 
     @property
     def threshold(self) -> float:

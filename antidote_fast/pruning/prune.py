@@ -7,7 +7,7 @@ Source: Antidote, arXiv 2408.09600. What weights are ordered by is a score, one 
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -112,11 +112,11 @@ def prune_model_(
         if cross_check:
             check_live(to_prune, weights)
         guard = CrossCheck(selection, backend, cross_check)
-        chosen = _choose(weights, evidence, selection, seed, guard, return_masks)
-    for layer in chosen.layers:
+        layers, report = _choose(weights, evidence, selection, seed, guard)
+    for layer in layers:
         layer.masked = masked.get(layer.key)
     with world.together():
-        report = chosen.remove()
+        _remove(layers, report, guard, return_masks)
         if cross_check:
             check_live(to_prune, weights)
     report = add_up(report, to_prune, world)
@@ -165,24 +165,14 @@ def prune_state_(
         evidence = evidence.narrowed(keys)
         weights = {key: weights[key] for key in keys}
     guard = CrossCheck(selection, backend, cross_check)
-    return _choose(
-        weights, evidence, selection, seed, guard, return_masks, together, cut, progress
-    ).remove()
+    layers, report = _choose(weights, evidence, selection, seed, guard, together, cut, progress)
+    _remove(layers, report, guard, return_masks)
+    return report
 
 
 @without_grad
-def _choose(
-    weights,
-    evidence,
-    selection,
-    seed,
-    guard,
-    return_masks,
-    together=False,
-    cut=None,
-    progress=False,
-):
-    """What is done before the first write, as a :class:`_Chosen`."""
+def _choose(weights, evidence, selection, seed, guard, together=False, cut=None, progress=False):
+    """(layers with masks, a report that lacks them): what is done before the first write."""
     start = time.perf_counter()
     declared = SCORES[evidence.score]
     if cut is not None and declared.learner is not None:
@@ -212,33 +202,23 @@ def _choose(
         backend="+".join(sorted(kernels)),
         layers=[],
         skipped=skipped,
-        seconds=0.0,
+        seconds=time.perf_counter() - start,
         preserve_ratio=None if evidence.preserve_norms is None else selection.preserve.ratio,
         score_delta=selection.score_delta,
         reverted=evidence.base_weights is not None,
-        masks={layer.key: layer.mask for layer in layers} if return_masks else None,
     )
-    return _Chosen(layers, report, guard, start)
+    return layers, report
 
 
-@dataclass
-class _Chosen:
-    """Masks of all weights, none of them applied; ``report`` still lacks the layers."""
-
-    layers: list[Layer]
-    report: PruneReport
-    guard: CrossCheck
-    start: float
-
-    @without_grad
-    def remove(self) -> PruneReport:
-        """Apply the masks."""
-        report, guard = self.report, self.guard
-        remove_all(self.layers, guard.backend)
-        guard.written()
-        report.layers = [_layer_report(x, guard.selection, report.ratio) for x in self.layers]
-        report.seconds = time.perf_counter() - self.start
-        return report
+@without_grad
+def _remove(layers, report, guard, return_masks):
+    """Apply the masks, and fill in the report."""
+    start = time.perf_counter()
+    remove_all(layers, guard.backend)
+    guard.written()
+    report.layers = [_layer_report(layer, guard.selection, report.ratio) for layer in layers]
+    report.masks = {layer.key: layer.mask for layer in layers} if return_masks else None
+    report.seconds += time.perf_counter() - start
 
 
 def _calls(layers, scope, together):

@@ -48,7 +48,9 @@ def cut_of(weights, evidence, selection, seed=0):
     assert read.read in (order * 2, order)  # one pass is enough where nothing is removed
     masks = {key: cut.mask(key, weights[key]) for key in reversed(order)}
     assert {key: mask.count() for key, mask in masks.items()} == cut.counts
-    assert cut.selected == num_pruned(sum(w.numel() for w in weights.values()), selection)
+    assert sum(cut.counts.values()) == num_pruned(
+        sum(w.numel() for w in weights.values()), selection
+    )
     return cut, masks
 
 
