@@ -155,16 +155,14 @@ class ClassifierJudge(_ModelJudge):
         """Wrap a loaded classifier.
 
         Args:
-            model: a sequence classifier. Several labels: a softmax, flagged where the harmful ones
-                together pass the threshold; multi-label or one label: a sigmoid each, flagged where
-                any harmful one passes it.
-            tokenizer: its tokenizer; not changed.
+            model: a sequence classifier, with its tokenizer. Several labels: a softmax, flagged
+                where the harmful ones together pass the threshold; multi-label or one label: a
+                sigmoid each, flagged where any harmful one passes it.
             harmful_labels: names of the harmful labels; default by `harmful_label_ids`.
             threshold: in (0, 1).
             text_format: what the classifier reads, with {prompt} and {answer}.
             max_length: tokens it reads, from the start.
-            batch_size: texts at once.
-            name: for reports.
+            batch_size, name: texts at once; for reports.
 
         Raises:
             UsageError: labels that do not tell, a threshold or format out of range.
@@ -275,11 +273,7 @@ class BeaverDamJudge(ClassifierJudge):
     def __init__(
         self, model: Model, tokenizer: Tokenizer, *, max_length: int = 256, **options: Any
     ) -> None:
-        """Wrap a loaded model of 14 labels; options as `ClassifierJudge`.
-
-        Raises:
-            DataError: another number of labels.
-        """
+        """Wrap a loaded model of 14 labels (else DataError); options as `ClassifierJudge`."""
         options.setdefault("name", "beaver-dam")
         _check_num_labels(model.config, options["name"])
         # No space before the answer. The end token is text here, as in the original.
@@ -294,11 +288,7 @@ class BeaverDamJudge(ClassifierJudge):
 
     @classmethod
     def check(cls, path: str, harmful_labels: Sequence[str] | None = None) -> None:
-        """Read a model's config, and whether it has 14 labels; no weights are loaded.
-
-        Raises:
-            DataError: it cannot be read, or has not.
-        """
+        """The same with DataError for another number of labels than 14."""
         _check_num_labels(_load_config(path), path)
 
     @classmethod

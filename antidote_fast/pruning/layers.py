@@ -92,7 +92,7 @@ def prepare(
                 skipped[key] = "routed expert that no token reached"
                 continue
             raise DataError(f"{key}: all its activation norms are zero")
-        preserve_norm, preserve_zeros = _norm_of(
+        preserve, preserve_zeros = _norm_of(
             key, matrix, evidence.preserve_norms, scope, "preserve_norms"
         )
         base = None
@@ -109,20 +109,10 @@ def prepare(
         copied = key in transposed or matrix.stride(1) != 1
         if copied:
             matrix = matrix.clone(memory_format=torch.contiguous_format)
-        layers.append(
-            Layer(
-                key,
-                saved,
-                matrix,
-                key in transposed,
-                copied,
-                _on(saved.device, by_channel and by_channel(norm)),
-                zeros,
-                _on(saved.device, preserve_norm),
-                preserve_zeros,
-                base,
-            )
-        )
+        norm = _on(saved.device, by_channel and by_channel(norm))
+        preserve = _on(saved.device, preserve)
+        where = key, saved, matrix, key in transposed, copied
+        layers.append(Layer(*where, norm, zeros, preserve, preserve_zeros, base))
     for layer, num_zeros in zip(layers, _zeros_in(layers, "matrix"), strict=True):
         layer.zero_weights = num_zeros
     if evidence.base_weights is not None:

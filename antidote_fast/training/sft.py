@@ -124,10 +124,8 @@ def train(
         model: PEFT-wrapped or not; weights that do not require a gradient stay. Left in eval mode.
         tokenizer: its own; not changed.
         records: records with outputs, or what `encode` made of them.
-        dtype: dtype to compute in, by autocast, where the weights are float32; None computes in
-            that of the weights.
-        objective: makes the objective from (model, tokenizer, examples, config, dtype=);
-            :class:`Objective`, a defense's class, or a partial of it with its data.
+        dtype: as :class:`Objective` takes it.
+        objective: :class:`Objective`, a defense's class, or a partial of it with its data.
         run: keeps checkpoints, every ``config.save_steps`` steps and where a signal asks to stop;
             the training goes on from its last one.
         what: beside the progress bar.
