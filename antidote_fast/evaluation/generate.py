@@ -111,26 +111,26 @@ def generate(
     with undoing() as undo:
         eval_mode(model, undo)
         own = _plain_generation_config(model, undo)
-        with contiguous_head(model):
-            end_ids = _end_ids(tokenizer, own)
-            pads = [tokenizer.pad_token_id, *end_ids]  # what an answer that has ended goes on with
-            pads = [i for i in pads if i is not None and (known is None or 0 <= i < known)]
-            config = GenerationConfig(
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=max_new_tokens,
-                use_cache=True,
-                eos_token_id=end_ids or None,
-                pad_token_id=pads[0] if pads else 0,
-            )
-            for chunk in track(chunks, "generate", progress):
-                batch = _prefilled(model, tokenizer, [ids[p] for p in chunk], device)
-                output = model.generate(**batch, generation_config=config)
-                new = output[:, batch["input_ids"].shape[1] :].tolist()
-                for prompt, row in zip(chunk, new, strict=True):
-                    ids_of_answer = itertools.takewhile(lambda i: i not in end_ids, row)
-                    text = tokenizer.decode([*ids_of_answer], skip_special_tokens=True)
-                    answers[prompt] = text.strip()
+        contiguous_head(model, undo)
+        end_ids = _end_ids(tokenizer, own)
+        pads = [tokenizer.pad_token_id, *end_ids]  # what an answer that has ended goes on with
+        pads = [i for i in pads if i is not None and (known is None or 0 <= i < known)]
+        config = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
+            eos_token_id=end_ids or None,
+            pad_token_id=pads[0] if pads else 0,
+        )
+        for chunk in track(chunks, "generate", progress):
+            batch = _prefilled(model, tokenizer, [ids[p] for p in chunk], device)
+            output = model.generate(**batch, generation_config=config)
+            new = output[:, batch["input_ids"].shape[1] :].tolist()
+            for prompt, row in zip(chunk, new, strict=True):
+                ids_of_answer = itertools.takewhile(lambda i: i not in end_ids, row)
+                text = tokenizer.decode([*ids_of_answer], skip_special_tokens=True)
+                answers[prompt] = text.strip()
     return [answers[prompt] for prompt in prompts]
 
 
