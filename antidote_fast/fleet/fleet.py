@@ -43,9 +43,7 @@ def run(config: FleetConfig, *, progress=False) -> dict:
     jobs = read_jobs(config)
     shard = parse_shard(config.shard)
     jobs = jobs[shard[0] :: shard[1]]
-    start = time.perf_counter()
-    tally = Tally(len(jobs))
-    engine = _engine(config, jobs)
+    tally, engine = Tally(len(jobs)), _engine(config, jobs)
     with folder.locked(config.output_dir, shard), interrupts.remembered() as request:
         try:
             with count(tally.total, "fleet", progress) as show:
@@ -58,24 +56,23 @@ def run(config: FleetConfig, *, progress=False) -> dict:
                     show(tally.finished, **tally.view())
         finally:
             # Also when the disk is full or the device failed, as far as there is room for it.
-            report = _summary(config, tally, time.perf_counter() - start)
+            report = _summary(config, tally)
             folder.write_json(folder.summary_path(config.output_dir, shard), report)
     _raise_what_is_left(config, report, request)
     return report
 
 
 class Tally:
-    """Counts of a fleet on its way.
-
-    Args:
-        total: jobs in all.
-    """
+    """Counts of a fleet on its way, of ``total`` jobs."""
 
     def __init__(self, total):
-        self.total = total
-        self.outcomes = []
+        self.total, self.outcomes, self._begin = total, [], time.monotonic()
         self.counts = {"done": 0, "skipped": 0, "failed": 0}
-        self._begin = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._begin
 
     @property
     def finished(self) -> int:
@@ -90,8 +87,7 @@ class Tally:
     def view(self) -> dict:
         """What a progress view shows beside done and total."""
         worked = self.counts["done"] + self.counts["failed"]
-        seconds = time.monotonic() - self._begin
-        rate = worked / seconds if worked else 0.0
+        rate = worked / self.seconds if worked else 0.0
         left = self.total - self.finished
         return {
             "failed": self.counts["failed"],
@@ -103,25 +99,23 @@ class Tally:
 
 def _engine(config, jobs):
     """A callable of ``stop`` that gives the jobs' outcomes; what all jobs need is checked here."""
+    from antidote_fast.fleet import ray_pool
     from antidote_fast.fleet.worker import Worker
 
     if config.engine == "ray":
-        from antidote_fast.fleet import ray_pool
-
         ray_pool.check_installed()
     worker = Worker(config)
     worker.check_data(jobs)
-    if config.engine == "ray":
-        return functools.partial(ray_pool.run, config, jobs)
-    return functools.partial(worker.run, jobs)
+    on_ray = functools.partial(ray_pool.run, config, jobs)
+    return on_ray if config.engine == "ray" else functools.partial(worker.run, jobs)
 
 
-def _summary(config, tally, seconds):
-    worked = tally.counts["done"]
+def _summary(config, tally):
+    worked, seconds = tally.counts["done"], tally.seconds
     return {
         "schema_version": folder.SCHEMA_VERSION,
         "stage": "fleet",
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created": folder.now(),
         "versions": versions(),
         "config": dataclasses.asdict(config),
         "counts": {"jobs": tally.total, **tally.counts, "left": tally.total - tally.finished},

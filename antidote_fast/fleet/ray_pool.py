@@ -129,15 +129,9 @@ class _Pool:
         for job in part:
             self.attempts[job.name] += 1
             if self.attempts[job.name] >= _ATTEMPTS:
-                yield {
-                    "name": job.name,
-                    "adapter": job.config.adapter,
-                    "line": job.line,
-                    "status": "failed",
-                    "reason": f"its worker died {_ATTEMPTS} times: {_line(error)}",
-                    "kind": type(error).__name__,
-                    "exit_code": 1,
-                }
+                reason = f"its worker died {_ATTEMPTS} times: {_line(error)}"
+                outcome = {"status": "failed", "reason": reason, "kind": type(error).__name__}
+                yield job.about | outcome | {"exit_code": 1}
             elif not told:
                 queue.append([job])
 
