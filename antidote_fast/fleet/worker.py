@@ -66,7 +66,6 @@ class Worker:
         self.backend = describe_backend(config.backend, self.device)
         self._base_hashes = hash_inputs([config.model_name_or_path])
         self._data = collections.OrderedDict()
-        self._watches = {}
         self._slot = self._hooks = self._hooked = self._collector = None
         self._usual = _ROOM
 
@@ -319,11 +318,10 @@ class Worker:
         self._watch_of(file)
         return hash_inputs([file])
 
+    @functools.cache  # noqa: B019 - as above
     def _watch_of(self, file):
         """What a data file was before this worker first read it, or hashed it."""
-        if file not in self._watches:
-            self._watches[file] = Watch(file)
-        return self._watches[file]
+        return Watch(file)
 
 
 def _keep_freed_memory():
@@ -367,8 +365,7 @@ _DEVICE_ERRORS = (getattr(torch, "AcceleratorError", ()),)
 
 def _why(error):
     """One line, the exception's class and the exit code it stands for."""
-    kind = type(error).__name__
-    text = " ".join(str(error).split())
+    kind, text = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, AntidoteError):
         return {"reason": text, "kind": kind, "exit_code": error.exit_code}
     return {"reason": f"unexpected failure: {kind}: {text:.300}", "kind": kind, "exit_code": 1}

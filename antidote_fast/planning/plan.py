@@ -111,20 +111,16 @@ class Plan:
         self.flops += flops
         self._work.append((step, flops, decoding))
 
-    def forward(
-        self, step: str, shapes: Sequence, flops: Flops | None = None, every_logit: bool = False
-    ) -> None:
+    def forward(self, step: str, shapes: Sequence, flops: Flops | None = None) -> None:
         """Forward passes of batches of these shapes, (sequences, tokens) each."""
-        batches = [(n, length, n * length if every_logit else n) for n, length in shapes]
+        batches = [(count, length, count) for count, length in shapes]
         self.compute(step, (flops or self.cost.forward).of_batches(batches))
         self.shape = max(self.shape, *shapes, key=math.prod)
 
     def train(self, batches: list[tuple[int, int, int]], more: int = 0) -> None:
         """A step forwards and back on the largest batch; ``more`` bytes are held in it.
 
-        Args:
-            batches: (sequences, tokens of each, response tokens of all).
-            more: bytes.
+        A batch is (sequences, tokens of each, response tokens of all).
         """
         largest = max(batches, key=lambda batch: batch[0] * batch[1])
         self.shape = largest[:2]

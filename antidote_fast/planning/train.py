@@ -86,7 +86,8 @@ def plan_evaluate(config: EvaluateConfig, adapt: Callable | None = None) -> Plan
     plan.read(base, inputs.adapter, *data, config.drift_dataset)
     if inputs.drift_batches:
         shapes = [batch["input_ids"].shape for batch in inputs.drift_batches]
-        plan.forward("drift", 2 * shapes, every_logit=True)
+        flops = cost.forward.of_batches((n, length, n * length) for n, length in shapes)
+        plan.compute("drift", 2 * flops)
         plan.hold("reference model", weight_bytes(base, config.dtype))
     if config.harmful_dataset and config.judge != "refusal":
         plan.notes.append("the judge, loaded when the model has answered, is not counted")
