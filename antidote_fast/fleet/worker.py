@@ -66,7 +66,8 @@ class Worker:
         self.backend = describe_backend(config.backend, self.device)
         self._base_hashes = hash_inputs([config.model_name_or_path])
         self._data = collections.OrderedDict()
-        self._slot = self._hooks = self._hooked = self._collector = None
+        self._slot = self._hooked = self._collector = None
+        self._hooks = contextlib.ExitStack()
         self._usual = _ROOM
 
     def check_data(self, jobs):
@@ -118,9 +119,8 @@ class Worker:
             self._close()
 
     def _close(self):
-        if self._hooks is not None:
-            self._hooks.close()
-        self._hooks = self._hooked = self._collector = None
+        self._hooks.close()
+        self._hooked = self._collector = None
 
     def open_adapter(self, config: Any) -> Checkpoint:
         """A job's adapter, checked by what needs no look at the base's weights."""
@@ -216,32 +216,23 @@ class Worker:
             self._close()
         live = self._slot.put(read.inputs.adapter, read.tensors)
         wanted = (config.targets, config.ignore, config.aggregation, config.response_only)
-        if self._hooks is None or self._hooked != wanted:
+        if self._hooked != wanted:
             self._close()
-            self._put_hooks_on(live, config)
+            targets = find_targets(live, config.targets, config.ignore)
+            options = {"aggregation": config.aggregation, "response_only": config.response_only}
+            options |= {"backend": config.backend, "stop_early": True}
+            with contextlib.ExitStack() as stack:
+                self._collector = stack.enter_context(NormCollector(targets, **options))
+                self._options = stack.enter_context(lean_forward(live, targets))
+                self._hooks = stack.pop_all()
             self._hooked = wanted
-        collector = self._collector
         for name, batches in read.data.items():
-            collector.reset()
+            self._collector.reset()
             with torch.no_grad():
                 for batch in batches:
-                    run_batch(live, collector, batch, self._options)
-            norms = ActivationNorms.of(collector, fingerprint=self._fingerprint)
+                    run_batch(live, self._collector, batch, self._options)
+            norms = ActivationNorms.of(self._collector, fingerprint=self._fingerprint)
             read.inputs.add_norms(name, norms, counts_of(norms) | batches.counts)
-
-    def _put_hooks_on(self, live, config):
-        targets = find_targets(live, config.targets, config.ignore)
-        collector = NormCollector(
-            targets,
-            aggregation=config.aggregation,
-            response_only=config.response_only,
-            backend=config.backend,
-            stop_early=True,
-        )
-        with contextlib.ExitStack() as stack:
-            self._collector = stack.enter_context(collector)
-            self._options = stack.enter_context(lean_forward(live, targets))
-            self._hooks = stack.pop_all()
 
     def _write(self, read, calibrated):
         """In the writer's thread: select, prune, and put the job's folder in place."""
