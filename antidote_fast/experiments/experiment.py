@@ -11,7 +11,7 @@ from antidote_fast.experiments.chain import Maker, check_own_folder
 from antidote_fast.experiments.demo.model import CACHE
 from antidote_fast.files.commit import check_parent, new_file
 from antidote_fast.files.places import locked_file
-from antidote_fast.files.provenance import REPORT, replace_report
+from antidote_fast.files.provenance import REPORT, write_report
 from antidote_fast.stages.inputs import check_data
 from antidote_fast.system.hardware import hardware
 from antidote_fast.system.memory import reset_peak_memory
@@ -74,7 +74,7 @@ def run(config: ExperimentConfig, *, progress: Progress = False) -> dict:
             "seconds": round(time.perf_counter() - start, 3),
         }
         write_tables(work.save([*tried, *cells]), config, out)
-        report = replace_report(out, "experiment", config, results)
+        report = write_report(out, "experiment", config, results, grows=True)
     if work.failed:
         first_line = next(iter(work.failed.values()))
         count = f"{len(work.failed)} of {len(tried) + len(cells)}"

@@ -10,7 +10,7 @@ from antidote_fast.experiments.chain import Chain, Maker, check_own_folder, shar
 from antidote_fast.files.commit import check_output_folder
 from antidote_fast.files.manifest import read_manifest
 from antidote_fast.files.places import locked_file
-from antidote_fast.files.provenance import REPORT, replace_report
+from antidote_fast.files.provenance import REPORT, write_report
 from antidote_fast.stages.inputs import check_data
 from antidote_fast.system.progress import Progress, track
 
@@ -58,7 +58,7 @@ def run(config: RunConfig, *, progress: Progress = False) -> dict:
             "stage_seconds": seconds,
             "reused": reused,
         }
-        return replace_report(out, "run", config, results)
+        return write_report(out, "run", config, results, grows=True)
 
 
 def stages_of(config: RunConfig) -> tuple[dict[str, StageConfig], dict[str, StageConfig]]:

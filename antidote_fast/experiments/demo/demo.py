@@ -19,7 +19,7 @@ from antidote_fast.experiments.run import run as run_stages
 from antidote_fast.experiments.tables import METRICS
 from antidote_fast.files.commit import new_file
 from antidote_fast.files.places import locked_file
-from antidote_fast.files.provenance import REPORT, replace_report
+from antidote_fast.files.provenance import REPORT, write_report
 from antidote_fast.system.hardware import fast_dtype, hardware
 from antidote_fast.system.progress import Clock, Progress, tell
 from antidote_fast.system.text import number, table
@@ -139,7 +139,7 @@ def _run(config, cache, out, clock, progress):
     }
     with new_file(out / PICTURE) as partial:
         pictures.plot_demo(results, partial)
-    return replace_report(out, "demo", config, results)
+    return write_report(out, "demo", config, results, grows=True)
 
 
 def _sources():
