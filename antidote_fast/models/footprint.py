@@ -14,12 +14,10 @@ def weight_bytes(checkpoint: Checkpoint, dtype: str = "auto") -> int:
     """Bytes of a checkpoint's weights in memory, in ``dtype`` (auto: as they are saved)."""
     wanted = pick_dtype(dtype)
     convert = wanted != "auto" and "quantization_config" not in checkpoint.config
-    return sum(
-        entry.num_elements * wanted.itemsize
-        if convert and entry.dtype is not None and entry.dtype.is_floating_point
-        else entry.num_bytes
-        for entry in checkpoint.tensors.values()
-    )
+    entries = checkpoint.tensors.values()
+    floats = [e for e in entries if convert and e.dtype is not None and e.dtype.is_floating_point]
+    change = sum(e.num_elements * wanted.itemsize - e.num_bytes for e in floats)
+    return sum(e.num_bytes for e in entries) + change
 
 
 def check_memory(config, checkpoints: list[Checkpoint | None]) -> None:
@@ -39,12 +37,13 @@ def check_memory(config, checkpoints: list[Checkpoint | None]) -> None:
     base, device = checkpoints[0], pick_device(config.device)
     available = device_memory(device)
     what, advice = "its weights need", "a smaller --dtype"
-    needed = sum(weight_bytes(source, config.dtype) for source in checkpoints if source)
     if getattr(config, "tuning", None) == "full":
         what, advice = "training all weights needs", "--tuning lora"
         needed = base.num_weights * (4 + 4 + ADAM_BYTES)
-    elif hasattr(config, "stream"):
-        advice = "--stream, which holds one block of the model at a time"
+    else:
+        needed = sum(weight_bytes(source, config.dtype) for source in checkpoints if source)
+        if hasattr(config, "stream"):
+            advice = "--stream, which holds one block of the model at a time"
     if available is not None and needed > available:
         raise AntidoteError(
             f"{base.folder}: {what} {format_bytes(needed)} of memory, and {format_bytes(available)}"
