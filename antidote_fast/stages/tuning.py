@@ -98,14 +98,9 @@ def tune(
     entries = {} if is_whole else {"base_fingerprint": base.fingerprint()}
     with training_folder(config, made_from, **entries) as (folder, run):
         model, dtype = sft.load_trainable(config, base.folder)
-        how: dict[str, Any] = {
-            "dtype": dtype,
-            "objective": data.make_objective,
-            "run": run,
-            "what": stage,
-        }
+        how: dict[str, Any] = {"dtype": dtype, "objective": data.make_objective, "run": run}
         about = (model, data.tokenizer, data.examples, config)
-        training = sft.train(*about, **how, progress=progress)
+        training = sft.train(*about, **how, what=stage, progress=progress)
         if config.tuning == "full":
             model = sft.in_dtype(model, dtype, stage, run)
         elif merges:
