@@ -27,16 +27,14 @@ else:
             elementwise,
             groups,
             launch,
-            long_rows,
             norms,
-            rows,
             table,
         )
         from antidote_fast.backends.triton_kernels.operand import Operand
     except Exception as error:  # a triton that does not fit this Python or torch fails in many ways
         _missing = f"triton cannot be imported ({' '.join(str(error).split())[:200]})"
 
-INTERPRETED = _missing is None and launch.is_interpreted(rows.prune_rows_kernel)
+INTERPRETED = _missing is None and launch.is_interpreted(table.prune_rows_kernel)
 DEVICE_TYPES = ("cpu",) if INTERPRETED else ("cuda", "xpu")
 
 
@@ -183,16 +181,14 @@ def _prune_one(operand, selection, *, write):
     delta = selection.score_delta and operand.dtype_code != launch.SIGNED
     config = _row_config([operand], delta, preserved)
     m_preserve = num_pruned(operand.num_columns, selection.preserve) if preserved else 0
-    if config is None:
+    in_parts = config is None
+    if in_parts:
         config = configs.LONG_ROWS
         if _pressure([operand], delta, preserved):
             config = configs.LONG_ROWS_UNDER_PRESSURE
-        kernel, block = long_rows.prune_long_rows_kernel, {"G": config.groups}
-    else:
-        kernel, block = rows.prune_rows_kernel, {"R": config.rows, "G": config.groups}
     programs = launch.num_programs(operand.device, config.programs_a_processor)
     launch.run(
-        kernel,
+        table.prune_rows_kernel,
         (min(programs, -(-operand.num_rows // config.rows)),),
         operand.raw,
         operand.base,
@@ -207,7 +203,9 @@ def _prune_one(operand, selection, *, write):
         device=operand.device,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
-        **block,
+        R=config.rows,
+        G=config.groups,
+        PARTS=in_parts,
         DTYPE=operand.dtype_code,
         DELTA=delta,
         PRESERVED=preserved,
