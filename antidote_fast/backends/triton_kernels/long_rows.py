@@ -12,19 +12,12 @@ from antidote_fast.backends.triton_kernels.keys import MAX_KEY, PAD, SIGNED, key
 
 
 @triton.jit
-def chunk_keys(
-    W_row,
-    base_row,
-    NORM,
-    has_norm,
-    first_group,
-    num_columns,
-    G: tl.constexpr,
-    DTYPE: tl.constexpr,
-    DELTA: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    """Keys [1, G, 8] of one part of a row, PAD past its end."""
+def chunk_keys(row, first_group, G: tl.constexpr, DTYPE: tl.constexpr, DELTA: tl.constexpr, VEC):
+    """Keys [1, G, 8] of one part of a row, PAD past its end.
+
+    ``row``: where it and its base begin, the norms, whether there are any, and its columns.
+    """
+    W_row, base_row, NORM, has_norm, num_columns = row
     group = first_group + tl.arange(0, G)
     column = group[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     present = rows.in_range(tl.zeros([1], tl.int32), 1, group, num_columns, VEC)
@@ -35,11 +28,7 @@ def chunk_keys(
 
 @triton.jit
 def top_of_long_row(
-    W_row,
-    base_row,
-    NORM,
-    has_norm,
-    num_columns,
+    row,
     m,
     guess,
     G: tl.constexpr,
@@ -49,10 +38,13 @@ def top_of_long_row(
 ):
     """As ``search.search`` and ``search.tie_cut`` for one row, whose keys are made anew each time.
 
+    Args: row: as in :func:`chunk_keys`.
+
     Returns:
         threshold [1], the first column whose ties are taken [1], and whether some are left [1].
     """
     LOWEST: tl.constexpr = -0x7FFFFFFF if DTYPE == SIGNED else 0
+    num_columns = row[4]
     groups = tl.cdiv(num_columns, 8)
     low = tl.zeros([1], tl.int32)
     wanted = low + m
@@ -66,9 +58,7 @@ def top_of_long_row(
     if tl.max(unknown.to(tl.int32), 0) > 0:
         values = tl.zeros([1, G, 8], tl.float32)
         for start in range(0, groups, G):
-            keys = chunk_keys(
-                W_row, base_row, NORM, has_norm, start, num_columns, G, DTYPE, DELTA, VEC
-            )
+            keys = chunk_keys(row, start, G, DTYPE, DELTA, VEC)
             values += tl.maximum(keys, 0).to(tl.float32, bitcast=True)
         guess = search.estimate(tl.sum(tl.sum(values, 2), 1), low * 0 + num_columns, wanted)
     first, second = search.first_pivots(guess, reach)
@@ -77,9 +67,7 @@ def top_of_long_row(
         second = search.inside(second, low, high)
         hits = tl.zeros([1, G, 8], tl.int32)  # both counts, 16 bits each: under 2**15 parts a row
         for start in range(0, groups, G):
-            keys = chunk_keys(
-                W_row, base_row, NORM, has_norm, start, num_columns, G, DTYPE, DELTA, VEC
-            )
+            keys = chunk_keys(row, start, G, DTYPE, DELTA, VEC)
             hits += (keys >= first[:, None, None]).to(tl.int32)
             hits += (keys >= second[:, None, None]).to(tl.int32) << 16
         count_first = tl.sum(tl.sum(hits & 0xFFFF, 2), 1)
@@ -98,9 +86,7 @@ def top_of_long_row(
         middle = (cut + past) // 2
         hits = tl.zeros([1, G, 8], tl.int32)
         for start in range(0, groups, G):
-            keys = chunk_keys(
-                W_row, base_row, NORM, has_norm, start, num_columns, G, DTYPE, DELTA, VEC
-            )
+            keys = chunk_keys(row, start, G, DTYPE, DELTA, VEC)
             column = (start + tl.arange(0, G))[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
             hits += ((keys == low[:, None, None]) & (column < middle[:, None, None])).to(tl.int32)
         fits = tl.sum(tl.sum(hits, 2), 1) <= count_low - m
@@ -140,28 +126,17 @@ def prune_long_row(
     row = number + tl.arange(0, 1)
     W_row = W + rows.row_offsets(row, W_row_stride, VEC)
     base_row = BASE + rows.row_offsets(row, base_row_stride, VEC)
-    guess, cut, left = top_of_long_row(
-        W_row, base_row, NORM, has_norm, num_columns, m, guess, G, DTYPE, DELTA, VEC
-    )
-    kept_cut = cut
+    scored = W_row, base_row, NORM, has_norm, num_columns
+    guess, cut, left = top_of_long_row(scored, m, guess, G, DTYPE, DELTA, VEC)
+    preserved, kept_cut = (W_row, base_row, PRESERVE, m_preserve > 0, num_columns), cut
     if PRESERVED:
         preserve_guess, kept_cut, _ = top_of_long_row(
-            W_row,
-            base_row,
-            PRESERVE,
-            m_preserve > 0,
-            num_columns,
-            m_preserve,
-            preserve_guess,
-            G,
-            DTYPE,
-            DELTA,
-            VEC,
+            preserved, m_preserve, preserve_guess, G, DTYPE, DELTA, VEC
         )
     smallest = (flags & rows.SMALLEST) != 0
     edge = tl.zeros_like(guess) + tl.where(smallest, PAD, MAX_KEY)
     for start in range(0, groups, G):
-        keys = chunk_keys(W_row, base_row, NORM, has_norm, start, num_columns, G, DTYPE, DELTA, VEC)
+        keys = chunk_keys(scored, start, G, DTYPE, DELTA, VEC)
         bits = top_bits(keys, start, guess, cut, G)
         if (flags & rows.WANT_THRESHOLDS) != 0:
             bar = guess[:, None, None]
@@ -171,9 +146,7 @@ def prune_long_row(
         if smallest:
             bits = bits ^ 0xFF
         if PRESERVED:
-            keys = chunk_keys(
-                W_row, base_row, PRESERVE, m_preserve > 0, start, num_columns, G, DTYPE, DELTA, VEC
-            )
+            keys = chunk_keys(preserved, start, G, DTYPE, DELTA, VEC)
             bits = bits & (top_bits(keys, start, preserve_guess, kept_cut, G) ^ 0xFF)
         group = start + tl.arange(0, G)
         real = tl.minimum(tl.maximum(num_columns - group * 8, 0), 8)
