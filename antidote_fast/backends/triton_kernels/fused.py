@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from antidote_fast.backends.native import DTYPE_CODES
 from antidote_fast.backends.triton_kernels import launch
 from antidote_fast.backends.triton_kernels.keys import BF16, FP16, to_float
 from antidote_fast.backends.triton_kernels.norms import (
@@ -87,7 +88,7 @@ def rms_norm(x, weight, eps, token_mask):
         per_program,
         device=x.device,
         num_warps=rows * groups // 64,
-        DTYPE=launch.DTYPE_CODES[x.dtype],
+        DTYPE=DTYPE_CODES[x.dtype],
         MASKED=token_mask is not None,
         COMPENSATED=compensated,
         R=rows,
@@ -130,7 +131,7 @@ def swiglu(gate, up, token_mask):
         per_split,
         device=gate.device,
         num_warps=WARPS,
-        DTYPE=launch.DTYPE_CODES[gate.dtype],
+        DTYPE=DTYPE_CODES[gate.dtype],
         MASKED=token_mask is not None,
         R=rows,
         G=groups,

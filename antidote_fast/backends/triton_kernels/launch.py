@@ -10,7 +10,6 @@ RAW = {
     torch.float16: torch.int16,
     torch.float32: torch.int32,
 }
-DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SIGNED = 3
 
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from antidote_fast.backends.native import DTYPE_CODES
 from antidote_fast.backends.triton_kernels import launch
 from antidote_fast.backends.triton_kernels.keys import to_float
 
@@ -64,7 +65,7 @@ def accumulate_sq_norm_(sq_sum, x, token_mask):
         per_split,
         device=x.device,
         num_warps=WARPS,
-        DTYPE=launch.DTYPE_CODES[x.dtype],
+        DTYPE=DTYPE_CODES[x.dtype],
         VEC=is_vector(x, width, outer_stride, inner_stride),
         MASKED=token_mask is not None,
         NESTED=outer > 1,
