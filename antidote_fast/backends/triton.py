@@ -14,7 +14,7 @@ from torch import Tensor
 
 from antidote_fast.backends import native, reference
 from antidote_fast.backends.operand import Operand
-from antidote_fast.selection import Selection, num_pruned
+from antidote_fast.selection import Selection
 
 NAME = "triton"
 _missing = None
@@ -31,7 +31,7 @@ else:
             norms,
             table,
         )
-        from antidote_fast.backends.triton_kernels.matrix import Matrix, num_last
+        from antidote_fast.backends.triton_kernels.matrix import Matrix
     except Exception as error:  # a triton that does not fit this Python or torch fails in many ways
         _missing = f"triton cannot be imported ({' '.join(str(error).split())[:200]})"
 
@@ -149,21 +149,16 @@ def _prune_one(matrix, selection, *, write):
     preserved = matrix.operand.preserve_norm is not None
     delta = matrix.delta(selection)
     config = _row_config([matrix], delta, preserved)
-    m_preserve = num_pruned(matrix.num_columns, selection.preserve) if preserved else 0
     in_parts = config is None
     if in_parts:
-        config = configs.LONG_ROWS
-        if _pressure([matrix], delta, preserved):
-            config = configs.LONG_ROWS_UNDER_PRESSURE
+        pressed = _pressure([matrix], delta, preserved)
+        config = configs.LONG_ROWS_UNDER_PRESSURE if pressed else configs.LONG_ROWS
     programs = launch.num_programs(matrix.device, config.programs_a_processor)
     launch.run(
         table.prune_rows_kernel,
         (min(programs, -(-matrix.num_rows // config.rows)),),
         *matrix.pointers(),
-        *matrix.sizes(matrix.vec),
-        num_last(matrix.num_columns, selection),
-        m_preserve,
-        matrix.flags(selection, write=write),
+        *matrix.row_sizes(selection, matrix.vec, write=write),
         device=matrix.device,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
@@ -221,10 +216,7 @@ def _prune_table(matrices, selection, *, write):
     shared = _row_config(matrices, delta, preserved)
     longest = None if shared is None else 8 * shared.groups
     if shared is None or min(lengths) <= configs.LONGEST_SHORT_ROW < max(lengths):
-        shared = configs.mixed_config(
-            lengths,
-            pressure=_pressure(matrices, delta, preserved),
-        )
+        shared = configs.mixed_config(lengths, pressure=_pressure(matrices, delta, preserved))
         longest = configs.LONGEST_MIXED_ROW
     else:
         shared = configs.table_config(shared)
@@ -282,54 +274,45 @@ def _entry(matrix, selection, write, vec, first_tile, kind):
     """A matrix as ``table.table_entry`` and the kernel read it."""
     o = matrix.operand
     tensors = o.weight, o.base_weight, o.act_norm, o.preserve_norm, o.bits, o.thresholds
-    preserved = o.preserve_norm is not None
-    return [
-        *map(native.address, tensors),
-        *matrix.sizes(vec),
-        num_last(matrix.num_columns, selection),
-        num_pruned(matrix.num_columns, selection.preserve) if preserved else 0,
-        matrix.flags(selection, write=write),
-        first_tile,
-        kind,
-    ]
+    sizes = matrix.row_sizes(selection, vec, write=write)
+    return [*map(native.address, tensors), *sizes, first_tile, kind]
 
 
 def _prune_groups(matrix, selection, *, write):
     removed, size = selection.n_m
     columns = matrix.num_columns
     tail = columns % size
-    whole_last = removed if selection.largest else size - removed
-    tail_last = tail * removed // size
+    whole_last, tail_last = removed, tail * removed // size
     if not selection.largest:
-        tail_last = tail - tail_last
-    common = {
-        "device": matrix.device,
-        "DTYPE": matrix.dtype_code,
-        "DELTA": matrix.delta(selection),
-    }
+        whole_last, tail_last = size - whole_last, tail - tail_last
     raw, base, norm, _, bits, _ = matrix.pointers()
-    flags = matrix.flags(selection, write=write)
+
+    def start(kernel, grid, out, vec, *more, **options):
+        launch.run(
+            kernel,
+            grid,
+            raw,
+            base,
+            norm,
+            out,
+            *matrix.sizes(vec),
+            whole_last,
+            tail_last,
+            matrix.flags(selection, write=write),
+            *more,
+            device=matrix.device,
+            DTYPE=matrix.dtype_code,
+            DELTA=matrix.delta(selection),
+            **options,
+        )
+
     if size in (2, 4, 8, 16):
         width = max(size, 8)
         vec = matrix.vec and columns % width == 0
         blocks = min(configs.SMALL_GROUP_BLOCKS, configs.power_of_two(-(-columns // width)))
-        launch.run(
-            groups.prune_small_groups_kernel,
-            (matrix.num_rows, -(-columns // (blocks * width))),
-            raw,
-            base,
-            norm,
-            bits,
-            *matrix.sizes(vec),
-            whole_last,
-            tail_last,
-            flags,
-            num_warps=configs.ELEMENTWISE_WARPS,
-            B=blocks,
-            M=size,
-            VEC=vec,
-            **common,
-        )
+        grid = matrix.num_rows, -(-columns // (blocks * width))
+        constants = {"num_warps": configs.ELEMENTWISE_WARPS, "B": blocks, "M": size, "VEC": vec}
+        start(groups.prune_small_groups_kernel, grid, bits, vec, **constants)
         return
     block = 8 * configs.power_of_two(-(-min(size, columns) // 8))
     if block > configs.LONGEST_GROUP:  # larger groups than anybody prunes
@@ -339,27 +322,11 @@ def _prune_groups(matrix, selection, *, write):
             reference.prune([matrix.operand], selection, write=write)
         return
     wants_bits = matrix.operand.bits is not None
-    marks = launch.absent(matrix.device, torch.uint8)
-    if wants_bits:
-        marks = torch.empty(matrix.operand.weight.shape, dtype=torch.uint8, device=matrix.device)
+    marks = bits.new_empty(matrix.operand.weight.shape) if wants_bits else bits
     in_program = max(1, configs.GROUP_VALUES // block)
-    number = matrix.num_rows * -(-columns // size)
-    launch.run(
-        groups.prune_groups_kernel,
-        (-(-number // in_program),),
-        raw,
-        base,
-        norm,
-        marks,
-        *matrix.sizes(vec=False),
-        whole_last,
-        tail_last,
-        flags,
-        size,
-        num_warps=16 if block > configs.GROUP_VALUES else 8,
-        R=in_program,
-        G=block // 8,
-        **common,
-    )
+    grid = (-(-matrix.num_rows * -(-columns // size) // in_program),)
+    warps = 16 if block > configs.GROUP_VALUES else 8
+    constants = {"num_warps": warps, "R": in_program, "G": block // 8}
+    start(groups.prune_groups_kernel, grid, marks, False, size, **constants)
     if wants_bits:
         bits.copy_(reference.pack_bits(marks.bool()))

@@ -265,11 +265,7 @@ def test_a_kernel_that_scores_the_weights_and_not_their_difference(broken, monke
     broken(lambda *arguments: None)
     real = reference.prune
     plain = Selection(0.4)
-    monkeypatch.setattr(
-        reference,
-        "prune",
-        lambda w, n, selection, *rest, **options: real(w, n, plain, *rest, **options),
-    )
+    monkeypatch.setattr(reference, "prune", lambda o, selection, write: real(o, plain, write=write))
     state, norms, _, base = made()
     with pytest.raises(AntidoteError, match=WRONG):
         prune_state_(state, Evidence(norms, base_weights=base), Selection(0.4, score_delta=True))

@@ -12,6 +12,8 @@ The first k are what the last n - k leave, so all of it searches from the larges
 are integers, and added in any order they are the same; nothing is read on the host.
 """
 
+import functools
+
 import torch
 import triton
 
@@ -87,110 +89,76 @@ def prune_cut(matrices, selection, *, write):
     table = torch.tensor([*header, *entries, *end]).to(device, non_blocking=True)
 
     codes = {matrix.dtype_code for matrix in matrices}
+    dtype = codes.pop() if len(codes) == 1 else tables.MIXED.value
     delta = matrices[0].delta(selection)
-    constants = {
-        "DTYPE": codes.pop() if len(codes) == 1 else tables.MIXED.value,
-        "DELTA": delta,
-    }
     half = all(matrix.operand.weight.element_size() == 2 for matrix in matrices)
     light = vectors and half and not (preserved or delta)
-    max_registers = MAX_REGISTERS if light else 2 * MAX_REGISTERS
     selections = 1 + preserved
     programs = min(launch.num_programs(device, PROGRAMS_PER_PROCESSOR), tiles)
-    scratch = _Scratch(selections, programs, device)
-    state, histograms = scratch.state, scratch.histograms
+    state, histograms, sub_bins, own_counts, sample = _scratch(selections, programs, device)
+    run = functools.partial(launch.run, device=device)
 
-    def count(counting):
-        launch.run(
-            kernels.cut_count_kernel,
+    def read(kernel, *scratch, **constants):
+        """One reading of all tiles."""
+        run(
+            kernel,
             (programs,),
             table,
             state,
-            histograms,
-            scratch.own_counts,
-            device=device,
+            *scratch,
             num_warps=NUM_WARPS,
-            max_registers=max_registers,
-            PASS=counting.value,
+            max_registers=MAX_REGISTERS if light else 2 * MAX_REGISTERS,
+            **constants,
             GROUPS=groups,
             PRESERVED=preserved,
             VEC=vectors,
-            **constants,
+            DTYPE=dtype,
+            DELTA=delta,
         )
 
-    launch.run(
+    run(
         search.cut_sample_kernel,
         (triton.cdiv(min(SAMPLE, total), SAMPLE_BLOCK), selections),
         table,
-        scratch.sample,
-        device=device,
+        sample,
         num_warps=NUM_WARPS,
         SAMPLE=SAMPLE,
         BLOCK_SIZE=SAMPLE_BLOCK,
         GROUPED=vectors,
-        **constants,
+        DTYPE=dtype,
+        DELTA=delta,
     )
-    bracket = (search.cut_bracket_kernel, (selections,), table, state, scratch.sample, MARGIN)
-    launch.run(*bracket, device=device, num_warps=16, SAMPLE=SAMPLE)
+    bracket = (search.cut_bracket_kernel, (selections,), table, state, sample, MARGIN)
+    run(*bracket, num_warps=16, SAMPLE=SAMPLE)
     if taken > 0 or preserved:
-        count(kernels.NEAR)
-        count(kernels.FAR)
-        find_bin = (search.cut_bin_kernel, (selections,), table, state, histograms)
-        launch.run(*find_bin, device=device, num_warps=16)
-        count(kernels.INSIDE)
+        count = functools.partial(read, kernels.cut_count_kernel, histograms, own_counts)
+        count(PASS=kernels.NEAR.value)
+        count(PASS=kernels.FAR.value)
+        run(search.cut_bin_kernel, (selections,), table, state, histograms, num_warps=16)
+        count(PASS=kernels.INSIDE.value)
         sum_rows = min(triton.next_power_of_2(programs), SUM_ROWS)
-        launch.run(
-            search.cut_sum_kernel,
-            (search.SUB_BINS.value * sum_rows // SUM_BLOCK, selections),
-            scratch.own_counts,
-            scratch.sub_bins,
-            programs,
-            device=device,
-            num_warps=4,
-            R=sum_rows,
-            BLOCK_SIZE=SUM_BLOCK // sum_rows,
-        )
-        launch.run(
-            search.cut_key_kernel,
-            (selections,),
-            table,
-            state,
-            scratch.sub_bins,
-            scratch.own_counts,
-            programs,
-            device=device,
-            num_warps=NUM_WARPS,
-            PROGRAMS=triton.next_power_of_2(programs),
-        )
-    launch.run(
-        kernels.cut_apply_kernel,
-        (programs,),
-        table,
-        state,
-        device=device,
-        num_warps=NUM_WARPS,
-        max_registers=max_registers,
-        GROUPS=groups,
-        PRESERVED=preserved,
-        VEC=vectors,
-        **constants,
-    )
+        blocks = search.SUB_BINS.value * sum_rows // SUM_BLOCK
+        sums = (search.cut_sum_kernel, (blocks, selections), own_counts, sub_bins, programs)
+        run(*sums, num_warps=4, R=sum_rows, BLOCK_SIZE=SUM_BLOCK // sum_rows)
+        key = (search.cut_key_kernel, (selections,), table, state, sub_bins, own_counts, programs)
+        run(*key, num_warps=NUM_WARPS, PROGRAMS=triton.next_power_of_2(programs))
+    read(kernels.cut_apply_kernel)
     if wants_edges:
         edges = (kernels.cut_edge_kernel, (len(matrices),), table, state)
-        launch.run(*edges, device=device, num_warps=4, BLOCK_SIZE=EDGE_BLOCK)
+        run(*edges, num_warps=4, BLOCK_SIZE=EDGE_BLOCK)
 
 
-class _Scratch:
-    """Counters, all zero, of one call: one allocation, of some 8 MB a selection on a large GPU."""
+def _scratch(selections, programs, device):
+    """Counters, all zero, of one call: one allocation, of some 8 MB a selection on a large GPU.
 
-    def __init__(self, selections, programs, device):
-        sizes = [
-            selections * search.STATE.value,
-            selections * search.BINS.value,
-            selections * search.SUB_BINS.value,
-            selections * programs * search.SUB_BINS.value // 2,  # int32
-            selections * SAMPLE // 2,
-        ]
-        parts = torch.zeros(sum(sizes), dtype=torch.int64, device=device).split(sizes)
-        self.state, self.histograms, self.sub_bins, own_counts, sample = parts
-        self.own_counts, self.sample = own_counts.view(torch.int32), sample.view(torch.int32)
+    Returns (state, histograms, sub_bins) in int64 and (own_counts, sample) in int32.
+    """
+    sizes = [
+        selections * search.STATE.value,
+        selections * search.BINS.value,
+        selections * search.SUB_BINS.value,
+        selections * programs * search.SUB_BINS.value // 2,
+        selections * SAMPLE // 2,
+    ]
+    parts = torch.zeros(sum(sizes), dtype=torch.int64, device=device).split(sizes)
+    return *parts[:3], *(part.view(torch.int32) for part in parts[3:])

@@ -5,11 +5,7 @@ import functools
 
 import torch
 
-RAW = {
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-    torch.float32: torch.int32,
-}
+RAW = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 SIGNED = 3
 
 

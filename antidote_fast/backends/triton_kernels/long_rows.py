@@ -28,13 +28,7 @@ def chunk_keys(row, first_group, G: tl.constexpr, DTYPE: tl.constexpr, DELTA: tl
 
 @triton.jit
 def top_of_long_row(
-    row,
-    m,
-    guess,
-    G: tl.constexpr,
-    DTYPE: tl.constexpr,
-    DELTA: tl.constexpr,
-    VEC: tl.constexpr,
+    row, m, guess, G: tl.constexpr, DTYPE: tl.constexpr, DELTA: tl.constexpr, VEC: tl.constexpr
 ):
     """As ``search.search`` and ``search.tie_cut`` for one row, whose keys are made anew each time.
 
@@ -61,7 +55,7 @@ def top_of_long_row(
             keys = chunk_keys(row, start, G, DTYPE, DELTA, VEC)
             values += tl.maximum(keys, 0).to(tl.float32, bitcast=True)
         guess = search.estimate(tl.sum(tl.sum(values, 2), 1), low * 0 + num_columns, wanted)
-    first, second = search.first_pivots(guess, reach)
+    first, second = guess - reach, guess + reach
     while tl.max(((count_low != m) & (low + 1 < high)).to(tl.int32), 0) > 0:
         first = search.inside(first, low, high)
         second = search.inside(second, low, high)

@@ -70,6 +70,16 @@ class Matrix:
         )
         return sum(flag.value for flag, holds in said if holds)
 
+    def row_sizes(self, selection, vec, *, write):
+        """The last 7 arguments of ``table.prune_rows_kernel``, for a selection along rows."""
+        preserved = self.operand.preserve_norm is not None
+        return (
+            *self.sizes(vec),
+            num_last(self.num_columns, selection),
+            num_pruned(self.num_columns, selection.preserve) if preserved else 0,
+            self.flags(selection, write=write),
+        )
+
 
 def num_last(n, selection):
     """How many of n come last in the order, so that removing them or the others is what is asked.

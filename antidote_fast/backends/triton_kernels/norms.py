@@ -146,14 +146,7 @@ def columns_inside(block, n_cols, G: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=[
-        "n_tokens",
-        "inner",
-        "outer_stride",
-        "inner_stride",
-        "n_cols",
-        "per_split",
-    ]
+    do_not_specialize=["n_tokens", "inner", "outer_stride", "inner_stride", "n_cols", "per_split"]
 )
 def sq_norm_kernel(
     X_ptr,
@@ -222,13 +215,7 @@ def sq_norm_kernel(
 
 @triton.jit(do_not_specialize=["n_splits", "n_cols"])
 def combine_kernel(
-    partial_ptr,
-    sums_ptr,
-    n_splits,
-    n_cols,
-    ADD: tl.constexpr,
-    S: tl.constexpr,
-    C: tl.constexpr,
+    partial_ptr, sums_ptr, n_splits, n_cols, ADD: tl.constexpr, S: tl.constexpr, C: tl.constexpr
 ):
     """sums = the sum over splits of partial (splits, K), plus sums where ADD."""
     column = tl.program_id(0) * C + tl.arange(0, C)
