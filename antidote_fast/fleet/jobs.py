@@ -148,9 +148,12 @@ def _check_override(field, value, where):
         raise DataError(
             f"{where}: {field!r:.60}: no such key; known are adapter, name, {', '.join(OVERRIDES)}"
         )
-    kind = FleetConfig.__dataclass_fields__[field].type
-    if not _fits(value, kind):
-        raise DataError(f"{where}: {field}={value!r:.60}: must be {_words(kind)}")
+    declared = FleetConfig.__dataclass_fields__[field]
+    if not _fits(value, declared.type):
+        raise DataError(f"{where}: {field}={value!r:.60}: must be {_words(declared.type)}")
+    names = list(declared.metadata["choices"]()) if "choices" in declared.metadata else [value]
+    if value not in names:
+        raise DataError(f"{where}: {field}={value!r:.60}: must be one of {', '.join(names)}")
 
 
 def _fits(value, kind):

@@ -132,6 +132,8 @@ def _plan_stages(config, stages):
         options = {"model_name_or_path": base, "overwrite": True}
         if getattr(stage, "aligned_model", None) == attack.model_name_or_path:
             options["aligned_model"] = base
+        if getattr(stage, "resume", False):  # what is there is of the real inputs
+            options["resume"] = False
         if getattr(stage, "reference_model", None):
             options["reference_model"] = base
         adapt = {}

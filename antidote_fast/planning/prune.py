@@ -74,7 +74,7 @@ def plan_prune(config: PruneConfig, adapt: Callable | None = None) -> Plan:
         for sums in (norms.sq_sum, norms.norm_sum or {}):
             norm_bytes += sum(value.nbytes for value in sums.values())
     bases = {} if inputs.aligned is None else {key: inputs.aligned.entry(key) for key in weights}
-    _pruning(builder, weights, bases, written, bool(targets), learns)
+    _pruning(builder, weights, bases, written, bool(inputs.records), learns)
     plan.pruned = {"layers": len(weights), "weights": builder.prunes}
     plan.bytes_written = written + config.save_norms * norm_bytes
     plan.bytes_written += config.save_masks * builder.prunes // 8

@@ -20,12 +20,12 @@ _SLOW = """
 import sys, time
 from antidote_fast import cli
 from antidote_fast.fleet import worker
-real = worker.Worker._norms
+real = worker.Worker._add_norms
 def slow(self, read):
     print(read.job.name, flush=True)
     time.sleep(0.5)
     return real(self, read)
-worker.Worker._norms = slow
+worker.Worker._add_norms = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -162,15 +162,10 @@ def test_a_fleet_whose_base_cannot_fit_ends_a_plan_alike(made, tmp_path, monkeyp
 def stopped(config):
     """Leave what a streamed run leaves that was interrupted before its first block ended."""
     from antidote_fast.errors import Interrupted
-    from antidote_fast.files.provenance import run_inputs
-    from antidote_fast.files.resume import run_folder
-    from antidote_fast.stages.inputs import load_data, open_folders
-
-    base, adapter = open_folders(config)
-    inputs = run_inputs(config, base, adapter, records=load_data(config, None))
+    from antidote_fast.stages.inputs import open_inputs
 
     def begin():
-        with run_folder(config.output_dir, inputs) as run:
+        with open_inputs(config).run_folder() as run:
             run.save({"next": 1})
             raise Interrupted("stopped")
 

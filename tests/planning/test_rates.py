@@ -60,12 +60,12 @@ def test_a_large_batch_is_tried_in_part(tmp_path, monkeypatch):
     seen = []
     real = rates._turn
 
-    def turn(model, small, batch, length, trains):
-        seen.append((batch, length))
-        return real(model, small, batch, length, trains)
+    def turn(model, dtype, ids, trains):
+        seen.append(tuple(ids.shape))
+        return real(model, dtype, ids, trains)
 
     monkeypatch.setattr(rates, "_turn", turn)
-    monkeypatch.setattr(rates, "_FLOPS", 1.0)
+    monkeypatch.setattr(rates, "_FLOPS", 1)
     rates._model_rate(model, small, 8, 32, False)
     assert seen[0] == (1, 8)
     assert all(batch * length <= 8 * 32 for batch, length in seen)

@@ -320,7 +320,7 @@ def test_commands_that_keep_to_their_scores(made, tmp_path, capsys):
     )
     with pytest.raises(DataError, match="score='gate': must be one of wanda, magnitude, random"):
         read_jobs(config)
-    with pytest.raises(UsageError, match="score='gate': must be wanda, magnitude or random"):
+    with pytest.raises(UsageError, match="score='gate': must be one of wanda, magnitude, random a"):
         find_cut(["w"], None, Evidence(score="gate"), Selection(0.5, scope="global"))
 
 
