@@ -164,7 +164,7 @@ def aligned(weights: Any, **optional: Any) -> list[tuple[Any, ...]]:
     return list(zip(*lists, strict=True))
 
 
-def prune_lists(
+def prune_operands(
     operands: Sequence[Operand], selection: Selection, *, write: bool, many: bool = False
 ) -> None:
     """Everything a prune takes, before anything is written."""

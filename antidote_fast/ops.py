@@ -262,7 +262,9 @@ def prune_linear_(
     token_mask = check.activation(x, token_mask, norm)
     check.no_overlap([("weight", weight)], check.named(x=x, token_mask=token_mask))
     operand = Operand(weight, norm, preserve_norm, base_weight)
-    check.prune_lists([operand], selection, write=True)  # all refusals come before the norms' work
+    check.prune_operands(
+        [operand], selection, write=True
+    )  # all refusals come before the norms' work
     module = select(backend, weight.device.type)
     if return_mask:
         operand.bits = _empty_bits(weight)
@@ -300,7 +302,7 @@ def _prune(
 ) -> list[PackedMask]:
     """Check and prune; fill what is wanted and return the masks, if they are."""
     check.selection(selection, one_weight=not many)
-    check.prune_lists(operands, selection, write=write, many=many)
+    check.prune_operands(operands, selection, write=write, many=many)
     module = select(backend, operands[0].weight.device.type if operands else "cpu")
     weights = [operand.weight for operand in operands]
     for operand in operands:

@@ -146,7 +146,7 @@ def check_all(layers: Sequence[Layer], selection: Selection) -> None:
     for here in by_device.values():
         operands = [Operand(x.matrix, base_weight=x.base) for x in here]
         try:
-            _check.prune_lists(operands, selection, write=True, many=True)
+            _check.prune_operands(operands, selection, write=True, many=True)
         except (TypeError, ValueError) as error:
 
             def named(match, here=here):
