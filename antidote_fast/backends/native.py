@@ -16,15 +16,10 @@ def rows_of(operands: Sequence[Operand], selection: Selection) -> list[tuple[int
     """One tuple a weight, as ``csrc/matrix.h`` reads it."""
     total = sum(o.weight.numel() for o in operands)
     protected = sum(o.weight.numel() for o in operands if o.preserve_norm is not None)
-    preserve = selection.preserve if selection.n_m is None else None
-    return [
-        row(
-            operand,
-            _count(operand, selection, total),
-            0 if preserve is None else _count(operand, preserve, protected),
-        )
-        for operand in operands
-    ]
+    counts, kept = _counts(operands, selection, total), [0] * len(operands)
+    if selection.n_m is None:
+        kept = _counts(operands, selection.preserve, protected)
+    return [row(*each) for each in zip(operands, counts, kept, strict=True)]
 
 
 def row(operand: Operand, k: int = 0, preserve_k: int = 0) -> tuple[int, ...]:
@@ -65,7 +60,10 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _count(operand, selection, total):
+def _counts(operands, selection, compared):
     """How many are selected: along a row, in the tensor, or of all that is compared."""
-    compared = {"row": operand.weight.shape[1], "tensor": operand.weight.numel()}
-    return num_pruned(compared.get(selection.scope, total), selection)
+    if selection.scope == "row":
+        return [num_pruned(o.weight.shape[1], selection) for o in operands]
+    if selection.scope == "tensor":
+        return [num_pruned(o.weight.numel(), selection) for o in operands]
+    return [num_pruned(compared, selection)] * len(operands)
