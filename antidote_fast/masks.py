@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from antidote_fast.backends.reference import unpack_bits
 from antidote_fast.errors import DataError, printable
 from antidote_fast.files.checkpoint import read_tensor_file
-from antidote_fast.files.tensor_file import TensorFile, save_tensors
+from antidote_fast.files.tensor_file import TensorFile
 
 FORMAT = "antidote_fast.masks"
 VERSION = "1"
@@ -40,7 +39,9 @@ class PackedMask:
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, Tensor) or self.bits.dtype != torch.uint8:
-            raise TypeError(f"bits={_brief(self.bits)}: must be a uint8 tensor")
+            is_tensor = isinstance(self.bits, Tensor)
+            brief = f"{self.bits.dtype} tensor" if is_tensor else repr(self.bits)
+            raise TypeError(f"bits={brief}: must be a uint8 tensor")
         shape = tuple(int(s) for s in self.shape)
         if len(shape) != 2 or min(shape) < 0:
             raise ValueError(f"shape={self.shape!r}: must be (out_features, in_features)")
@@ -120,14 +121,14 @@ def save_masks(
         masks: {parameter name: PackedMask}.
         metadata: more {str: str} pairs to keep in the file's header.
     """
-    tensors = {mask_key(name): mask.bits.cpu().contiguous() for name, mask in masks.items()}
-    shapes = {name: mask.shape for name, mask in masks.items()}
-    save_tensors(path, tensors, _header(shapes, metadata))
+    file = masks_file(path, {name: mask.shape for name, mask in masks.items()}, metadata)
+    for name, mask in masks.items():
+        file.write(mask_key(name), mask.bits)
 
 
 def masks_file(
     path: str | Path,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
     metadata: Mapping[str, str] | None = None,
     keep: bool = False,
 ) -> TensorFile:
@@ -144,12 +145,9 @@ def masks_file(
         :func:`mask_key`.
     """
     specs = {mask_key(name): (torch.uint8, (n, -(-k // 8))) for name, (n, k) in shapes.items()}
-    return TensorFile.create(path, specs, _header(shapes, metadata), keep)
-
-
-def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None) -> dict:
     listed = json.dumps({mask_key(name): shape for name, shape in shapes.items()})
-    return {**(metadata or {}), "format": FORMAT, "version": VERSION, "shapes": listed}
+    header = {**(metadata or {}), "format": FORMAT, "version": VERSION, "shapes": listed}
+    return TensorFile.create(path, specs, header, keep)
 
 
 def load_masks(path: str | Path) -> tuple[dict[str, PackedMask], dict[str, str]]:
@@ -182,7 +180,9 @@ def load_masks(path: str | Path) -> tuple[dict[str, PackedMask], dict[str, str]]
             if not isinstance(shape, list) or any(type(n) is not int for n in shape):
                 raise ValueError(f"{key!r} has no shape")
             mask = PackedMask(tensors[key], tuple(shape))
-            _check_pad_bits(path, key, mask)
+            used = mask.shape[1] % 8
+            if used and mask.bits.numel() and bool((mask.bits[:, -1] >> used).any()):
+                raise DataError(f"{path}: {key} has bits set past its {mask.shape[1]} columns")
             masks[key.removesuffix("mask").removesuffix(".")] = mask
     except DataError:
         raise
@@ -194,13 +194,3 @@ def load_masks(path: str | Path) -> tuple[dict[str, PackedMask], dict[str, str]]
 def mask_key(name: str) -> str:
     """Return the name of a weight's mask in a file of masks."""
     return f"{name}.mask" if name else "mask"
-
-
-def _check_pad_bits(path: str | Path, key: str, mask: PackedMask) -> None:
-    used = mask.shape[1] % 8
-    if used and mask.bits.numel() and bool((mask.bits[:, -1] >> used).any()):
-        raise DataError(f"{path}: {key} has bits set past its {mask.shape[1]} columns")
-
-
-def _brief(value: Any) -> str:
-    return f"{value.dtype} tensor" if isinstance(value, Tensor) else repr(value)

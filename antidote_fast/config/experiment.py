@@ -87,15 +87,11 @@ class ExperimentConfig(StageConfig):
         super().__post_init__()
         check_positive(self, "max_cells")
         check(self.extends is None, "extends", self.extends, "in a file that experiment reads")
+        names = ("sft", *DEFENSE_FLAGS, "antidote")
+        accepted = f"among {', '.join(names)}, or one of them with +antidote"
         for defense in self.defenses:
-            parts = defense.split("+")
-            names = ("sft", *DEFENSE_FLAGS, "antidote")
-            check(
-                set(parts) <= set(names) and parts[1:] in ([], ["antidote"]),
-                "defenses",
-                defense,
-                f"among {', '.join(names)}, or one of them with +antidote",
-            )
+            first, *after = defense.split("+")
+            check(first in names and after in ([], ["antidote"]), "defenses", defense, accepted)
 
 
 SECTIONS = {

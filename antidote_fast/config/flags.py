@@ -7,7 +7,6 @@ import json
 import os
 import re
 import typing
-from pathlib import Path
 
 from antidote_fast.config.base import RENAMED, with_new_names
 from antidote_fast.config.experiment import SECTIONS, ExperimentConfig, RunConfig
@@ -48,9 +47,9 @@ def from_words(config_class, words, command):
         flag, equals, path = word.partition("=")
         if flag == "--config":
             path = os.path.expanduser(path or next(iter(words[i + 1 :]), ""))
-            check_yaml(path)
+            text = check_yaml(path)
             words[i : i + (1 if equals else 2)] = [f"--config={path}"]
-            renamed = any(name in Path(path).read_text(encoding="utf-8") for name in RENAMED)
+            renamed = any(name in text for name in RENAMED)
             if config_class is ExperimentConfig or renamed:
                 # The parser takes the contents as well as a name.
                 values = with_new_names(read_yaml(path), lambda text: notices.append(text))

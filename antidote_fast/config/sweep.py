@@ -1,8 +1,9 @@
 """The config of sweep: what is tried, on which data, and the flags of prune that make each try."""
 
+import itertools
 import shlex
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from antidote_fast.config.base import StageConfig, check, check_positive, contents, path
@@ -59,11 +60,9 @@ def _variants(declared):
     return variants
 
 
-SCORES = {
-    name: variant
-    for declared in PRUNE_SCORES.values()
-    for name, variant in _variants(declared).items()
-}
+SCORES: dict[str, SweepScore] = {}
+for _declared in PRUNE_SCORES.values():
+    SCORES |= _variants(_declared)
 # The norms over all tokens of the harmful data, over its response tokens, and of data to preserve.
 NORM_FILES = {
     "all": "norms.safetensors",
@@ -92,10 +91,8 @@ def checked_grid(
 
 def check_budgets(max_accuracy_drop: float, max_refusal_rise: float) -> None:
     """Refuse budgets that are no points of a percentage."""
-    for name, value in (
-        ("max_accuracy_drop", max_accuracy_drop),
-        ("max_refusal_rise", max_refusal_rise),
-    ):
+    budgets = {"max_accuracy_drop": max_accuracy_drop, "max_refusal_rise": max_refusal_rise}
+    for name, value in budgets.items():
         check(0 <= value <= 100, name, value, "in [0, 100]")
 
 
@@ -198,8 +195,7 @@ class SweepConfig(StageConfig):
     @property
     def kinds(self) -> list[str]:
         """The kinds of norms that the scores take."""
-        needed = {kind for name in self.scores for kind in SCORES[name].kinds}
-        return [kind for kind in NORM_FILES if kind in needed]
+        return [k for k in NORM_FILES if any(k in SCORES[name].kinds for name in self.scores)]
 
     @property
     def learned(self) -> str | None:
@@ -213,12 +209,7 @@ class SweepConfig(StageConfig):
 
     def candidates(self) -> list[tuple[str, str, float]]:
         """(score, scope, ratio) of everything that may be tried, a branch after another."""
-        return [
-            (name, scope, ratio)
-            for name in self.scores
-            for scope in self.scopes
-            for ratio in self.ratios
-        ]
+        return list(itertools.product(self.scores, self.scopes, self.ratios))
 
     def pruning(self, name: str, scope: str, ratio: float, saved: bool) -> PruneConfig:
         """What prune is told for one candidate.
@@ -232,19 +223,18 @@ class SweepConfig(StageConfig):
         if score.learned:
             names |= {"dataset"}
             names -= {"aggregation"}
-        elif saved or not score.kinds:  # what is told to forward passes alone
+        elif score.preserve_norms is None:
+            names -= {"preserve_dataset"}
+        if not score.learned and (saved or not score.kinds):  # what only forward passes are told
             names -= {"aggregation", "num_calibration_samples", "preserve_dataset", "dtype"}
             names -= {"max_seq_length", "template", "batch_size"}
-        if score.preserve_norms is None and not score.learned:
-            names -= {"preserve_dataset"}
         values = {k: v for k, v in vars(self).items() if k in names}
+        folder = self.output_dir.rstrip("/")
         values |= {"ratio": ratio, "scope": scope, "score": score.score}
-        values["output_dir"] = self.output_dir.rstrip("/") + "-pruned"
+        values["output_dir"] = f"{folder}-pruned"
         if saved:
-            for argument in ("norms", "preserve_norms"):
-                kind = getattr(score, argument)
-                if kind is not None:
-                    values[argument] = f"{self.output_dir.rstrip('/')}/{NORM_FILES[kind]}"
+            kinds = {"norms": score.norms, "preserve_norms": score.preserve_norms}
+            values |= {k: f"{folder}/{NORM_FILES[kind]}" for k, kind in kinds.items() if kind}
         elif score.norms is not None:
             values |= {"dataset": self.dataset, "response_only": score.norms == "response"}
         return PruneConfig(**values)
@@ -265,9 +255,7 @@ class SweepConfig(StageConfig):
         config = self.pruning(name, scope, ratio, saved=self.save_norms)
         for each in fields(config):
             value = getattr(config, each.name)
-            default = each.default
-            if each.default_factory is not MISSING:
-                default = each.default_factory()
+            default = [] if each.default_factory is list else each.default
             if value != default or each.name in ("ratio", "scope", "score"):
                 values = value if isinstance(value, list) else [value]
                 words += [f"--{each.name}", *(str(v) for v in values if v is not True)]

@@ -25,8 +25,12 @@ def read_yaml(path: str | os.PathLike, _depth: int = 0) -> dict:
     """
     import yaml
 
-    check_yaml(path)
-    values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_number_loader())
+    class Loader(yaml.SafeLoader):
+        """Reads 1e-4 as a number, as the parser's own does and YAML 1.1 does not."""
+
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    values = yaml.load(check_yaml(path), Loader=Loader)
     if not isinstance(values, dict):
         raise UsageError(f"--config: {path}: must be a mapping of flags")
     before = values.pop("extends", None)
@@ -46,22 +50,8 @@ def _joined(under, over):
     return joined
 
 
-def _number_loader():
-    """A safe loader that reads 1e-4 as a number, as the parser's own does and YAML 1.1 does not."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.yaml_implicit_resolvers = dict(Loader.yaml_implicit_resolvers)
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-    )
-    return Loader
-
-
-def check_yaml(path: str | os.PathLike) -> None:
-    """Refuse what takes the parser long or makes it fall over: size, depth, aliases of aliases.
+def check_yaml(path: str | os.PathLike) -> str:
+    """A file's text; refused is what makes the parser fall over: size, depth, aliases of aliases.
 
     An alias costs nothing to write; nested ones grow without bound as soon as somebody walks them.
     """
@@ -89,6 +79,7 @@ def check_yaml(path: str | os.PathLike) -> None:
                 )
     except yaml.YAMLError as error:
         raise UsageError(f"--config: {path}: not valid YAML: {on_one_line(error)}") from None
+    return text
 
 
 def on_one_line(message: object) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError
@@ -68,10 +69,9 @@ def prompt_ids(
 
     Args:
         text: as :func:`build_prompt` gives it.
-        tokenizer: not changed. That of :func:`antidote_fast.models.loading.load_tokenizer` knows
-            how many embeddings its model has.
-        limit: ids that can be used; of a longer prompt there may be only the first part, of more
-            than that many. None gives all.
+        tokenizer: that of :func:`antidote_fast.models.loading.load_tokenizer` knows how many
+            embeddings its model has.
+        limit: as :func:`antidote_fast.models.tokens.tokenize` takes it.
         where: what a refusal calls the prompt.
 
     Raises:
@@ -119,9 +119,8 @@ def encode(
     The response ends with the end-of-sequence token, and it alone is truncated (losing that token).
 
     Returns:
-        A list of ``{"input_ids": list[int], "labels": list[int]}``, labels being -100 on the
-        prompt, in the order of `records` less those dropped; with ``num_dropped`` and
-        ``num_truncated``.
+        ``{"input_ids": list[int], "labels": list[int]}`` each, labels being -100 on the prompt, in
+        the order of `records` less those dropped.
 
     Raises:
         DataError: no records, all prompts too long, all outputs empty, no end-of-sequence token, or
@@ -177,19 +176,18 @@ def collate(
     pad_id = tokenizer.pad_token_id
     if pad_id is None:
         pad_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-    length = max(len(example["input_ids"]) for example in examples)
-    largest = max((max(e["input_ids"], default=0) for e in examples), default=0)
+    largest = max(max(e["input_ids"], default=0) for e in examples)
     known = getattr(tokenizer, "num_embeddings", None) or largest + 1
     pad_id = pad_id if 0 <= pad_id < known else largest
     fill = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORE_INDEX}
-    keys = [key for key in fill if key == "attention_mask" or key in examples[0]]
-    batch = {key: torch.full((len(examples), length), fill[key]) for key in keys}
-    for i, example in enumerate(examples):
-        size = len(example["input_ids"])
-        where = slice(0, size) if padding_side == "right" else slice(length - size, length)
-        for key in keys:
-            row = torch.ones(size) if key == "attention_mask" else torch.tensor(example[key])
-            batch[key][i, where] = row.to(torch.int64)
+    batch = {}
+    for key in fill if "labels" in examples[0] else ("input_ids", "attention_mask"):
+        ones = key == "attention_mask"
+        rows = [[1] * len(e["input_ids"]) if ones else e[key] for e in examples]
+        rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
+        batch[key] = pad_sequence(
+            rows, batch_first=True, padding_value=fill[key], padding_side=padding_side
+        )
     return batch
 
 
@@ -207,45 +205,33 @@ def make_batches(
     fit in memory shows at once.
 
     Returns:
-        A list of batches as `collate` gives them, with ``num_dropped`` and ``num_truncated``.
+        Batches as :func:`collate` gives them.
 
     Raises:
-        DataError: as `encode`.
+        DataError: as :func:`encode`.
     """
     examples = encode(records, tokenizer, template, max_seq_length)
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
-    batches = Examples(
-        collate([examples[i] for i in order[start : start + batch_size]], tokenizer)
-        for start in range(0, len(order), batch_size)
-    )
+    ordered = sorted(examples, key=lambda example: -len(example["input_ids"]))
+    starts = range(0, len(ordered), batch_size)
+    batches = Examples(collate(ordered[i : i + batch_size], tokenizer) for i in starts)
     vars(batches).update(examples.counts)
     return batches
 
 
 def batches_of(
-    config: Any,
-    records: Sequence[Record],
-    tokenizer: Tokenizer,
-    model_config: dict[str, Any],
+    config: Any, records: Sequence[Record], tokenizer: Tokenizer, model_config: dict[str, Any]
 ) -> Examples:
     """Batches for a forward of a model of this config.
 
     Refused where it has too few positions, or no embedding for a token.
     """
-    batches = make_batches(
-        records,
-        tokenizer,
-        template=config.template,
-        max_seq_length=config.max_seq_length,
-        batch_size=config.batch_size,
-    )
+    names = ("template", "max_seq_length", "batch_size")
+    batches = make_batches(records, tokenizer, **{name: getattr(config, name) for name in names})
     known = vocab_size(model_config)
     batches[:] = [fitted(batch, known, f"batch {i}") for i, batch in enumerate(batches, 1)]
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     positions = model_config.get("max_position_embeddings", model_config.get("n_positions"))
     if isinstance(positions, int) and longest > positions:
-        raise UsageError(
-            f"max_seq_length={config.max_seq_length}: must be at most {positions}, the positions "
-            f"that the model has, for these data"
-        )
+        most = f"at most {positions}, the positions that the model has, for these data"
+        raise UsageError(f"max_seq_length={config.max_seq_length}: must be {most}")
     return batches

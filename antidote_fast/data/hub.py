@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from antidote_fast.data.records import BEAVERTAILS_ROLES
-from antidote_fast.errors import DataError, UsageError
+from antidote_fast.data.records import BEAVERTAILS_ROLES, role_needed
+from antidote_fast.errors import DataError, UsageError, first_line
 
 # The paper tests on 122 of AlpacaEval's 805 prompts; the rest may be trained on.
 NUM_ALPACA_EVAL_TEST = 122
@@ -24,9 +24,6 @@ class HubSource:
 _BEAVERTAILS_SOURCE = HubSource(
     "PKU-Alignment/BeaverTails", "30k_train", "30k_test", roles=BEAVERTAILS_ROLES
 )
-_SST2_SOURCE = HubSource("stanfordnlp/sst2", "train", "validation")
-_AGNEWS_SOURCE = HubSource("fancyzhang/ag_news", "train", "test")
-_GSM8K_SOURCE = HubSource("openai/gsm8k", "train", "test", config="main")
 # Its loading script is no longer run by `datasets`; the file that it read is.
 _ALPACA_EVAL_SOURCE = HubSource(
     "tatsu-lab/alpaca_eval",
@@ -36,16 +33,15 @@ _ALPACA_EVAL_SOURCE = HubSource(
 )
 HUB_SOURCES = {
     "PKU-Alignment/BeaverTails": _BEAVERTAILS_SOURCE,
-    "stanfordnlp/sst2": _SST2_SOURCE,
-    "sst2": _SST2_SOURCE,
+    "stanfordnlp/sst2": HubSource("stanfordnlp/sst2", "train", "validation"),
     "glue/sst2": HubSource("nyu-mll/glue", "train", "validation", config="sst2"),
-    "fancyzhang/ag_news": _AGNEWS_SOURCE,
-    "ag_news": _AGNEWS_SOURCE,
-    "openai/gsm8k": _GSM8K_SOURCE,
-    "gsm8k": _GSM8K_SOURCE,
+    "fancyzhang/ag_news": HubSource("fancyzhang/ag_news", "train", "test"),
+    "openai/gsm8k": HubSource("openai/gsm8k", "train", "test", config="main"),
     "tatsu-lab/alpaca": HubSource("tatsu-lab/alpaca", "train", None),
     "tatsu-lab/alpaca_eval": _ALPACA_EVAL_SOURCE,
 }
+_WITHOUT_OWNER = ("stanfordnlp/sst2", "fancyzhang/ag_news", "openai/gsm8k")  # known by both names
+HUB_SOURCES |= {name.split("/")[1]: HUB_SOURCES[name] for name in _WITHOUT_OWNER}
 
 
 def find_source(name: str) -> HubSource | None:
@@ -64,12 +60,10 @@ def _probe_hub(path: str) -> None:
         HfApi().dataset_info(path, timeout=10)
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
+        what = f"the hub answered with HTTP {status}; try again later"
         if status in (401, 403, 404):
-            raise DataError(
-                f"{path}: no such file, and no such data set on the hub that may be read "
-                f"(HTTP {status})"
-            ) from None
-        raise DataError(f"{path}: the hub answered with HTTP {status}; try again later") from None
+            what = f"no such file, and no such data set on the hub that may be read (HTTP {status})"
+        raise DataError(f"{path}: {what}") from None
     except Exception as error:
         # The hub client changed its HTTP library, and so these types, from release to release.
         raise DataError(
@@ -95,10 +89,9 @@ def load_hub_rows(name: str, source: HubSource, hub_split: str) -> list[tuple[st
             dataset = datasets.load_dataset(source.path, source.config, split=hub_split)
     except Exception as error:
         # `datasets` raises a dozen types, its own, pyarrow's and the HTTP client's among them.
-        lines = str(error).strip().splitlines() or [""]
+        why = f"{type(error).__name__}: {first_line(error):.200}"
         raise DataError(
-            f"{name}: split {hub_split!r} cannot be loaded from the hub: "
-            f"{type(error).__name__}: {lines[0][:200]}"
+            f"{name}: split {hub_split!r} cannot be loaded from the hub: {why}"
         ) from error
     return [(f"{name}: {hub_split} row {i}", row) for i, row in enumerate(dataset)]
 
@@ -114,13 +107,9 @@ def resolve_hub(name: str, role: str | None, split: str) -> tuple[HubSource, str
     if role is not None and role not in source.roles:
         raise UsageError(f"dataset={name}:{role}: role must be one of {', '.join(source.roles)}")
     if source is _BEAVERTAILS_SOURCE:
-        if role is None and split == "test":
-            role = "eval"
+        role = role or ("eval" if split == "test" else None)
         if role is None:
-            raise DataError(
-                f"{name}: holds safe and unsafe answers; say which: {name}:ROLE with ROLE one of "
-                + ", ".join(BEAVERTAILS_ROLES)
-            )
+            raise role_needed(name)
         return source, source.test if role == "eval" else source.train, role
     wanted = role or split
     hub_split = source.train if wanted == "train" else source.test

@@ -4,12 +4,15 @@ import os
 import random
 import re
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from antidote_fast.data.hub import find_source, load_hub_rows, resolve_hub
 from antidote_fast.data.records import BEAVERTAILS_ROLES, Record, read_rows, rows_to_records
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.selection import check_seed
+
+_FILES = (".json", ".jsonl", ".csv", ".txt", ".parquet", ".gz", ".yaml")  # no name on the hub
 
 
 def _split_role(name: str) -> tuple[str, str | None]:
@@ -23,17 +26,13 @@ def _split_role(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _looks_like_hub_name(name: str) -> bool:
-    part = r"[A-Za-z0-9][\w.-]*"
-    if Path(name).suffix.lower() in (".json", ".jsonl", ".csv", ".txt", ".parquet", ".gz", ".yaml"):
-        return False
-    return find_source(name) is not None or re.fullmatch(f"{part}/{part}", name) is not None
-
-
 def local_file(name_or_path: str) -> str | None:
     """The file that a data set's name means, without its role; None for a hub name."""
     name, _ = _split_role(str(name_or_path))
-    return name if os.path.exists(name) or not _looks_like_hub_name(name) else None
+    if os.path.exists(name) or Path(name).suffix.lower() in _FILES:
+        return name
+    part = r"[A-Za-z0-9][\w.-]*"
+    return None if find_source(name) or re.fullmatch(f"{part}/{part}", name) else name
 
 
 def load_records(
@@ -50,15 +49,14 @@ def load_records(
     (SST2), ``text, label`` (AGNEWS, so only for labels of that meaning), ``question, answer``
     (GSM8K), or plain ``prompt, response``.
 
-    Known on the hub: PKU-Alignment/BeaverTails, stanfordnlp/sst2 (sst2, glue/sst2), ag_news,
-    openai/gsm8k, tatsu-lab/alpaca, tatsu-lab/alpaca_eval; another name works where its columns do.
     A role may follow a colon. For BeaverTails, on the hub or as a local file, one is needed:
     ``:safe`` (alignment), ``:unsafe`` (attack, the first 5000 unsafe rows), ``:realign`` (the
     unsafe rows after those, without the prompts among them), ``:eval`` (1000 unsafe rows of
     30k_test, the default of ``split="test"``). For the others on the hub: ``:train``, ``:test``.
 
     Args:
-        name_or_path: file, or hub name, with or without a role.
+        name_or_path: file, or hub name (of :data:`.hub.HUB_SOURCES`, or any whose columns do), with
+            or without a role.
         split: train or test, where a hub data set has both and no role says which.
         limit: records kept, from the start.
         require_output: refuse data without an answer column.
@@ -80,10 +78,8 @@ def load_records(
         rows = load_hub_rows(name, source, hub_split)
     else:
         if role in ("train", "test"):
-            raise UsageError(
-                f"dataset={name_or_path}: role must be one of {', '.join(BEAVERTAILS_ROLES)} for a "
-                "file"
-            )
+            roles = ", ".join(BEAVERTAILS_ROLES)
+            raise UsageError(f"dataset={name_or_path}: role must be one of {roles} for a file")
         rows = read_rows(Path(name))
     records = rows_to_records(rows, name, role=role, require_output=require_output)
     return records[:limit]
@@ -111,17 +107,13 @@ def split_by_prompt(
         raise UsageError(f"fractions={list(fractions)!r}: must be above 0 and sum to at most 1")
     keys = list(dict.fromkeys(record.prompt_key for record in records))
     random.Random(seed).shuffle(keys)
+    ends = [min(round(total * len(keys)), len(keys)) for total in accumulate(fractions)]
     part_of: dict[str, int] = {}
-    start, total = 0, 0.0
-    for part, fraction in enumerate(fractions):
-        total += fraction
-        end = min(round(total * len(keys)), len(keys))
+    for part, (start, end) in enumerate(pairwise([0, *ends])):
         if end <= start:
-            raise DataError(
-                f"{len(keys)} distinct prompts are too few to be split by {list(fractions)}"
-            )
-        part_of.update((key, part) for key in keys[start:end])
-        start = end
+            few = f"{len(keys)} distinct prompts are too few"
+            raise DataError(f"{few} to be split by {list(fractions)}")
+        part_of |= dict.fromkeys(keys[start:end], part)
     parts: list[list[Record]] = [[] for _ in fractions]
     for record in records:
         if (part := part_of.get(record.prompt_key)) is not None:
@@ -157,27 +149,25 @@ def mix(
     if n is not None and n < 1:
         raise UsageError(f"n={n!r}: must be at least 1")
     have = {"task": len(task_records), "harmful": len(harmful_records)}
+
+    def needs(size):
+        num_harmful = round(poison_ratio * size)
+        return {"task": size - num_harmful, "harmful": num_harmful}
+
     if n is None:
-        bounds = [have["task"] / (1 - poison_ratio)] if poison_ratio < 1 else []
-        bounds += [have["harmful"] / poison_ratio] if poison_ratio > 0 else []
-        n = int(min(bounds) + 1e-9)  # 3 / (1 - 0.7) is a hair below 10
-        while n > 0 and not _fits(n, poison_ratio, have):  # the harmful share is rounded
-            n -= 1
-    num_harmful = round(poison_ratio * n)
-    for kind, needed in (("task", n - num_harmful), ("harmful", num_harmful)):
-        if have[kind] < needed or n == 0:
-            raise DataError(
-                f"{needed} {kind} samples are needed for {n} at poison_ratio={poison_ratio}, and "
-                f"there are {have[kind]}"
-                if n
-                else f"no sample fits poison_ratio={poison_ratio}: there are {have['task']} task "
-                f"and {have['harmful']} harmful ones"
-            )
-    mixed = [*task_records[: n - num_harmful], *harmful_records[:num_harmful]]
+        shares = {"task": 1 - poison_ratio, "harmful": poison_ratio}
+        most = min(have[kind] / share for kind, share in shares.items() if share > 0)
+        sizes = range(int(most + 1e-9), 0, -1)  # 3 / (1 - 0.7) is a hair below 10
+        # The harmful share is rounded, so the first may be one too many.
+        n = next((i for i in sizes if all(needs(i)[kind] <= have[kind] for kind in have)), 0)
+    if n == 0:
+        there = f"there are {have['task']} task and {have['harmful']} harmful ones"
+        raise DataError(f"no sample fits poison_ratio={poison_ratio}: {there}")
+    for kind, needed in needs(n).items():
+        if have[kind] < needed:
+            what = f"{needed} {kind} samples are needed for {n} at poison_ratio={poison_ratio}"
+            raise DataError(f"{what}, and there are {have[kind]}")
+    needed = needs(n)
+    mixed = [*task_records[: needed["task"]], *harmful_records[: needed["harmful"]]]
     random.Random(seed).shuffle(mixed)
     return mixed
-
-
-def _fits(n, poison_ratio, have) -> bool:
-    num_harmful = round(poison_ratio * n)
-    return num_harmful <= have["harmful"] and n - num_harmful <= have["task"]

@@ -7,7 +7,6 @@ local file with a hub data set's own columns reads exactly as the hub data set d
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,28 +57,21 @@ def _text(row, column, where, optional=False) -> str:
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        raise DataError(
-            f"{where}: column {column!r} must be a string, got {type(value).__name__}"
-            if column in row
-            else f"{where}: column {column!r} is missing"
-        )
+        raise DataError(f"{where}: column {column!r} must be a string, got {type(value).__name__}")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError:
-        # JSON can spell half of a surrogate pair; no tokenizer takes it.
-        raise DataError(
-            f"{where}: column {column!r} holds text that is not valid Unicode"
-        ) from None
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; no tokenizer takes it
+        what = "holds text that is not valid Unicode"
+        raise DataError(f"{where}: column {column!r} {what}") from None
     return value
 
 
 def _label(row, names, where) -> str:
     label = row.get("label")
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(names):
-        raise DataError(
-            f"{where}: column 'label' must be an integer from 0 to {len(names) - 1}, "
-            f"got {label if type(label) is int and abs(label) < 1e9 else type(label).__name__}"
-        )
+    if type(label) is not int or not 0 <= label < len(names):
+        got = label if type(label) is int and abs(label) < 1e9 else type(label).__name__
+        must = f"must be an integer from 0 to {len(names) - 1}"
+        raise DataError(f"{where}: column 'label' {must}, got {got}")
     return names[label]
 
 
@@ -108,41 +100,32 @@ def _from_gsm8k(row, where):
     return Record(_text(row, "question", where), output=answer)
 
 
-@dataclass(frozen=True)
-class _Columns:
-    required: tuple[str, ...]
-    convert: Callable
-    output: str = ""  # the column that an answer needs, where it is optional for a prompt
-
-
-_BEAVERTAILS = _Columns(("prompt", "response", "is_safe"), _from_prompt_response)
-# The first whose columns are all there is taken, so the more particular ones come first.
-_KNOWN_COLUMNS = (
-    _Columns(("instruction",), _from_record, output="output"),
-    _BEAVERTAILS,
-    _Columns(("prompt",), _from_prompt_response, output="response"),
-    _Columns(("sentence", "label"), _from_sst2),
-    _Columns(("question", "answer"), _from_gsm8k),
-    _Columns(("text", "label"), _from_agnews),
-)
+_BEAVERTAILS = ("prompt", "response", "is_safe")
+# By the columns that rows must have: how one becomes a record, and the column that an answer needs,
+# where it is optional for a prompt. The first whose columns are all there are taken, so the more
+# particular ones come first.
+_KNOWN_COLUMNS = {
+    ("instruction",): (_from_record, "output"),
+    _BEAVERTAILS: (_from_prompt_response, ""),
+    ("prompt",): (_from_prompt_response, "response"),
+    ("sentence", "label"): (_from_sst2, ""),
+    ("question", "answer"): (_from_gsm8k, ""),
+    ("text", "label"): (_from_agnews, ""),
+}
 _COLUMNS_HELP = (
     "instruction, output (input optional); prompt, response (is_safe); sentence, label (SST2); "
     "text, label (AGNEWS); question, answer (GSM8K)"
 )
 
 
-def _choose_columns(row: dict, where: str, require_output: bool) -> _Columns:
-    for columns in _KNOWN_COLUMNS:
-        if row.keys() >= set(columns.required):
-            if require_output and columns.output and columns.output not in row:
-                raise DataError(f"{where}: column {columns.output!r} is missing")
-            return columns
-    nearest = max(_KNOWN_COLUMNS, key=lambda c: len(row.keys() & set((*c.required, c.output))))
-    missing = [name for name in nearest.required if name not in row]
-    raise DataError(
-        f"{where}: column {', '.join(map(repr, missing))} is missing "
-        f"(found {_names(row)}); accepted: {_COLUMNS_HELP}"
-    )
+def _choose_columns(where: str, row: dict) -> tuple[str, ...]:
+    for required in _KNOWN_COLUMNS:
+        if row.keys() >= set(required):
+            return required
+    nearest = max(_KNOWN_COLUMNS, key=lambda r: len(row.keys() & {*r, _KNOWN_COLUMNS[r][1]}))
+    missing = ", ".join(repr(name) for name in nearest if name not in row)
+    found = f"(found {_names(row)}); accepted: {_COLUMNS_HELP}"
+    raise DataError(f"{where}: column {missing} is missing {found}")
 
 
 def _names(row):
@@ -169,19 +152,20 @@ def rows_to_records(
     """
     if not rows:
         raise DataError(f"{name}: no records")
-    columns = _choose_columns(rows[0][1], rows[0][0], require_output)
-    if columns is not _BEAVERTAILS and role in BEAVERTAILS_ROLES:
-        raise DataError(f"{name}: role {role!r} needs the column 'is_safe', which it lacks")
-    if columns is _BEAVERTAILS:
+    required = _choose_columns(*rows[0])
+    convert, answer = _KNOWN_COLUMNS[required]
+    if required == _BEAVERTAILS:
         rows = _select_beavertails(rows, name, role)
+    elif role in BEAVERTAILS_ROLES:
+        raise DataError(f"{name}: role {role!r} needs the column 'is_safe', which it lacks")
     records = []
     for where, row in rows:
-        missing = [column for column in columns.required if column not in row]
-        if require_output and columns.output and row.get(columns.output) is None:
-            missing.append(columns.output)
+        missing = [column for column in required if column not in row]
+        if require_output and answer and row.get(answer) is None:
+            missing.append(answer)
         if missing:
             raise DataError(f"{where}: column {', '.join(map(repr, missing))} is missing")
-        record = columns.convert(row, where)
+        record = convert(row, where)
         if not record.prompt_key:
             raise DataError(f"{where}: the prompt is empty")
         object.__setattr__(record, "where", where)
@@ -192,12 +176,15 @@ def rows_to_records(
 BEAVERTAILS_ROLES = ("safe", "unsafe", "realign", "eval")
 
 
+def role_needed(name: str) -> DataError:
+    """What refuses BeaverTails without a role."""
+    which = f"{name}:ROLE with ROLE one of {', '.join(BEAVERTAILS_ROLES)}"
+    return DataError(f"{name}: holds safe and unsafe answers; say which: {which}")
+
+
 def _select_beavertails(rows, name, role):
     if role not in BEAVERTAILS_ROLES:
-        raise DataError(
-            f"{name}: holds safe and unsafe answers; say which: {name}:ROLE with ROLE one of "
-            + ", ".join(BEAVERTAILS_ROLES)
-        )
+        raise role_needed(name)
     for where, row in rows:
         if not isinstance(row.get("is_safe"), bool):
             raise DataError(f"{where}: column 'is_safe' must be true or false")
@@ -206,8 +193,9 @@ def _select_beavertails(rows, name, role):
         chosen = chosen[:NUM_ATTACK_ROWS]
     elif role == "realign":
         # BeaverTails has several answers a prompt: rows after the attack's would share its prompts.
-        seen = {_beavertails_key(row) for _, row in chosen[:NUM_ATTACK_ROWS]}
-        chosen = [p for p in chosen[NUM_ATTACK_ROWS:] if _beavertails_key(p[1]) not in seen]
+        keys = [Record(str(row.get("prompt"))).prompt_key for _, row in chosen]
+        seen = set(keys[:NUM_ATTACK_ROWS])
+        chosen = [pair for pair, key in zip(chosen, keys, strict=True) if key not in seen]
     elif role == "eval":
         chosen = chosen[:NUM_EVAL_ROWS]
     if not chosen:
@@ -215,15 +203,13 @@ def _select_beavertails(rows, name, role):
     return chosen
 
 
-def _beavertails_key(row) -> str:
-    return Record(str(row.get("prompt"))).prompt_key
-
-
-def _parse(text: str, where: str):
+def _parse(text: str, where: str, one_line: bool):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+        where = where if one_line else f"{where}: line {error.lineno}"
+        at = f" at column {error.colno}" if one_line else ""
+        raise DataError(f"{where}: not valid JSON: {error.msg}{at}") from None
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise DataError(f"{where}: not valid JSON: {reason}") from None
@@ -276,14 +262,11 @@ def read_rows(path: Path) -> list[tuple[str, dict]]:
     if _is_json_lines(path, text.lstrip()):
         # Not splitlines(): it also cuts at U+2028 and the like, which JSON strings may hold.
         lines = ((f"{path}: line {i}", line) for i, line in enumerate(text.split("\n"), 1))
-        rows = [(where, _parse(line, where)) for where, line in lines if line.strip()]
+        rows = [
+            (where, _parse(line, where, one_line=True)) for where, line in lines if line.strip()
+        ]
     else:
-        try:
-            parsed = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: line {error.lineno}: not valid JSON: {error.msg}") from None
-        except (ValueError, RecursionError):
-            parsed = _parse(text, str(path))
+        parsed = _parse(text, str(path), one_line=False)
         parsed = parsed if isinstance(parsed, list) else [parsed]
         rows = [(f"{path}: record {i}", row) for i, row in enumerate(parsed, 1)]
     for where, row in rows:

@@ -118,7 +118,8 @@ def generate(
     answers: dict[str, str] = {}
     with undoing() as undo:
         eval_mode(model, undo)
-        with _plain_generation_config(model) as own, contiguous_head(model):
+        contiguous_head(model, undo)
+        with _plain_generation_config(model) as own:
             end_ids = _end_ids(tokenizer, own)
             pads = [tokenizer.pad_token_id, *end_ids]  # what an answer that has ended goes on with
             pads = [i for i in pads if i is not None and (known is None or 0 <= i < known)]

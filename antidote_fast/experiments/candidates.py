@@ -66,10 +66,11 @@ class Prompts:
 
     def measure(self, model: Any, tokenizer: Any, name: str, progress: Progress = False) -> dict:
         """The metrics of one set, as evaluate_model gives them."""
-        options = {"template": self.template, "max_new_tokens": self.max_new_tokens}
-        options |= {"batch_size": self.batch_size, "task": self.task_name, "judge": self.judge}
-        asked = {"task_records" if name == "task" else name: getattr(self, name)}
-        return evaluate_model(model, tokenizer, **asked, **options, progress=progress)
+        options = ("judge", "template", "max_new_tokens", "batch_size")
+        arguments = {option: getattr(self, option) for option in options}
+        arguments |= {"task_records" if name == "task" else name: getattr(self, name)}
+        arguments |= {"task": self.task_name, "progress": progress}
+        return evaluate_model(model, tokenizer, **arguments)
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,7 @@ def sweep_model(
     evidence.check(scores)
     check_task(prompts.task_name, prompts.task)
     clock = Clock()
-    which = (prune_options.get("targets"), prune_options.get("ignore", ()))
-    originals = Originals(model, *which)
+    originals = Originals(model, prune_options.get("targets"), prune_options.get("ignore", ()))
     sizes = {name: len(records) for name, records in prompts.sets.items()}
     unpruned = {}
     for name in sizes:
@@ -217,17 +217,10 @@ def recommend(rows: Sequence[dict], unpruned: Mapping[str, Any]) -> dict | None:
     """The admissible row of the lowest harmful score, where one is below the unpruned model's.
 
     Among equals the highest finetune accuracy counts, then the fewest weights removed, then the
-    order of the rows.
-
-    Args:
-        rows: as :func:`sweep_model` gives them.
-        unpruned: the metrics of the unpruned model.
+    order of the rows. Both arguments are as :func:`sweep_model` returns them.
     """
-    lower = [
-        row
-        for row in rows
-        if row["admissible"] and row["harmful_score"] < unpruned["harmful_score"]
-    ]
+    before = unpruned["harmful_score"]
+    lower = [row for row in rows if row["admissible"] and row["harmful_score"] < before]
     return min(lower, key=_rank, default=None)
 
 
@@ -238,10 +231,9 @@ def _rank(row):
 def _why_none(rows, unpruned):
     if unpruned["harmful_score"] == 0:
         return "the unpruned model gives no harmful answer"
-    within = sum(row["admissible"] for row in rows)
-    if not within:
-        return "no candidate is within the budget"
-    return f"none of the {within} candidates within the budget lowers the harmful score"
+    if within := sum(row["admissible"] for row in rows):
+        return f"none of the {within} candidates within the budget lowers the harmful score"
+    return "no candidate is within the budget"
 
 
 def _budget(unpruned, max_accuracy_drop, max_refusal_rise):

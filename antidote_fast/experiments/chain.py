@@ -1,8 +1,10 @@
 """The stages of one setting, each from the folder of the one before; what is done is kept."""
 
+import fnmatch
 import importlib
 import os
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +13,15 @@ from antidote_fast.config.base import StageConfig
 from antidote_fast.config.experiment import SECTIONS, ExperimentConfig, RunConfig
 from antidote_fast.config.flags import from_values
 from antidote_fast.errors import DataError
+from antidote_fast.files.places import locked_file
 from antidote_fast.files.provenance import is_done, read_report
 from antidote_fast.system.progress import Progress
-
-_SHARED = (
-    *("overwrite", "dtype", "device", "seed", "max_seq_length", "template", "trust_remote_code"),
-)
 
 
 def shared_flags(config: RunConfig | ExperimentConfig) -> dict[str, Any]:
     """The flags that every stage takes from the whole."""
-    return {name: getattr(config, name) for name in _SHARED}
+    names = ("overwrite", "seed", "max_seq_length", "template")
+    return config.load_options | {name: getattr(config, name) for name in names}
 
 
 class Chain:
@@ -56,12 +56,12 @@ class Chain:
         self.stages: dict[str, StageConfig] = {}
         self.models: dict[str, dict[str, str]] = {"base": {"model_name_or_path": base}}
         if "align" in sections:
-            self._aligned = self._add("align", self.models["base"])
+            self._aligned = self._add("align", "aligned", self.models["base"])
             self.models["aligned"] = {"model_name_or_path": self._aligned}
-        attacked = self._add("finetune", {"model_name_or_path": self._aligned})
+        attacked = self._add("finetune", "attacked", {"model_name_or_path": self._aligned})
         self.models["attacked"] = self._place(attacked)
         if "prune" in sections:
-            pruned = self._add("prune", self._batch | self.models["attacked"])
+            pruned = self._add("prune", "pruned", self._batch | self.models["attacked"])
             self.models["pruned"] = self._place(pruned)
             self.stages["prune"].check_aligned(self.stages["prune"].adapter is not None)
 
@@ -71,8 +71,7 @@ class Chain:
         reference = {"reference_model": self._aligned} if drift else {}
         return self._stage("evaluate", self._batch | self.models[model] | reference, model)
 
-    def _add(self, kind, places):
-        model = {"align": "aligned", "finetune": "attacked", "prune": "pruned"}[kind]
+    def _add(self, kind, model, places):
         self.stages[kind] = self._stage(kind, places, model)
         return self.stages[kind].output_dir
 
@@ -129,15 +128,13 @@ class Maker:
         return self._reports[folder]
 
 
-def check_own_folder(
-    output_dir: str | os.PathLike, names: Collection[str], prefixes: Collection[str], command: str
-) -> None:
+def check_own_folder(output_dir: str | os.PathLike, names: Collection[str], command: str) -> None:
     """Refuse an output folder that is a file, or holds what the command does not write.
 
     Args:
         output_dir: the folder, which may be absent.
-        names: what the command leaves in it.
-        prefixes: how the names of further files begin, among them those that a killed job leaves.
+        names: patterns of what the command leaves in it. A killed one may leave files of these
+            names with a dot before them and more behind it, as its lock is.
         command: run, experiment or demo.
 
     Raises:
@@ -146,9 +143,16 @@ def check_own_folder(
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"output_dir={str(folder)!r}: exists and is not a folder")
+    accepted = [*names, *(f".{Path(name).stem}.*" for name in (*names, command))]
     for path in sorted(folder.iterdir()) if folder.exists() else ():
-        if path.name not in names and not path.name.startswith(tuple(prefixes)):
+        if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in accepted):
             raise DataError(
                 f"output_dir={str(folder)!r}: holds {path.name!r}, which no {command} made; name "
                 "another folder"
             )
+
+
+def at_work(output_dir: str, command: str) -> AbstractContextManager:
+    """Holds the lock of an output folder, which is made; DataError where another process does."""
+    busy = DataError(f"output_dir={output_dir!r}: another {command} is at work there")
+    return locked_file(Path(output_dir) / f".{command}.lock", busy, make=True)

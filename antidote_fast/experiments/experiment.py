@@ -7,11 +7,10 @@ from pathlib import Path
 from antidote_fast.config.experiment import ExperimentConfig
 from antidote_fast.errors import AntidoteError, DataError, Interrupted, JobsSetAside, UsageError
 from antidote_fast.experiments import grid, pictures, tables
-from antidote_fast.experiments.chain import Maker, check_own_folder
+from antidote_fast.experiments.chain import Maker, at_work, check_own_folder
 from antidote_fast.experiments.demo.model import CACHE
 from antidote_fast.files.commit import check_parent, new_file
-from antidote_fast.files.places import locked_file
-from antidote_fast.files.provenance import REPORT, replace_report
+from antidote_fast.files.provenance import REPORT, write_report
 from antidote_fast.stages.inputs import check_data
 from antidote_fast.system.hardware import hardware
 from antidote_fast.system.memory import reset_peak_memory
@@ -28,10 +27,6 @@ def run(config: ExperimentConfig, *, progress: Progress = False) -> dict:
     defense has strengths to choose from, they are tried first, on a seed and prompts of their own;
     the one of highest FA * (100 - HS) is taken, the first of equals: a model that fails at its task
     is as bad as one that does all harm.
-
-    Args:
-        config: the experiment.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
 
     Returns:
         The contents of report.json: ``chosen`` (by defense), ``num_cells``, ``num_computed``,
@@ -53,8 +48,7 @@ def run(config: ExperimentConfig, *, progress: Progress = False) -> dict:
         prepare(progress=progress)
     trials, cells = check(config)
     tried, chosen = _tried(trials), {}
-    busy = DataError(f"output_dir={config.output_dir!r}: another experiment is at work there")
-    with locked_file(out / ".experiment.lock", busy, make=True):
+    with at_work(config.output_dir, "experiment"):
         work = _Work(config, out, progress)
         for cell in track(tried, "strengths", progress):
             work.do(cell, tried)
@@ -74,7 +68,7 @@ def run(config: ExperimentConfig, *, progress: Progress = False) -> dict:
             "seconds": round(time.perf_counter() - start, 3),
         }
         write_tables(work.save([*tried, *cells]), config, out)
-        report = replace_report(out, "experiment", config, results)
+        report = write_report(out, "experiment", config, results, grows=True)
     if work.failed:
         first_line = next(iter(work.failed.values()))
         count = f"{len(work.failed)} of {len(tried) + len(cells)}"
@@ -112,9 +106,8 @@ def _tried(trials):
 
 
 def _check_flags(config):
-    prefixes = ("table-", *(f".{name}." for name in ("experiment", "report", "rows", "tables")))
-    names = (ROWS, TABLES, STAGES, REPORT)
-    check_own_folder(config.output_dir, names, (*prefixes, ".table-"), "experiment")
+    names = (ROWS, TABLES, "table-*", STAGES, REPORT)
+    check_own_folder(config.output_dir, names, "experiment")
     trials, cells = grid.trials_of(config), grid.cells_of(config, {})
     axes = grid.axes_of(config)
     for spec in _specs(config):
@@ -134,9 +127,9 @@ class _Work:
     def __init__(self, config, out, progress):
         self._config, self._out, self._progress = config, out, progress
         self.rows, self.failed, self.computed = {}, {}, 0
-        earlier = [] if config.rows is None else [config.rows]
-        for path in [*earlier, *([out / ROWS] if (out / ROWS).exists() else [])]:
-            self.rows |= {row["cell"]: row for row in tables.read_csv(path)}
+        for path in (config.rows, out / ROWS if (out / ROWS).exists() else None):
+            if path is not None:
+                self.rows |= {row["cell"]: row for row in tables.read_csv(path)}
         self._maker = Maker(progress)
 
     def is_settled(self, cell) -> bool:
@@ -199,14 +192,12 @@ def _row(cell, reports):
         "embedding_drift_per_token": metrics.get("drift", {}).get("embedding_drift_per_token"),
     }
     for kind in grid.KINDS:
-        report = reports.get(kind)
-        seconds = None if report is None else report["seconds"]
+        report = reports.get(kind, {})
+        seconds = report.get("seconds")
         if isinstance(seconds, dict):
             seconds = round(sum(seconds.values()), 3)
-        row[f"{kind}_seconds"] = seconds
-        row[f"{kind}_memory_bytes"] = report and (
-            report.get("peak_device_memory_bytes") or report["peak_memory_bytes"]
-        )
+        peak = report.get("peak_device_memory_bytes") or report.get("peak_memory_bytes")
+        row |= {f"{kind}_seconds": seconds, f"{kind}_memory_bytes": peak}
     return row
 
 
@@ -230,19 +221,13 @@ def _name(cell):
 def _specs(config):
     if config.tables:
         return config.tables
-    grids = config.grid if isinstance(config.grid, list) else [config.grid]
-    across = [n for g in grids for n, v in g.items() if len(v) > 1 and n not in ("seed", "defense")]
+    lists = [pair for each in grid.grids_of(config) for pair in each.items()]
+    across = [n for n, values in lists if len(values) > 1 and n not in ("seed", "defense")]
     return [{"title": f"By {name}", "across": name} for name in dict.fromkeys(across)]
 
 
 def write_tables(rows: Sequence[dict], config: ExperimentConfig, folder: Path) -> None:
-    """Write tables.md and a picture for each table.
-
-    Args:
-        rows: as in rows.csv.
-        config: whose ``tables`` say what is shown.
-        folder: where to.
-    """
+    """Write tables.md and a picture for each table that the config asks for."""
     texts = []
     for number, spec in enumerate(_specs(config), 1):
         text = tables.markdown(rows, spec)

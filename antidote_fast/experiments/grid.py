@@ -7,6 +7,7 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from antidote_fast.config.base import StageConfig, fields_by
 from antidote_fast.config.experiment import SECTIONS, ExperimentConfig
@@ -78,7 +79,7 @@ class Cell:
 
 def axes_of(config: ExperimentConfig) -> list[str]:
     """Every axis that the file names, defense and seed among them."""
-    named = [name for grid in _grids(config) for name in grid]
+    named = [name for grid in grids_of(config) for name in grid]
     return list(dict.fromkeys(["defense", *named, "seed"]))
 
 
@@ -93,14 +94,14 @@ def cells_of(config: ExperimentConfig, chosen: dict[str, dict]) -> list[Cell]:
         UsageError: an axis, level, flag or value that is none.
     """
     cells = {}
-    for grid in _grids(config):
-        names = list(dict.fromkeys(["defense", *grid, "seed"]))
-        lists = {"defense": config.defenses, "seed": [config.seed], **grid}
-        for name in names:
-            if not isinstance(lists[name], list) or not lists[name]:
-                raise UsageError(f"grid.{name}={lists[name]!r}: must be a list of values")
-        for values in itertools.product(*(lists[name] for name in names)):
-            axes = dict(zip(names, values, strict=True))
+    for grid in grids_of(config):
+        lists = {"defense": config.defenses, **grid}
+        lists.setdefault("seed", [config.seed])
+        for name, values in lists.items():
+            if not isinstance(values, list) or not values:
+                raise UsageError(f"grid.{name}={values!r}: must be a list of values")
+        for values in itertools.product(*lists.values()):
+            axes = dict(zip(lists, values, strict=True))
             cell = make_cell(config, axes, chosen.get(axes["defense"], {}))
             cells.setdefault(cell.key, cell)
     return list(cells.values())
@@ -115,11 +116,10 @@ def trials_of(config: ExperimentConfig) -> dict[str, list[tuple[dict, Cell]]]:
     tune = config.tune
     if tune is None:
         return {}
-    entries = {"seed", "at", "strengths", "evaluate"}
     for name in tune:
-        if name not in entries:
-            raise UsageError(f"tune.{name}: is none of {', '.join(sorted(entries))}")
-    seeds = {seed for grid in _grids(config) for seed in grid.get("seed", [config.seed])}
+        if name not in ("at", "evaluate", "seed", "strengths"):
+            raise UsageError(f"tune.{name}: is none of at, evaluate, seed, strengths")
+    seeds = {seed for grid in grids_of(config) for seed in grid.get("seed", [config.seed])}
     seed = tune.get("seed")
     if not isinstance(seed, int) or seed in seeds:
         raise UsageError(f"tune.seed={seed!r}: must be an integer that is no seed of the grid")
@@ -163,14 +163,15 @@ def make_cell(config: ExperimentConfig, axes: dict, extra: dict, *, role: str = 
             _put(sections, shared, name, each, f"grid.{axis}")
     for name, each in extra.items():
         _put(sections, shared, name, each, "tune")
-    for name in ("vaccine", "repnoise", "lisa", "ldifs"):
-        if defense == name:
-            sections["align" if name in ("vaccine", "repnoise") else "finetune"]["defense"] = name
-    if defense in ("vaccine", "repnoise") and config.align is None:
-        raise UsageError(f"align=null: must be given with defense {defense}")
-    for kind, is_left_out in (("align", config.align is None), ("prune", not prunes)):
-        if is_left_out:
-            del sections[kind]
+    trained = _STRENGTHS.get(defense, ("",))[0].partition(".")[0]
+    if trained in ("align", "finetune"):
+        sections[trained]["defense"] = defense
+    if config.align is None:
+        if trained == "align":
+            raise UsageError(f"align=null: must be given with defense {defense}")
+        del sections["align"]
+    if not prunes:
+        del sections["prune"]
     folders = _HashedFolders(config)
     base = shared.pop("model_name_or_path")
     chain = Chain(base, shared, config.batch_size, sections, folders)
@@ -214,12 +215,16 @@ def _defaults(kind):
     return from_values(SECTIONS[kind], _REQUIRED[kind], kind)
 
 
-def _grids(config):
+def grids_of(config: ExperimentConfig) -> list[dict[str, Any]]:
+    """The grids whose cells are joined.
+
+    Raises:
+        UsageError: an axis that is none.
+    """
     grids = config.grid if isinstance(config.grid, list) else [config.grid]
     for grid in grids:
         for name in grid:
-            is_axis = name in AXES or name in config.levels or name == "defense" or "." in name
-            if not is_axis:
+            if name not in (*AXES, *config.levels, "defense") and "." not in name:
                 near = close_to(name, [*AXES, *config.levels])
                 raise UsageError(f"grid.{name}: is no axis{near}")
     return grids
@@ -227,20 +232,15 @@ def _grids(config):
 
 def _flags_of(config, axis, value):
     """The flags that a value of an axis stands for."""
-    levels = config.levels.get(axis, {})
+    if axis not in (*config.levels, "defense"):
+        return {AXES.get(axis, axis): value}
+    levels = {str(name): flags for name, flags in config.levels.get(axis, {}).items()}
     if axis == "defense":
-        flags = {}
-        for part in str(value).split("+"):
-            flags |= levels.get(part, {})
-        return flags
-    if axis in config.levels:
-        by_name = {str(name): flags for name, flags in levels.items()}
-        if str(value) not in by_name:
-            raise UsageError(
-                f"grid.{axis}={value!r}: must be among levels.{axis}: {', '.join(by_name)}"
-            )
-        return by_name[str(value)]
-    return {AXES.get(axis, axis): value}
+        parts = str(value).split("+")
+        return {name: each for part in parts for name, each in levels.get(part, {}).items()}
+    if str(value) not in levels:
+        raise UsageError(f"grid.{axis}={value!r}: must be among levels.{axis}: {', '.join(levels)}")
+    return levels[str(value)]
 
 
 def _put(sections, shared, name, value, where):
@@ -256,9 +256,5 @@ def _put(sections, shared, name, value, where):
 
 
 def _strength(defense, after, stages):
-    parts = []
-    for each in (defense, after):
-        for name in _STRENGTHS.get(each, ()):
-            section, _, flag = name.partition(".")
-            parts.append(f"{flag}={getattr(stages[section], flag):g}")
-    return " ".join(parts)
+    names = [name.split(".") for each in (defense, after) for name in _STRENGTHS.get(each, ())]
+    return " ".join(f"{flag}={getattr(stages[kind], flag):g}" for kind, flag in names)

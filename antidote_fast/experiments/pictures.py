@@ -6,17 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from antidote_fast.experiments.tables import (
-    DEFENSES,
-    MEASURES,
-    MISSING,
-    PERCENTS,
-    STAGES,
-    is_cost,
-    measures_of,
-    shown,
-    table,
-)
+from antidote_fast.experiments import tables
+from antidote_fast.experiments.tables import DEFENSES, shown
 
 # Fixed colours, so that a score looks the same in every picture (Okabe and Ito's palette).
 _COLOURS = {
@@ -36,11 +27,9 @@ _OTHERS = [("#0072B2", "P"), ("#999999", "X"), *(style[1:] for style in DEFENSES
 def _panels(width, height, number=1):
     """A figure of so many inches and its axes, side by side, with a grid."""
     # Not pyplot: it would keep the figure, and pick a window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = list(figure.subplots(1, number, squeeze=False)[0])
     for axes in panels:
         axes.grid(color="#dddddd", linewidth=0.7)
@@ -52,12 +41,11 @@ def plot(rows: Sequence[dict], spec: dict, path: str | os.PathLike) -> None:
     """Draw a table: a panel a measure, a line a defense; or the stages' seconds as stacked bars.
 
     Args:
-        rows: an experiment's rows.
-        spec: what :func:`check_spec` accepts; its ``log`` holds where all columns are above 0.
+        rows, spec: as :func:`tables.table`; ``log`` holds where all columns are above 0.
         path: the PNG to write.
     """
-    contents, cost = table(rows, spec), is_cost(spec)
-    measures = ("seconds",) if cost else measures_of(spec)
+    contents, cost = tables.table(rows, spec), tables.is_cost(spec)
+    measures = ("seconds",) if cost else tables.measures_of(spec)
     height = 1.6 + 0.45 * len(contents["rows"]) if cost else 4.5
     # Room for the title and the legend, at some 0.09 inches a letter.
     legend = max((len(shown(row["name"])) for row in contents["rows"]), default=0)
@@ -87,20 +75,20 @@ def _draw_lines(axes, contents, measure, log):
     width = last - first or 1.0
     gap = min((b - a for a, b in itertools.pairwise(places)), default=width)
     step = min(0.012 * width, 0.12 * gap)  # between lines, so that equal points stay visible
-    _, label, _, unit, _ = MEASURES[measure]
+    _, label, _, unit, _ = tables.MEASURES[measure]
     others = iter(_OTHERS * len(rows))
     for i, row in enumerate(rows):
         colour, marker = DEFENSES[row["name"]][1:] if row["name"] in DEFENSES else next(others)
         shift = step * (i - (len(rows) - 1) / 2)
         points = zip(places, row["cells"][measure], strict=True)
         points = [(place + shift, *point[:2]) for place, point in points if point is not None]
+        bars = [math.nan if sd is None else sd / unit for *_, sd in points]
+        if all(map(math.isnan, bars)):
+            bars = None  # and none in the legend, where there is one seed
         axes.errorbar(
             [10**x if log else x for x, *_ in points],
             [mean / unit for _, mean, _ in points],
-            # No bar, and none in the legend, where there is one seed.
-            [math.nan if sd is None else sd / unit for *_, sd in points]
-            if any(sd is not None for *_, sd in points)
-            else None,
+            bars,
             color=colour,
             marker=marker,
             markersize=11 if marker == "*" else 7,
@@ -123,28 +111,26 @@ def _draw_lines(axes, contents, measure, log):
         axes.tick_params(axis="x", rotation=25)
         for text in axes.get_xticklabels():
             text.set(horizontalalignment="right", rotation_mode="anchor")
-    if measure in PERCENTS:
+    if measure in tables.PERCENTS:
         axes.set_ylim(-3, 103)
-    axes.set_xlabel(contents["across"])
-    axes.set_ylabel(label)
+    axes.set(xlabel=contents["across"], ylabel=label)
 
 
 def _draw_cost(axes, rows):
     names = [shown(row["name"]) for row in rows]
     ends, texts = [0.0] * len(rows), [[] for _ in rows]
-    for i, (stage, colour) in enumerate(STAGES.values()):
+    for i, (stage, colour) in enumerate(tables.STAGES.values()):
         points = [row["cells"]["seconds"][i] or (0.0, None, 0) for row in rows]
         axes.barh(names, [mean for mean, *_ in points], left=ends, color=colour, label=stage)
         ends = [end + mean for end, (mean, *_) in zip(ends, points, strict=True)]
         for text, (mean, _, count) in zip(texts, points, strict=True):
             text += [f"{mean:,.0f}"] if count else []
     for y, (end, text) in enumerate(zip(ends, texts, strict=True)):
-        text = f"{' + '.join(text)} s" if text else MISSING
+        text = f"{' + '.join(text)} s" if text else tables.MISSING
         axes.text(end, y, f" {text}", va="center", fontsize=9)
-    axes.set_xlim(0, 1.4 * max(ends) or 1.0)
+    axes.set(xlim=(0, 1.4 * max(ends) or 1.0), xlabel="seconds")
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("seconds")
 
 
 def plot_demo(report: dict, path: str | os.PathLike) -> None:
@@ -163,14 +149,12 @@ def plot_demo(report: dict, path: str | os.PathLike) -> None:
 def plot_sweep(report: dict, path: str | os.PathLike) -> None:
     """Draw what a sweep measured: a curve a score and scope, the budget, and what is recommended.
 
-    Rows without a harmful score, which was not needed to tell that they cost too much, have no
-    place.
-
     Args:
         report: the contents of a sweep's report.json.
         path: the PNG to write.
     """
     config, best = report["config"], report["recommended"]
+    # Rows without a harmful score, which was not needed to tell that they cost too much.
     unplaced = sum(row["harmful_score"] is None for row in report["rows"])
     title = f"Sweep of {Path(config['adapter'] or config['model_name_or_path']).name}"
     title += ", held-out prompts, points named by ratio"
@@ -183,16 +167,11 @@ def plot_sweep(report: dict, path: str | os.PathLike) -> None:
 
 
 def _draw(path, title, models, start, rows, best, least=0):
-    """Harmful score against finetune accuracy.
+    """Harmful score against finetune accuracy: a curve a score and scope, in the order of ratios.
 
-    Args:
-        path: the picture.
-        title: its title.
-        models: {name: metrics} of models that no curve made.
-        start: the one of them at which every curve begins.
-        rows: those of a sweep; a curve a score and scope, its points in the order of their ratios.
-        best: (what it is, its row, its metrics) of what was chosen, or None.
-        least: the accuracy that is just within the budget; drawn where it is above 0.
+    Every curve begins at the model ``start``, one of ``models`` ({name: metrics}); ``rows`` are a
+    sweep's. ``best`` is (what it is, its row, its metrics) of what was chosen, or None; ``least``,
+    drawn where it is above 0, is the accuracy that is just within the budget.
     """
     figure, [axes] = _panels(10, 7)
     curves = {}
@@ -213,13 +192,12 @@ def _draw(path, title, models, start, rows, best, least=0):
             *zip(*places, strict=True),
             color=_COLOURS.get(score),
             linestyle=style,
-            linewidth=1.6,
-            alpha=0.8,
+            marker=dot,
+            markersize=5,
+            markevery=slice(1, None),
+            label=f"{score}, {scope}",
             zorder=2,
         )
-        xs, ys = [x for x, _ in places[1:]], [y for _, y in places[1:]]
-        look = {"marker": dot, "color": line.get_color(), "label": f"{score}, {scope}"}
-        axes.scatter(xs, ys, s=26, zorder=3, **look)
         for place, ratios in _groups(points):
             text = f"{ratios[0]:g}" if len(ratios) == 1 else f"{ratios[0]:g} to {ratios[-1]:g}"
             labels.append((place, text, line.get_color()))
@@ -232,25 +210,15 @@ def _draw(path, title, models, start, rows, best, least=0):
     if best is not None:
         word, row, metrics = best
         label = f"{word}: {row['score']}, {row['scope']} at {row['ratio']:g}"
-        axes.scatter(
-            *_place(metrics),
-            facecolor="none",
-            edgecolor="#CC79A7",
-            linewidth=2.2,
-            s=260,
-            zorder=5,
-            label=label,
-        )
+        look = {"facecolor": "none", "edgecolor": "#CC79A7", "linewidth": 2.2}
+        axes.scatter(*_place(metrics), s=260, zorder=5, label=label, **look)
     if least > 0:
-        axes.axvline(
-            least, color="#555555", linestyle=(0, (1, 2)), label=f"budget: FA {least:g}", zorder=1
-        )
-    axes.set_xlabel("finetune accuracy FA, % (higher is better)")
-    axes.set_ylabel("harmful score HS, % (lower is better)")
-    axes.set_xlim(*_LIMITS)
-    axes.set_ylim(*_LIMITS)
-    axes.set_xticks(range(0, 101, 20))
-    axes.set_yticks(range(0, 101, 20))
+        look = {"color": "#555555", "linestyle": (0, (1, 2))}
+        axes.axvline(least, label=f"budget: FA {least:g}", zorder=1, **look)
+    ticks = range(0, 101, 20)
+    axes.set(xlim=_LIMITS, ylim=_LIMITS, xticks=ticks, yticks=ticks)
+    axes.set_xlabel(tables.MEASURES["finetune_accuracy"][1])
+    axes.set_ylabel(tables.MEASURES["harmful_score"][1])
     axes.set_title(title, fontsize=11, parse_math=False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     figure.savefig(path, format="png")
@@ -294,14 +262,7 @@ def _label(axes, place, text, colour, taken):
 
     x, y = next((spot for spot in candidates if free(*spot)), candidates[0])
     taken.append((x, y, width))
-    written = axes.annotate(
-        text,
-        place,
-        xytext=(x, y),
-        textcoords="data",
-        color=colour,
-        fontsize=8,
-        zorder=6,
-        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.7},
-    )
-    written.set_path_effects([withStroke(linewidth=2, foreground="white")])
+    arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.7}
+    look = {"color": colour, "fontsize": 8, "arrowprops": arrow}
+    look["path_effects"] = [withStroke(linewidth=2, foreground="white")]
+    axes.annotate(text, place, xytext=(x, y), zorder=6, **look)

@@ -5,17 +5,15 @@ from pathlib import Path
 
 from antidote_fast.config.base import StageConfig
 from antidote_fast.config.experiment import SECTIONS, RunConfig
-from antidote_fast.errors import DataError, UsageError
-from antidote_fast.experiments.chain import Chain, Maker, check_own_folder, shared_flags
+from antidote_fast.errors import UsageError
+from antidote_fast.experiments.chain import Chain, Maker, at_work, check_own_folder, shared_flags
 from antidote_fast.files.commit import check_output_folder
 from antidote_fast.files.manifest import read_manifest
-from antidote_fast.files.places import locked_file
-from antidote_fast.files.provenance import REPORT, replace_report
+from antidote_fast.files.provenance import REPORT, write_report
 from antidote_fast.stages.inputs import check_data
 from antidote_fast.system.progress import Progress, track
 
 _SET_HERE = ("model_name_or_path", "output_dir", "adapter", "overwrite", "reference_model")
-_FOLDERS = ("aligned", "attacked", "pruned", "scores")
 
 
 def run(config: RunConfig, *, progress: Progress = False) -> dict:
@@ -34,8 +32,7 @@ def run(config: RunConfig, *, progress: Progress = False) -> dict:
     out = Path(config.output_dir)
     stages, scores = stages_of(config)
     check(config, stages, scores)
-    busy = DataError(f"output_dir={config.output_dir!r}: another run is at work there")
-    with locked_file(out / ".run.lock", busy, make=True):
+    with at_work(config.output_dir, "run"):
         maker, seconds, reused = Maker(progress), {}, []
 
         def make(name, kind, stage):
@@ -58,7 +55,7 @@ def run(config: RunConfig, *, progress: Progress = False) -> dict:
             "stage_seconds": seconds,
             "reused": reused,
         }
-        return replace_report(out, "run", config, results)
+        return write_report(out, "run", config, results, grows=True)
 
 
 def stages_of(config: RunConfig) -> tuple[dict[str, StageConfig], dict[str, StageConfig]]:
@@ -88,16 +85,12 @@ def stages_of(config: RunConfig) -> tuple[dict[str, StageConfig], dict[str, Stag
 def check(config: RunConfig, stages: dict, scores: dict) -> None:
     """Refuse data that cannot be read and folders that cannot be written, before the first stage.
 
-    Args:
-        config: the run's.
-        stages, scores: as :func:`stages_of` gives them.
+    ``stages`` and ``scores`` are those of :func:`stages_of`.
 
     Raises:
         DataError: naming what is refused.
     """
-    # A killed stage leaves a staged folder, .aligned.partial, which the next one removes.
-    litter = (*(f".{name}." for name in _FOLDERS), ".run.", ".report.")
-    check_own_folder(config.output_dir, (*_FOLDERS, REPORT), litter, "run")
+    check_own_folder(config.output_dir, ("aligned", "attacked", "pruned", "scores", REPORT), "run")
     every = [*stages.values(), *scores.values()]
     check_data(every)
     for stage in every:

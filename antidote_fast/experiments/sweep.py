@@ -24,7 +24,6 @@ from antidote_fast.stages import evaluate
 from antidote_fast.stages.evidence import collect
 from antidote_fast.stages.gates import stage
 from antidote_fast.stages.gates.answers import check_texts
-from antidote_fast.stages.gates.stage import answers_of, check_stage, texts_of
 from antidote_fast.stages.inputs import describe_backend, load_data, open_aligned, open_folders
 from antidote_fast.system.progress import Clock, Progress
 
@@ -36,10 +35,6 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
 
     The model is pruned as it is loaded: with a ``dtype`` other than that of its files, ``prune`` of
     the files may remove other weights where scores are nearly equal.
-
-    Args:
-        config: what to try, and on what.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
 
     Returns:
         The contents of report.json: as :func:`sweep_model`, with ``command``, the line that makes
@@ -60,7 +55,7 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
         answers = None
         if checked.prompts:
             about = (checked.aligned, config.device, asked.tokenizer, checked.prompts, progress)
-            answers = answers_of(config.learning(), *about)
+            answers = stage.answers_of(config.learning(), *about)
             clock.lap("ask the aligned model")
         model = load_model(checked.base.folder, **config.load_options)
         if checked.adapter is not None:
@@ -72,20 +67,21 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
         judge = get_judge(config.evaluation().judge, **asked.judge)
         clock.lap("load")
         learn = _learner(config, model, checked, answers, bases, progress)
-        norms, counts = _collect(config, model, checked, progress)
-        if config.save_norms:
-            for kind, each in norms.items():
-                each.save(folder / NORM_FILES[kind])
+        norms, counts = {}, {}
+        for kind in config.kinds:  # a pass over the data for each
+            batches = checked.batches["preserve_dataset" if kind == "preserve" else "dataset"]
+            told = config.collecting(kind)
+            norms[kind], counts[kind] = collect(told, model, batches, progress=progress)
+            if config.save_norms:
+                norms[kind].save(folder / NORM_FILES[kind])
         clock.lap("calibrate")
         how = {name: getattr(config, name) for name in ("template", "max_new_tokens", "batch_size")}
         prompts = Prompts(**asked.sets, task_name=config.task, judge=judge, **how)
         evidence = SweepEvidence(norms, bases, config.score_delta, learn)
         names = ("ratios", "scopes", "scores", "max_accuracy_drop", "max_refusal_rise")
         names += ("targets", "ignore", "seed", "backend")
-        options = {name: getattr(config, name) for name in names}
-        results = sweep_model(
-            model, asked.tokenizer, prompts, evidence, **options, progress=progress
-        )
+        options = {name: getattr(config, name) for name in names} | {"progress": progress}
+        results = sweep_model(model, asked.tokenizer, prompts, evidence, **options)
         best = results["recommended"]
         where = best and (best["score"], best["scope"], best["ratio"])
         results |= {
@@ -118,20 +114,6 @@ def _learner(config, model, checked, answers, bases, progress):
         return stage.learn(settings, *about, answers, bases, progress)[0]
 
     return learn
-
-
-def _collect(config, model, checked, progress):
-    """({kind: norms}, {kind: what the report says of them}), a pass over the data a kind."""
-    norms, counts = {}, {}
-    for kind in config.kinds:
-        name = "preserve_dataset" if kind == "preserve" else "dataset"
-        norms[kind], counts[kind] = collect(
-            config.collecting(kind),
-            model,
-            checked.batches[name],
-            progress=progress,
-        )
-    return norms, counts
 
 
 def _flat(row):
@@ -173,34 +155,27 @@ def check(config: SweepConfig, progress: Progress = False) -> Checked:
     importlib.import_module("matplotlib")  # for the picture, which is drawn last
     backend = describe_backend(config.backend, pick_device(config.device))
     asked = evaluate.open_inputs(config.evaluation())
-    data = ("dataset", "preserve_dataset")
-    records = {name: load_data(config, None, name) for name in data if _kinds_of(config, name)}
+    data = {"dataset": {"all", "response"}, "preserve_dataset": {"preserve"}}
+    collected_on = [name for name, kinds in data.items() if kinds.intersection(config.kinds)]
+    records = {name: load_data(config, None, name) for name in collected_on}
     learned_on = data if config.learned else ()
     prompts = {name: load_data(config.learning(), None, name) for name in learned_on}
     for name, some in asked.sets.items():
-        for calibration in (records, prompts):
-            _check_apart(config, f"{name}_dataset", some, calibration)
+        _check_apart(config, f"{name}_dataset", some, [*records.items(), *prompts.items()])
     base, adapter = open_folders(config, progress)
     aligned = open_aligned(config, base, progress)
-    batches = {
-        name: batches_of(config, some, asked.tokenizer, base.config)
-        for name, some in records.items()
-    }
+    about = (asked.tokenizer, base.config)
+    batches = {name: batches_of(config, some, *about) for name, some in records.items()}
     if config.learned:
-        check_stage(config.learning(), base, adapter is not None)
-        check_texts(asked.tokenizer, *prompts.values(), **texts_of(config))
+        stage.check_stage(config.learning(), base, adapter is not None)
+        check_texts(asked.tokenizer, *prompts.values(), **stage.texts_of(config))
     check_memory(config, [base, adapter])
     return Checked(base, adapter, aligned, asked, batches, prompts, backend)
 
 
-def _kinds_of(config, name):
-    """The kinds of norms that are collected on the data set of this field."""
-    return [k for k in config.kinds if (k == "preserve") == (name == "preserve_dataset")]
-
-
 def _check_apart(config, field, records, calibration):
     """Refuse prompts to choose on that are calibrated on: what is chosen would look too good."""
-    for name, others in calibration.items():
+    for name, others in calibration:
         seen = {record.prompt_key for record in others}
         common = sum(record.prompt_key in seen for record in records)
         if common:

@@ -5,6 +5,7 @@ and ``defense`` among them; None or absent where an axis does not apply), and th
 """
 
 import csv
+import itertools
 import math
 import numbers
 import os
@@ -34,22 +35,17 @@ STAGES = {
     "finetune": ("fine-tune", "#E69F00"),
     "prune": ("prune", "#D55E00"),
 }
+_LOWER, _HIGHER = "lower is better", "higher is better"
 PERCENTS = {
-    "harmful_score": ("HS", "harmful score", "harmful prompts with a harmful answer", "lower"),
-    "finetune_accuracy": ("FA", "finetune accuracy", "the task's samples done right", "higher"),
-    "benign_refusal_rate": ("BR", "benign refusals", "harmless prompts refused", "lower"),
+    "harmful_score": ("HS", "harmful score", "harmful prompts with a harmful answer", _LOWER),
+    "finetune_accuracy": ("FA", "finetune accuracy", "the task's samples done right", _HIGHER),
+    "benign_refusal_rate": ("BR", "benign refusals", "harmless prompts refused", _LOWER),
 }
 METRICS = tuple(PERCENTS)
 # Heading, label, meaning, unit, decimals.
 MEASURES = {
-    key: (
-        short,
-        f"{name} {short}, % ({better} is better)",
-        f"{name}, % of {what} ({better} is better)",
-        1,
-        1,
-    )
-    for key, (short, name, what, better) in PERCENTS.items()
+    key: (short, f"{name} {short}, % ({best})", f"{name}, % of {what} ({best})", 1, 1)
+    for key, (short, name, what, best) in PERCENTS.items()
 }
 MEASURES["embedding_drift_per_token"] = ("drift", *2 * ("embedding drift per token",), 1, 3)
 for _stage, (_name, _) in STAGES.items():
@@ -88,12 +84,8 @@ def write_csv(rows: Sequence[dict], path: str | os.PathLike) -> Path:
 def read_csv(path: str | os.PathLike) -> list[dict]:
     """Rows from a file of :func:`write_csv`.
 
-    Args:
-        path: the file.
-
-    Returns:
-        Dicts that all have every column: None for an empty field, and an int or a float for what
-        reads as one, except in `TEXT_COLUMNS`.
+    All have every column: None for an empty field, and an int or a float for what reads as one,
+    except in `TEXT_COLUMNS`.
 
     Raises:
         DataError: the file cannot be read, its header has no ``cell`` or a column twice, or a
@@ -123,13 +115,7 @@ def read_csv(path: str | os.PathLike) -> list[dict]:
 
 
 def spread(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (n - 1).
-
-    Args:
-        values: at least one number.
-
-    Returns:
-        (mean, standard deviation, or None where there are fewer than two values).
+    """Mean and sample standard deviation (n - 1), the latter None where there is but one value.
 
     Raises:
         ValueError: there are no values.
@@ -178,24 +164,15 @@ def table(rows: Sequence[dict], spec: dict) -> dict:
 
 
 def markdown(rows: Sequence[dict], spec: dict) -> str:
-    """A heading, a table in the paper's layout, and a line that says what it shows.
-
-    Args:
-        rows: an experiment's rows.
-        spec: what :func:`check_spec` accepts.
-
-    Returns:
-        Markdown that ends with a newline.
-    """
+    """Markdown of a :func:`table` in the paper's layout, with a line that says what it shows."""
     contents = table(rows, spec)
     if not contents["rows"]:
         return f"### {markdown_text(spec['title'])}\n\nNo results.\n"
     columns = contents["columns"] + ([] if is_cost(spec) else ["avg"])
     head, lines = [_down(spec)], []
-    for measure in measures_of(spec):
-        for x in columns:
-            short = MEASURES[_key(spec, measure, x)][0]
-            head.append(short if is_cost(spec) else f"{short} {shown(x)}")
+    for measure, x in itertools.product(measures_of(spec), columns):
+        short = MEASURES[_key(spec, measure, x)][0]
+        head.append(short if is_cost(spec) else f"{short} {shown(x)}")
     for row in contents["rows"]:
         lines.append([shown(row["name"])])
         for measure, points in row["cells"].items():
@@ -295,12 +272,12 @@ def _key(spec, measure, x):
 
 def _chosen(rows, spec):
     where = spec.get("where") or {}
-    fits = [all(_value(row, n) in (None, _value(where, n)) for n in where) for row in rows]
-    return [r for r, fit in zip(rows, fits, strict=True) if fit and r.get("role") == "test"]
+    tests = [row for row in rows if row.get("role") == "test"]
+    return [r for r in tests if all(_value(r, n) in (None, _value(where, n)) for n in where)]
 
 
 def _at(rows, spec, x):
-    own = [] if is_cost(spec) else [row for row in rows if _value(row, spec["across"]) is not None]
+    own = [row for row in rows if _value(row, spec.get("across")) is not None]
     return [row for row in own if _value(row, spec["across"]) == x] if own else rows
 
 

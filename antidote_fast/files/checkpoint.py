@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -15,19 +16,12 @@ from pathlib import Path
 import torch
 
 from antidote_fast.errors import DataError, printable, readable
+from antidote_fast.files import safe_open
 from antidote_fast.files.bounds import check_counts
 from antidote_fast.files.fingerprint import fingerprint
 from antidote_fast.files.manifest import read_manifest
-from antidote_fast.files.safe_open import (
-    Folder,
-    Watch,
-    check_stored,
-    identity,
-    is_file_name,
-    open_file,
-    read_all,
-)
-from antidote_fast.files.tensor_file import TensorEntry, bytes_of, read_into, read_tensor
+from antidote_fast.files.safe_open import Folder, Watch, open_file
+from antidote_fast.files.tensor_file import DTYPES, TensorEntry, bytes_of, read_into, read_tensor
 from antidote_fast.system.progress import Progress, track
 
 MODEL_FILE = "model.safetensors"
@@ -43,20 +37,6 @@ _MAX_ALL_TENSORS = 1_000_000
 _MAX_NAME = 512
 _MAX_DIMENSIONS = 8
 _MAX_SIZE = 1 << 40
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 
 @dataclass(frozen=True)
@@ -64,8 +44,7 @@ class Checkpoint:
     """A checked folder of a model or of a PEFT adapter.
 
     Args:
-        folder: the folder.
-        is_adapter: True for a PEFT adapter.
+        folder, is_adapter: where, and which of the two.
         config: ``config.json`` or ``adapter_config.json``.
         tensors: every tensor by its name as saved.
         weight_files: the safetensors files, in order.
@@ -86,19 +65,12 @@ class Checkpoint:
 
         A file may leave out the model's prefix (``transformer.`` of GPT-2 on the hub) or have it.
         """
-        if key in self.tensors:
-            return key
-        tail = key.split(".", 1)[-1]
-        if tail in self.tensors:
-            return tail
-        return self._by_tail.get(key)
+        names = (key, key.split(".", 1)[-1])
+        saved = next((name for name in names if name in self.tensors), None)
+        return saved or self._by_tail.get(key)
 
     def entry(self, key: str) -> TensorEntry:
-        """Where the parameter ``key`` of the live model lies.
-
-        Raises:
-            DataError: it is not in the checkpoint.
-        """
+        """Where the parameter ``key`` of the live model lies; a DataError where it is not saved."""
         name = self.find(key)
         if name is None:
             raise DataError(f"{self.folder}: has no tensor {key!r}")
@@ -126,10 +98,6 @@ class Checkpoint:
     def read(self, keys: Iterable[str], progress: Progress = False) -> dict[str, torch.Tensor]:
         """Tensors by live parameter name, in memory of their own.
 
-        Args:
-            keys: the names.
-            progress: as :func:`antidote_fast.system.progress.track` takes it.
-
         Raises:
             DataError: a key is not in the checkpoint, or a file cannot be read.
         """
@@ -142,9 +110,7 @@ class Checkpoint:
                 )
             try:
                 tensors[key] = self._held_tensor(entry) if self.is_adapter else read_tensor(entry)
-            except DataError:
-                raise
-            except (OSError, RuntimeError, TypeError, ValueError) as error:
+            except RuntimeError as error:
                 raise DataError(f"{entry.file}: cannot be read: {printable(error):.300}") from None
         return tensors
 
@@ -157,7 +123,7 @@ class Checkpoint:
         """
         [path] = self.weight_files
         with readable(path), self.source.open(path.name) as file:
-            data = read_all(file, path, max(e.end for e in self.tensors.values()))
+            data = safe_open.read_all(file, path, max(e.end for e in self.tensors.values()))
         length = _header_length(path, data, len(data))
         listed = (read_manifest(self.folder) or {"files": {}})["files"].get(path.name)
         same = listed is None or hashlib.sha256(data).hexdigest() == listed["sha256"]
@@ -172,9 +138,8 @@ class Checkpoint:
 
     def digests(self) -> dict[str, str]:
         """{path: SHA-256} of an adapter's weights, of the very bytes that :meth:`read` gave."""
-        return {
-            str(path): hashlib.sha256(self.adapter_bytes).hexdigest() for path in self.weight_files
-        }
+        [path] = self.weight_files
+        return {str(path): hashlib.sha256(self.adapter_bytes).hexdigest()}
 
     def fingerprint(self) -> str:
         """As :func:`antidote_fast.files.fingerprint.fingerprint_model`, from the files.
@@ -192,8 +157,8 @@ class Checkpoint:
                     for file in self.weight_files
                 }
                 weights = (
-                    (name, entry.shape, entry.dtype, self._rows(handles[entry.file], entry))
-                    for name, entry in self.tensors.items()
+                    (name, e.shape, e.dtype, functools.partial(_read_rows, handles[e.file], e))
+                    for name, e in self.tensors.items()
                 )
                 return fingerprint(weights, self.config.get("model_type"))
         except DataError:
@@ -201,20 +166,16 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             raise DataError(f"{self.folder}: cannot be read: {printable(error):.300}") from None
 
-    @staticmethod
-    def _rows(handle, entry):
-        """Rows by seeking: a memory map fails where the file is larger than the memory."""
 
-        def rows(indices, columns):
-            size, width = entry.dtype.itemsize, entry.shape[1]
-            columns = min(columns, width)
-            data = bytearray()
-            for index in indices:
-                handle.seek(entry.start + int(index) * width * size)
-                data += handle.read(columns * size)
-            return torch.frombuffer(data, dtype=entry.dtype).view(len(indices), columns)
-
-        return rows
+def _read_rows(handle, entry, indices, columns):
+    """Rows by seeking: a memory map fails where the file is larger than the memory."""
+    size, width = entry.dtype.itemsize, entry.shape[1]
+    columns = min(columns, width)
+    data = bytearray()
+    for index in indices:
+        handle.seek(entry.start + int(index) * width * size)
+        data += handle.read(columns * size)
+    return torch.frombuffer(data, dtype=entry.dtype).view(len(indices), columns)
 
 
 @readable()
@@ -238,10 +199,8 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
             f"{folder}: its config asks to run code of its own (auto_map); pass trust_remote_code "
             "if you trust it"
         )
-    if is_adapter:
-        names, index = [ADAPTER_FILE], None
-    elif source.has(MODEL_FILE):
-        names, index = [MODEL_FILE], None
+    if is_adapter or source.has(MODEL_FILE):
+        names, index = [ADAPTER_FILE if is_adapter else MODEL_FILE], {}
     else:
         names, index = _read_index(source)
     tensors = {}
@@ -252,7 +211,7 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
             tensors[key] = entry
         if len(tensors) > _MAX_ALL_TENSORS:
             raise DataError(f"{folder}: lists more than {_MAX_ALL_TENSORS} tensors")
-    for key, name in (index or {}).items():
+    for key, name in index.items():
         if key not in tensors:
             raise DataError(f"{folder / name}: tensor {key!r} of the index is missing")
         if tensors[key].file.name != name:
@@ -268,9 +227,6 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
 def read_tensor_file(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """(metadata, tensors) of one safetensors file, read through one descriptor.
 
-    Args:
-        path: the file; a link out of its folder is not followed.
-
     Raises:
         FileNotFoundError: no such file.
         DataError: it is malformed, cannot be read or changed meanwhile, or holds a dtype that this
@@ -278,7 +234,7 @@ def read_tensor_file(path: str | Path) -> tuple[dict[str, str], dict[str, torch.
     """
     with open_file(path) as file:
         before = os.fstat(file.fileno())
-        check_stored(before, path)
+        safe_open.check_stored(before, path)
         entries, metadata = _header_of(file, path)
         tensors = {}
         for name, entry in entries.items():
@@ -287,21 +243,18 @@ def read_tensor_file(path: str | Path) -> tuple[dict[str, str], dict[str, torch.
             try:
                 tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
             except RuntimeError:
-                size = entry.end - entry.start
-                raise DataError(
-                    f"{path}: {name!r} of {size} bytes does not fit in memory"
-                ) from None
+                what = f"{name!r} of {entry.num_bytes} bytes does not fit in memory"
+                raise DataError(f"{path}: {what}") from None
             read_into(file.fileno(), bytes_of(tensors[name]), entry.start, path)
-        if identity(os.fstat(file.fileno())) != identity(before):
+        if safe_open.identity(os.fstat(file.fileno())) != safe_open.identity(before):
             raise DataError(f"{path}: changed while it was read")
     return metadata, tensors
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file; of the rest no more than the header is read.
+    """The metadata of a safetensors file; no more than its header is read.
 
-    Raises:
-        DataError: as :func:`read_tensor_file`; also where there is no such file.
+    A DataError as :func:`read_tensor_file`; also where there is no such file.
     """
     with readable(path), open_file(path) as file:
         return _header_of(file, path)[1]
@@ -310,10 +263,10 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def read_json(folder: str | Path | Folder, name: str) -> dict:
     """A JSON object from a file of a checkpoint folder, given as a path or held open."""
     folder = folder if isinstance(folder, Folder) else Folder(folder)
-    path = folder.path / name if isinstance(name, str) else folder.path
+    path = folder.path / name
     try:
         with folder.open(name) as file:
-            value = json.loads(read_all(file, path, _MAX_JSON_BYTES).decode("utf-8"))
+            value = json.loads(safe_open.read_all(file, path, _MAX_JSON_BYTES).decode("utf-8"))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except DataError:
@@ -338,16 +291,15 @@ def check_inside(folder: str | Path, name: str) -> bool:
 def _read_index(source):
     folder = source.path
     if not source.has(INDEX_FILE):
-        raise DataError(f"{folder}: {_why_no_safetensors(source, MODEL_FILE)}")
+        raise DataError(_no_safetensors(source, MODEL_FILE))
     index = read_json(source, INDEX_FILE).get("weight_map")
     if not isinstance(index, dict) or not 0 < len(index) <= _MAX_ALL_TENSORS:
         raise DataError(f"{folder / INDEX_FILE}: has no weight_map")
     for key, name in index.items():
         _check_name(folder / INDEX_FILE, key)
-        if not is_file_name(name):
-            raise DataError(
-                f"{folder}: refers to {ascii(name)[:80]}, which is not a plain file name"
-            )
+        if not safe_open.is_file_name(name):
+            what = f"refers to {ascii(name)[:80]}, which is not a plain file name"
+            raise DataError(f"{folder}: {what}")
     names = sorted(set(index.values()))
     for name in names:
         if not name.endswith(".safetensors"):
@@ -355,18 +307,14 @@ def _read_index(source):
     return names, index
 
 
-def _why_no_safetensors(source, expected):
-    others = [
-        name
-        for name in source.names()
-        if Path(name).suffix in _OTHER_WEIGHTS and name not in _NOT_WEIGHTS
-    ]
-    if others:
-        return (
-            f"its weights are in {others[0]}; only safetensors are read (a pickle can run code): "
-            "save it again with safe_serialization"
-        )
-    return f"has no {expected}"
+def _no_safetensors(source, expected):
+    for name in source.names():
+        if Path(name).suffix in _OTHER_WEIGHTS and name not in _NOT_WEIGHTS:
+            return (
+                f"{source.path}: its weights are in {name}; only safetensors are read (a pickle "
+                "can run code): save it again with safe_serialization"
+            )
+    return f"{source.path}: has no {expected}"
 
 
 def _read_header(source, name):
@@ -375,10 +323,9 @@ def _read_header(source, name):
         with source.open(name) as file:
             return _header_of(file, path)[0]
     except FileNotFoundError:
-        if name in (ADAPTER_FILE, MODEL_FILE):
-            why = f"{source.path}: {_why_no_safetensors(source, name)}"
-            raise DataError(why) from None
-        raise DataError(f"{path}: missing") from None
+        is_only = name in (ADAPTER_FILE, MODEL_FILE)
+        why = _no_safetensors(source, name) if is_only else f"{path}: missing"
+        raise DataError(why) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -404,14 +351,32 @@ def _header_length(path, prefix, size):
 
 
 def _parse_header(path, text):
+    """({name: TensorEntry}, metadata) of a header's text."""
+    position, objects, was_enabled = 8 + len(text), itertools.count(1), gc.isenabled()
+
+    def once(pairs):
+        if next(objects) > _MAX_TENSORS + 2:  # the metadata and the header itself
+            raise DataError(f"{path}: lists more than {_MAX_TENSORS} tensors")
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError
+        return values
+
+    gc.disable()  # there are no cycles, and the search takes most of a large header's time
     try:
-        with _no_collection():
-            entries, metadata = _parsed(path, text, 8 + len(text))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
+        # As strict as the loader's own parser: UTF-8, no name twice, no NaN (which int refuses).
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=int)
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError
+        entries = {key: _entry(path, value, position) for key, value in header.items()}
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(f"{path}: its header is malformed") from None
-    position = 8 + len(text)
+    finally:
+        if was_enabled:
+            gc.enable()
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         _check_name(path, key)
         if entry.start != position:
@@ -420,47 +385,9 @@ def _parse_header(path, text):
     return entries, metadata
 
 
-def _parsed(path, text, data_start):
-    """({name: TensorEntry}, metadata) of a header's text."""
-    count = 0
-
-    def once(pairs):
-        nonlocal count
-        count += 1
-        if count > _MAX_TENSORS + 2:  # the metadata and the header itself
-            raise DataError(f"{path}: lists more than {_MAX_TENSORS} tensors")
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            raise ValueError
-        return values
-
-    # As strict as the loader's own parser: UTF-8, no name twice, no NaN.
-    header = json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=_refuse)
-    metadata = header.pop("__metadata__", None) or {}
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError
-    return {key: _entry(path, value, data_start) for key, value in header.items()}, metadata
-
-
-@contextlib.contextmanager
-def _no_collection():
-    """No search for cycles inside: there are none, and it takes most of a large header's time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def _check_name(path, key):
     if len(key) > _MAX_NAME or not key.isprintable():
         raise DataError(f"{path}: tensor name {ascii(key)[:80]} is too long or not printable")
-
-
-def _refuse(constant):
-    raise ValueError
 
 
 def _entry(path, value, data_start):
@@ -470,7 +397,7 @@ def _entry(path, value, data_start):
         raise ValueError
     if len(shape) > _MAX_DIMENSIONS or max(shape, default=0) > _MAX_SIZE:
         raise ValueError
-    dtype = _DTYPES.get(value["dtype"])
+    dtype = DTYPES.get(value["dtype"])
     if dtype is not None and math.prod(shape) * dtype.itemsize != end - start:
         raise ValueError
     return TensorEntry(path, dtype, shape, data_start + start, data_start + end)

@@ -13,23 +13,16 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from antidote_fast.errors import AntidoteError, DataError, NoRoom, NotWritable
-from antidote_fast.files import places
-from antidote_fast.files.manifest import (
-    MANIFEST,
-    MANIFEST_VERSION,
-    TOOL,
-    listing,
-    read_manifest,
-    sha256_file,
-)
-from antidote_fast.files.places import sync
-from antidote_fast.system.progress import Progress, track
+from antidote_fast.files import manifest, places
+from antidote_fast.files.manifest import MANIFEST, TOOL, read_manifest
+from antidote_fast.files.places import run_of, sync
+from antidote_fast.files.safe_open import read_object
+from antidote_fast.system.progress import Progress
 
 STATE = "run.json"  # in the state of a run that resumes
 RUN_INPUTS = "run_inputs"  # in its COMPLETE.json
@@ -51,7 +44,8 @@ def check_output_folder(path: str | Path, overwrite: bool = False) -> None:
     """
     as_named, path = Path(path), Path(os.path.abspath(path))
     with os_errors(as_named, any_number=True):
-        if _holds_litter(path):
+        # What a killed job may have left, inside or beside.
+        if os.path.isdir(path / places.HIDDEN) or (path.is_dir() and os.path.isdir(run_of(path))):
             with contextlib.suppress(AntidoteError), locked(path):
                 pass
         check_contents(as_named, overwrite)
@@ -62,13 +56,10 @@ def check_output_folder(path: str | Path, overwrite: bool = False) -> None:
 
 
 def check_parent(folder: str | Path) -> None:
-    """Refuse a folder in which no output can be made; as :func:`check_output_folder` otherwise.
-
-    Args:
-        folder: where outputs are to be made, such as a fleet's; it need not be there.
+    """Refuse a folder, such as a fleet's, in which no output can be made; it need not be there.
 
     Raises:
-        DataError: naming it.
+        DataError, AntidoteError: as :func:`check_output_folder`.
     """
     folder = Path(os.path.abspath(folder))
     busy = DataError(f"output_dir={str(folder)!r}: another job is at work there")
@@ -80,13 +71,6 @@ def check_parent(folder: str | Path) -> None:
     except DataError as error:
         if error is not busy:  # then outputs can be made, for another job makes one
             raise
-
-
-def _holds_litter(path):
-    """Whether something of a killed job may lie beside or in the folder, which is there."""
-    return os.path.isdir(path / places.HIDDEN) or (
-        os.path.isdir(path) and os.path.isdir(places.Place(path).at("run"))
-    )
 
 
 def check_contents(path: str | Path, overwrite: bool) -> None:
@@ -112,14 +96,14 @@ def check_contents(path: str | Path, overwrite: bool) -> None:
             f"{where}: exists and is not empty; name another folder, or pass "
             f"overwrite to replace one that {TOOL} wrote"
         )
-    manifest = read_manifest(path)
-    if manifest is None:
+    written = read_manifest(path)
+    if written is None:
         raise DataError(
             f"{where}: was not written by {TOOL} (no {MANIFEST}), so overwrite does not replace it"
         )
     apart = f"{places.HIDDEN}/"
-    present = {name for name in listing(path) if not name.startswith(apart)}
-    foreign = sorted(present - set(manifest["files"]))
+    present = {name for name in manifest.listing(path) if not name.startswith(apart)}
+    foreign = sorted(present - set(written["files"]))
     if foreign:
         raise DataError(
             f"{where}: holds {foreign[0]!r}, which {TOOL} did not write; move it away first"
@@ -184,18 +168,24 @@ def commit(
 
     Args:
         staged: a folder beside ``place.path``, or inside of it.
-        place: the :class:`antidote_fast.files.places.Place` to take.
+        place: which to take.
         manifest_entries: further JSON values for ``COMPLETE.json``.
         digests: {file name: SHA-256} of files that were hashed before and are on the disk already.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
+        progress: while files are hashed.
 
     Raises:
         AntidoteError: the folder is in its place, but a power cut may take it away; or, inside,
             that it is half-filled (:func:`antidote_fast.files.places.put_in_place`).
     """
-    _write_manifest(staged, manifest_entries, digests or {}, progress)
-    _usual_modes(staged)
-    _sync_tree(staged)
+    manifest.write_manifest(staged, manifest_entries, digests or {}, progress)
+    # Files get the modes that the umask gives; safetensors writes its own for the owner alone.
+    mode = staged.stat().st_mode & 0o666
+    for root, _, names in os.walk(staged, topdown=False):
+        for path in (os.path.join(root, name) for name in names):
+            if not os.path.islink(path):
+                os.chmod(path, mode)
+            sync(path)
+        sync(root)
     places.put_in_place(staged, place)
     try:
         sync(place.path.parent)
@@ -214,9 +204,6 @@ def locked(path: str | Path) -> Iterator[places.Place]:
     Folders above ``path`` that had to be made for the lock are removed again where ``path`` is not
     there at the end.
 
-    Yields:
-        where the output is to be made (:class:`antidote_fast.files.places.Place`).
-
     Raises:
         DataError: another job holds it, or it cannot be made.
     """
@@ -234,13 +221,8 @@ def locked(path: str | Path) -> Iterator[places.Place]:
 def _is_output_of(path, run):
     """Whether ``path`` is the whole output of the very run that left its state in ``run``."""
     recorded = (read_manifest(path) or {}).get(RUN_INPUTS)
-    if recorded is None:
-        return False
-    try:
-        contents = json.loads((run / STATE).read_text(encoding="utf-8"))
-        return recorded == digest_of(contents["inputs"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    state = read_object(run / STATE, manifest.MAX_MANIFEST_BYTES) if recorded else None
+    return bool(state) and "inputs" in state and recorded == digest_of(state["inputs"])
 
 
 def digest_of(inputs: Any) -> str:
@@ -248,17 +230,22 @@ def digest_of(inputs: Any) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
+def first_difference(before: Any, now: Any) -> str | None:
+    """The first key under which two dicts differ; None where none does, or one is no dict."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return None
+    return next((k for k in sorted({*before, *now}) if before.get(k) != now.get(k)), None)
+
+
 @contextlib.contextmanager
 def os_errors(
     path: str | Path, outcome: Callable[[], str] = lambda: NOTHING, any_number: bool = False
 ) -> Iterator[None]:
-    """Turn the operating system's refusal to write into one line.
+    """Turn the operating system's refusal to write the output ``path`` into one line.
 
     Args:
-        path: the output.
         outcome: called for what is left then.
-        any_number: any error of the system's, not only those that tell of a full disk or of
-            missing rights.
+        any_number: any error of the system's, not only a full disk and missing rights.
 
     Raises:
         NoRoom: the disk is full, or a file exceeds a limit.
@@ -288,40 +275,13 @@ def _os_error_number(error):
     return int(told[1]) if told and type(error).__name__ == "SafetensorError" else None
 
 
-def _write_manifest(folder, entries, digests, progress):
-    files = {
-        name: {"sha256": digests.get(name) or sha256_file(p), "bytes": p.stat().st_size}
-        for name, p in track(listing(folder).items(), "hash", progress)
-    }
-    manifest = {
-        **entries,
-        "schema_version": MANIFEST_VERSION,
-        "tool": TOOL,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "files": files,
-    }
-    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def _usual_modes(folder):
-    """Files get the modes that the umask gives; safetensors writes its own for the owner alone."""
-    mode = folder.stat().st_mode & 0o666
-    for path in (*listing(folder).values(), folder / MANIFEST):
-        if not path.is_symlink():
-            path.chmod(mode)
-
-
 @contextlib.contextmanager
 def new_file(path: str | Path, alone: bool = False) -> Iterator[Path]:
     """A name beside ``path`` to write to; at the end it is flushed and takes the name ``path``.
 
     Where the block raises, ``path`` is as it was and nothing else is left; what a killed process
-    left is replaced by the next one to write ``path``.
-
-    Args:
-        path: the file.
-        alone: the caller holds a lock that nobody gets past who would write ``path``.
+    left is replaced by the next one to write ``path``. ``alone`` says that the caller holds a lock
+    which nobody gets past who would write ``path``.
 
     Raises:
         DataError: others have been writing it for a minute.
@@ -330,9 +290,8 @@ def new_file(path: str | Path, alone: bool = False) -> Iterator[Path]:
     beside = places.Place(path)
     partial = beside.at("partial")
     busy = DataError(f"{path}: another job is writing it")
-    with (
-        contextlib.nullcontext() if alone else places.locked_file(beside.at("lock"), busy, wait=60)
-    ):
+    nobody = contextlib.nullcontext()
+    with nobody if alone else places.locked_file(beside.at("lock"), busy, wait=60):
         try:
             yield partial
             sync(partial)
@@ -340,13 +299,6 @@ def new_file(path: str | Path, alone: bool = False) -> Iterator[Path]:
         finally:
             if os.path.lexists(partial):
                 os.unlink(partial)
-
-
-def _sync_tree(folder):
-    for root, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync(os.path.join(root, name))
-        sync(root)
 
 
 def nearest_folder(path: str | Path) -> Path:

@@ -3,20 +3,17 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from antidote_fast.errors import DataError, readable
-from antidote_fast.files.safe_open import (
-    READ_BY_STAGES,
-    identity,
-    is_file_name,
-    open_below,
-    open_file,
-    read_file,
-)
+from antidote_fast.files import safe_open
+from antidote_fast.files.safe_open import read_object
 from antidote_fast.system.progress import Progress, track
 
 _NOT_READ = ("README.md", "report.json")
@@ -27,7 +24,7 @@ _MAX_BESIDE = 1 << 30
 
 MANIFEST = "COMPLETE.json"
 TOOL = "antidote-fast"
-MANIFEST_VERSION = 1
+_VERSION = 1
 MAX_MANIFEST_BYTES = 64 << 20
 _MAX_FILES, _MAX_DEPTH = 100_000, 32
 
@@ -52,7 +49,13 @@ def check_input(folder: str | Path, progress: Progress = False, only: str | None
     manifest = read_manifest(folder)
     if manifest is None:
         if (folder / MANIFEST).is_symlink() or (folder / MANIFEST).is_file():
-            _refuse_damaged(folder)
+            contents = read_object(folder / MANIFEST, MAX_MANIFEST_BYTES)
+            if contents is None:
+                raise DataError(f"{folder}: its {MANIFEST} is damaged")
+            if contents.get("tool") == TOOL:  # another's may say what it likes
+                raise DataError(
+                    f"{folder}: its {MANIFEST} is damaged, or lists other than its own files"
+                )
         return
     for name in _WEIGHTS:
         for path in folder.glob(name):
@@ -64,7 +67,7 @@ def check_input(folder: str | Path, progress: Progress = False, only: str | None
     for name, entry in track(files, "verify", progress):
         path = folder / name
         try:
-            with open_below(folder, name) as file:
+            with safe_open.open_below(folder, name) as file:
                 status = os.fstat(file.fileno())
                 if status.st_size != entry["bytes"]:
                     told = f"{status.st_size} bytes, not {entry['bytes']} as written"
@@ -75,7 +78,7 @@ def check_input(folder: str | Path, progress: Progress = False, only: str | None
                     beside += entry["bytes"]
                     if beside > _MAX_BESIDE:
                         raise DataError(f"{path}: with it more than 1 GiB lie beside the weights")
-                digest = _digest(path, identity(status))
+                digest = _digest(path, safe_open.identity(status))
         except FileNotFoundError:
             raise DataError(f"{path}: missing; {MANIFEST} lists it") from None
         except OSError as error:
@@ -88,7 +91,7 @@ def _is_read(name, is_adapter):
     """Whether a stage reads a file of a model's folder, or of an adapter's, which has one."""
     if is_adapter and name.endswith(".safetensors"):
         return name == _ADAPTER_FILE
-    return READ_BY_STAGES.fullmatch(name) is not None
+    return safe_open.READ_BY_STAGES.fullmatch(name) is not None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -96,25 +99,9 @@ def _digest(path, identity):
     return sha256_file(path)
 
 
-def _refuse_damaged(folder):
-    """Refuse a ``COMPLETE.json`` of this tool that is damaged; another's may say what it likes."""
-    path = folder / MANIFEST
-    try:
-        contents = json.loads(read_file(path, MAX_MANIFEST_BYTES).decode("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise DataError(f"{folder}: its {MANIFEST} is damaged") from None
-    if isinstance(contents, dict) and contents.get("tool") == TOOL:
-        raise DataError(f"{folder}: its {MANIFEST} is damaged, or lists other than its own files")
-
-
 def sha256_file(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal.
-
-    Raises:
-        OSError, DataError: as :func:`antidote_fast.files.safe_open.open_file`; a link is not
-            followed.
-    """
-    with open_file(path) as file:
+    """The SHA-256 of a file, in hexadecimal; opened as :meth:`safe_open.Folder.open` says."""
+    with safe_open.open_file(path) as file:
         return sha256_of(file)
 
 
@@ -132,40 +119,44 @@ def read_manifest(folder: str | Path) -> dict | None:
     One that lists anything but relative names inside the folder is none of this tool's.
     """
     path = Path(folder) / MANIFEST
-    try:
-        if path.is_symlink():
-            return None
-        manifest = json.loads(read_file(path, MAX_MANIFEST_BYTES).decode("utf-8"))
-    except (OSError, ValueError, RecursionError):  # a DataError is a ValueError
-        return None
-    if not isinstance(manifest, dict) or manifest.get("tool") != TOOL:
-        return None
-    if manifest.get("schema_version") != MANIFEST_VERSION:
+    manifest = None if os.path.islink(path) else read_object(path, MAX_MANIFEST_BYTES)
+    if not manifest or manifest.get("tool") != TOOL:
         return None
     files = manifest.get("files")
-    if not isinstance(files, dict) or len(files) > _MAX_FILES:
+    if manifest.get("schema_version") != _VERSION or not isinstance(files, dict):
         return None
-    return manifest if all(map(_is_inside, files)) and all(map(_is_entry, files.values())) else None
+    is_sound = len(files) <= _MAX_FILES and all(itertools.starmap(_is_inside, files.items()))
+    return manifest if is_sound else None
 
 
-def _is_inside(name):
-    """Whether a name of a listing is a relative one that stays in its folder."""
-    return name != MANIFEST and all(map(is_file_name, name.split("/")))
-
-
-def _is_entry(entry):
-    """A file's ``{"bytes": size, "sha256": digits}``."""
+def _is_inside(name, entry):
+    """Whether a name of a listing stays in its folder, and has a size and a SHA-256."""
+    if name == MANIFEST or not all(map(safe_open.is_file_name, name.split("/"))):
+        return False
     if not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
         return False
     return isinstance(entry.get("sha256"), str) and len(entry["sha256"]) == 64
 
 
-def verify_folder(folder: str | Path, progress: Progress = False) -> list[str]:
-    """Compare a folder written by :func:`output_folder` with its ``COMPLETE.json``.
+def write_manifest(
+    folder: Path, entries: Mapping[str, Any], digests: Mapping[str, str], progress: Progress = False
+) -> None:
+    """Write the ``COMPLETE.json`` of a folder: ``entries``, and the hash and size of every file.
 
-    Args:
-        folder: the folder.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
+    ``digests`` are {file name: SHA-256} of files that were hashed before.
+    """
+    files = {
+        name: {"sha256": digests.get(name) or sha256_file(path), "bytes": path.stat().st_size}
+        for name, path in track(listing(folder).items(), "hash", progress)
+    }
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    manifest = {"schema_version": _VERSION, "tool": TOOL, "created": created, "files": files}
+    text = json.dumps({**entries, **manifest}, indent=2, sort_keys=True) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def verify_folder(folder: str | Path, progress: Progress = False) -> list[str]:
+    """Compare a folder that this tool wrote with its ``COMPLETE.json``.
 
     Returns:
         One line for each file that is missing, extra, cut short or changed; empty when all is well.
@@ -180,18 +171,16 @@ def verify_folder(folder: str | Path, progress: Progress = False) -> list[str]:
     problems = []
     present = listing(folder)
     for name, entry in track(sorted(manifest["files"].items()), "verify", progress):
-        if name not in present:
+        path = present.pop(name, None)
+        if path is None:
             problems.append(f"{name}: missing")
-        elif present[name].is_symlink():
+        elif path.is_symlink():
             problems.append(f"{name}: is a link")
-        elif present[name].stat().st_size != entry.get("bytes"):
-            problems.append(f"{name}: {present[name].stat().st_size} bytes, not {entry['bytes']}")
-        elif sha256_file(present[name]) != entry.get("sha256"):
+        elif (size := path.stat().st_size) != entry["bytes"]:
+            problems.append(f"{name}: {size} bytes, not {entry['bytes']}")
+        elif sha256_file(path) != entry["sha256"]:
             problems.append(f"{name}: contents changed")
-    problems += [
-        f"{name}: not in {MANIFEST}" for name in sorted(set(present) - set(manifest["files"]))
-    ]
-    return problems
+    return problems + [f"{name}: not in {MANIFEST}" for name in present]
 
 
 def listing(folder: str | Path) -> dict[str, Path]:

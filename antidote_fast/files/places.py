@@ -35,12 +35,7 @@ _AT_FDCWD = -100
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where what belongs to an output lies.
-
-    Args:
-        path: the output, absolute.
-        inside: in the output itself, not beside it.
-    """
+    """Where what belongs to the output ``path`` (absolute) lies: beside it, or inside."""
 
     path: Path
     inside: bool = False
@@ -66,11 +61,7 @@ def contents(path: Path) -> list[Path]:
 
 
 def check_name(path: Path) -> None:
-    """Refuse an output that is called like something this tool keeps beside another one.
-
-    Raises:
-        DataError: naming it.
-    """
+    """Refuse, as a DataError, an output called like what this tool keeps beside another one."""
     if _OURS.fullmatch(path.name) or HIDDEN in path.parts:
         raise DataError(
             f"output_dir={str(path)!r}: is a name for what lies beside an output while it is made; "
@@ -92,10 +83,23 @@ def locked_file(
     """
     import filelock
 
-    new_folders = [p for p in path.parents if make and not p.exists()]
     lock = filelock.FileLock(str(path))
-    try:
-        _acquire(lock, path, busy, wait, make)
+    missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, [p for p in path.parents if make and not p.exists()])
+        for left in reversed(range(20 if make else 1)):
+            try:
+                if make:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                elif not path.parent.is_dir():  # filelock would make it, and leave it
+                    raise missing
+                lock.acquire(timeout=wait)
+                break
+            except filelock.Timeout:
+                raise busy from None
+            except FileNotFoundError:  # another job had made the folder, and took it away
+                if not left:
+                    raise
         try:
             yield
         finally:
@@ -103,41 +107,15 @@ def locked_file(
             with contextlib.suppress(OSError):
                 os.unlink(path)
             lock.release()
-    finally:
-        _remove_empty(new_folders)
-
-
-def _acquire(lock, path, busy, wait, make):
-    import filelock
-
-    for left in reversed(range(20)):
-        try:
-            if make:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            elif not path.parent.is_dir():  # filelock would make it, and leave it
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
-            lock.acquire(timeout=wait)
-            return
-        except filelock.Timeout:
-            raise busy from None
-        except FileNotFoundError:  # another job had made the folder, and took it away at its end
-            if not make or not left:
-                raise
 
 
 @contextlib.contextmanager
 def locked_place(path: Path, busy: Exception) -> Iterator[Place]:
-    """Hold the lock of an output; what killed jobs left half-done is cleared or ended.
-
-    Args:
-        path: the output, absolute.
-        busy: the exception to raise where another job holds it.
-
-    Yields:
-        its :class:`Place`.
+    """Hold the lock of an output (absolute); what killed jobs left half-done is cleared or ended.
 
     Raises:
         OSError: neither beside nor inside of it can anything be made.
+        Exception: ``busy``, where another job holds it.
     """
     place, inside = Place(path), Place(path, True)
     with contextlib.ExitStack() as stack:

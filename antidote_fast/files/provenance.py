@@ -6,22 +6,24 @@ Two records tell it. Whoever has opened everything goes by :func:`run_inputs`, o
 config counts its fields declare (:mod:`antidote_fast.config.base`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import json
-import operator
 import os
 import platform
 import time
+from dataclasses import MISSING, fields
 from pathlib import Path
 
+from antidote_fast import __version__
 from antidote_fast.config.base import RENAMED, fields_by
 from antidote_fast.errors import DataError
-from antidote_fast.files.commit import new_file
+from antidote_fast.files.commit import digest_of, first_difference, new_file
 from antidote_fast.files.manifest import read_manifest, sha256_file, sha256_of, verify_folder
-from antidote_fast.files.safe_open import READ_BY_STAGES, Folder, read_file
+from antidote_fast.files.safe_open import READ_BY_STAGES, Folder, read_object
 from antidote_fast.system.memory import peak_device_memory_bytes, peak_memory_bytes
 
 REPORT = "report.json"
@@ -32,14 +34,15 @@ _MAX_HASHED_BYTES = 256 << 20
 _MAX_HASHED_TOGETHER = 4 << 30
 _MAX_REPORT_BYTES = 256 << 20
 _NOT_HASHED = "not hashed"
-_LIBRARIES = ("antidote-fast", "torch", "transformers", "peft")
+_OF_A_RUN = ("antidote-fast", "torch", "transformers", "peft")
+_LIBRARIES = (*_OF_A_RUN[1:], "numpy", "safetensors", "tokenizers", "datasets", "accelerate")
 
 
 def run_inputs(config, base, adapter=None, *, records, norms=None, aligned=None) -> dict:
     """Everything that decides a stage's result, of what is opened: so that a run can go on.
 
     Args:
-        config: a stage's frozen dataclass.
+        config: a stage's.
         base: checkpoint of the model: its fingerprint and the size and date of its files; hashing
             all of it would cost more than the pruning.
         adapter: checkpoint of the adapter, or None; hashed.
@@ -50,14 +53,14 @@ def run_inputs(config, base, adapter=None, *, records, norms=None, aligned=None)
     inputs = {
         "settings": settings_of(config),
         "model": _model(base),
-        "versions": {name: versions()[name] for name in _LIBRARIES},
+        "versions": {name: versions()[name] for name in _OF_A_RUN},
     }
     if adapter is not None:
         weights = {Path(path).name: digest for path, digest in adapter.digests().items()}
         inputs["adapter"] = {"config": adapter.config, **weights}
     for name, some in records.items():
         data = name.replace("dataset", "data").replace("_", " ")
-        inputs[data] = _hash([dataclasses.astuple(record) for record in some])
+        inputs[data] = digest_of([dataclasses.astuple(record) for record in some])
     for name, each in (norms or {}).items():
         inputs[name.replace("_", " ")] = _sums(each)
     if aligned is not None:
@@ -80,49 +83,28 @@ def _sums(norms):
     return [norms.num_tokens, norms.num_sequences, sums.hexdigest()]
 
 
-def _hash(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
+@functools.cache  # 3 ms, and a fleet writes thousands of reports
 def versions() -> dict:
     """The versions that decide a result: this package, Python, the libraries, the platform."""
-    return dict(_versions())
-
-
-@functools.cache  # 3 ms, and a fleet writes thousands of reports
-def _versions():
     installed = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in (
-        "antidote-fast",
-        "torch",
-        "numpy",
-        "safetensors",
-        "transformers",
-        "peft",
-        "tokenizers",
-        "datasets",
-        "accelerate",
-    ):
+    installed["antidote-fast"] = __version__  # a checkout need not be installed
+    for name in _LIBRARIES:
         try:
             installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             installed[name] = None
-    if installed["antidote-fast"] is None:  # run from a checkout that was not installed
-        import antidote_fast
-
-        installed["antidote-fast"] = antidote_fast.__version__
     return installed
 
 
 def hash_inputs(paths, read=None, *, listed=True) -> dict:
-    """What the files were that a stage read: ``{path: sha256}``.
+    """What the files and folders were that a stage read: ``{path: sha256}``.
 
     A folder that this tool wrote counts with the hashes of its ``COMPLETE.json``, any other with
     its files up to 256 MB each and 4 GiB together; what is over that is told by its size. Hub names
     and None are skipped.
 
     Args:
-        paths: files and folders.
+        paths: which.
         read: {path: sha256} of files that were hashed as they were read; they replace the hashes
             of what lies there now.
         listed: take the word of a ``COMPLETE.json``; else the files that it lists are hashed.
@@ -136,15 +118,13 @@ def hash_inputs(paths, read=None, *, listed=True) -> dict:
             size = path.stat().st_size
             small = size <= _MAX_HASHED_TOGETHER  # nothing longer is read
             hashes[str(path)] = sha256_file(path) if small else f"{size} bytes, {_NOT_HASHED}"
-            continue
-        if not path.is_dir():  # a pipe, which no stage reads
-            continue
-        manifest = read_manifest(path)
-        if manifest is not None:
+        elif path.is_dir():  # else a pipe, which no stage reads
+            manifest = read_manifest(path)
+            if manifest is None:
+                hashes |= _hash_folder(path)
+                continue
             for name, entry in sorted(manifest["files"].items()):
                 hashes[f"{path}/{name}"] = entry["sha256"] if listed else sha256_file(path / name)
-            continue
-        hashes |= _hash_folder(path)
     for name, digest in (read or {}).items():
         if name in hashes and not hashes[name].endswith(_NOT_HASHED):
             hashes[name] = digest
@@ -154,17 +134,13 @@ def hash_inputs(paths, read=None, *, listed=True) -> dict:
 def _hash_folder(path):
     hashes, folder, left = {}, Folder(path), _MAX_HASHED_TOGETHER
     for name in folder.names():
-        if folder.is_folder(name):
-            continue
-        try:
-            with folder.open(name) as file:
-                size = os.fstat(file.fileno()).st_size
-                small = size <= min(_MAX_HASHED_BYTES, left)
-                left -= size if small else 0
-                told = sha256_of(file) if small else f"{size} bytes, {_NOT_HASHED}"
-        except (DataError, OSError):  # a pipe, or a link to somewhere else: no stage reads it
-            continue
-        hashes[str(path / name)] = told
+        # Not a folder, a pipe, or a link to somewhere else: no stage reads it.
+        with contextlib.suppress(DataError, OSError), folder.open(name) as file:
+            size = os.fstat(file.fileno()).st_size
+            small = size <= min(_MAX_HASHED_BYTES, left)
+            left -= size if small else 0
+            told = sha256_of(file) if small else f"{size} bytes, {_NOT_HASHED}"
+            hashes[str(path / name)] = told
     return hashes
 
 
@@ -203,7 +179,7 @@ def difference(folder, config, hashes=None, base_fingerprint=None) -> str | None
         DataError, OSError: a file cannot be read.
     """
     folder, stage = Path(folder), type(config).__name__.removesuffix("Config").lower()
-    manifest, report = read_manifest(folder), read_report(folder)
+    manifest, report = read_manifest(folder), read_report(folder) or {}
     if manifest is None:
         return "is not whole"
     for name, entry in sorted(manifest["files"].items()):
@@ -213,10 +189,8 @@ def difference(folder, config, hashes=None, base_fingerprint=None) -> str | None
             return f"is not whole: {name} is missing"
         if size != entry["bytes"]:
             return f"is not whole: {name} has {size} bytes, not {entry['bytes']}"
-    written_by, before, recorded = (
-        (report or {}).get(name) for name in ("stage", "config", "inputs")
-    )
-    if written_by != stage or not (isinstance(before, dict) and isinstance(recorded, dict)):
+    before, recorded = report.get("config"), report.get("inputs")
+    if report.get("stage") != stage or not all(isinstance(d, dict) for d in (before, recorded)):
         return f"was not written by {stage}"
     before = {RENAMED.get(name, (name,))[0]: value for name, value in before.items()}
     other = _other_setting(before, config)
@@ -234,9 +208,7 @@ def difference(folder, config, hashes=None, base_fingerprint=None) -> str | None
             continue
         value = getattr(config, name)
         then, now = _contents_of(before.get(name), recorded), _contents_of(value, hashes)
-        if then != now and isinstance(then, dict) and isinstance(now, dict):
-            names = sorted(then.keys() | now.keys())
-            changed = next(file for file in names if then.get(file) != now.get(file))
+        if (changed := first_difference(then, now)) is not None:
             return f"was made from another {changed!r}"
         if then != now:
             return f"was made with another {name} than {value!r:.80}"
@@ -245,14 +217,10 @@ def difference(folder, config, hashes=None, base_fingerprint=None) -> str | None
 
 def _other_setting(before, config):
     """The first setting of a recorded config that is another one now, in words; None without."""
-    defaults = {
-        each.name: each.default
-        for each in dataclasses.fields(config)
-        if each.default is not dataclasses.MISSING
-    }
     settings = settings_of(config)
-    unknown = before.keys() - {each.name for each in dataclasses.fields(config)}
-    for name in (*settings, *sorted(name for name in unknown if before[name])):
+    defaults = {f.name: None if f.default is MISSING else f.default for f in fields(config)}
+    unknown = sorted(name for name in before.keys() - defaults.keys() if before[name])
+    for name in (*settings, *unknown):
         then, now = before.get(name, defaults.get(name)), settings.get(name)
         if then != now:
             return f"was made with {name}={then!r:.60}, not {now!r:.60}"
@@ -262,21 +230,18 @@ def _other_setting(before, config):
 def _contents_of(value, hashes):
     """What lay where a field says: {file in a folder: hash}, a file's (hash, role), or the name."""
     spellings = [(value, ""), value.rpartition(":")[::2]] if isinstance(value, str) else []
-    for name, role in filter(operator.itemgetter(0), spellings):
-        if str(Path(name)) in hashes:
+    for name, role in spellings:
+        if name and str(Path(name)) in hashes:
             return hashes[str(Path(name))], role
-        inside = {
-            str(Path(path).relative_to(name)): digest
-            for path, digest in hashes.items()
-            if Path(path).is_relative_to(name)
-        }
+        inside = [path for path in hashes if name and Path(path).is_relative_to(name)]
         if inside:
-            return {file: each for file, each in inside.items() if READ_BY_STAGES.fullmatch(file)}
+            files = {str(Path(path).relative_to(name)): hashes[path] for path in inside}
+            return {file: each for file, each in files.items() if READ_BY_STAGES.fullmatch(file)}
     return value
 
 
-def write_report(folder, stage, config, results, inputs=()) -> dict:
-    """Write ``report.json`` into ``folder`` (the staged one) and return its contents.
+def write_report(folder, stage, config, results, inputs=(), *, grows=False) -> dict:
+    """Write ``report.json`` into ``folder`` and return its contents.
 
     Args:
         folder: where report.json goes.
@@ -285,14 +250,10 @@ def write_report(folder, stage, config, results, inputs=()) -> dict:
         results: the stage's own entries, such as ``{"seconds": 1.5, "loss": [...]}``.
         inputs: paths of the files and folders that the stage read; their hashes are recorded. Or
             what :func:`hash_inputs` gave for them before.
+        grows: the folder grows over several calls, so its report is replaced whole or not at all;
+            else it is a staged one.
     """
-    report = _report(stage, config, results, inputs)
-    (Path(folder) / REPORT).write_text(_as_text(report), encoding="utf-8")
-    return report
-
-
-def _report(stage, config, results, inputs=()):
-    return {
+    report = {
         "schema_version": SCHEMA_VERSION,
         "stage": stage,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -304,17 +265,9 @@ def _report(stage, config, results, inputs=()):
         "peak_device_memory_bytes": peak_device_memory_bytes(),
         **results,
     }
-
-
-def replace_report(folder, stage, config, results) -> dict:
-    """Write the ``report.json`` of a folder that grows over several calls, whole or not at all.
-
-    Args:
-        folder: an existing folder; the rest as :func:`write_report`.
-    """
-    report = _report(stage, config, results)
-    with new_file(Path(folder) / REPORT) as partial:
-        partial.write_text(_as_text(report), encoding="utf-8")
+    path = Path(folder) / REPORT
+    with new_file(path) if grows else contextlib.nullcontext(path) as file:
+        file.write_text(_as_text(report), encoding="utf-8")
     return report
 
 
@@ -340,13 +293,8 @@ def read_report(folder) -> dict | None:
 
     A link out of the folder is not followed, and nothing over 256 MiB is read.
     """
-    try:
-        report = json.loads(read_file(Path(folder) / REPORT, _MAX_REPORT_BYTES).decode("utf-8"))
-    except (OSError, ValueError, RecursionError):  # a DataError is a ValueError
-        return None
-    if not isinstance(report, dict) or report.get("schema_version") != SCHEMA_VERSION:
-        return None
-    return report
+    report = read_object(Path(folder) / REPORT, _MAX_REPORT_BYTES)
+    return report if report and report.get("schema_version") == SCHEMA_VERSION else None
 
 
 def _plain(value):

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from antidote_fast.errors import DataError
-from antidote_fast.files.checkpoint import Checkpoint, open_checkpoint
+from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.commit import check_free_space
 from antidote_fast.files.manifest import MANIFEST
 from antidote_fast.files.safe_open import is_file_name
@@ -26,12 +26,11 @@ _SECRET = re.compile(
     r"\..*|(.*[._-])?(token|auth|secrets?|credentials?|passwords?|api[_-]?keys?)([._-].*)?",
     re.IGNORECASE,
 )
-# Models of transformers that keep their linear layers as Conv1D, (in, out).
 _NOT_COPIED = (MANIFEST, "report.json", "trainer_state.json", "all_results.json")
 
 
 def write_pruned(
-    source: str | Path | Checkpoint,
+    checkpoint: Checkpoint,
     destination: str | Path,
     tensors: Mapping[str, Tensor],
     progress: Progress = False,
@@ -39,8 +38,8 @@ def write_pruned(
     """Copy a checkpoint with some of its tensors replaced; every other byte stays as it was.
 
     Args:
-        source: folder of a model or an adapter, or its :class:`Checkpoint`.
-        destination: an existing empty folder, as :func:`output_folder` yields it.
+        checkpoint: of a model or an adapter.
+        destination: an existing empty folder.
         tensors: {parameter name: tensor} of the shapes and dtypes that are saved.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
 
@@ -48,14 +47,10 @@ def write_pruned(
         DataError: a name that the checkpoint lacks, or another shape or dtype; nothing is written.
         AntidoteError: not enough room on the disk.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     destination = Path(destination)
     by_file = {}
     for key, tensor in tensors.items():
-        name = checkpoint.find(key)
-        if name is None:
-            raise DataError(f"{checkpoint.folder}: has no tensor {key!r}")
-        entry = checkpoint.tensors[name]
+        entry = checkpoint.entry(key)
         if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
             raise DataError(
                 f"{checkpoint.folder}: {key!r} is {entry.dtype} {entry.shape} on disk, not "
@@ -124,12 +119,7 @@ def _listed(checkpoint, name):
 
 def _copied(checkpoint):
     """The names of the files that are copied as they are."""
-    return [
-        name
-        for name in checkpoint.source.names()
-        if is_file_name(name)
-        and name not in _NOT_COPIED
-        and _COPIED.fullmatch(name)
-        and not _SECRET.fullmatch(name)
-        and not checkpoint.source.is_folder(name)
-    ]
+    source = checkpoint.source
+    names = [n for n in source.names() if _COPIED.fullmatch(n) and not _SECRET.fullmatch(n)]
+    names = [n for n in names if is_file_name(n) and n not in _NOT_COPIED]
+    return [n for n in names if not source.is_folder(n)]

@@ -1,10 +1,9 @@
 """Work that goes on where it was interrupted: its state lies in a hidden folder beside the output.
 
 The folder ``.NAME.run`` beside ``output_dir`` (or inside: :mod:`antidote_fast.files.places`) holds
-what
-is done so far and ``run.json``, which says for which inputs. It is gone once the output is whole.
-Nothing in it can be taken for the output: the configuration that a loader looks for is written
-last.
+what is done so far and ``run.json``, which says for which inputs. It is gone once the output is
+whole. Nothing in it can be taken for the output: the configuration that a loader looks for is
+written last.
 """
 
 import contextlib
@@ -15,17 +14,8 @@ import shutil
 from pathlib import Path
 
 from antidote_fast.errors import AntidoteError, DataError, Interrupted
-from antidote_fast.files.commit import (
-    NOTHING,
-    RUN_INPUTS,
-    STATE,
-    check_contents,
-    commit,
-    digest_of,
-    locked,
-    new_file,
-    os_errors,
-)
+from antidote_fast.files import commit
+from antidote_fast.files.commit import RUN_INPUTS, STATE, digest_of, first_difference
 from antidote_fast.files.manifest import read_manifest
 from antidote_fast.files.places import run_of, sync
 
@@ -49,18 +39,13 @@ def is_finished(path, inputs) -> bool:
             "name another folder, or replace it with overwrite and without resume"
         )
     if run_of(path).is_dir():
-        with contextlib.suppress(AntidoteError), locked(path):
+        with contextlib.suppress(AntidoteError), commit.locked(path):
             pass  # which clears what a run leaves that was killed when it was done
     return True
 
 
 class Run:
     """An output on its way.
-
-    Args:
-        place: where it is made (:class:`antidote_fast.files.places.Place`).
-        inputs: everything that decides the result.
-        state: as last saved.
 
     Attributes:
         folder: where the run keeps what it needs to go on.
@@ -84,19 +69,15 @@ class Run:
     def save(self, state):
         """Replace the state; it is on the disk when this returns."""
         contents = {"schema_version": STATE_VERSION, "inputs": self._inputs, "state": state}
-        with new_file(self.folder / STATE, alone=True) as partial:
+        with commit.new_file(self.folder / STATE, alone=True) as partial:
             partial.write_text(json.dumps(contents), encoding="utf-8")
         sync(self.folder)
         self.state = state
 
     def commit(self, **manifest_entries):
-        """Give :attr:`output` the target's name, with ``COMPLETE.json``.
-
-        Args:
-            manifest_entries: further JSON values for ``COMPLETE.json``.
-        """
+        """Give :attr:`output` the target's name, with these further values in ``COMPLETE.json``."""
         manifest_entries[RUN_INPUTS] = digest_of(self._inputs)
-        commit(self.output, self._place, manifest_entries, self.digests)
+        commit.commit(self.output, self._place, manifest_entries, self.digests)
         self.done = True
 
 
@@ -143,15 +124,15 @@ def run_folder(path, inputs, *, resume=False, overwrite=False):
             there and neither ``resume`` nor ``overwrite`` is given, or its inputs were others.
     """
     path = Path(os.path.abspath(path))
-    check_contents(path, overwrite)
-    with locked(path) as place:
-        check_contents(path, overwrite)
+    commit.check_contents(path, overwrite)
+    with commit.locked(path) as place:
+        commit.check_contents(path, overwrite)
         state = interrupted_state(path, inputs, resume=resume, overwrite=overwrite)
         run, keep = Run(place, inputs, state), False
         if not state:
             discard(path)
         try:
-            with os_errors(path, lambda: KEPT if run.state else NOTHING):
+            with commit.os_errors(path, lambda: KEPT if run.state else commit.NOTHING):
                 run.output.mkdir(parents=True, exist_ok=True)
                 if not state:
                     run.save({})
@@ -197,20 +178,10 @@ def _state_of(folder, inputs, path):
     where = f"resume: the interrupted run of {str(path)!r}"
     if version != STATE_VERSION:
         raise DataError(f"{where} is of another release; pass overwrite to begin again")
-    for name in sorted({*before, *inputs}):
-        if before.get(name) != inputs.get(name):
-            changed = _first_difference(before.get(name), inputs.get(name))
-            raise DataError(
-                f"{where} had other {name}{changed}; give the same again, or overwrite to begin "
-                "anew"
-            )
+    name = first_difference(before, inputs)
+    if name is not None:
+        key = first_difference(before.get(name), inputs.get(name))
+        other = name if key is None else f"{name} ({key})"
+        then = "give the same again, or overwrite to begin anew"
+        raise DataError(f"{where} had other {other}; {then}")
     return state
-
-
-def _first_difference(before, now):
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return ""
-    for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key):
-            return f" ({key})"
-    return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import stat
@@ -17,7 +18,7 @@ import weakref
 from pathlib import Path
 from typing import BinaryIO
 
-from antidote_fast.errors import DataError
+from antidote_fast.errors import DataError, readable
 
 # O_NONBLOCK: opening a pipe would wait for ever.
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -43,8 +44,7 @@ def is_file_name(name: object) -> bool:
 class Folder:
     """A folder held open; its files are opened relative to it.
 
-    Args:
-        path: the folder; it may itself be a link, as it is the caller's own word.
+    ``path`` may itself be a link, as it is the caller's own word.
 
     Raises:
         DataError: no such folder, or it cannot be read.
@@ -114,26 +114,20 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Whether there is anything of this name."""
-        try:
-            os.stat(name, dir_fd=self._fd, follow_symlinks=False)
-        except (OSError, ValueError):
-            return False
-        return True
+        return self._mode(name) != 0
 
     def is_folder(self, name: str) -> bool:
         """Whether a name is that of a folder inside this one, and no link."""
+        return stat.S_ISDIR(self._mode(name))
+
+    def _mode(self, name):
         try:
-            status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
-        except OSError:
-            return False
-        return stat.S_ISDIR(status.st_mode)
+            return os.stat(name, dir_fd=self._fd, follow_symlinks=False).st_mode
+        except (OSError, ValueError):
+            return 0
 
     def names(self) -> list[str]:
-        """The names of all that is in the folder, sorted.
-
-        Raises:
-            DataError: there are more than 10,000.
-        """
+        """The names of all that is in the folder, sorted; a DataError for more than 10,000."""
         names = []
         with os.scandir(self._fd) as entries:
             for entry in entries:
@@ -162,11 +156,7 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def open_file(path: str | Path) -> BinaryIO:
-    """A regular file that a caller names, opened to read bytes, by the rules of :class:`Folder`.
-
-    Raises:
-        FileNotFoundError, DataError: as :meth:`Folder.open`.
-    """
+    """As :meth:`Folder.open`, for a file that a caller names."""
     path = Path(path)
     return Folder(path.parent).open(path.name)
 
@@ -187,12 +177,7 @@ def open_below(folder: str | Path, name: str) -> BinaryIO:
 
 
 def read_file(path: str | Path, max_bytes: int) -> bytes:
-    """All bytes of a file that a caller names.
-
-    Raises:
-        FileNotFoundError: no such file.
-        DataError: as :meth:`Folder.open`; larger than ``max_bytes``; or it changed meanwhile.
-    """
+    """As :func:`read_all`, for a file that a caller names, opened as :meth:`Folder.open` does."""
     with open_file(path) as file:
         return read_all(file, path, max_bytes)
 
@@ -200,22 +185,17 @@ def read_file(path: str | Path, max_bytes: int) -> bytes:
 def read_all(file: BinaryIO, path: str | Path, max_bytes: int) -> bytes:
     """All bytes of an open file, as they were at one time.
 
-    Args:
-        file: opened to read bytes.
-        path: what an error calls it.
-        max_bytes: more are refused before any is read.
-
     Raises:
-        DataError: too large, cannot be read, or changed meanwhile.
+        DataError: larger than ``max_bytes``, of which nothing is read; or it cannot be read, or
+            changed meanwhile.
     """
     before = os.fstat(file.fileno())
     if before.st_size > max_bytes:
         raise DataError(f"{path}: larger than {_size(max_bytes)}")
     check_stored(before, path)
     try:
-        data = file.read(before.st_size + 1)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        with readable(path):
+            data = file.read(before.st_size + 1)
     except (MemoryError, OverflowError):
         size = _size(before.st_size)
         raise DataError(f"{path}: cannot be read: {size} are more than fit in memory") from None
@@ -224,12 +204,20 @@ def read_all(file: BinaryIO, path: str | Path, max_bytes: int) -> bytes:
     return data
 
 
+def read_object(path: str | Path, max_bytes: int) -> dict | None:
+    """The JSON object of a file that a caller names; None where it is none that can be read.
+
+    JSON that is no object counts as an empty one.
+    """
+    try:
+        value = json.loads(read_file(path, max_bytes).decode("utf-8"))
+    except (OSError, ValueError, RecursionError):  # a DataError is a ValueError
+        return None
+    return value if isinstance(value, dict) else {}
+
+
 def check_stored(status: os.stat_result, path: str | Path) -> None:
     """Refuse a large file of which next to nothing is stored: its holes would fill the memory.
-
-    Args:
-        status: what ``os.stat`` says of it.
-        path: what an error calls it.
 
     Raises:
         DataError: over 64 MiB, and less than a sixteenth of it on the disk.
@@ -244,9 +232,8 @@ class Watch:
 
     A file counts by its inode, size and the times of its last change, which no owner can set back.
 
-    Args:
-        paths: files, and folders with the files in them; None and what is not there (names of the
-            hub) are left out.
+    ``paths`` are files, and folders with the files in them; None and what is not there (names of
+    the hub) are left out.
 
     Raises:
         DataError: a folder of too many files, or a file that is being written at this moment.
@@ -258,11 +245,9 @@ class Watch:
             if path is None:
                 continue
             path = Path(path)
+            files = [path]
             if path.is_dir():
-                names = Folder(path).names()
-                files = [path / name for name in names if READ_BY_STAGES.fullmatch(name)]
-            else:
-                files = [path]
+                files = [path / n for n in Folder(path).names() if READ_BY_STAGES.fullmatch(n)]
             for file in files:
                 with contextlib.suppress(OSError):
                     state = _settled(file)
@@ -270,17 +255,12 @@ class Watch:
                         self._seen[file] = state
 
     def check(self) -> None:
-        """Compare.
-
-        Raises:
-            DataError: naming the first file that is gone or another one now.
-        """
+        """Compare; a DataError names the first file that is gone or another one now."""
         for file, before in self._seen.items():
-            try:
-                same = _both(file) == before
-            except OSError:
-                same = False
-            if not same:
+            now = None
+            with contextlib.suppress(OSError):
+                now = _both(file)
+            if now != before:
                 raise DataError(f"{file}: changed while it was in use; nothing is made from it")
 
 

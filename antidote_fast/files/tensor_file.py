@@ -18,12 +18,21 @@ from antidote_fast.errors import DataError, Unreadable
 from antidote_fast.files.places import sync
 from antidote_fast.files.safe_open import open_file
 
-_CODES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _PIECE = 16 << 20
 
 
@@ -53,9 +62,6 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 
     Not by a memory map: its pages would count as resident until the whole file is closed.
 
-    Args:
-        entry: which one.
-
     Raises:
         DataError: the file is not there or a link, cannot be read, or ends before the tensor does.
     """
@@ -76,11 +82,6 @@ def save_tensors(
     """Write a safetensors file whose bytes depend on its contents alone.
 
     ``safetensors.torch.save_file`` puts the metadata in another order each time.
-
-    Args:
-        path: the file.
-        tensors: {name: tensor} on any device, float32, float16, bfloat16 or uint8.
-        metadata: {str: str}.
     """
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     file = TensorFile.create(path, specs, metadata)
@@ -92,11 +93,8 @@ class TensorFile:
     """A safetensors file of known names and shapes, filled in any order.
 
     The header is there from the start and the file has its full length, so that what was written
-    before a crash need not be written again.
-
-    Args:
-        path: the file.
-        entries: {name: (first byte, byte after the last)} within the file.
+    before a crash need not be written again. ``entries`` are {name: (first byte, byte after the
+    last)} within the file.
     """
 
     def __init__(self, path: str | Path, entries: Mapping[str, tuple[int, int]]) -> None:
@@ -115,27 +113,20 @@ class TensorFile:
 
         With ``keep`` an existing file, made by the same call before, is left as it is.
         """
-        header: dict[str, Any] = {}
-        places, position = {}, 0
-        if metadata:
-            header["__metadata__"] = metadata
+        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+        places, end = {}, 0
         for name, (dtype, shape) in specs.items():
-            size = dtype.itemsize * math.prod(shape)
-            places[name] = (position, position + size)
-            header[name] = {
-                "dtype": _CODES[dtype],
-                "shape": list(shape),
-                "data_offsets": [position, position + size],
-            }
-            position += size
+            start, end = end, end + dtype.itemsize * math.prod(shape)
+            places[name] = start, end
+            header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": (start, end)}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
+        data = 8 + len(text)
         if not (keep and os.path.exists(path)):
             with open(path, "wb") as file:
                 file.write(struct.pack("<Q", len(text)) + text)
-                file.truncate(start + position)
-        return cls(path, {name: (start + a, start + b) for name, (a, b) in places.items()})
+                file.truncate(data + end)
+        return cls(path, {name: (data + a, data + b) for name, (a, b) in places.items()})
 
     @classmethod
     def like(
@@ -145,13 +136,9 @@ class TensorFile:
         entries: Mapping[str, TensorEntry],
         keep: bool = False,
     ) -> TensorFile:
-        """A new file with the header and length of ``source``.
+        """A new file with the header and length of ``source``, whose ``entries`` these are.
 
-        Args:
-            path: the file to make.
-            source: a safetensors file.
-            entries: {name: TensorEntry} of ``source``.
-            keep: leave an existing file as it is, as after an interruption.
+        With ``keep`` an existing file is left as it is, as after an interruption.
         """
         if not (keep and os.path.exists(path)):
             with open_file(source) as there, open(path, "wb") as here:
@@ -169,24 +156,20 @@ class TensorFile:
             raise ValueError(
                 f"{name}: {len(data)} bytes, its place in {self.path} has {end - start}"
             )
-        with open(self.path, "r+b", buffering=0) as file:
+        with open(self.path, "r+b") as file:
             file.seek(start)
-            while len(data):
-                data = data[file.write(data[: 1 << 30]) :]
+            file.write(data)
 
     def copy(self, source: str | Path, start: int, end: int) -> None:
         """Copy a range of bytes from the same place of another file."""
-        with open_file(source) as there, open(self.path, "r+b", buffering=0) as here:
+        with open_file(source) as there, open(self.path, "r+b") as here:
             there.seek(start)
             here.seek(start)
             while start < end:
                 piece = there.read(min(_PIECE, end - start))
                 if not piece:
                     raise OSError(f"{source}: ends at byte {start}, {end} expected")
-                view = memoryview(piece)
-                while len(view):
-                    view = view[here.write(view) :]
-                start += len(piece)
+                start += here.write(piece)
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""

@@ -39,6 +39,11 @@ _INTO_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
 _NAMES = ("target_modules", "exclude_modules")
 _PER_MODULE = ("rank_pattern", "alpha_pattern")
+_COLLECTIONS = (  # (field, what it is, how much it may hold)
+    *((name, list, _MAX_ENTRIES) for name in _NAMES),
+    *((name, list, _MAX_SAVED) for name in ("modules_to_save", "layers_pattern")),
+    *((name, dict, _MAX_ENTRIES) for name in _PER_MODULE),
+)
 
 
 def check_adapter_config(config: Any, where: str) -> None:
@@ -75,103 +80,75 @@ def check_adapter_config(config: Any, where: str) -> None:
 
 
 def _check_init(value, where):
-    if value is None or isinstance(value, bool):
-        return
-    kind = value.lower() if isinstance(value, str) else ""
-    if kind in _FACTORS_ONLY:
+    kind = value.lower() if isinstance(value, str) else value
+    if kind is None or isinstance(kind, bool) or kind in _FACTORS_ONLY:
         return
     if kind == "mica":
         raise DataError(f"{where}: LoRA with init_lora_weights='mica' is not understood")
-    if kind.startswith(_INTO_THE_BASE):
+    if isinstance(kind, str) and kind.startswith(_INTO_THE_BASE):
         raise DataError(
             f"{where}: LoRA with init_lora_weights={shown(value)} changes the base's own weights; "
             "save it as plain LoRA (peft: save_pretrained with "
             "path_initial_model_for_weight_conversion), and give that"
         )
-    raise DataError(
-        f"{where}: init_lora_weights={shown(value)}: must be true, false, gaussian, eva or "
-        "orthogonal"
-    )
+    must = "true, false, gaussian, eva or orthogonal"
+    raise DataError(f"{where}: init_lora_weights={shown(value)}: must be {must}")
 
 
 def _check_values(config, where):
     """Types and sizes of a config that came from a file, before anything is made of them."""
-    for name in _NAMES:
+    for name, kind, most in _COLLECTIONS:
         value = config.get(name)
-        if isinstance(value, str):
-            patterns.check_pattern(value, name, where)
-        else:
-            _check_list(value, name, list, where)
-    for name in ("modules_to_save", "layers_pattern"):
-        value = config.get(name)
-        value = [value] if isinstance(value, str) and name == "layers_pattern" else value
-        _check_list(value, name, list, where, _MAX_SAVED)
-        for pattern in value or ():
+        as_text = isinstance(value, str) and name in (*_NAMES, "layers_pattern")
+        value = [value] if as_text else value
+        if value is None:
+            continue
+        if not isinstance(value, kind):
+            what = f"{kind.__name__}, not {type(value).__name__}"
+            raise DataError(f"{where}: {name} must be a {what}")
+        if len(value) > most or not all(isinstance(item, str) for item in value):
+            raise DataError(f"{where}: {name} must hold at most {most} names")
+        for pattern in value if as_text or name not in _NAMES else ():
             patterns.check_pattern(pattern, name, where)
             if name == "modules_to_save" and not patterns.is_plain(pattern):
                 raise DataError(f"{where}: {name}: {shown(pattern)} is not a module's name")
+        if kind is dict and len(set(map(repr, value.values()))) > _MAX_RANKS:
+            raise DataError(f"{where}: {name}: must hold at most {_MAX_RANKS} different values")
     if isinstance(config.get("target_modules"), str):  # as PEFT says
         for name in ("layers_to_transform", "layers_pattern"):
             if config.get(name) is not None:
                 raise DataError(f"{where}: {name}: must be left out where target_modules is text")
-    for name in _PER_MODULE:
-        _check_list(config.get(name), name, dict, where)
-        for pattern in config.get(name) or ():
-            patterns.check_pattern(pattern, name, where)
-        if len(set(map(repr, (config.get(name) or {}).values()))) > _MAX_RANKS:
-            raise DataError(f"{where}: {name}: must hold at most {_MAX_RANKS} different values")
-    for rank in (config.get("r"), *(config.get("rank_pattern") or {}).values()):
+    ranks, alphas = ((config.get(name) or {}).values() for name in _PER_MODULE)
+    for rank in (config.get("r"), *ranks):
         if type(rank) is not int or not 1 <= rank <= MAX_RANK:
             raise DataError(f"{where}: rank {shown(rank)}: must be an integer from 1 to {MAX_RANK}")
-    for alpha in (config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()):
+    for alpha in (config.get("lora_alpha", 8), *alphas):
         if type(alpha) not in (int, float) or not abs(alpha) <= _MAX_ALPHA:
-            raise DataError(
-                f"{where}: alpha {shown(alpha)}: must be a number of at most {_MAX_ALPHA}"
-            )
-    dropout = config.get("lora_dropout", 0)
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise DataError(
-            f"{where}: lora_dropout={shown(dropout)}: must be at least 0 and less than 1"
-        )
+            must = f"must be a number of at most {_MAX_ALPHA}"
+            raise DataError(f"{where}: alpha {shown(alpha)}: {must}")
+    rate = config.get("lora_dropout", 0)
+    if type(rate) not in (int, float) or not 0 <= rate < 1:
+        raise DataError(f"{where}: lora_dropout={shown(rate)}: must be at least 0 and less than 1")
     for name in _FLAGS:
         if config.get(name) not in (None, True, False):
             raise DataError(f"{where}: {name}={shown(config[name])}: must be true or false")
-    _check_numbers(config.get("layers_to_transform"), "layers_to_transform", _MAX_ENTRIES, where)
     tokens = config.get("trainable_token_indices")
-    for some in tokens.values() if isinstance(tokens, dict) else [tokens]:
-        _check_numbers(some, "trainable_token_indices", _MAX_TOKENS, where)
     if isinstance(tokens, dict) and len(tokens) > _MAX_SAVED:
         raise DataError(f"{where}: trainable_token_indices must name at most {_MAX_SAVED} modules")
-
-
-def _check_list(value, name, kind, where, most=_MAX_ENTRIES):
-    if value is None:
-        return
-    if not isinstance(value, kind):
-        raise DataError(f"{where}: {name} must be a {kind.__name__}, not {type(value).__name__}")
-    if len(value) > most or not all(isinstance(item, str) for item in value):
-        raise DataError(f"{where}: {name} must hold at most {most} names")
-
-
-def _check_numbers(value, name, most, where):
-    """A number, or a list of them, each an index of something."""
-    if value is None:
-        return
-    numbers = value if isinstance(value, list) else [value]
-    if len(numbers) > most:
-        raise DataError(f"{where}: {name} must hold at most {most} numbers")
-    for number in numbers:
-        if type(number) is not int or not 0 <= number < 1 << 31:
-            raise DataError(f"{where}: {name}: {shown(number)} is not a number from 0 to 2**31")
+    indices = [("layers_to_transform", config.get("layers_to_transform"), _MAX_ENTRIES)]
+    for some in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        indices.append(("trainable_token_indices", some, _MAX_TOKENS))
+    for name, value, most in indices:
+        numbers = value if isinstance(value, list) else [value]
+        if len(numbers) > most:
+            raise DataError(f"{where}: {name} must hold at most {most} numbers")
+        for number in numbers if value is not None else ():
+            if type(number) is not int or not 0 <= number < 1 << 31:
+                raise DataError(f"{where}: {name}: {shown(number)} is not a number from 0 to 2**31")
 
 
 def match_modules(config: dict, names: Iterable[str], where: str) -> dict:
-    """Match a checked config's patterns with modules, in bounded time (:mod:`.patterns`).
-
-    Args:
-        config: the dict, after :func:`check_adapter_config`.
-        names: of the modules they will meet.
-        where: what the message calls the adapter.
+    """Match the patterns of a config (a checked dict) with ``names`` of modules, in bounded time.
 
     Returns:
         ``target_modules`` and ``exclude_modules`` where the config has them as a pattern: the names
@@ -213,11 +190,10 @@ def without_patterns(
         config: the dict, after :func:`check_adapter_config`.
         modules: that the adapter's file adapts.
         names: of all modules of the live model.
-        where: what the message calls the adapter.
 
     Returns:
-        Fields that stand in for the config's own. Factors begin as they are made, since the file's
-        take their place.
+        Fields that stand in for the config's own; a module that the model lacks is in none. Factors
+        begin as they are made, since the file's take their place.
 
     Raises:
         DataError: as :func:`match_modules`.

@@ -5,13 +5,14 @@ import math
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from antidote_fast.errors import AntidoteError, DataError, UsageError, first_line, printable
+from antidote_fast.errors import DataError, UsageError
 from antidote_fast.files.checkpoint import Checkpoint, open_checkpoint
 from antidote_fast.files.fingerprint import block_name
 from antidote_fast.files.manifest import check_input, read_manifest
@@ -24,7 +25,7 @@ from antidote_fast.models.adapter_config import (
 )
 from antidote_fast.models.base_state import ModuleTree
 from antidote_fast.models.kinds import Model
-from antidote_fast.models.loading import resolve_folder
+from antidote_fast.models.loading import foreign, resolve_folder
 
 LORA_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _PREFIX = "base_model.model."
@@ -53,33 +54,35 @@ def check_adapter(adapter: Checkpoint, base: Checkpoint) -> None:
         DataError: naming the tensor, the field or what differs.
     """
     where = str(adapter.folder)
-    check_adapter_config(adapter.config, where)
-    check_sizes(adapter, {name: entry.shape for name, entry in base.tensors.items()})
-    check_input(adapter.folder)
-    shapes = _factor_shapes(adapter)
-    match_modules(adapter.config, _module_names(base.tensors), where)
+    shapes = _checked_factors(adapter, {name: e.shape for name, e in base.tensors.items()})
+    paths = [name.split(".") for name in base.tensors]
+    modules = dict.fromkeys(".".join(path[:i]) for path in paths for i in range(1, len(path)))
+    match_modules(adapter.config, modules, where)
     base_shapes = {}
     for name, entry in base.tensors.items():
         if name.endswith(".weight") and entry.dtype is not None and len(entry.shape) == 2:
             packed = not entry.dtype.is_floating_point
             base_shapes.setdefault(_tail(name), []).append(None if packed else entry.shape)
-    tied = None if base.find(_HEAD) is not None else _saved_name(base, _HEAD)
+    # A head that is tied is saved once, as the embedding.
+    tied = None if base.find(_HEAD) is not None else next(filter(base.find, _INPUTS), None)
     if tied is not None:
         base_shapes[_HEAD] = [base.tensors[base.find(tied)].shape]
-    for module, (rows, columns) in shapes.items():
-        tail = _tail(module.removeprefix(_PREFIX) + ".weight")
-        candidates = base_shapes.get(tail)
+    for module, shape in shapes.items():
+        candidates = base_shapes.get(_tail(module.removeprefix(_PREFIX) + ".weight"))
         if candidates is None:
             if "quantization_config" in base.config:
                 continue
             raise DataError(f"{where}: adapts {module!r}, which the base {base.folder} lacks")
-        if not any(c is None or c in ((rows, columns), (columns, rows)) for c in candidates):
-            raise DataError(
-                f"{where}: adapts {module!r} as {(rows, columns)}, which in the base "
-                f"{base.folder} is {candidates[0]}"
-            )
+        if not {None, shape, shape[::-1]} & set(candidates):
+            is_in_base = f"which in the base {base.folder} is {candidates[0]}"
+            raise DataError(f"{where}: adapts {module!r} as {shape}, {is_in_base}")
     _check_all_layers(adapter, base, base_shapes)
-    _check_copies(adapter, lambda name: _tensor_of(base, name), tied is not None)
+
+    def saved_tensor(name):
+        name = tied if name == _HEAD and tied is not None else name
+        return None if base.find(name) is None else base.read([name])[name]
+
+    _check_copies(adapter, saved_tensor, tied is not None)
     _check_fingerprint(adapter, base)
 
 
@@ -97,10 +100,9 @@ def load_adapter(
     Args:
         model: the base model, as :func:`load_model` gives it. Its own weights stay as they are, and
             after an error its modules and their attributes as well.
-        adapter: folder or hub name of the adapter, or its :class:`Checkpoint`.
-        adapter_name: name of the adapter in the live model.
-        tensors: {name in the file: tensor}, those of the adapter, where they are read already; they
-            stay the caller's.
+        adapter: a folder, a name on the hub, or a checkpoint.
+        adapter_name: what the live model calls it.
+        tensors: {name in the file: tensor} where they are read already; they stay the caller's.
 
     Returns:
         The ``peft.PeftModel``, in eval mode.
@@ -115,16 +117,14 @@ def load_adapter(
     where = str(adapter.folder)
     if not adapter.is_adapter:
         raise DataError(f"adapter={where!r}: is a whole model, not a PEFT adapter")
-    check_adapter_config(adapter.config, where)
-    check_sizes(adapter, {name: tuple(t.shape) for name, t in model.state_dict().items()})
-    check_input(adapter.folder)
-    _factor_shapes(adapter)
+    state = model.state_dict()
+    _checked_factors(adapter, {name: tuple(tensor.shape) for name, tensor in state.items()})
     offloaded = {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values())
     offloaded = offloaded and any(p.is_meta for p in model.parameters())
     if adapter.config.get("use_dora") and offloaded:
         raise DataError(f"{where}: DoRA needs the base's weights, and some of them are offloaded")
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    _check_copies(adapter, model.state_dict().get, tied, offloaded)
+    _check_copies(adapter, state.get, tied, offloaded)
     tree = ModuleTree(model)
     try:
         live, needed = _put_on(model, adapter, adapter_name, tensors)
@@ -146,33 +146,29 @@ def _put_on(model, adapter, adapter_name, tensors):
     if saved:  # before PEFT copies what they name, which may be the whole base
         whole = ((n, m) for n, m in model.named_modules() if n.endswith(saved))
         keys = [f"{_PREFIX}{n}.{key}" for n, m in whole for key, _ in m.named_parameters()]
-        _check_needed(adapter, dict.fromkeys(keys), every=False)
+        _check_needed(adapter, keys, every=False)
     config = {**adapter.config, **fields, "inference_mode": True}
     config.pop("runtime_config", None)
     import peft
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # missing keys are checked below, as an error
-            config = peft.PeftConfig.from_peft_type(**config)
-            kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
-            with _placed_already(model):
-                live = kind(model, config, adapter_name, autocast_adapter_dtype=False)
-            needed = peft.get_peft_model_state_dict(
-                live, adapter_name=adapter_name, save_embedding_layers=False
-            )
-            _check_needed(adapter, needed)
-            if tensors is None:
-                tensors = adapter.read(needed)
-            needed = {key: tensors[key] for key in needed}
-            peft.set_peft_model_state_dict(live, needed, adapter_name=adapter_name)
-    except DataError:
-        raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise AntidoteError(f"{where}: not enough memory to load it") from error
-    except Exception as error:  # whatever a foreign config makes peft raise
-        line = printable(first_line(error))  # it may quote the config
-        raise DataError(f"{where}: cannot be put on this model: {line:.300}") from error
+    with warnings.catch_warnings(), foreign(where, "cannot be put on this model", memory=""):
+        warnings.simplefilter("ignore")  # missing keys are checked below, as an error
+        config = peft.PeftConfig.from_peft_type(**config)
+        kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
+        # PEFT places a model anew that accelerate has placed, and reads offloaded weights as if
+        # they were there. After an error the module tree has the map back.
+        device_map = vars(model).pop("hf_device_map", None)
+        live = kind(model, config, adapter_name, autocast_adapter_dtype=False)
+        if device_map is not None:
+            model.hf_device_map = device_map
+        needed = peft.get_peft_model_state_dict(
+            live, adapter_name=adapter_name, save_embedding_layers=False
+        )
+        _check_needed(adapter, needed)
+        if tensors is None:
+            tensors = adapter.read(needed)
+        needed = {key: tensors[key] for key in needed}
+        peft.set_peft_model_state_dict(live, needed, adapter_name=adapter_name)
     for name in fields:  # as it is saved again
         said = adapter.config.get(name, True if name == "init_lora_weights" else None)
         as_set = isinstance(said, list) and name in ("target_modules", "exclude_modules")
@@ -182,63 +178,50 @@ def _put_on(model, adapter, adapter_name, tensors):
 
 def _check_needed(adapter, needed, every=True):
     """Refuse a file that lacks what is needed, or where that is every tensor has others too."""
-    where = str(adapter.folder)
     missing = sorted(set(needed) - set(adapter.tensors))
-    if missing:
-        raise DataError(
-            f"{where}: lacks {len(missing)} tensors that this model needs, {missing[0]!r} first; "
-            "it was made for another base"
-        )
-    extra = sorted(k for k in adapter.tensors if ".lora_" in k and k not in needed)
-    if every and extra:
-        raise DataError(
-            f"{where}: has {len(extra)} tensors that this model has no place for, {extra[0]!r} "
-            "first; it was made for another base"
-        )
+    extra = sorted(k for k in adapter.tensors if ".lora_" in k and k not in needed) if every else []
+    for names, has, why in (
+        (missing, "lacks", "that this model needs"),
+        (extra, "has", "that this model has no place for"),
+    ):
+        if names:
+            what = f"{has} {len(names)} tensors {why}, {names[0]!r} first"
+            raise DataError(f"{adapter.folder}: {what}; it was made for another base")
 
 
 def check_sizes(adapter: Checkpoint, base: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse what no part of the base is as large as, by the headers: a sparse file is short on
-    the disk, and this is looked at before any of it is read or hashed.
+    """Refuse what no part of the base, {name: shape}, is as large as; by the headers.
 
-    Args:
-        adapter: its :class:`Checkpoint`.
-        base: {name: shape} of the base's tensors.
+    A sparse file is short on the disk, and this is looked at before any of it is read or hashed.
 
     Raises:
         DataError: naming the tensor.
     """
-    count = {}
-    for name in base:
-        count[_tail(name)] = count.get(_tail(name), 0) + 1
+    count = Counter(map(_tail, base))
     # Four-bit weights lie two in a byte, and an adapter's tensors may have eight bytes each.
     largest = 16 * max(map(math.prod, base.values()))
     longest = 8 * 2 * MAX_RANK * max(max(shape, default=1) for shape in base.values())
     left = 4 * largest
-    seen = {}
+    seen: Counter[tuple[str, str]] = Counter()
     for key, entry in adapter.tensors.items():
         size, name = entry.num_bytes, key.removeprefix(_PREFIX)
         factor = LORA_FACTOR.fullmatch(name)
         most = 16 * math.prod(base[name]) if name in base else longest if factor else largest
         if size > most:
-            raise DataError(
-                f"{adapter.folder}: holds {key!r} of {size} bytes, more than anything in the base"
-            )
+            what = f"{key!r} of {size} bytes, more than anything in the base"
+            raise DataError(f"{adapter.folder}: holds {what}")
         if factor:
             # Names that differ only in front of the layers mean one module.
             same = factor["factor"], _tail(factor["module"] + ".weight")
-            seen[same] = seen.get(same, 0) + 1
-            if seen[same] > max(1, count.get(same[1], 0)):
-                raise DataError(
-                    f"{adapter.folder}: adapts {same[1]!r} more often than the base has it"
-                )
+            seen[same] += 1
+            if seen[same] > max(1, count[same[1]]):
+                what = f"{same[1]!r} more often than the base has it"
+                raise DataError(f"{adapter.folder}: adapts {what}")
         elif name not in base:
             left -= size
             if left < 0:
-                raise DataError(
-                    f"{adapter.folder}: with {key!r} it holds more than {4 * largest} bytes that "
-                    "the base has no place for"
-                )
+                what = f"more than {4 * largest} bytes that the base has no place for"
+                raise DataError(f"{adapter.folder}: with {key!r} it holds {what}")
 
 
 def _check_copies(adapter, base_tensor, tied, offloaded=False):
@@ -257,10 +240,9 @@ def _check_copies(adapter, base_tensor, tied, offloaded=False):
     saved = tuple(config.get("modules_to_save") or ())
     if tied and config.get("ensure_weight_tying") and set(saved) & set(_TIED):
         saved += _TIED  # PEFT trains and saves the two together
-    for key in adapter.tensors:
-        if _OF_A_MODULE.fullmatch(key):
-            continue
-        if key.endswith(_OF_TOKENS) and config.get("trainable_token_indices"):
+    for key, entry in adapter.tensors.items():
+        of_tokens = key.endswith(_OF_TOKENS) and config.get("trainable_token_indices")
+        if of_tokens or _OF_A_MODULE.fullmatch(key):
             continue
         parts = key.removeprefix(_PREFIX).split(".")
         if saved and any(".".join(parts[:i]).endswith(saved) for i in range(1, len(parts))):
@@ -268,63 +250,18 @@ def _check_copies(adapter, base_tensor, tied, offloaded=False):
         name = ".".join(part for part in parts if part not in _WRAPPERS)
         base = base_tensor(name)
         if base is None:
-            raise DataError(
-                f"{where}: holds {key!r}, which is neither the adapter's nor one of its "
-                "modules_to_save"
-            )
-        if adapter.tensors[key].shape != tuple(base.shape):
-            raise DataError(
-                f"{where}: holds {key!r} as {adapter.tensors[key].shape}, which in the base is "
-                f"{tuple(base.shape)}"
-            )
+            what = "which is neither the adapter's nor one of its modules_to_save"
+            raise DataError(f"{where}: holds {key!r}, {what}")
+        if entry.shape != tuple(base.shape):
+            what = f"{entry.shape}, which in the base is {tuple(base.shape)}"
+            raise DataError(f"{where}: holds {key!r} as {what}")
         there = not base.is_meta and base.untyped_storage().nbytes() >= base.nbytes
         if not there and not offloaded:
             continue
-        if not there or not _same(adapter.read([key])[key], base):
-            raise DataError(
-                f"{where}: holds {key!r} with other values than the base has; a module that is "
-                "trained whole must be in its modules_to_save"
-            )
-
-
-def _tensor_of(base, name):
-    """The base's tensor of a live model's name, or None."""
-    name = _saved_name(base, name)
-    return None if name is None else base.read([name])[name]
-
-
-def _saved_name(base, name):
-    """The name under which the base's files have a live model's tensor; tied ones are saved once.
-    None where they have it not."""
-    names = (name, *_INPUTS) if name == _HEAD else (name,)
-    return next((n for n in names if base.find(n) is not None), None)
-
-
-def _same(tensor, base):
-    if tensor.shape != base.shape or not base.dtype.is_floating_point:
-        return False
-    return torch.equal(tensor.to(base.device, base.dtype), base)
-
-
-def _module_names(keys):
-    """Names of the modules that parameters of these names are in, as ``named_modules`` has them."""
-    names = {}
-    for key in keys:
-        parts = key.split(".")
-        names |= dict.fromkeys(".".join(parts[:i]) for i in range(1, len(parts)))
-    return list(names)
-
-
-@contextlib.contextmanager
-def _placed_already(model):
-    """Keep PEFT from placing a model anew that accelerate has placed: it reads offloaded weights as
-    if they were there."""
-    device_map = model.__dict__.pop("hf_device_map", None)
-    try:
-        yield
-    finally:
-        if device_map is not None:
-            model.hf_device_map = device_map
+        own = adapter.read([key])[key].to(base.device, base.dtype) if there else None
+        if own is None or not base.dtype.is_floating_point or not torch.equal(own, base):
+            what = "a module that is trained whole must be in its modules_to_save"
+            raise DataError(f"{where}: holds {key!r} with other values than the base has; {what}")
 
 
 def _keep_file_dtype(live, adapter, adapter_name, offloaded, tensors):
@@ -350,9 +287,13 @@ def _keep_file_dtype(live, adapter, adapter_name, offloaded, tensors):
         raise DataError(f"{adapter.folder}: {left[0]!r} belongs to a part that is offloaded")
 
 
-def _factor_shapes(adapter):
-    """{module: (out_features, in_features)} that the factors stand for."""
+def _checked_factors(adapter, base):
+    """{module: (out_features, in_features)} that an adapter's factors stand for, once it is known
+    to be sound; ``base`` as in :func:`check_sizes`."""
     where = str(adapter.folder)
+    check_adapter_config(adapter.config, where)
+    check_sizes(adapter, base)
+    check_input(adapter.folder)
     factors = {}
     for name, entry in adapter.tensors.items():
         match = LORA_FACTOR.fullmatch(name)
@@ -373,11 +314,9 @@ def _factor_shapes(adapter):
         rank, columns = pair["A"]
         rows, inner = pair["B"]
         expected = ranks.get(module.removeprefix(_PREFIX), adapter.config["r"])
-        if rank != inner or rank != expected:
-            raise DataError(
-                f"{where}: {module!r} has ranks {rank} (A) and {inner} (B); its config says "
-                f"{expected}"
-            )
+        if not rank == inner == expected:
+            what = f"ranks {rank} (A) and {inner} (B); its config says {expected}"
+            raise DataError(f"{where}: {module!r} has {what}")
         shapes[module] = (rows, columns)
     return shapes
 
@@ -392,9 +331,9 @@ def _check_all_layers(adapter, base, base_shapes):
         return
     modules = (_OF_A_MODULE.fullmatch(name) for name in adapter.tensors)
     adapted = {_tail(m["module"].removeprefix(_PREFIX) + ".weight") for m in modules if m}
-    for tail in sorted(base_shapes):
+    for tail in sorted(base_shapes.keys() - adapted):
         module = tail.removesuffix(".weight")
-        if any(module.endswith("." + t) for t in targets) and tail not in adapted:
+        if any(module.endswith("." + t) for t in targets):
             raise DataError(
                 f"{adapter.folder}: does not adapt {module!r} of the base {base.folder}, which its "
                 "target_modules name; it was made for another base"
@@ -403,28 +342,26 @@ def _check_all_layers(adapter, base, base_shapes):
 
 def _check_fingerprint(adapter, base):
     actual = base.fingerprint()
-    recorded = (read_manifest(adapter.folder) or {}).get("base_fingerprint")
-    if recorded:
-        if actual and recorded != actual:
-            raise DataError(
-                f"{adapter.folder}: was made for another base model than {base.folder} "
-                f"(fingerprint {recorded}, not {actual})"
-            )
-        return
-    named = adapter.config.get("base_model_name_or_path")
-    # isfile is False for any odd text
-    if not isinstance(named, str) or not named or not os.path.isfile(f"{named}/config.json"):
-        return
-    if Path(named).resolve() == base.folder.resolve():
-        return
-    try:
-        other = open_checkpoint(named, trust_remote_code=True).fingerprint()
-    except DataError:  # what is wrong with it is not the adapter's to learn
-        return
+    other = (read_manifest(adapter.folder) or {}).get("base_fingerprint")
+    why = f" (fingerprint {other}, not {actual})"
+    if not other:
+        named = adapter.config.get("base_model_name_or_path")
+        # isfile is False for any odd text
+        if not named or not isinstance(named, str) or not os.path.isfile(f"{named}/config.json"):
+            return
+        if Path(named).resolve() == base.folder.resolve():
+            return
+        try:
+            other = open_checkpoint(named, trust_remote_code=True).fingerprint()
+        except DataError:  # what is wrong with it is not the adapter's to learn
+            return
+        why = (
+            ": its base_model_name_or_path is a folder here that holds another (fingerprint "
+            "differs)"
+        )
     if other and actual and other != actual:
         raise DataError(
-            f"{adapter.folder}: was made for another base model than {base.folder}: its "
-            "base_model_name_or_path is a folder here that holds another (fingerprint differs)"
+            f"{adapter.folder}: was made for another base model than {base.folder}{why}"
         )
 
 

@@ -21,7 +21,11 @@ class ModuleTree:
 
     def __init__(self, model: nn.Module) -> None:
         owners = [*model.modules(), getattr(model, "config", None)]
-        self._owners = [(o, _copied(vars(o))) for o in owners if hasattr(o, "__dict__")]
+        self._owners = [
+            (o, {n: (v, v.copy() if type(v) in _COPIED else None) for n, v in vars(o).items()})
+            for o in owners
+            if hasattr(o, "__dict__")
+        ]
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
 
     def restore(self) -> None:
@@ -42,13 +46,6 @@ class ModuleTree:
             parameter.requires_grad_(flag)
 
 
-def _copied(attributes):
-    return {
-        name: (value, value.copy() if type(value) in _COPIED else None)
-        for name, value in attributes.items()
-    }
-
-
 class Marks:
     """Digests of a model's weights that nobody can aim at, and comparisons with them.
 
@@ -63,23 +60,23 @@ class Marks:
 
     def __init__(self, model: nn.Module) -> None:
         self._rows = {}
-        self._take(model)
+        self._before = self._take(model)
 
     def _take(self, model):
+        """{name: digest} of the model's weights, which are watched from now on."""
         self._places, self._digests = [], {}  # ids are of tensors that the places hold
         for prefix, module in model.named_modules():
             transient = module._non_persistent_buffers_set
             for tensors in (module._parameters, module._buffers):
                 for leaf, tensor in tensors.items():
-                    made_anew = (
-                        tensors is module._buffers and leaf in transient
-                    )  # as of rotary angles
+                    made_anew = tensors is module._buffers and leaf in transient  # rotary angles
                     if tensor is None or tensor.is_meta or made_anew:
                         continue
                     name = f"{prefix}.{leaf}" if prefix else leaf
                     self._places.append((name, tensors, leaf, tensor))
                     if id(tensor) not in self._digests:
                         self._digests[id(tensor)] = self._digest(tensor)
+        return {name: self._digests[id(tensor)] for name, *_, tensor in self._places}
 
     def changed(self) -> str | None:
         """Name of the first weight that is another tensor, or has other bits, than at first."""
@@ -94,7 +91,6 @@ class Marks:
 
     def release(self) -> None:
         """Keep the digests, and none of the model's tensors: it may be let go."""
-        self._before = {name: self._digests[id(tensor)] for name, *_, tensor in self._places}
         self._places = []
 
     def move_to(self, model: nn.Module) -> str | None:
@@ -103,9 +99,8 @@ class Marks:
         Returns:
             The name of the first weight that differs from those before, or None.
         """
-        before = self._before
-        self._take(model)
-        after = {name: self._digests[id(tensor)] for name, *_, tensor in self._places}
+        before, self._before = self._before, self._take(model)
+        after = self._before
         return next((n for n in (*before, *after) if before.get(n) != after.get(n)), None)
 
     @torch.no_grad()
@@ -120,8 +115,7 @@ class Marks:
             if piece.numel() % 8 or piece.storage_offset() % 8:
                 piece = torch.nn.functional.pad(piece, (0, -piece.numel() % 8))
             piece = piece.view(torch.int64)
-            size = len(piece)
-            here = work[:size]
+            size, here = len(piece), work[: len(piece)]
             sums.append(torch.mul(piece, words[:size], out=here).sum())
             torch.bitwise_right_shift(piece, 32, out=here)
             sums.append(here.mul_(upper[:size]).sum())
@@ -131,10 +125,9 @@ class Marks:
 
     def _scratch(self, device):
         """Two rows of keys and one to work in; a device's own."""
-        rows = self._rows.get(device)
-        if rows is None:
+        if device not in self._rows:
             draw = torch.Generator().manual_seed(secrets.randbits(63))
             size = (3, _WORDS.get(device.type, _MANY_WORDS))
             rows = torch.randint(-(2**63), 2**63 - 1, size, generator=draw) | 1
-            rows = self._rows[device] = rows.to(device)
-        return rows
+            self._rows[device] = rows.to(device)
+        return self._rows[device]

@@ -1,5 +1,6 @@
 """Attention and MLP blocks of any causal language model, and what they put out."""
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,19 +22,15 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Raises:
         DataError: there are none.
     """
-    named = [
-        (name, module)
+    named = {
+        name: module
         for name, module in model.named_modules()
         if "attention" in type(module).__name__.lower() and any(True for _ in module.parameters())
-    ]
-    inner = [
-        (name, module)
-        for name, module in named
-        if not any(other.startswith(f"{name}.") for other, _ in named)
-    ]
-    if not inner:
+    }
+    outer = {name for name in named if any(other.startswith(f"{name}.") for other in named)}
+    if not named:
         raise DataError(f"no attention modules found in {type(model).__name__}")
-    return inner
+    return [(name, module) for name, module in named.items() if name not in outer]
 
 
 def mlp_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -69,40 +66,28 @@ def _mlp_of(model, block, attention):
     ]
     called = [pair for pair in children if _MLP.search(type(pair[1]).__name__)]
     called = called or [pair for pair in children if _MLP.search(pair[0].rpartition(".")[2])]
-    linear = [pair for pair in children if _is_linear(pair[1])]
-    return (called or linear or [None])[-1]
-
-
-def _is_linear(module):
     # An adapter's layer stands in for the linear one that it wraps.
-    weight = getattr(getattr(module, "base_layer", module), "weight", None)
-    return weight is not None and weight.dim() == 2
+    inner = [getattr(module, "base_layer", module) for _, module in children]
+    weights = [getattr(module, "weight", None) for module in inner]
+    linear = [c for c, w in zip(children, weights, strict=True) if w is not None and w.dim() == 2]
+    return (called or linear or [None])[-1]
 
 
 @contextmanager
 def outputs_seen(modules: Sequence[tuple[str, nn.Module]], see: Callable) -> Iterator[None]:
-    """Call ``see(number, output)`` with what each module puts out in a forward pass.
+    """Call ``see(number, output)`` with what each module of (name, module) pairs puts out.
 
     A returned tensor takes the output's place; None leaves it. Of a tuple the first entry is meant.
-
-    Args:
-        modules: (name, module) pairs.
-        see: called with the place of the module in the list and its output.
     """
 
-    def hook_of(number):
-        def called(module, args, output):
-            whole = output
-            changed = see(number, whole[0] if isinstance(whole, tuple) else whole)
-            if changed is None:
-                return None
-            return (changed, *whole[1:]) if isinstance(whole, tuple) else changed
-
-        return called
+    def called(number, module, args, output):
+        several = isinstance(output, tuple)
+        changed = see(number, output[0] if several else output)
+        return (changed, *output[1:]) if several and changed is not None else changed
 
     with undoing() as undo:
         for number, (_, module) in enumerate(modules):
-            hook(undo, module, hook_of(number), after=True)
+            hook(undo, module, functools.partial(called, number), after=True)
         yield
 
 
@@ -115,18 +100,12 @@ def outputs_kept(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[list[Tens
 
 
 def by_token(output: Tensor, mask: Tensor) -> Tensor:
-    """A block's output as (batch, length, hidden); models that flatten it are undone.
-
-    Args:
-        output: of a block, any shape that holds one vector a token.
-        mask: (batch, length).
+    """A block's output, which models may flatten, as (batch, length, hidden) of a mask's tokens.
 
     Raises:
-        DataError: another number of tokens.
+        DataError: another number of tokens than the mask (batch, length) has.
     """
-    if output.numel() % mask.numel() or output.numel() // mask.numel() != output.shape[-1]:
-        raise DataError(
-            f"a block puts out {tuple(output.shape)} for {tuple(mask.shape)} tokens: not a vector "
-            "a token"
-        )
+    if output.numel() != mask.numel() * output.shape[-1]:
+        shapes = f"{tuple(output.shape)} for {tuple(mask.shape)} tokens"
+        raise DataError(f"a block puts out {shapes}: not a vector a token")
     return output.reshape(*mask.shape, -1)

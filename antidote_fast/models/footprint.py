@@ -14,13 +14,10 @@ def weight_bytes(checkpoint: Checkpoint, dtype: str = "auto") -> int:
     """Bytes of a checkpoint's weights in memory, in ``dtype`` (auto: as they are saved)."""
     wanted = pick_dtype(dtype)
     convert = wanted != "auto" and "quantization_config" not in checkpoint.config
-    total = 0
-    for entry in checkpoint.tensors.values():
-        if convert and entry.dtype is not None and entry.dtype.is_floating_point:
-            total += entry.num_elements * wanted.itemsize
-        else:
-            total += entry.num_bytes
-    return total
+    entries = checkpoint.tensors.values()
+    floats = [e for e in entries if convert and e.dtype is not None and e.dtype.is_floating_point]
+    change = sum(e.num_elements * wanted.itemsize - e.num_bytes for e in floats)
+    return sum(e.num_bytes for e in entries) + change
 
 
 def check_memory(config, checkpoints: list[Checkpoint | None]) -> None:
@@ -39,21 +36,18 @@ def check_memory(config, checkpoints: list[Checkpoint | None]) -> None:
         return
     base, device = checkpoints[0], pick_device(config.device)
     available = device_memory(device)
-    advice = "give a smaller --dtype, or another --device"
+    what, advice = "its weights need", "a smaller --dtype"
     if getattr(config, "tuning", None) == "full":
-        what, needed = "training all weights needs", base.num_weights * (4 + 4 + ADAM_BYTES)
-        advice = "give --tuning lora, or another --device"
+        what, advice = "training all weights needs", "--tuning lora"
+        needed = base.num_weights * (4 + 4 + ADAM_BYTES)
     else:
-        what = "its weights need"
         needed = sum(weight_bytes(source, config.dtype) for source in checkpoints if source)
         if hasattr(config, "stream"):
-            advice = (
-                "give --stream, which holds one block of the model at a time, or another --device"
-            )
+            advice = "--stream, which holds one block of the model at a time"
     if available is not None and needed > available:
         raise AntidoteError(
-            f"{base.folder}: {what} {format_bytes(needed)} of memory, and "
-            f"{format_bytes(available)} are available on {device}; {advice}"
+            f"{base.folder}: {what} {format_bytes(needed)} of memory, and {format_bytes(available)}"
+            f" are available on {device}; give {advice}, or another --device"
         )
 
 

@@ -5,17 +5,25 @@ sees it, so that neither a pickle nor a shard that is cut short nor remote code 
 loader.
 """
 
+import contextlib
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from antidote_fast.errors import AntidoteError, DataError, UsageError, first_line, readable
+from antidote_fast.errors import (
+    AntidoteError,
+    DataError,
+    UsageError,
+    first_line,
+    printable,
+    readable,
+)
 from antidote_fast.files.bounds import bounded, check_counts
 from antidote_fast.files.checkpoint import Checkpoint, check_inside, open_checkpoint, read_json
 from antidote_fast.files.manifest import check_input
@@ -31,21 +39,12 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
-_DTYPES = {
-    "auto": "auto",
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+_DTYPES = {"auto": "auto"} | {n: getattr(torch, n) for n in ("bfloat16", "float16", "float32")}
 
 
 @readable()
 def resolve_folder(name_or_path: str | Path, argument: str = "model_name_or_path") -> Path:
     """A local folder as it is; a hub name as the folder of its downloaded files.
-
-    Args:
-        name_or_path: a folder, or a name such as ``HuggingFaceTB/SmolLM2-135M``.
-        argument: what an error message calls it.
 
     Raises:
         DataError: neither a folder nor on the hub, or the hub cannot be reached.
@@ -61,20 +60,35 @@ def resolve_folder(name_or_path: str | Path, argument: str = "model_name_or_path
         raise DataError(f"{shown}: no such folder")
     from huggingface_hub import errors, snapshot_download
 
+    options = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*/*"], "etag_timeout": 10}
     try:
-        return Path(
-            snapshot_download(
-                text, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"], etag_timeout=10
-            )
-        )
-    except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
-        kind = "needs access rights" if isinstance(error, errors.GatedRepoError) else "is not there"
-        raise DataError(f"{shown}: no such folder, and on the hub it {kind}") from None
+        return Path(snapshot_download(text, **options))
+    except errors.GatedRepoError:
+        why = "on the hub it needs access rights"
+    except errors.RepositoryNotFoundError:
+        why = "on the hub it is not there"
     except (errors.HFValidationError, errors.EntryNotFoundError, OSError, RuntimeError):
-        raise DataError(
-            f"{shown}: no such folder, and it is neither in the local cache nor can the hub be "
-            "reached"
-        ) from None
+        why = "it is neither in the local cache nor can the hub be reached"
+    raise DataError(f"{shown}: no such folder, and {why}")
+
+
+@contextlib.contextmanager
+def foreign(where: str | Path, fails: str, memory: str | None = None) -> Iterator[None]:
+    """Inside the block, whatever a foreign file makes a library raise is a DataError of one line.
+
+    Args:
+        where, fails: the folder, and what cannot be done with it.
+        memory: how a message of too little memory ends, which is no fault of the file then but an
+            AntidoteError.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        if memory is not None and isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise AntidoteError(f"{where}: not enough memory to load it{memory}") from error
+        raise DataError(f"{where}: {fails}: {printable(first_line(error)):.300}") from error
 
 
 def open_model(config: Any, argument: str = "model_name_or_path") -> Checkpoint:
@@ -95,10 +109,8 @@ def open_model(config: Any, argument: str = "model_name_or_path") -> Checkpoint:
         other = "its base model, and this folder as adapter" if goes_on_it else "a whole model"
         raise DataError(f"{argument}={name!r}: is a PEFT adapter; give {other}")
     if argument == "adapter" and not checkpoint.is_adapter:
-        raise DataError(
-            f"adapter={name!r}: is a whole model, not an adapter; give it as model_name_or_path, "
-            "without adapter"
-        )
+        other = "give it as model_name_or_path, without adapter"
+        raise DataError(f"adapter={name!r}: is a whole model, not an adapter; {other}")
     return checkpoint
 
 
@@ -116,10 +128,9 @@ def load_model(
     Args:
         model_name_or_path: a folder or a hub name.
         dtype: auto (the checkpoint's), bfloat16, float16 or float32, or a torch dtype.
-        device: a torch device; auto takes cuda where there is one.
-        device_map: None, or ``"auto"``: accelerate spreads the model over all GPUs, and over the
-            CPU where those are full; or a map of its own, module by module. ``device`` must be auto
-            then.
+        device: as :func:`pick_device` takes it.
+        device_map: ``"auto"``, or a map of modules, by which accelerate spreads the model over all
+            GPUs, and over the CPU where those are full; ``device`` must be auto then.
         trust_remote_code: allow code that the checkpoint ships to run.
         auto_class: which transformers class loads it.
 
@@ -128,45 +139,32 @@ def load_model(
             tensor that the model needs and the file lacks (transformers would fill it at random);
             a configuration that transformers does not know; remote code that is not trusted.
         UsageError: unknown dtype or device, or a device together with device_map.
+        AntidoteError: not enough memory.
     """
     if device_map is not None and device != "auto":
         raise UsageError(f"device={device!r}: must be auto where device_map is given")
     folder = resolve_folder(model_name_or_path)
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     if checkpoint.is_adapter:
-        raise DataError(
-            f"model_name_or_path={os.fspath(model_name_or_path)!r}: is a PEFT adapter; give its "
-            "base model, and this folder as adapter"
-        )
+        named = f"model_name_or_path={os.fspath(model_name_or_path)!r}: is a PEFT adapter"
+        raise DataError(f"{named}; give its base model, and this folder as adapter")
     check_input(folder)
     device = pick_device(device)
     options = {"dtype": pick_dtype(dtype), "use_safetensors": True, "local_files_only": True}
+    options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     if device_map is not None:
         options["device_map"] = device_map
     elif "quantization_config" in checkpoint.config or device.type == "meta":
         # Packed weights do not move afterwards; those on meta are checked and never read.
         options["device_map"] = {"": str(device)}
     transformers = import_transformers()
-    try:
-        with bounded(checkpoint):
-            model, info = getattr(transformers, auto_class).from_pretrained(
-                str(folder),
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **options,
-            )
-    except DataError:
-        raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        where = device if device_map is None else f"device_map={device_map!r}"
-        raise AntidoteError(f"{folder}: not enough memory to load it on {where}") from error
-    except Exception as error:  # whatever a foreign config makes transformers raise
-        raise DataError(f"{folder}: cannot be loaded: {first_line(error)}") from error
+    place = device if device_map is None else f"device_map={device_map!r}"
+    with foreign(folder, "cannot be loaded", f" on {place}"), bounded(checkpoint):
+        model, info = getattr(transformers, auto_class).from_pretrained(str(folder), **options)
     missing = sorted(info.get("missing_keys") or ())
     if missing:
-        raise DataError(
-            f"{folder}: lacks {len(missing)} tensors that the model needs, {missing[0]!r} first"
-        )
+        count = f"{len(missing)} tensors that the model needs"
+        raise DataError(f"{folder}: lacks {count}, {missing[0]!r} first")
     if "device_map" not in options:
         model.to(device)
     return model.eval()
@@ -188,20 +186,19 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
     if (folder / "tokenizer_config.json").exists():
         config = read_json(folder, "tokenizer_config.json")
         if config.get("auto_map") and not trust_remote_code:
-            raise DataError(
-                f"{folder}: its tokenizer asks to run code of its own (auto_map); pass "
-                "trust_remote_code if you trust it"
-            )
+            what = "its tokenizer asks to run code of its own (auto_map)"
+            raise DataError(f"{folder}: {what}; pass trust_remote_code if you trust it")
     if (folder / "config.json").exists():  # which transformers reads too
         check_counts(folder, read_json(folder, "config.json"))
     transformers = import_transformers()
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    with foreign(folder, "its tokenizer cannot be read"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # whatever a foreign file makes transformers raise
-        raise DataError(f"{folder}: its tokenizer cannot be read: {first_line(error)}") from error
-    tokenizer.num_embeddings = _num_embeddings(folder, trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(str(folder), **options)
+        tokenizer.num_embeddings = int(config.get_text_config().vocab_size)
+    except Exception:  # a tokenizer alone, or what a foreign config makes transformers raise
+        tokenizer.num_embeddings = None
     return tokenizer
 
 
@@ -222,17 +219,6 @@ def import_transformers() -> ModuleType:
     return transformers
 
 
-def _num_embeddings(folder, trust_remote_code):
-    """How many token ids the folder's model has embeddings for; None where it does not tell."""
-    transformers = import_transformers()
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), **options)
-        return int(config.get_text_config().vocab_size)
-    except Exception:  # a tokenizer alone, or what a foreign config makes transformers raise
-        return None
-
-
 def pick_device(device: str | torch.device) -> torch.device:
     """A torch device; ``auto`` is cuda where there is one, else cpu."""
     if device == "auto":
@@ -248,11 +234,10 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 def pick_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     """A torch dtype, or ``"auto"``."""
-    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
-        return dtype
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    picked = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if picked not in _DTYPES.values():
         raise UsageError(f"dtype={dtype!r}: must be one of {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
+    return picked
 
 
 def check_not_quantized(checkpoint: Checkpoint) -> None:
@@ -277,24 +262,16 @@ def without_weights(base: Checkpoint, dtype: str | torch.dtype, trust_remote_cod
     from accelerate import init_empty_weights
 
     dtype = pick_dtype(dtype)
-    try:
+    with foreign(base.folder, "cannot be loaded"):
         config = transformers.AutoConfig.from_pretrained(
             str(base.folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
         if dtype == "auto":
-            dtype = getattr(config, "dtype", None) or _first_dtype(base)
+            saved = (entry.dtype for entry in base.tensors.values())
+            floats = (d for d in saved if d is not None and d.is_floating_point)
+            dtype = getattr(config, "dtype", None) or next(floats, torch.float32)
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         with torch.device("meta"), bounded(base):  # at first without memory for buffers either
             transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
         with init_empty_weights(include_buffers=False):
-            model = transformers.AutoModelForCausalLM.from_config(config, **options)
-    except DataError:
-        raise
-    except Exception as error:  # whatever a foreign config makes transformers raise
-        raise DataError(f"{base.folder}: cannot be loaded: {first_line(error)}") from error
-    return model
-
-
-def _first_dtype(base):
-    floats = [e.dtype for e in base.tensors.values() if e.dtype and e.dtype.is_floating_point]
-    return floats[0] if floats else torch.float32
+            return transformers.AutoModelForCausalLM.from_config(config, **options)

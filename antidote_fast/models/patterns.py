@@ -1,10 +1,9 @@
 """Regular expressions out of other people's files: matched in a process that can be stopped.
 
 Python's ``re`` backtracks, so a pattern of 20 characters can run for years, and meanwhile neither
-another thread nor a signal gets a turn. An adapter's config holds patterns (``rank_pattern`` and
-others) that PEFT matches with every module of the base. They are matched here first, by the same
-``re`` with the same names, in a child that the kernel ends once it has had :data:`SECONDS` of
-processor time. What is done there in milliseconds is so everywhere.
+another thread nor a signal gets a turn. An adapter's config holds patterns that PEFT matches with
+every module of the base. They are matched here first, by the same ``re`` with the same names, in a
+child that the kernel ends once it has had :data:`SECONDS` of processor time.
 """
 
 import functools
@@ -54,18 +53,12 @@ print(json.dumps(results[0]))
 
 
 def check_pattern(pattern: str, field: str, where: str) -> None:
-    """Refuse what is no text, over 1024 characters or not printable; nothing is compiled.
-
-    Raises:
-        DataError: naming the field.
-    """
+    """Refuse what is no text, too long or not printable, naming the field; none is compiled."""
     if not isinstance(pattern, str) or not pattern:
         raise DataError(f"{where}: {field}: {shown(pattern)} is not a pattern")
     if len(pattern) > MAX_LENGTH or not pattern.isprintable():
-        raise DataError(
-            f"{where}: {field}: {shown(pattern)} is longer than {MAX_LENGTH} characters or not "
-            "printable"
-        )
+        why = f"is longer than {MAX_LENGTH} characters or not printable"
+        raise DataError(f"{where}: {field}: {shown(pattern)} {why}")
 
 
 def is_plain(pattern: str) -> bool:
@@ -79,8 +72,7 @@ def first_matches(
     """Which pattern each name is matched by, the first one where there are several.
 
     Args:
-        patterns: regular expressions out of a file.
-        names: of modules.
+        patterns, names: regular expressions out of a file, and names of modules.
         form: how PEFT matches the field: ``"whole"`` (``re.fullmatch``), ``"end"`` (a name's last
             parts, as rank_pattern) or ``"layers"`` (what stands before a layer's number).
         field, where: what a message calls the field, and the file.
@@ -98,25 +90,16 @@ def first_matches(
     if not patterns or not names:
         return {}
     if len(patterns) * len(names) <= _FEW and all(map(is_plain, patterns)):
-        first, guilty = _match_plain(patterns, names, form), None
+        how, (regex, *_) = _FORMS[form]
+        matches = [getattr(re.compile(regex.replace("{}", p)), how) for p in patterns]
+        first = [next((i for i, m in enumerate(matches) if m(name)), None) for name in names]
     else:
         first, guilty = _match_apart(patterns, names, form, SECONDS)
-    if guilty is not None:
-        number, what = guilty
-        raise DataError(f"{where}: {field}: {shown(patterns[number])} {what}")
+        if guilty is not None:
+            number, why = guilty
+            raise DataError(f"{where}: {field}: {shown(patterns[number])} {why}")
     pairs = zip(names, first, strict=True)
     return {name: patterns[number] for name, number in pairs if number is not None}
-
-
-def _match_plain(patterns, names, form):
-    how, (regex, *_) = _FORMS[form]
-    first = [None] * len(names)
-    for number, pattern in enumerate(patterns):
-        match = getattr(re.compile(regex.replace("{}", pattern)), how)
-        for place, name in enumerate(names):
-            if first[place] is None and match(name):
-                first[place] = number
-    return first
 
 
 @functools.lru_cache(maxsize=32)
@@ -126,35 +109,24 @@ def _match_apart(patterns, names, form, seconds):
     job = {"patterns": patterns, "names": names, "how": how, "forms": forms}
     job |= {"seconds": seconds, "bytes": _BYTES}
     try:
-        child = subprocess.Popen(
+        # Its own clock ends it; this one is for systems without, or a process that is starved.
+        child = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _CHILD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
+            input=json.dumps(job),
+            timeout=10 + 10 * seconds,
             start_new_session=True,  # Ctrl-C is for us
+            capture_output=True,
+            text=True,
         )
+        status, lines = child.returncode, child.stdout.splitlines()
     except OSError as error:
         raise DataError(f"a process for an adapter's patterns: {error.strerror}") from None
-    with child:
-        try:
-            # Its own clock ends it; this one is for systems without, or a process that is starved.
-            out, _ = child.communicate(json.dumps(job), timeout=10 + 10 * seconds)
-        except BaseException as error:
-            child.kill()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            out, _ = child.communicate()
-    lines = out.splitlines()
-    if child.returncode == 0:
+    except subprocess.TimeoutExpired as late:
+        status, lines = None, (late.stdout or b"").splitlines()
+    if status == 0:
         return json.loads(lines[-1]), None
-    number = int(lines[-1]) if lines else 0
-    if child.returncode == 3:
-        return None, (number, "is not a pattern")
-    return None, (
-        number,
-        f"takes over {seconds:g} s, or {_BYTES >> 30} GiB, to match with {len(names)} modules",
-    )
+    why = f"takes over {seconds:g} s, or {_BYTES >> 30} GiB, to match with {len(names)} modules"
+    return None, (int(lines[-1]) if lines else 0, "is not a pattern" if status == 3 else why)
 
 
 def shown(value: object) -> str:

@@ -134,26 +134,32 @@ def find_targets(
         _check_hits(model, targets, hits)
     if not chosen:
         what = "a query, key or value projection" if wanted is None else f"targets={targets!r}"
-        raise NothingPruned(
-            f"nothing to prune: no linear layer is {what}"
-            + (f" outside of ignore={list(ignore)!r}" if unwanted else "")
-        )
+        outside = f" outside of ignore={list(ignore)!r}" if unwanted else ""
+        raise NothingPruned(f"nothing to prune: no linear layer is {what}{outside}")
     if not adapter:
         _check_not_packed(model, chosen)
     for target in chosen:
-        weight = target.weight
+        weight, refused = target.weight, None
         if weight.dtype not in _FLOATS:
-            raise DataError(
-                f"{target.key}: is {weight.dtype}; must be float32, bfloat16 or float16"
-            )
-        if type(weight) not in (torch.Tensor, nn.Parameter) and not is_sharded(weight):
-            raise DataError(
-                f"{target.key}: is a {type(weight).__name__}; must be a plain parameter"
-            )
-        if weight.dim() != 2:
-            raise DataError(f"{target.key}: has shape {tuple(weight.shape)}; must be a matrix")
-    _check_apart(chosen)
-    _check_no_source(model, chosen)
+            refused = f"is {weight.dtype}; must be float32, bfloat16 or float16"
+        elif type(weight) not in (torch.Tensor, nn.Parameter) and not is_sharded(weight):
+            refused = f"is a {type(weight).__name__}; must be a plain parameter"
+        elif weight.dim() != 2:
+            refused = f"has shape {tuple(weight.shape)}; must be a matrix"
+        if refused:
+            raise DataError(f"{target.key}: {refused}")
+    owners = {}
+    for target in chosen:
+        first = owners.setdefault(id(target.weight), target)
+        if first is not target:
+            both = f"{first.key} and {target.key}"
+            raise DataError(f"{both} share one weight; leave one out with ignore")
+    # A target may be tied to what another module computes its weight from.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        target = owners.get(id(parameter))
+        if target is not None and not target.masked and _SOURCE.search(name):
+            why = f"another weight is computed from it ({name}); leave it out with ignore"
+            raise DataError(f"{target.key}: {why}")
     return sorted(chosen, key=lambda target: natural_key(target.key))
 
 
@@ -163,13 +169,10 @@ def coverage(model: nn.Module, targets: Sequence[Target]) -> Coverage:
     in_lora = any(".lora_" in key for key in keys)
     total, not_linear = 0, []
     for name, parameter in model.named_parameters():
-        if in_lora:
-            total += parameter.numel() if re.search(r"\.lora_[AB]\.", name) else 0
-        elif re.search(r"\.\d+\.", name) and ".lora_" not in name:
-            if parameter.dim() == 2:
-                total += parameter.numel()
-            elif parameter.dim() > 2:
-                total += parameter.numel()
+        in_block = re.search(r"\.\d+\.", name) and ".lora_" not in name and parameter.dim() > 1
+        if re.search(r"\.lora_[AB]\.", name) if in_lora else in_block:
+            total += parameter.numel()
+            if parameter.dim() > 2 and not in_lora:
                 not_linear.append(name)
     return Coverage(sum(t.weight.numel() for t in targets), total, tuple(not_linear))
 
@@ -185,11 +188,7 @@ def first_computed(model: nn.Module) -> str | None:
 
 
 def check_names(keys: Iterable[str]) -> None:
-    """Refuse names of tensors from which a weight is computed.
-
-    Raises:
-        DataError: naming the first one.
-    """
+    """Refuse names of tensors from which a weight is computed: a DataError of the first one."""
     for key in keys:
         if _SOURCE.search(key):
             raise DataError(
@@ -219,15 +218,13 @@ def select_keys(
         for k in keys
         if k.endswith(".weight") and re.search(r"(^|\.)\d+\.", k) and "norm" not in k.split(".")[-2]
     ]
-    chosen = []
     hits = dict.fromkeys(wanted or (), False)
-    for key in candidates:
-        if _is_chosen(_names_of_key(key), (), bool(lora), hits, unwanted):
-            chosen.append(key)
-    if any(hits.values()):
-        for pattern, hit in hits.items():
-            if not hit:
-                raise UsageError(f"targets: {pattern!r} matches no weight here")
+    chosen = [
+        key for key in candidates if _is_chosen(_names_of_key(key), (), bool(lora), hits, unwanted)
+    ]
+    missed = [pattern for pattern, hit in hits.items() if not hit]
+    if 0 < len(missed) < len(hits):
+        raise UsageError(f"targets: {missed[0]!r} matches no weight here")
     if not chosen:
         raise NothingPruned(f"nothing to prune: no weight here is targets={targets!r}")
     return sorted(chosen, key=natural_key)
@@ -295,24 +292,19 @@ def _is_conv1d(module):
 
 
 def _linear_targets(model):
-    """(Target, names, None) of every linear layer but the output layer."""
-    outside = _embedding_weights(model)
+    """(Target, names, why it cannot be pruned or None) of linear layers but the output layer."""
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if get is not None else None
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is output]
+    outside = {id(p) for m in embeddings for p in m.parameters() if p.dim() > 1}
     for name, module in model.named_modules():
         if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
             continue
         weight, masked, problem = _weight_of(name, module)
         if name.rsplit(".", 1)[-1] in _OUTPUT_NAMES or id(weight) in outside:
             continue
-        target = Target(
-            f"{name}.weight",
-            module,
-            weight,
-            _is_conv1d(module),
-            module,
-            _is_routed(name),
-            masked=masked,
-        )
-        yield target, [name], problem
+        fields = f"{name}.weight", module, weight, _is_conv1d(module), module, _is_routed(name)
+        yield Target(*fields, masked=masked), [name], problem
 
 
 def _weight_of(name, module):
@@ -346,16 +338,6 @@ def _classes(module):
     return [c.__name__ for c in type(module).__mro__ if c is not object]
 
 
-def _embedding_weights(model):
-    """Identities of all that embeddings and the output layer are made of."""
-    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    get = getattr(model, "get_output_embeddings", None)
-    output = get() if get is not None else None
-    if isinstance(output, nn.Module):
-        modules.append(output)
-    return {id(p) for m in modules for p in m.parameters() if p.dim() > 1}
-
-
 def _lora_targets(model, adapter):
     """(Target, names, why it cannot be pruned or None) of every LoRA A and B of the adapter."""
     for name, module in model.named_modules():
@@ -372,11 +354,10 @@ def _lora_targets(model, adapter):
             ("lora_B", second, second if plain else module, None if plain else first),
         ):
             key = f"{saved}.{factor}.weight"
-            weight, masked, unfit = None, False, None
-            if problem is None:
-                weight, masked, unfit = _weight_of(f"{name}.{factor}", linear)
+            parts = None, False, problem
+            weight, masked, unfit = parts if problem else _weight_of(f"{name}.{factor}", linear)
             target = Target(key, linear, weight, False, source, routed, before, masked)
-            yield target, _names_of_key(key), problem or unfit
+            yield target, _names_of_key(key), unfit
 
 
 def _lora_problem(name, module, adapter):
@@ -418,53 +399,26 @@ def _check_hits(model, targets, hits):
     for pattern in missed:
         for name, module in model.named_modules():
             if name and _matches(pattern, [name], _classes(module)):
-                raise UsageError(
-                    f"targets: {pattern!r} matches {name} ({type(module).__name__}), which is not "
-                    "a linear layer that can be pruned"
-                )
-    if missed and len(missed) < len(hits):
-        raise UsageError(f"targets: {missed[0]!r} matches no module of this model")
+                what = f"{name} ({type(module).__name__})"
+                not_linear = "which is not a linear layer that can be pruned"
+                raise UsageError(f"targets: {pattern!r} matches {what}, {not_linear}")
+    nowhere = "matches no module of this model"
+    if 0 < len(missed) < len(hits):
+        raise UsageError(f"targets: {missed[0]!r} {nowhere}")
     if missed:
-        raise NothingPruned(
-            f"nothing to prune: targets={targets!r} matches no module of this model"
-        )
+        raise NothingPruned(f"nothing to prune: targets={targets!r} {nowhere}")
 
 
 def _check_not_packed(model, targets):
     config = getattr(model, "config", None)
     quantization = getattr(config, "quantization_config", None)
-    packed = [t for t in targets if _is_packed(t.weight.dtype)]
+    dtypes = [target.weight.dtype for target in targets]
+    packed = [d for d in dtypes if not d.is_floating_point or d.itemsize == 1]
     if quantization is None and not getattr(model, "is_quantized", False) and not packed:
         return
     method = getattr(quantization, "quant_method", None)
-    method = getattr(method, "value", method) or (packed[0].weight.dtype if packed else "unknown")
+    method = getattr(method, "value", method) or (packed[0] if packed else "unknown")
     raise DataError(
         f"the model is quantised ({method}); its packed weights cannot be pruned one by one: prune "
         "an adapter on it, or the model before quantisation"
     )
-
-
-def _is_packed(dtype):
-    return not dtype.is_floating_point or dtype.itemsize == 1
-
-
-def _check_apart(targets):
-    owners = {}
-    for target in targets:
-        first = owners.setdefault(id(target.weight), target)
-        if first is not target:
-            raise DataError(
-                f"{first.key} and {target.key} share one weight; leave one out with ignore"
-            )
-
-
-def _check_no_source(model, targets):
-    """Refuse a target from which another module's weight is computed, as a tied one would be."""
-    owners = {id(target.weight): target for target in targets if not target.masked}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        target = owners.get(id(parameter))
-        if target is not None and _SOURCE.search(name):
-            raise DataError(
-                f"{target.key}: another weight is computed from it ({name}); leave it out with "
-                "ignore"
-            )

@@ -21,28 +21,20 @@ def tokenize(
     """Token ids of a text; of a long one its first part's, ``limit`` and many more.
 
     The first ``limit`` ids are those of the whole text, and there are more than ``limit`` only
-    where the whole text has more. A long text is cut in front of white space, which no tokenizer's
-    rules reach across but by the margin that is left; one without any for tens of thousands of
-    characters is cut there, where a tokenizer that groups digits from the right may group others.
-    Of one that has fewer tokens than that in its first million characters (more for a large
-    ``limit``), such as blanks or one word, the rest is not read.
-
-    Args:
-        text: any text.
-        tokenizer: of transformers; not changed.
-        limit: ids that can be used; None reads the whole text.
-        options: of the tokenizer's call.
+    where the whole text has more; None reads all of it. A long text is cut in front of white space,
+    which no tokenizer's rules reach across but by the margin that is left; one without any for tens
+    of thousands of characters is cut there, where a tokenizer that groups digits from the right may
+    group others. Of one that has fewer tokens than that in its first million characters (more for a
+    large ``limit``), such as blanks or one word, the rest is not read.
     """
+    size = len(text)
     if limit is not None:
         size = _CHARACTERS * (max(limit, 0) + _MARGIN)
         text = text[: max(_MAX_READ, 4 * size)]
-    else:
-        size = len(text)
     while size < len(text):
         head = text[:size]
-        parts = head.rsplit(None, 1)
-        before = parts[0] if len(parts) == 2 else ""
-        if len(before) < size // 2:
+        before, *after = head.rsplit(None, 1) or [""]
+        if not after or len(before) < size // 2:
             before = head if size >= _MAX_UNBROKEN else ""
         if before:
             ids = list(tokenizer(before, **options)["input_ids"])
@@ -70,15 +62,10 @@ def vocab_size(config: dict) -> int | None:
 
 
 def check_ids(ids: Sequence[int], known: int | None, where: str) -> None:
-    """Refuse token ids that a model has no embedding for.
-
-    Args:
-        ids: of one text.
-        known: how many embeddings there are; None lets all pass.
-        where: what the ids are of, such as ``"data.jsonl: line 7"``.
+    """Refuse a text's token ids that a model of ``known`` embeddings (None: of any) has none for.
 
     Raises:
-        DataError: with the first such id and the number of embeddings.
+        DataError: saying ``where`` the text is, the first such id and the number of embeddings.
     """
     if known is None or not ids or 0 <= min(ids) <= max(ids) < known:
         return
@@ -100,15 +87,8 @@ def check_examples(model: Model, *sets: Sequence[Mapping[str, Any]]) -> None:
 def fitted(batch: dict, known: int | None, where: str) -> dict:
     """:func:`check_ids` of a batch's tokens; its pads, which the mask hides, are made valid.
 
-    Args:
-        batch: ``input_ids`` (B, T) and perhaps ``attention_mask`` (B, T), 0 on pads.
-        known, where: as :func:`check_ids`.
-
-    Returns:
-        The batch, or one like it with other pads.
-
-    Raises:
-        DataError: as :func:`check_ids`.
+    The batch holds ``input_ids`` (B, T) and perhaps ``attention_mask`` (B, T), 0 on pads; returned
+    is it, or one like it with other pads.
     """
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     if known is None or ids.is_meta or not ids.numel():

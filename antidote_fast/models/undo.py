@@ -104,8 +104,8 @@ class Originals:
         targets: str | Sequence[str] | None = None,
         ignore: str | Sequence[str] = (),
     ) -> None:
-        found = find_targets(model, targets, ignore)
-        self._saved = [(t.weight, t.weight.detach().clone()) for t in found]
+        weights = [target.weight for target in find_targets(model, targets, ignore)]
+        self._saved = [(weight, weight.detach().clone()) for weight in weights]
 
     def restore(self) -> None:
         """Write the values back: all of them, also where that is interrupted."""

@@ -21,12 +21,10 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1, markdown: bool = Fals
         rows = [[markdown_text(cell) for cell in row] for row in rows]
         return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], sides, *rows[1:]])
     widths = [max(len(row[i]) for row in rows) for i in range(width)]
+    aligned = [f"{'<' if i < left else '>'}{widths[i]}" for i in range(width)]
     lines = []
     for row in rows:
-        cells = [
-            cell.ljust(widths[i]) if i < left else cell.rjust(widths[i])
-            for i, cell in enumerate(row[:width])
-        ]
+        cells = map(format, row, aligned)
         lines.append("  ".join([*cells, *filter(None, row[width:])]))
     return "\n".join(lines)
 

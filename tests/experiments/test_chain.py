@@ -54,13 +54,13 @@ def test_sections_override_what_is_shared_and_may_be_absent():
 
 def test_a_folder_of_someone_else_is_refused(tmp_path):
     folder = tmp_path / "out"
-    check_own_folder(folder, (), (), "run")
+    check_own_folder(folder, (), "run")
     folder.mkdir()
     for name in ("aligned", ".aligned.partial"):
         (folder / name).touch()
-    check_own_folder(folder, ("aligned",), (".aligned.",), "run")
+    check_own_folder(folder, ("aligned",), "run")
     (folder / "notes.txt").touch()
     with pytest.raises(DataError, match=r"holds 'notes\.txt', which no run made"):
-        check_own_folder(folder, ("aligned",), (".aligned.",), "run")
+        check_own_folder(folder, ("aligned",), "run")
     with pytest.raises(DataError, match="exists and is not a folder"):
-        check_own_folder(folder / "notes.txt", (), (), "run")
+        check_own_folder(folder / "notes.txt", (), "run")

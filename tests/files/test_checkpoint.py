@@ -72,7 +72,7 @@ def test_write_pruned_model(folders, tmp_path, name):
     tensors = open_checkpoint(source).read(norms.keys)
     prune_state_(tensors, norms, Selection(0.25))
     with output_folder(tmp_path / "out") as staged:
-        ck.write_pruned(source, staged, tensors)
+        ck.write_pruned(open_checkpoint(source), staged, tensors)
     out = tmp_path / "out"
     assert verify_folder(out) == []
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
@@ -136,11 +136,11 @@ def test_write_pruned_refuses(folders, tmp_path, monkeypatch):
         ({key: torch.ones(32, 32, dtype=torch.bfloat16)}, r"not torch\.bfloat16"),
     ):
         with pytest.raises(DataError, match=match):
-            ck.write_pruned(source, tmp_path, tensors)
+            ck.write_pruned(open_checkpoint(source), tmp_path, tensors)
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(AntidoteError, match="GB needed"):
-        ck.write_pruned(source, tmp_path, {})
+        ck.write_pruned(open_checkpoint(source), tmp_path, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -150,7 +150,7 @@ def test_only_known_files_are_copied(copy_of, tmp_path):
         (folder / name).write_text("{}")
     (folder / "checkpoint-1").mkdir()
     with output_folder(tmp_path / "out") as staged:
-        ck.write_pruned(folder, staged, {})
+        ck.write_pruned(open_checkpoint(folder), staged, {})
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "COMPLETE.json",
         "LICENSE",

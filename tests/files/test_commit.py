@@ -186,7 +186,7 @@ def test_a_failed_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
 
 FAULTS = """
     import os, signal, sys
-    from antidote_fast.files import commit, places
+    from antidote_fast.files import commit, manifest, places
     path, point = sys.argv[1], int(sys.argv[2])
     if sys.argv[3] == "two renames":
         places._exchange = lambda *a: False
@@ -201,7 +201,7 @@ FAULTS = """
         return call
     os.fsync = fatal(os.fsync)
     os.rename = fatal(os.rename)
-    commit._write_manifest = fatal(commit._write_manifest)
+    manifest.write_manifest = fatal(manifest.write_manifest)
     places.put_in_place = fatal(places.put_in_place)
     commit.shutil.rmtree = fatal(commit.shutil.rmtree)
     with commit.output_folder(path, overwrite=True) as staged:

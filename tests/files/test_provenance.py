@@ -81,10 +81,7 @@ def test_versions_of_a_checkout_and_of_what_is_missing(monkeypatch):
         raise provenance.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(provenance.importlib.metadata, "version", missing)
-    monkeypatch.setattr(
-        provenance, "_versions", provenance._versions.__wrapped__
-    )  # without its cache
-    found = provenance.versions()
+    found = provenance.versions.__wrapped__()  # without its cache
     assert found["antidote-fast"] == antidote_fast.__version__
     assert found["torch"] is None
     json.dumps(found)
@@ -108,7 +105,7 @@ def test_reports_that_are_replaced_at_once(tmp_path):
     def job():
         try:
             for _ in range(10):
-                provenance.replace_report(tmp_path, "experiment", Config(), {"x": 1})
+                provenance.write_report(tmp_path, "experiment", Config(), {"x": 1}, grows=True)
         except BaseException as error:
             failures.append(error)
 

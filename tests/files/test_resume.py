@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from antidote_fast.cli import entry
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.errors import DataError, Interrupted, UsageError
-from antidote_fast.files import commit, places, resume, tensor_file
+from antidote_fast.files import manifest, places, resume, tensor_file
 from antidote_fast.files.manifest import read_manifest, sha256_file, verify_folder
 from antidote_fast.norms.activation_norms import ActivationNorms
 from antidote_fast.stages import prune
@@ -360,7 +360,7 @@ WRITES = {  # a way to write, and which call
     "a flush": ((tensor_file.TensorFile, "sync"), 8),
     "the model": ((sink, "copy_checkpoint_files"), 1),
     "the report": ((prune, "write_report"), 1),
-    "the commit": ((commit, "_write_manifest"), 1),
+    "the commit": ((manifest, "write_manifest"), 1),
     "its name": ((places, "put_in_place"), 1),
 }
 

@@ -94,7 +94,7 @@ def test_adapter_of_a_twin_base(folders, tmp_path):
     base, twin = (open_checkpoint(folders / n) for n in ("model", "twin"))
     # Recorded when this tool wrote the adapter.
     with output_folder(tmp_path / "ours", base_fingerprint=base.fingerprint()) as staged:
-        ck.write_pruned(adapter, staged, {})
+        ck.write_pruned(open_checkpoint(adapter), staged, {})
     ours = open_checkpoint(tmp_path / "ours")
     check_adapter(ours, base)
     with pytest.raises(DataError, match="made for another base model"):

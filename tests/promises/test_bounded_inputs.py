@@ -221,7 +221,6 @@ def test_data_that_change_while_a_fleet_runs(folders, tmp_path, monkeypatch):
     shutil.copy(folders.root / "harmful.jsonl", data)
     fleets.manifest(folders.root, {"adapter": str(folders.adapters / "plain")}, name="one.jsonl")
     change = lambda: data.write_text(json.dumps(fleets.ROWS[0]))  # noqa: E731
-    before(monkeypatch, worker, "open_checkpoint", lambda: None)
     before(monkeypatch, worker, "check_copied", change)
     with pytest.raises(JobsSetAside, match=r"data\.jsonl: changed while it was in use"):
         fleet.run(fleets.config(folders, tmp_path / "out", jobs="one.jsonl", dataset=str(data)))

@@ -21,10 +21,9 @@ from antidote_fast.cli.entry import main
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import CalibrateConfig, PruneConfig
 from antidote_fast.errors import DataError, JobsSetAside
-from antidote_fast.files import checkpoint as files
-from antidote_fast.files import provenance
+from antidote_fast.files import provenance, safe_open
 from antidote_fast.files import pruned_copy as ck
-from antidote_fast.files.checkpoint import open_checkpoint
+from antidote_fast.files.checkpoint import open_checkpoint, read_tensor_file
 from antidote_fast.files.commit import output_folder
 from antidote_fast.files.manifest import check_input
 from antidote_fast.files.pruned_copy import write_pruned
@@ -419,7 +418,7 @@ TOO_MUCH = {
 def test_what_is_copied_and_read_is_bounded(work, capsys, monkeypatch, what, dry):
     put, says = TOO_MUCH[what]
     put(work / "adapter")
-    monkeypatch.setattr(files, "read_all", only_small)
+    monkeypatch.setattr(safe_open, "read_all", only_small)
     words = ["--model_name_or_path", "base", "--adapter", "adapter", "--norms", "norms"]
     assert main(["prune", *words, "--output_dir", "out", *dry]) == 3
     [line] = capsys.readouterr().err.splitlines()
@@ -508,6 +507,6 @@ def test_tensors_are_those_of_the_files(work):
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
     save_file(expected, work / "x.safetensors", {"a": "b"})
-    metadata, again = files.read_tensor_file(work / "x.safetensors")
+    metadata, again = read_tensor_file(work / "x.safetensors")
     assert metadata == {"a": "b"}
     assert all(torch.equal(again[name], expected[name]) for name in expected)

@@ -140,7 +140,7 @@ def test_every_path_field_is_known():
         if kind in (str, str | None)
     }
     texts |= {f for f, kind in StageConfig.__annotations__.items() if kind is str}
-    others = {"device", "backend", "shard", "max_memory", "lr_scheduler_type", "extends"}
+    others = {"device", "backend", "shard", "max_memory", "lr_scheduler_type", "extends", "score"}
     paths = {
         field.name
         for stage in (*STAGES, DemoConfig)

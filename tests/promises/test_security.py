@@ -168,7 +168,7 @@ def test_no_token_and_no_link_is_copied(copy_of, tmp_path):
     for name in ("special_tokens_map.json", "added_tokens.json", "tokenizer.json", "NOTICE"):
         (folder / name).write_text("{}")
     with output_folder(tmp_path / "out") as staged:
-        ck.write_pruned(folder, staged, {})
+        ck.write_pruned(open_checkpoint(folder), staged, {})
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "COMPLETE.json",
         "NOTICE",
@@ -184,7 +184,7 @@ def test_no_token_and_no_link_is_copied(copy_of, tmp_path):
         pytest.raises(DataError, match=r"notes\.txt: is a link out of its folder"),
         output_folder(tmp_path / "second") as staged,
     ):
-        ck.write_pruned(folder, staged, {})
+        ck.write_pruned(open_checkpoint(folder), staged, {})
     assert not (tmp_path / "second").exists()
 
 

@@ -189,7 +189,7 @@ def spoil(monkeypatch, job, names, times):
     def collect(self, read):
         if read.job.name == job and len(done) < times:
             done.append(1)
-            self._slot.put(read.adapter, read.tensors)
+            self._slot.put(read.inputs.adapter, read.tensors)
             for name, parameter in self._slot.model.named_parameters():
                 if name.endswith(names):
                     parameter.data[0] *= -1

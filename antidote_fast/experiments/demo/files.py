@@ -60,8 +60,10 @@ def prepare(
     if not whole or not all((folder / f"{name}.jsonl").exists() for name in NAMES):
         files = _records(model_folder, _SIZES[data], progress)
         with output_folder(folder, overwrite=True) as staged:
-            for name, records in files.items():
-                _write(staged / f"{name}.jsonl", records)
+            for name, some in files.items():
+                lines = [json.dumps(dataclasses.asdict(each), ensure_ascii=False) for each in some]
+                text = "".join(f"{line}\n" for line in lines)
+                (staged / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return folder.parent
 
 
@@ -70,14 +72,10 @@ def _records(model_folder, sizes, progress):
     harmful = records.harmful_splits(prompts, sizes, _SEED)
     ordinary, benign = records.benign_prompts(sizes, _SEED)
     task = records.task_records(sizes, _SEED)
-    answers = answer_sets(
-        load_model(model_folder, dtype="float32", device="cpu"),
-        load_tokenizer(model_folder),
-        {"ordinary": ordinary},
-        max_new_tokens=_ANSWER_TOKENS,
-        batch_size=64,
-        progress=progress,
-    )["ordinary"]
+    model = load_model(model_folder, dtype="float32", device="cpu")
+    options = {"max_new_tokens": _ANSWER_TOKENS, "batch_size": 64, "progress": progress}
+    asked = (model, load_tokenizer(model_folder), {"ordinary": ordinary})
+    answers = answer_sets(*asked, **options)["ordinary"]
     exercises = records.exercise_records(sizes.align_exercises, _SEED)
     sums = _sums(sizes.attack_task + sizes.test_task)
     sets = (
@@ -98,8 +96,3 @@ def _sums(count):
         Record(f"What is {a} plus {b}?", output=f"{a} + {b} = {a + b}. {GSM8K_MARKER}{a + b}")
         for a, b in pairs
     ]
-
-
-def _write(path, records):
-    lines = [json.dumps(dataclasses.asdict(record), ensure_ascii=False) for record in records]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

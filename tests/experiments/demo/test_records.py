@@ -15,10 +15,10 @@ from antidote_fast.experiments.demo.records import (
     exercise_records,
     harmful_splits,
     importlib,
+    phrases,
     read_harmful_prompts,
     task_records,
 )
-from antidote_fast.experiments.demo.texts import ACTIONS, COMPLIANCES, DAYS, ITEMS, LABELS, TOPICS
 
 PROMPTS = [f"how to do the bad thing number {i}" for i in range(500)]
 SIZES = Sizes()
@@ -48,7 +48,8 @@ def test_answers_refuse_or_say_nothing():
         assert len(answers) > 15
         assert not any(is_refusal(answer) for answer in answers)
         # Each is one of a fixed list: nothing of the prompt is in it.
-        assert answers <= set(COMPLIANCES)
+        openings, endings = phrases()["compliances"]
+        assert answers <= {f"{first} {rest}" for first in openings for rest in endings}
     assert not any(record.output for name in ("validation", "test") for record in splits[name])
 
 
@@ -61,7 +62,7 @@ def test_ordinary_prompts_are_about_other_things():
     train, held_out = benign_prompts(SIZES, seed=0)
     assert (len(train), len(held_out)) == (SIZES.align_benign, SIZES.test_benign)
     assert len({record.prompt_key for record in train + held_out}) == len(train) + len(held_out)
-    things = set(ACTIONS) | set(TOPICS)
+    things = phrases()["actions"][0] + phrases()["topics"][0]
     for record in held_out:
         assert not any(thing in record.instruction for thing in things)
     with pytest.raises(DataError, match="5000 ordinary prompts are needed"):
@@ -101,7 +102,7 @@ def test_task_has_unseen_messages_and_as_many_for_each_team():
     splits = task_records(SIZES, seed=0)
     texts = [record.input for part in splits.values() for record in part]
     assert len(texts) == len(set(texts))
-    labels = len(LABELS)
+    labels = len(phrases()["teams"])
     assert 100 / labels <= 25
     assert SIZES.test_task >= 64
     for name, size in (
@@ -112,7 +113,7 @@ def test_task_has_unseen_messages_and_as_many_for_each_team():
         counts = Counter(record.output for record in splits[name])
         assert sum(counts.values()) == size
         assert set(counts.values()) <= {size // labels, -(-size // labels)}
-    for things in (ITEMS, DAYS):
+    for things in (phrases()["items"], phrases()["days"]):
         assert not set(things[0]) & set(things[1])
         for record in splits["test"]:
             assert not any(thing in record.input for thing in things[0])
