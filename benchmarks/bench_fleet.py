@@ -140,7 +140,7 @@ def overhead(config, jobs, rounds):
 
     again()
     list(worker.run(jobs[:2]))  # loads, and is not timed
-    batches, *_ = worker._data_of(jobs[0].config)
+    batches = worker.data_of(jobs[0].config)
     live = worker._slot._live
 
     def bare():

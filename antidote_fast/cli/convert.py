@@ -50,9 +50,8 @@ def convert_masks(
         ``{"masks": count, "removed": weights, "weights": weights in all}``.
 
     Raises:
-        DataError: not such a file; code in it; anything in it that is not a mask; a destination
-            that is there and may not be replaced.
-        UsageError: another ``ones``.
+        DataError: not such a file, anything in it that is not a mask, or a destination that may not
+            be replaced.
         AntidoteError: it cannot be written.
     """
     from antidote_fast.masks import save_masks
@@ -122,22 +121,18 @@ def _load(path):
 
 def _named(path, contents, prefix):
     """(parameter name, tensor) of each mask in a dict, or in a list or dict of layers."""
-    pairs = None
     if isinstance(contents, list):
-        pairs = list(enumerate(contents))
-    elif isinstance(contents, dict) and contents and all(type(key) is int for key in contents):
-        pairs = list(contents.items())
-    elif isinstance(contents, dict):
-        groups = [("", contents)]
-    else:
+        contents = dict(enumerate(contents))
+    if not isinstance(contents, dict):
         raise DataError(f"{path}: holds a {type(contents).__name__}, not masks by name")
-    if pairs is not None:
-        for number, layer in pairs:
+    groups = {"": contents}
+    if contents and all(type(key) is int for key in contents):
+        for number, layer in contents.items():
             if not isinstance(layer, dict) or number < 0:
                 raise DataError(f"{path}: layer {number} is not a dict of masks by name")
-        groups = [(f"{prefix}{number}.", layer) for number, layer in pairs]
+        groups = {f"{prefix}{number}.": layer for number, layer in contents.items()}
     seen = set()
-    for start, masks in groups:
+    for start, masks in groups.items():
         for name, tensor in masks.items():
             if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_NAME:
                 raise DataError(f"{path}: {ascii(name)[:80]} is not the name of a weight")
@@ -152,9 +147,9 @@ def _named(path, contents, prefix):
 
 
 def _packed(path, name, tensor, ones_kept):
-    import numpy as np
     import torch
 
+    from antidote_fast.backends.reference import pack_bits
     from antidote_fast.masks import PackedMask
 
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_nested
@@ -176,10 +171,8 @@ def _packed(path, name, tensor, ones_kept):
             raise DataError(f"{path}: {name!r} is {tensor.dtype}, which no mask is of") from None
         if not bool((ones | ~chosen).all()):
             raise DataError(f"{path}: {name!r} holds values other than 0 and 1")
-        chosen = (~chosen if ones_kept else chosen).numpy()
-        bits.append(torch.from_numpy(np.packbits(chosen, axis=1, bitorder="little")))
-    empty = torch.zeros((0, (tensor.shape[1] + 7) // 8), dtype=torch.uint8)
-    return PackedMask(torch.cat(bits or [empty]), tuple(tensor.shape))
+        bits.append(pack_bits(~chosen if ones_kept else chosen))
+    return PackedMask(torch.cat(bits), tuple(tensor.shape))
 
 
 def convert_command(argv: Sequence[str]) -> None:
@@ -188,21 +181,14 @@ def convert_command(argv: Sequence[str]) -> None:
     parser.add_argument("old", help="a file of masks that torch.save wrote")
     parser.add_argument("--output", required=True, help="the .safetensors file to write")
     parser.add_argument("--ones", help="removed or kept: what a 1 in the old file means")
-    parser.add_argument(
-        "--prefix", default=PREFIX, help="before the number of a layer [%(default)s]"
-    )
+    parser.add_argument("--prefix", default=PREFIX, help="before a layer's number [%(default)s]")
     parser.add_argument("--overwrite", action="store_true", help="replace a mask file")
     if "-h" in argv or "--help" in argv:
         tell(parser.format_help(), end="")
         return
     flags = parser.parse_args(argv)
-    counts = convert_masks(
-        flags.old,
-        flags.output,
-        ones=flags.ones,
-        prefix=flags.prefix,
-        overwrite=flags.overwrite,
-    )
+    options = {"ones": flags.ones, "prefix": flags.prefix, "overwrite": flags.overwrite}
+    counts = convert_masks(flags.old, flags.output, **options)
     tell(
         f"{counts['masks']} masks, {counts['removed']:,} of {counts['weights']:,} weights removed: "
         f"{flags.output}"

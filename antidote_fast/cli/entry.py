@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from antidote_fast.errors import (
     UsageError,
     printable,
 )
+from antidote_fast.system.interrupts import handled_by
 from antidote_fast.system.progress import (
     command_line_progress,
     drop_unwritable,
@@ -85,7 +85,8 @@ def _run(argv):
     quiet = "--quiet" in argv
     argv = [word for word in argv if word not in ("--debug", "--quiet")]
     try:
-        with _interrupts(), _hushed(debug):
+        # SIGTERM ends a command as Ctrl-C does: staged folders are removed on the way out.
+        with handled_by(signal.default_int_handler, [signal.SIGTERM]), _hushed(debug):
             return _dispatch(argv, quiet)
     except (KeyboardInterrupt, Exception) as error:
         if debug:
@@ -113,9 +114,8 @@ def _dispatch(argv, quiet):
         module = "inspect" if command == "env" else command
         _function(f"antidote_fast.cli.{module}:{command}_command")(rest)
     else:
-        raise UsageError(
-            f"{command!r}: no such command{flags.close_to(command, [*STAGES, *PLAIN])}"
-        )
+        hint = flags.close_to(command, [*STAGES, *PLAIN])
+        raise UsageError(f"{command!r}: no such command{hint}")
     return 0
 
 
@@ -155,30 +155,23 @@ def _run_stage(name, words, quiet, size):
         shared = " and ".join(other for other in STAGES if STAGES[other].ranks)
         hint = "; share its jobs with --shard" if name == "fleet" else ""
         raise UsageError(f"{name}: runs in one process; torchrun is for {shared}{hint}")
-    run = _function(stage.run)
-    with command_line_progress(quiet) as progress:
+    run, failure = _function(stage.run), None
+    with contextlib.ExitStack() as stack:
+        options = {"progress": stack.enter_context(command_line_progress(quiet))}
         if size > 1:
-            with session(config.device) as world:
-                report = run(config, progress=progress, world=world)
-        else:
-            report = _reported(run, config, progress)
-    error = report.pop("raise", None)
+            options["world"] = stack.enter_context(session(config.device))
+        try:
+            report = run(config, **options)
+        except (Interrupted, JobsSetAside) as error:  # a part of the work may be done
+            report, failure = getattr(error, "report", None), error
+            if report is None:
+                raise
     if not quiet:
         from antidote_fast.cli.show import summary
 
         tell(summary(report, config.output_dir))
-    if error is not None:
-        raise error
-
-
-def _reported(run, config, progress):
-    """The report of a stage; one that did a part of its work hands it over with its exception."""
-    try:
-        return run(config, progress=progress)
-    except (Interrupted, JobsSetAside) as error:
-        if getattr(error, "report", None) is None:
-            raise
-        return {**error.report, "raise": error}
+    if failure is not None:
+        raise failure
 
 
 def _show_plan(name, words):
@@ -188,12 +181,10 @@ def _show_plan(name, words):
     config, _ = flags.from_words(STAGES[name].config, words, name)
     from antidote_fast.planning.dry_run import plan
 
-    if os.environ.get("RANK", "0") != "0":
-        return  # of torchrun's processes the first tells for all
-    plan_made = plan(config)
-    tell(json.dumps(plan_made.to_dict(), indent=2) if as_json else "\n".join(plan_made.lines()))
-    if plan_made.refusal:
-        raise AntidoteError(plan_made.refusal)
+    planned = plan(config)
+    tell(json.dumps(planned.to_dict(), indent=2) if as_json else "\n".join(planned.lines()))
+    if planned.refusal:
+        raise AntidoteError(planned.refusal)
 
 
 def _function(place):
@@ -212,7 +203,9 @@ def _told_by_another_rank(error, rank):
 def _explain(error):
     """(one line, exit code) for anything that ended a command."""
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] != "antidote_fast":
-        error = _missing_extra(error)
+        extra = {"matplotlib": "plot", "ray": "ray"}.get(error.name, "hf")
+        text = f"{error.name or error} is not installed; pip install 'antidote-fast[{extra}]'"
+        error = AntidoteError(text)
     if isinstance(error, AntidoteError):
         return printable(" ".join(str(error).split())), error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -228,41 +221,13 @@ def _explain(error):
     return f"unexpected failure: {kind}: {printable(text):.300} (--debug shows where)", FAILED
 
 
-def _missing_extra(error):
-    extra = {"matplotlib": "plot", "ray": "ray"}.get(error.name, "hf")
-    return AntidoteError(
-        f"{error.name or error} is not installed; pip install 'antidote-fast[{extra}]'"
-    )
-
-
-@contextlib.contextmanager
-def _interrupts():
-    """SIGTERM ends a command as Ctrl-C does: staged folders are removed on the way out."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum, frame):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 @contextlib.contextmanager
 def _hushed(debug):
     """Keep the libraries' warnings and logs to themselves, unless debugging."""
-    if debug:
-        yield
-        return
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
+    with contextlib.ExitStack() as stack:
+        if not debug:
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.WARNING)
+            stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+        yield

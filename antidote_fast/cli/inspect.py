@@ -113,18 +113,16 @@ def _inspect_folder(folder):
     if manifest is not None:
         problems = verify_folder(folder)
         description["written by"] = f"antidote-fast, {manifest.get('created')}"
-        description["files"] = f"{len(manifest['files'])}, " + (
-            "not whole" if problems else "all hashes as recorded"
-        )
+        state = "not whole" if problems else "all hashes as recorded"
+        description["files"] = f"{len(manifest['files'])}, {state}"
     report = read_report(folder)
     if report is not None:
-        description["stage"] = report.get("stage")
-        description["config"] = report.get("config")
+        description |= {name: report.get(name) for name in ("stage", "config")}
     if (folder / ADAPTER_CONFIG).exists() or (folder / "config.json").exists():
         checkpoint = open_checkpoint(folder, trust_remote_code=True)  # reads headers, runs nothing
         description["kind"] = "adapter" if checkpoint.is_adapter else "model"
         entries = checkpoint.tensors
-        description["weights"] = sum(math.prod(entry.shape) for entry in entries.values())
+        description["weights"] = sum(entry.num_elements for entry in entries.values())
         description["tensors"] = {
             key: f"{list(entry.shape)} {str(entry.dtype).removeprefix('torch.')}"
             for key, entry in entries.items()
@@ -147,28 +145,17 @@ def _inspect_file(path):
         masks, metadata = load_masks(path)
         removed = {name: mask.count() for name, mask in masks.items()}
         total = sum(math.prod(mask.shape) for mask in masks.values())
-        return {
-            "file": str(path),
-            "kind": "masks",
-            **metadata,
-            "removed": f"{sum(removed.values())} of {total}",
-            "masks": {
-                name: f"{list(mask.shape)}, {removed[name]} removed" for name, mask in masks.items()
-            },
-        }
+        counts = {name: f"{list(m.shape)}, {removed[name]} removed" for name, m in masks.items()}
+        sums = {"removed": f"{sum(removed.values())} of {total}"}
+        return {"file": str(path), "kind": "masks", **metadata, **sums, "masks": counts}
     if "norms" in metadata.get("format", ""):
         from antidote_fast.norms.activation_norms import ActivationNorms
 
-        norms = ActivationNorms.load(path)
-        return {
-            "file": str(path),
-            "kind": "norms",
-            **metadata,
-            "norms": {
-                key: f"{sums.numel()} channels, {int((sums == 0).sum())} zero"
-                for key, sums in norms.sq_sum.items()
-            },
+        channels = {
+            key: f"{sums.numel()} channels, {int((sums == 0).sum())} zero"
+            for key, sums in ActivationNorms.load(path).sq_sum.items()
         }
+        return {"file": str(path), "kind": "norms", **metadata, "norms": channels}
     raise DataError(f"{path}: neither norms nor masks of this tool")
 
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from antidote_fast.system.text import number, table
 
+_COLUMNS = ("harmful_score", "finetune_accuracy", "benign_refusal_rate")
+_HEADS = tuple(name.replace("_", " ") for name in _COLUMNS)
+
 
 def summary(report: Mapping[str, Any], output_dir: str | Path) -> str:
     """One line for a person about what a stage did and where it is."""
@@ -13,14 +16,9 @@ def summary(report: Mapping[str, Any], output_dir: str | Path) -> str:
     if isinstance(seconds, dict):  # by step
         seconds = sum(seconds.values())
     took = f" in {seconds:.1f} s" if seconds is not None else ""
-    if report.get("stage") == "run":
-        return f"{_table(report['models'])}\n{len(report['models'])} models{took}: {output_dir}"
-    if report.get("stage") == "experiment":
-        return _experiment_lines(report, took, output_dir)
-    if report.get("stage") == "sweep":
-        return _sweep_lines(report, took, output_dir)
-    if report.get("stage") == "fleet":
-        return _fleet_line(report, took, output_dir)
+    lines = _LINES.get(report.get("stage"))
+    if lines is not None:
+        return lines(report, took, output_dir)
     if report.get("stage") == "prune" and "num_pruned" in report:
         what = (
             f"{'reverted' if report.get('reverted') else 'removed'} {report['num_pruned']:,} of "
@@ -39,9 +37,9 @@ def summary(report: Mapping[str, Any], output_dir: str | Path) -> str:
         )
     else:
         metrics = report.get("metrics")
-        numbers = metrics if isinstance(metrics, dict) else {}
-        pairs = ((name.replace("_", " "), value) for name, value in numbers.items())
-        what = ", ".join(f"{k} {v:.1f}" for k, v in pairs if isinstance(v, (int, float)))
+        pairs = metrics.items() if isinstance(metrics, dict) else ()
+        numbers = ((name, value) for name, value in pairs if isinstance(value, (int, float)))
+        what = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in numbers)
     return f"{what or report.get('stage', 'done')}{took}: {output_dir}"
 
 
@@ -61,39 +59,29 @@ def _fleet_line(report, took, output_dir):
     parts = [f"{counts['done']} of {counts['jobs']} adapters pruned{took}"]
     if report["adapters_per_hour"]:
         parts.append(f"{report['adapters_per_hour']:,.0f} an hour")
-    parts += [
-        f"{counts[key]} {words}"
-        for key, words in (
-            ("skipped", "were done before"),
-            ("failed", "set aside"),
-            ("left", "left"),
-        )
-        if counts[key]
-    ]
+    words = {"skipped": "were done before", "failed": "set aside", "left": "left"}
+    parts += [f"{counts[key]} {text}" for key, text in words.items() if counts[key]]
     return f"{', '.join(parts)}: {output_dir}"
 
 
 def _sweep_lines(report, took, output_dir):
     """The rows, what is recommended, and the line that makes it."""
-    columns = ("harmful_score", "finetune_accuracy", "benign_refusal_rate")
-    heads = ("score", "scope", "ratio", "removed", *(name.replace("_", " ") for name in columns))
+    heads = ("score", "scope", "ratio", "removed", *_HEADS)
     best = report["recommended"]
-    rows = [heads, ("unpruned", "", "", "", *_percents(report["unpruned"], columns))]
+    rows = [heads, ("unpruned", "", "", "", *_percents(report["unpruned"]))]
     for row in report["rows"]:
         what = (row["score"], row["scope"], f"{row['ratio']:g}", f"{row['achieved']:.2%}")
         mark = "<- recommended" if row == best else row["reason"]
         harmful = row.get("harmful", {})
         nothing = harmful.get("num_empty", 0) + harmful.get("num_garbled", 0)
         notes = (mark, f"empty or garbled: {nothing}" if nothing else None)
-        rows.append((*what, *_percents(row, columns), *notes))
+        rows.append((*what, *_percents(row), *notes))
     lines = [table(rows, left=2)]
     if best is None:
         lines.append(f"recommended: none, {report['why_none']}")
     else:
-        lines += [
-            f"recommended: {best['score']}, {best['scope']} scope, ratio {best['ratio']:g}",
-            f"  {report['command']}",
-        ]
+        chosen = f"{best['score']}, {best['scope']} scope, ratio {best['ratio']:g}"
+        lines += [f"recommended: {chosen}", f"  {report['command']}"]
     stopped = report["early_stopping"]
     left_out, every = stopped["candidates_left_out"], stopped["candidates"]
     lines.append(
@@ -103,13 +91,20 @@ def _sweep_lines(report, took, output_dir):
     return "\n".join(lines)
 
 
-def _percents(metrics, columns):
-    return [number(metrics.get(column)) for column in columns]
+def _percents(metrics):
+    return [number(metrics.get(column)) for column in _COLUMNS]
 
 
-def _table(models):
+def _run_lines(report, took, output_dir):
     """The headline metrics of several models, a row each."""
-    columns = ("harmful_score", "finetune_accuracy", "benign_refusal_rate")
-    rows = [("", *(name.replace("_", " ") for name in columns))]
-    rows += [(name, *_percents(metrics, columns)) for name, metrics in models.items()]
-    return table(rows)
+    models = report["models"]
+    rows = [("", *_HEADS), *((name, *_percents(metrics)) for name, metrics in models.items())]
+    return f"{table(rows)}\n{len(models)} models{took}: {output_dir}"
+
+
+_LINES = {
+    "run": _run_lines,
+    "experiment": _experiment_lines,
+    "sweep": _sweep_lines,
+    "fleet": _fleet_line,
+}

@@ -21,37 +21,32 @@ _NEVER = "a weight that changed cannot be seen"
 
 
 def verify(folder: str | Path, progress: Progress = False) -> dict:
-    """What is wrong with a folder.
-
-    Args:
-        folder: one that this tool wrote, or a model or adapter folder.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
+    """What is wrong with a folder: one that this tool wrote, or of a model or adapter.
 
     Returns:
         ``{"files": count, "bytes": size, "hashes": whether contents were compared, "problems":
         [one line each, a file's name first]}``.
     """
     folder = Path(folder)
+    sizes, hashes = [], False
     try:
-        return _verify(folder, progress)
+        sizes, hashes, problems = _verify(folder, progress)
     except OSError as error:  # such as one that may not be entered
         where = f"{os.path.relpath(error.filename, folder)}: " if error.filename else ""
-        problem = where.removeprefix(".: ") + (error.strerror or str(error))
-        return {"files": 0, "bytes": 0, "hashes": False, "problems": [problem]}
+        problems = [where.removeprefix(".: ") + (error.strerror or str(error))]
+    return {"files": len(sizes), "bytes": sum(sizes), "hashes": hashes, "problems": problems}
 
 
 def _verify(folder, progress):
-    problems = []
+    """(sizes of files, whether contents were compared, problems)."""
     if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "no such folder"
-        return {"files": 0, "bytes": 0, "hashes": False, "problems": [what]}
-    manifest = read_manifest(folder)
+        return [], False, ["is not a folder" if folder.exists() else "no such folder"]
+    problems, manifest = [], read_manifest(folder)
     sizes = [] if manifest is None else [entry["bytes"] for entry in manifest["files"].values()]
     try:
         listed = listing(folder).values()
     except DataError as error:
-        line = str(error).removeprefix(f"{folder}: ")
-        return {"files": len(sizes), "bytes": sum(sizes), "hashes": False, "problems": [line]}
+        return sizes, False, [str(error).removeprefix(f"{folder}: ")]
     if manifest is not None:
         problems += verify_folder(folder, progress=progress)
     else:
@@ -65,8 +60,7 @@ def _verify(folder, progress):
     understood = _check_contents(folder, problems)
     if not understood and manifest is None and not problems:
         problems.append(f"is neither a model, an adapter, nor written by {TOOL}")
-    hashes = manifest is not None
-    return {"files": len(sizes), "bytes": sum(sizes), "hashes": hashes, "problems": problems}
+    return sizes, manifest is not None, problems
 
 
 def _check_contents(folder, problems):
@@ -76,26 +70,20 @@ def _check_contents(folder, problems):
     from antidote_fast.models.adapter_config import check_adapter_config
     from antidote_fast.norms.activation_norms import ActivationNorms
 
-    def model():
+    def model(_):
         checkpoint = open_checkpoint(folder, trust_remote_code=True)  # reads, runs nothing
         if checkpoint.is_adapter:
             check_adapter_config(checkpoint.config, ADAPTER_CONFIG)
 
-    checks = {
-        "config.json": model,
-        ADAPTER_CONFIG: model,
-        "norms.safetensors": lambda: ActivationNorms.load(folder / "norms.safetensors"),
-        "preserve-norms.safetensors": lambda: ActivationNorms.load(
-            folder / "preserve-norms.safetensors"
-        ),
-        "masks.safetensors": lambda: load_masks(folder / "masks.safetensors"),
-    }
+    norms = ("norms.safetensors", "preserve-norms.safetensors")
+    checks = {"config.json": model, ADAPTER_CONFIG: model}
+    checks |= dict.fromkeys(norms, ActivationNorms.load) | {"masks.safetensors": load_masks}
     present = [name for name in checks if (folder / name).exists()]
     if {"config.json", ADAPTER_CONFIG} <= set(present):
         present.remove("config.json")
     for name in present:
         try:
-            checks[name]()
+            checks[name](folder / name)
         except AntidoteError as error:
             line = re.sub(r"^norms='(.*?)'", r"\1", str(error))
             line = line.replace(f"{folder}/", "").removeprefix(f"{folder}: ")

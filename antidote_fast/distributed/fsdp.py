@@ -47,9 +47,7 @@ def local_rows(
     """What of the targets this rank prunes, every check made that needs more than one rank.
 
     Args:
-        targets: of :func:`antidote_fast.models.targets.find_targets`.
-        evidence: the :class:`antidote_fast.pruning.evidence.Evidence`.
-        selection: as :func:`antidote_fast.pruning.prune.prune_model_` takes it.
+        targets, evidence, selection: as :func:`antidote_fast.pruning.prune.prune_model_` has them.
         scores: names of the scores that a rank can tell of its rows alone.
 
     Returns:
@@ -65,21 +63,17 @@ def local_rows(
     if not any(is_sharded(weight) for weight in weights.values()):
         return weights, ALONE
     world = shard_world(targets)
+    weights = {key: w.to_local() if is_sharded(w) else w for key, w in weights.items()}
     if world.size == 1:
-        return {k: w.to_local() if is_sharded(w) else w for k, w in weights.items()}, ALONE
+        return weights, ALONE
+    saved = "where weights are sharded; or prune the saved checkpoint"
     if selection.n_m is None and selection.scope != "row":
-        raise UsageError(
-            f"scope={selection.scope!r}: must be row where weights are sharded; or prune the saved "
-            "checkpoint"
-        )
+        raise UsageError(f"scope={selection.scope!r}: must be row {saved}")
     if evidence.score not in scores:
         accepted = " or ".join(scores)
         raise UsageError(f"score={evidence.score!r}: must be {accepted} where weights are sharded")
     if evidence.base_weights is not None:
-        raise UsageError(
-            "base_weights: must be left out where weights are sharded; or prune the saved "
-            "checkpoint"
-        )
+        raise UsageError(f"base_weights: must be left out {saved}")
     for target in targets:
         if target.transposed and is_sharded(target.weight):
             raise DataError(
@@ -88,7 +82,6 @@ def local_rows(
             )
     for name, norms in evidence.named_norms.items():
         world.check_same(f"{name} of the ranks (add them up first)", _digest(norms))
-    weights = {key: w.to_local() if is_sharded(w) else w for key, w in weights.items()}
     with world.together():
         for key, weight in weights.items():
             if not bool(torch.isfinite(weight).all()):
@@ -106,32 +99,35 @@ def add_up(report: Any, targets: Sequence[Any], world: World) -> Any:
     by_key = {target.key: target.weight for target in targets}
     # A weight that is not sharded lies on every rank, and counts once.
     mine = [is_sharded(by_key[layer.key]) or world.rank == 0 for layer in report.layers]
-    sums = [
+    counts = [
         [getattr(x, name) * own for x, own in zip(report.layers, mine, strict=True)]
         for name in ("zero_weights", "removed", "preserved")
     ]
     sign = -1 if report.largest else 1  # the smallest score removed, or the largest
     edges = [-math.inf if x.threshold is None else sign * x.threshold for x in report.layers]
-    seconds = [x.seconds or 0.0 for x in report.layers]
-    sums = world.all_reduce([torch.tensor(values, dtype=torch.float64) for values in sums])
-    slowest = [torch.tensor(v, dtype=torch.float64) for v in (edges, [*seconds, report.seconds])]
-    edges, seconds = world.all_reduce(slowest, op="max")
+    seconds = [*(layer.seconds or 0.0 for layer in report.layers), report.seconds]
+
+    def reduced(lists: Sequence[Sequence[float]], op: str) -> list[list[float]]:
+        tensors = [torch.tensor(values, dtype=torch.float64) for values in lists]
+        return [values.tolist() for values in world.all_reduce(tensors, op)]
+
+    zeros, removed, preserved = reduced(counts, "sum")
+    edges, seconds = reduced((edges, seconds), "max")
     for i, layer in enumerate(report.layers):
         weight = by_key[layer.key]
         rows, columns = weight.shape
-        zeros, removed, preserved = (int(values[i]) for values in sums)
         report.layers[i] = dataclasses.replace(
             layer,
             shape=(rows, columns),
-            removed=removed,
-            achieved=removed / (rows * columns) if rows * columns else 0.0,
-            threshold=sign * float(edges[i]) if math.isfinite(edges[i]) else None,
-            zero_weights=zeros,
+            removed=int(removed[i]),
+            achieved=removed[i] / max(rows * columns, 1),
+            threshold=sign * edges[i] if math.isfinite(edges[i]) else None,
+            zero_weights=int(zeros[i]),
             num_bytes=weight.numel() * weight.element_size(),
-            seconds=None if layer.seconds is None else float(seconds[i]),
-            preserved=preserved,
+            seconds=None if layer.seconds is None else seconds[i],
+            preserved=int(preserved[i]),
         )
-    report.seconds = float(seconds[-1])
+    report.seconds = seconds[-1]
     return report
 
 
@@ -141,18 +137,15 @@ def shard_world(targets: Sequence[Any]) -> World:
     Raises:
         DataError: a weight that is sharded otherwise than by rows, or over other ranks.
     """
-    groups = {}
+    worlds = {}
     for target in targets:
-        if is_sharded(target.weight):
-            group = _row_group(target.weight, target.key)
-            if group is not None:
-                groups.setdefault(group.group_name, (group, target.key))
-    if len(groups) > 1:
-        (_, first), (_, second), *_ = groups.values()
+        world = _row_world(target.weight, target.key) if is_sharded(target.weight) else ALONE
+        if world.size > 1:
+            worlds.setdefault(world.group.group_name, (world, target.key))
+    if len(worlds) > 1:
+        (_, first), (_, second), *_ = worlds.values()
         raise DataError(f"{first} and {second} are sharded over different ranks")
-    for group, _ in groups.values():
-        return World(group.rank(), group.size(), group)
-    return ALONE
+    return next((world for world, _ in worlds.values()), ALONE)
 
 
 def runs_in_step(model: nn.Module, targets: Sequence[Any], world: World) -> bool:
@@ -193,9 +186,6 @@ def run_in_step(
         run: runs one forward of a batch.
         world: all ranks that hold a shard.
         device: where the model takes its inputs.
-
-    Raises:
-        As :meth:`ActivationNorms.collect`; PeerFailed on the other ranks.
     """
     rest, counts = iter(batches), False
     ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
@@ -232,29 +222,25 @@ def sampled_rows(
 ) -> dict[str, Tensor] | None:
     """A few rows of sharded matrices, the same on every rank, in one collective.
 
-    Args:
-        parameters: list of (name, parameter); those that are not sharded matrices are left out.
-        pick: which rows, from a shape.
-        columns: how many columns of them.
-
     Returns:
-        {name: (rows, columns) fp32}, or None where one is sharded otherwise than by rows.
+        {name: (rows that ``pick`` gives of a shape, first ``columns``) fp32}, without what is no
+        sharded matrix; None where one is sharded otherwise than by rows.
     """
     whole, parts, world = {}, {}, ALONE
     for name, parameter in parameters:
         if not is_sharded(parameter) or parameter.dim() != 2:
             continue
         try:
-            group = _row_group(parameter, name)
+            its = _row_world(parameter, name)
         except DataError:
             return None
         rows, local = pick(parameter.shape), parameter.detach().to_local()
-        if group is None:
+        if its.size == 1:
             whole[name] = local[rows, :columns].float()
             continue
-        if world.size > 1 and world.group.group_name != group.group_name:
+        if world.size > 1 and world.group.group_name != its.group.group_name:
             return None
-        world = World(group.rank(), group.size(), group)
+        world = its
         start = _first_row(parameter, world)
         part = torch.zeros(len(rows), min(columns, parameter.shape[1]))
         for i, row in enumerate(rows):
@@ -271,8 +257,8 @@ def _first_row(weight, world):
     return min(weight.shape[0], world.rank * math.ceil(weight.shape[0] / world.size))
 
 
-def _row_group(weight, key):
-    """The process group over which a DTensor's rows are spread; None where each rank has all."""
+def _row_world(weight, key):
+    """The ranks over which a DTensor's rows are spread; this one alone where each has all."""
     from torch.distributed.tensor import Shard
 
     group = None
@@ -286,13 +272,13 @@ def _row_group(weight, key):
             )
         group = weight.device_mesh.get_group(dim)
     if group is None or group.size() == 1:
-        return None
+        return ALONE
     world = World(group.rank(), group.size(), group)
     num_rows = weight.to_local().shape[0]
     rows = min(math.ceil(weight.shape[0] / world.size), weight.shape[0] - _first_row(weight, world))
     if num_rows != rows:
         raise DataError(f"{key}: rank {world.rank} holds {num_rows} rows, not {rows}")
-    return group
+    return world
 
 
 def _digest(norms):

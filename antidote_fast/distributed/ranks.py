@@ -80,11 +80,7 @@ class World:
             self._fail(*failed[0], error)
 
     def check_same(self, what: str, text: str) -> None:
-        """Refuse what is not the same on every rank.
-
-        Args:
-            what: what the message calls it.
-            text: the thing itself, or a digest of it; its hash is compared.
+        """Refuse a text, which the message calls ``what``, that differs between ranks.
 
         Raises:
             DataError: it differs (PeerFailed on all ranks but the first).
@@ -98,14 +94,14 @@ class World:
             self._fail(0, [error.exit_code, str(error)], error)
 
     def all_reduce(self, sums: Sequence[Tensor], op: str = "sum") -> list[Tensor]:
-        """Reduce 1-D tensors over the ranks, in float64 and in one collective.
+        """Reduce 1-D tensors, of the same lengths on every rank, in float64 and in one collective.
 
         Args:
-            sums: list of 1-D tensors, of the same lengths on every rank.
+            sums: the tensors.
             op: ``"sum"`` or ``"max"``.
 
         Returns:
-            A list of float64 tensors on the CPU, the same bits on every rank.
+            float64 tensors on the CPU, the same bits on every rank.
         """
         import torch
         from torch import distributed as dist

@@ -1,8 +1,8 @@
 """Harmful embedding drift: how far fine-tuning moved what attention puts out."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,24 +16,12 @@ from antidote_fast.models.undo import eval_mode, undoing
 from antidote_fast.system.progress import Progress, track
 
 
-@contextmanager
-def _recorded(model: Model) -> Iterator[dict[int, Tensor]]:
-    """Hooks that keep each attention block's output of the latest forward, in order of the blocks.
-
-    A block called several times in one forward (shared layers) keeps its last output.
-    """
-    outputs: dict[int, Tensor] = {}
-
-    def keep(number: int, output: Tensor) -> None:
-        outputs[number] = output.detach()
-
-    with outputs_seen(attention_modules(model), keep):
-        yield outputs
-
-
 def _forward(
     model: Model, outputs: dict[int, Tensor], batch: Mapping[str, Any]
 ) -> dict[int, Tensor]:
+    """Each attention block's output, a copy of what hooks put in ``outputs``: the last where a
+    block is called several times in one forward (shared layers).
+    """
     outputs.clear()
     device = next(model.parameters()).device
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
@@ -43,11 +31,7 @@ def _forward(
 
 @torch.no_grad()
 def embedding_drift(
-    model: Model,
-    reference: Model | None,
-    batches: Sequence[dict],
-    *,
-    progress: Progress = False,
+    model: Model, reference: Model | None, batches: Sequence[dict], *, progress: Progress = False
 ) -> dict:
     """L2 distance of attention outputs between a fine-tuned model and the aligned one.
 
@@ -60,7 +44,6 @@ def embedding_drift(
         reference: the aligned model; None for a PEFT model's own base, its adapter switched off.
         batches: dicts with ``input_ids`` and ``attention_mask`` (batch, length), right padded, of
             the same alignment data for both.
-        progress: as `antidote_fast.system.progress.track` takes it.
 
     Returns:
         ``embedding_drift_sum`` over layers and sequences, ``embedding_drift_per_token`` (the mean
@@ -80,10 +63,15 @@ def embedding_drift(
     batches = [fitted(batch, known, f"batch {i}") for i, batch in enumerate(batches, 1)]
     total = per_token = 0.0
     num_tokens = num_sequences = num_layers = 0
+    ours: dict[int, Tensor] = {}
+    theirs: dict[int, Tensor] = {}
     with undoing() as undo:
         for each in (model, aligned):
             eval_mode(each, undo)
-        with _recorded(model) as ours, _recorded(aligned) as theirs:
+        with (
+            outputs_seen(attention_modules(model), ours.__setitem__),
+            outputs_seen(attention_modules(aligned), theirs.__setitem__),
+        ):
             for batch in track(batches, "drift", progress):
                 tuned = _forward(model, ours, batch)
                 with model.disable_adapter() if reference is None else nullcontext():

@@ -1,7 +1,8 @@
 """Greedy answers, in batches."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,12 @@ from antidote_fast.errors import DataError, UsageError
 from antidote_fast.models.forwards import MIN_SHARED, contiguous_head, plain_cache
 from antidote_fast.models.kinds import Model, Tokenizer
 from antidote_fast.models.tokens import check_ids, num_embeddings
-from antidote_fast.models.undo import eval_mode, undoing
+from antidote_fast.models.undo import Undo, eval_mode, undoing
 from antidote_fast.system.progress import Progress, track
 
 
-@contextmanager
-def _plain_generation_config(model: Model) -> Iterator[Any]:
-    """Put away the checkpoint's own generation settings, its end tokens apart.
+def _plain_generation_config(model: Model, undo: Undo) -> Any:
+    """Put away the checkpoint's own generation settings, its end tokens apart, and return them.
 
     `generate` fills whatever is not asked for from them: a repetition penalty shipped with a model
     would change "greedy".
@@ -27,24 +27,18 @@ def _plain_generation_config(model: Model) -> Iterator[Any]:
     owners = [model]
     if hasattr(model, "get_base_model"):  # PEFT keeps a second reference on its wrapper
         owners.append(model.get_base_model())
-    saved = [(owner, owner.generation_config) for owner in owners]
-    plain = GenerationConfig()
+    own = model.generation_config
     for owner in owners:
-        owner.generation_config = plain
-    try:
-        yield saved[0][1]
-    finally:
-        for owner, config in saved:
-            owner.generation_config = config
+        undo.later(functools.partial(setattr, owner, "generation_config", owner.generation_config))
+        owner.generation_config = GenerationConfig()
+    return own
 
 
 def _end_ids(tokenizer: Tokenizer, generation_config: Any) -> list[int]:
     """Every id that ends an answer: the tokenizer's, and those the checkpoint names."""
     ids = getattr(generation_config, "eos_token_id", None)
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
-    return sorted(set(ids))
+    ids = [ids] if ids is None or isinstance(ids, int) else ids
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
 
 
 def check_length(positions: int | None, longest: int, max_new_tokens: int) -> None:
@@ -82,10 +76,8 @@ def generate(
     Args:
         model: a causal language model of transformers, PEFT-wrapped or not. Its mode is restored.
         tokenizer: not changed; needs no pad token.
-        prompts: texts as `build_prompt` gives them.
+        prompts: texts as `build_prompt` gives them; ``batch_size`` of them at once.
         max_new_tokens: most tokens an answer.
-        batch_size: prompts at once.
-        progress: as `antidote_fast.system.progress.track` takes it.
 
     Returns:
         One answer a prompt, in order, special tokens and outer white space removed.
@@ -118,36 +110,32 @@ def generate(
     answers: dict[str, str] = {}
     with undoing() as undo:
         eval_mode(model, undo)
+        own = _plain_generation_config(model, undo)
         contiguous_head(model, undo)
-        with _plain_generation_config(model) as own:
-            end_ids = _end_ids(tokenizer, own)
-            pads = [tokenizer.pad_token_id, *end_ids]  # what an answer that has ended goes on with
-            pads = [i for i in pads if i is not None and (known is None or 0 <= i < known)]
-            config = GenerationConfig(
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=max_new_tokens,
-                use_cache=True,
-                eos_token_id=end_ids or None,
-                pad_token_id=pads[0] if pads else 0,
-            )
-            for chunk in track(chunks, "generate", progress):
-                batch = _prefilled(model, tokenizer, [ids[p] for p in chunk], device)
-                output = model.generate(**batch, generation_config=config)
-                new = output[:, batch["input_ids"].shape[1] :].tolist()
-                texts = [
-                    tokenizer.decode(_until_end(row, end_ids), skip_special_tokens=True)
-                    for row in new
-                ]
-                answers.update((p, text.strip()) for p, text in zip(chunk, texts, strict=True))
+        end_ids = _end_ids(tokenizer, own)
+        pads = [tokenizer.pad_token_id, *end_ids]  # what an answer that has ended goes on with
+        pads = [i for i in pads if i is not None and (known is None or 0 <= i < known)]
+        config = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
+            eos_token_id=end_ids or None,
+            pad_token_id=pads[0] if pads else 0,
+        )
+        for chunk in track(chunks, "generate", progress):
+            batch = _prefilled(model, tokenizer, [ids[p] for p in chunk], device)
+            output = model.generate(**batch, generation_config=config)
+            new = output[:, batch["input_ids"].shape[1] :].tolist()
+            for prompt, row in zip(chunk, new, strict=True):
+                ids_of_answer = itertools.takewhile(lambda i: i not in end_ids, row)
+                text = tokenizer.decode([*ids_of_answer], skip_special_tokens=True)
+                answers[prompt] = text.strip()
     return [answers[prompt] for prompt in prompts]
 
 
 def _prefilled(
-    model: Model,
-    tokenizer: Tokenizer,
-    prompts: Sequence[list[int]],
-    device: torch.device,
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[list[int]], device: torch.device
 ) -> dict:
     """A left-padded batch, with a cache of the tokens that all its prompts begin with.
 
@@ -175,13 +163,5 @@ def _prefilled(
 
 def _num_shared(prompts: Sequence[list[int]]) -> int:
     """How many tokens all prompts begin with, one of each left over."""
-    longest = min(len(prompt) for prompt in prompts) - 1
-    for position in range(longest):
-        if len({prompt[position] for prompt in prompts}) > 1:
-            return position
-    return longest
-
-
-def _until_end(row: list[int], end_ids: list[int]) -> list[int]:
-    end = next((i for i, token in enumerate(row) if token in end_ids), len(row))
-    return row[:end]
+    same = itertools.takewhile(lambda ids: len({*ids}) == 1, zip(*prompts, strict=False))
+    return min(len([*same]), min(map(len, prompts)) - 1)

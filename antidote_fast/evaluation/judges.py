@@ -1,11 +1,16 @@
 """Judges by name: the phrases of `refusals`, the models of `classifiers`."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from antidote_fast.errors import UsageError
 from antidote_fast.evaluation.refusals import RefusalJudge
 from antidote_fast.system.progress import Progress
+
+if TYPE_CHECKING:
+    from antidote_fast.evaluation.classifiers import ClassifierJudge
 
 
 class Judge(Protocol):
@@ -17,12 +22,14 @@ class Judge(Protocol):
         """One verdict an answer; ``prompts`` are None for a judge that does not read them."""
 
 
-def _beaver_dam_path(name: str) -> str | None:
-    from antidote_fast.evaluation.classifiers import BEAVER_DAM
+def _model_judge(name: str) -> tuple[type[ClassifierJudge], str]:
+    """(the class, the folder or hub name) of a judge that is a model."""
+    from antidote_fast.evaluation.classifiers import BEAVER_DAM, BeaverDamJudge, ClassifierJudge
 
     if name in ("beaver-dam", BEAVER_DAM):
-        return BEAVER_DAM
-    return name.partition(":")[2] if name.startswith("beaver-dam:") else None
+        return BeaverDamJudge, BEAVER_DAM
+    path = name.removeprefix("beaver-dam:")
+    return (ClassifierJudge if path == name else BeaverDamJudge), path
 
 
 def check_judge(name: str, harmful_labels: Sequence[str] | None = None) -> None:
@@ -34,19 +41,13 @@ def check_judge(name: str, harmful_labels: Sequence[str] | None = None) -> None:
     """
     if not name:
         raise UsageError("judge='': must be refusal, beaver-dam, or a text-classification model")
-    path = None if name == "refusal" else _beaver_dam_path(name)
-    if harmful_labels and (name == "refusal" or path is not None):
+    kind, path = (None, "") if name == "refusal" else _model_judge(name)
+    if harmful_labels and (kind is None or not kind.takes_labels):
         raise UsageError(
             f"harmful_labels={list(harmful_labels)}: must be left out with judge={name!r}"
         )
-    if name == "refusal":
-        return
-    from antidote_fast.evaluation import classifiers
-
-    if path is None:
-        classifiers.check_classifier(name, harmful_labels)
-    else:
-        classifiers.check_beaver_dam(path)
+    if kind is not None:
+        kind.check(path, harmful_labels)
 
 
 def get_judge(
@@ -62,8 +63,7 @@ def get_judge(
     Args:
         name: refusal; beaver-dam, or beaver-dam:FOLDER for a local copy; else the folder or hub
             name of a text-classification model.
-        device: where a model goes.
-        dtype: what it is loaded in.
+        device, dtype: as :func:`antidote_fast.models.loading.load_model` takes them.
         harmful_labels: the classifier's labels that mean harm, where their names do not tell.
         batch_size: texts at once.
 
@@ -73,10 +73,6 @@ def get_judge(
     check_judge(name, harmful_labels)
     if name == "refusal":
         return RefusalJudge()
-    from antidote_fast.evaluation.classifiers import BeaverDamJudge, ClassifierJudge
-
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size}
-    path = _beaver_dam_path(name)
-    if path is not None:
-        return BeaverDamJudge.from_pretrained(path, **options)
-    return ClassifierJudge.from_pretrained(name, harmful_labels=harmful_labels, **options)
+    kind, path = _model_judge(name)
+    options = {"harmful_labels": harmful_labels} if harmful_labels else {}
+    return kind.from_pretrained(path, device=device, dtype=dtype, batch_size=batch_size, **options)

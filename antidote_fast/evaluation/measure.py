@@ -6,14 +6,9 @@ from typing import Any
 from antidote_fast.data.batches import build_prompt
 from antidote_fast.data.records import Record
 from antidote_fast.errors import UsageError
+from antidote_fast.evaluation import metrics
 from antidote_fast.evaluation.generate import generate
 from antidote_fast.evaluation.judges import Judge
-from antidote_fast.evaluation.metrics import (
-    benign_refusal_rate,
-    check_task,
-    finetune_accuracy,
-    harmful_score,
-)
 from antidote_fast.evaluation.refusals import RefusalJudge
 from antidote_fast.files.commit import digest_of
 from antidote_fast.models.kinds import Model, Tokenizer
@@ -33,37 +28,22 @@ def answer_sets(
     """Greedy answers to several sets of records; sets with the same limit share their batches.
 
     Args:
-        model: a causal language model.
-        tokenizer: its own.
-        sets: records by name.
+        model, tokenizer, batch_size: as `generate` takes them.
+        sets: records by name; the answers come by these, in the order of the records.
         template: alpaca or chat.
         max_new_tokens: one limit, or one a name.
-        batch_size: prompts at once.
-        progress: as `antidote_fast.system.progress.track` takes it.
-
-    Returns:
-        The answers by name, in the order of the records.
     """
-    limits = {
-        name: max_new_tokens[name] if isinstance(max_new_tokens, Mapping) else max_new_tokens
-        for name in sets
-    }
+    limits = max_new_tokens
+    if not isinstance(limits, Mapping):
+        limits = dict.fromkeys(sets, limits)
     answers: dict[str, list[str]] = {}
-    for limit in dict.fromkeys(limits.values()):
+    for limit in dict.fromkeys(limits[name] for name in sets):
         names = [name for name in sets if limits[name] == limit]
         prompts = [
             build_prompt(record, template, tokenizer) for name in names for record in sets[name]
         ]
-        flat = iter(
-            generate(
-                model,
-                tokenizer,
-                prompts,
-                max_new_tokens=limit,
-                batch_size=batch_size,
-                progress=progress,
-            )
-        )
+        options = {"max_new_tokens": limit, "batch_size": batch_size}
+        flat = iter(generate(model, tokenizer, prompts, progress=progress, **options))
         answers.update({name: [next(flat) for _ in sets[name]] for name in names})
     return answers
 
@@ -87,13 +67,15 @@ def score_answers(
     results = {}
     if "harmful" in sets:
         prompts = [f"{r.instruction}\n{r.input}".strip() for r in sets["harmful"]]
-        results["harmful"] = harmful_score(answers["harmful"], judge, prompts, progress=progress)
+        results["harmful"] = metrics.harmful_score(
+            answers["harmful"], judge, prompts, progress=progress
+        )
     if "task" in sets:
-        results["task"] = finetune_accuracy(
+        results["task"] = metrics.finetune_accuracy(
             task, sets["task"], answers["task"], win_rate_judge, progress=progress
         )
     if "benign" in sets:
-        results["benign"] = benign_refusal_rate(answers["benign"], judge)
+        results["benign"] = metrics.benign_refusal_rate(answers["benign"], judge)
     headline = {}
     for name, counts in results.items():
         metric = next(iter(counts))
@@ -123,18 +105,13 @@ def evaluate_model(
     ``max_new_tokens={"harmful": 24, "task": 8, "benign": 24}``.
 
     Args:
-        model: a causal language model, PEFT-wrapped or not; its mode is restored.
-        tokenizer: its own.
         harmful: held-out harmful prompts.
         task_records: held-out records of the user's task.
         task: how those are scored (`metrics.finetune_accuracy`).
         benign: ordinary prompts.
         judge: of the harmful score; a `RefusalJudge` where None.
         win_rate_judge: for task alpaca.
-        template: alpaca or chat.
-        max_new_tokens: one limit, or one for each of harmful, task, benign.
-        batch_size: prompts at once.
-        progress: as `antidote_fast.system.progress.track` takes it.
+        model, tokenizer, template, max_new_tokens, batch_size: as `answer_sets` takes them.
 
     Returns:
         As `score_answers`.
@@ -148,7 +125,7 @@ def evaluate_model(
     if not sets:
         raise UsageError("harmful=None: must be records, unless task_records or benign are given")
     if "task" in sets:
-        check_task(task, sets["task"])
+        metrics.check_task(task, sets["task"])
     answers = answer_sets(
         model,
         tokenizer,

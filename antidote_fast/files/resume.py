@@ -19,7 +19,7 @@ from antidote_fast.files.commit import RUN_INPUTS, STATE, digest_of, first_diffe
 from antidote_fast.files.manifest import read_manifest
 from antidote_fast.files.places import run_of, sync
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 KEPT = "what was done is kept, and the same command with --resume goes on"
 
 

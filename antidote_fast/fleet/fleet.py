@@ -3,6 +3,7 @@
 Re-runs are idempotent: what is done is skipped, what was set aside is tried again.
 """
 
+import collections
 import dataclasses
 import functools
 import time
@@ -40,113 +41,72 @@ def run(config: FleetConfig, *, progress=False) -> dict:
             another fleet is at work in output_dir; no job was begun.
         AntidoteError: the disk is full.
     """
-    jobs = read_jobs(config)
-    shard = parse_shard(config.shard)
-    jobs = jobs[shard[0] :: shard[1]]
-    start = time.perf_counter()
-    tally = Tally(len(jobs))
-    engine = _engine(config, jobs)
+    index, number = shard = parse_shard(config.shard)
+    jobs = read_jobs(config)[index::number]
+    outcomes, counts = [], collections.Counter(done=0, skipped=0, failed=0)
+    begin, engine = time.monotonic(), _engine(config, jobs)
     with folder.locked(config.output_dir, shard), interrupts.remembered() as request:
         try:
-            with count(tally.total, "fleet", progress) as show:
+            with count(len(jobs), "fleet", progress) as show:
                 for outcome in engine(lambda: request.made):
                     if outcome["status"] == "failed":
                         folder.set_aside(config.output_dir, outcome)
                     else:
                         folder.forget(config.output_dir, outcome["name"])
-                    tally.add(outcome)
-                    show(tally.finished, **tally.view())
+                    outcomes.append(outcome)
+                    counts[outcome["status"]] += 1
+                    show(counts.total(), **_view(counts, len(jobs), time.monotonic() - begin))
         finally:
             # Also when the disk is full or the device failed, as far as there is room for it.
-            report = _summary(config, tally, time.perf_counter() - start)
+            seconds, left = time.monotonic() - begin, len(jobs) - counts.total()
+            report = {
+                "schema_version": folder.SCHEMA_VERSION,
+                "stage": "fleet",
+                "created": folder.now(),
+                "versions": versions(),
+                "config": dataclasses.asdict(config),
+                "counts": {"jobs": len(jobs), **counts, "left": left},
+                "seconds": round(seconds, 3),
+                "adapters_per_hour": round(3600 * counts["done"] / seconds, 1) or None,
+                "peak_memory_bytes": peak_memory_bytes(),
+                "jobs": outcomes,
+            }
             folder.write_json(folder.summary_path(config.output_dir, shard), report)
-    _raise_what_is_left(config, report, request)
-    return report
+    if request.made and left:
+        error = Interrupted(
+            f"interrupted with {left} of {len(jobs)} jobs left; the same command goes on"
+        )
+    elif counts["failed"]:
+        first = next(job for job in outcomes if job["status"] == "failed")
+        error = JobsSetAside(
+            f"{counts['failed']} of {len(jobs)} jobs are set aside, {first['name']} first: "
+            f"{first['reason']} (all: {Path(config.output_dir) / folder.FAILED})"
+        )
+    else:
+        return report
+    error.report = report
+    raise error
 
 
-class Tally:
-    """Counts of a fleet on its way.
-
-    Args:
-        total: jobs in all.
-    """
-
-    def __init__(self, total):
-        self.total = total
-        self.outcomes = []
-        self.counts = {"done": 0, "skipped": 0, "failed": 0}
-        self._begin = time.monotonic()
-
-    @property
-    def finished(self) -> int:
-        """Jobs that are done, were done before, or are set aside."""
-        return sum(self.counts.values())
-
-    def add(self, outcome):
-        """Count one outcome of :meth:`Worker.run`."""
-        self.outcomes.append(outcome)
-        self.counts[outcome["status"]] += 1
-
-    def view(self) -> dict:
-        """What a progress view shows beside done and total."""
-        worked = self.counts["done"] + self.counts["failed"]
-        seconds = time.monotonic() - self._begin
-        rate = worked / seconds if worked else 0.0
-        left = self.total - self.finished
-        return {
-            "failed": self.counts["failed"],
-            "skipped": self.counts["skipped"],
-            "adapters_per_hour": round(3600 * rate),
-            "eta_seconds": round(left / rate) if rate else None,
-        }
+def _view(counts, total, seconds):
+    """What a progress view shows beside done and total."""
+    rate = (counts["done"] + counts["failed"]) / seconds
+    return {
+        "failed": counts["failed"],
+        "skipped": counts["skipped"],
+        "adapters_per_hour": round(3600 * rate),
+        "eta_seconds": round((total - counts.total()) / rate) if rate else None,
+    }
 
 
 def _engine(config, jobs):
     """A callable of ``stop`` that gives the jobs' outcomes; what all jobs need is checked here."""
+    from antidote_fast.fleet import ray_pool
     from antidote_fast.fleet.worker import Worker
 
     if config.engine == "ray":
-        from antidote_fast.fleet import ray_pool
-
         ray_pool.check_installed()
     worker = Worker(config)
     worker.check_data(jobs)
-    if config.engine == "ray":
-        return functools.partial(ray_pool.run, config, jobs)
-    return functools.partial(worker.run, jobs)
-
-
-def _summary(config, tally, seconds):
-    worked = tally.counts["done"]
-    return {
-        "schema_version": folder.SCHEMA_VERSION,
-        "stage": "fleet",
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": versions(),
-        "config": dataclasses.asdict(config),
-        "counts": {"jobs": tally.total, **tally.counts, "left": tally.total - tally.finished},
-        "seconds": round(seconds, 3),
-        "adapters_per_hour": round(3600 * worked / seconds, 1) if worked else None,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "jobs": tally.outcomes,
-    }
-
-
-def _raise_what_is_left(config, report, request):
-    counts = report["counts"]
-    if request.made and counts["left"]:
-        error = Interrupted(
-            f"interrupted with {counts['left']} of {counts['jobs']} jobs left; the same command "
-            "goes on"
-        )
-    elif counts["failed"]:
-        first = next(job for job in report["jobs"] if job["status"] == "failed")
-        where = Path(config.output_dir) / folder.FAILED
-        error = JobsSetAside(
-            f"{counts['failed']} of {counts['jobs']} jobs are set aside, {first['name']} first: "
-            f"{first['reason']} (all: {where})"
-        )
-    else:
-        return
-    error.report = report
-    raise error
+    on_ray = functools.partial(ray_pool.run, config, jobs)
+    return on_ray if config.engine == "ray" else functools.partial(worker.run, jobs)

@@ -50,7 +50,7 @@ def finished(job, hashes, base_fingerprint):
 
 def set_aside(out, outcome):
     """Record why a job failed in ``failed/NAME.json``; a later success takes it away."""
-    record = {"schema_version": SCHEMA_VERSION, **outcome, "created": _now()}
+    record = {"schema_version": SCHEMA_VERSION, **outcome, "created": now()}
     folder = Path(out) / FAILED
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{outcome['name']}.json", record)
@@ -95,35 +95,31 @@ def locked(out, shard):
     """
     import filelock
 
-    out = Path(out)
+    out, (index, count) = Path(out), shard
+    named = f"output_dir={str(out)!r}"
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise DataError(f"output_dir={str(out)!r}: exists and is not a folder")
+        raise DataError(f"{named}: exists and is not a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"output_dir={str(out)!r}: {error.strerror}") from None
+        raise DataError(f"{named}: {error.strerror}") from None
     check_parent(out)
-    index, count = shard
-    busy = DataError(f"output_dir={str(out)!r}: another fleet is at work there")
+
+    def hold(name, others=""):
+        try:
+            return filelock.FileLock(str(out / name)).acquire(timeout=0)
+        except filelock.Timeout:
+            raise DataError(f"{named}: another fleet is at work there{others}") from None
+
     with filelock.FileLock(str(out / ".fleet.lock"), timeout=30):
         for path in out.glob(".fleet-*-of-*.lock"):
             match = re.fullmatch(r"\.fleet-(\d+)-of-(\d+)\.lock", path.name)
             if match and int(match[2]) != count:
-                other = filelock.FileLock(str(path))
-                try:
-                    other.acquire(timeout=0)
-                except filelock.Timeout:
-                    raise DataError(f"{busy}, with shards of {match[2]}") from None
-                other.release()
-        lock = filelock.FileLock(str(out / f".fleet-{index}-of-{count}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise busy from None
-    try:
+                with hold(path.name, f", with shards of {match[2]}"):
+                    pass
+        ours = hold(f".fleet-{index}-of-{count}.lock")
+    with ours:
         yield
-    finally:
-        lock.release()
 
 
 def is_disk_full(error) -> bool:
@@ -145,5 +141,6 @@ def has_room(out, size) -> bool:
     return True
 
 
-def _now():
+def now() -> str:
+    """The time, as reports have it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -14,20 +14,9 @@ from antidote_fast.data.load import local_file
 from antidote_fast.errors import AntidoteError, DataError
 
 OVERRIDES = (
-    "dataset",
-    "preserve_dataset",
-    "preserve_ratio",
-    "num_calibration_samples",
-    "max_seq_length",
-    "template",
-    "response_only",
-    "aggregation",
-    "targets",
-    "ignore",
-    "ratio",
-    "scope",
-    "score",
-    "seed",
+    *("dataset", "preserve_dataset", "preserve_ratio", "num_calibration_samples"),
+    *("max_seq_length", "template", "response_only", "aggregation", "targets", "ignore"),
+    *("ratio", "scope", "score", "seed"),
 )
 """Fields of the fleet's config that a job may have otherwise."""
 _MAX_BYTES = 256 << 20
@@ -51,6 +40,11 @@ class Job:
     line: int
     config: PruneConfig
 
+    @property
+    def about(self) -> dict:
+        """What an outcome says of the job itself."""
+        return {"name": self.name, "adapter": self.config.adapter, "line": self.line}
+
 
 def read_jobs(config) -> list[Job]:
     """The jobs of ``config.manifest``, all of its lines checked.
@@ -72,7 +66,11 @@ def read_jobs(config) -> list[Job]:
         adapter = str(folder / os.path.expanduser(adapter))
         name = values.pop("name", None)
         name = Path(adapter).name if name is None else _text(name, "name", where)
-        _check_name(name, where)
+        if not _NAME.fullmatch(name) or _OURS.fullmatch(name):
+            raise DataError(
+                f"{where}: name={name!r:.80}: must be a plain file name of letters, digits, '.', "
+                "'_' and '-', at most 200 of them, neither failed nor summary.json; give a name"
+            )
         first = taken.setdefault(name.casefold(), number)
         if first != number:
             raise DataError(f"{where}: name={name!r}: line {first} has it already; give another")
@@ -111,20 +109,18 @@ def _lines(path):
 
 
 def _object(text, where):
+    def once(pairs):
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a key is there twice")
+        return dict(pairs)
+
     try:
-        values = json.loads(text, object_pairs_hook=_pairs)
+        values = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         why = str(error).splitlines()[0]
         raise DataError(f"{where}: is not valid JSON: {why:.100}") from None
     if not isinstance(values, dict):
         raise DataError(f"{where}: must be a JSON object")
-    return values
-
-
-def _pairs(pairs):
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key is there twice")
     return values
 
 
@@ -135,51 +131,36 @@ def _text(value, field, where):
     return value
 
 
-def _check_name(name, where):
-    if not _NAME.fullmatch(name) or _OURS.fullmatch(name):
-        raise DataError(
-            f"{where}: name={name!r:.80}: must be a plain file name of letters, digits, '.', '_' "
-            "and '-', at most 200 of them, neither failed nor summary.json; give a name"
-        )
-
-
 def _check_override(field, value, where):
     if field not in OVERRIDES:
         raise DataError(
             f"{where}: {field!r:.60}: no such key; known are adapter, name, {', '.join(OVERRIDES)}"
         )
     declared = FleetConfig.__dataclass_fields__[field]
-    if not _fits(value, declared.type):
-        raise DataError(f"{where}: {field}={value!r:.60}: must be {_words(declared.type)}")
-    names = list(declared.metadata["choices"]()) if "choices" in declared.metadata else [value]
-    if value not in names:
-        raise DataError(f"{where}: {field}={value!r:.60}: must be one of {', '.join(names)}")
+    kind, choices = declared.type, declared.metadata.get("choices")
+    accepted = [
+        _accepted(part) for part in (kind.__args__ if isinstance(kind, types.UnionType) else [kind])
+    ]
+    if not any(fits(value) for _, fits in accepted):
+        words = " or ".join(text for text, _ in accepted)
+        raise DataError(f"{where}: {field}={value!r:.60}: must be {words}")
+    if choices is not None and value not in choices():
+        raise DataError(f"{where}: {field}={value!r:.60}: must be one of {', '.join(choices())}")
 
 
-def _fits(value, kind):
-    """Whether a JSON value is of a dataclass field's type."""
-    arguments = typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        return any(_fits(value, part) for part in arguments)
+def _accepted(kind):
+    """(what a field of this type takes, in words; whether a JSON value is that)."""
     if typing.get_origin(kind) is typing.Literal:
-        return isinstance(value, str) and value in arguments
-    if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
-    if kind is float:
-        return type(value) in (int, float)
-    return type(value) is kind
-
-
-def _words(kind):
-    arguments = typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        return " or ".join(_words(part) for part in arguments)
-    if typing.get_origin(kind) is typing.Literal:
-        return f"one of {', '.join(arguments)}"
-    if typing.get_origin(kind) is list:
-        return "a list of texts"
+        names = typing.get_args(kind)
+        return f"one of {', '.join(names)}", lambda value: value in names
+    if kind == list[str]:
+        return (
+            "a list of texts",
+            lambda value: isinstance(value, list) and all(type(item) is str for item in value),
+        )
     names = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
-    return names.get(kind, "null")
+    kinds = (int, float) if kind is float else (kind,)
+    return names.get(kind, "null"), lambda value: type(value) in kinds
 
 
 def _dataset(folder, name):

@@ -22,11 +22,7 @@ _POLL_SECONDS = 0.5
 
 
 def check_installed():
-    """Refuse ``--engine ray`` without Ray.
-
-    Raises:
-        AntidoteError: with what to install.
-    """
+    """Refuse ``--engine ray`` without Ray: an AntidoteError says what to install."""
     if importlib.util.find_spec("ray") is None:
         raise AntidoteError("engine=ray: ray is not installed; pip install 'antidote-fast[ray]'")
 
@@ -41,24 +37,23 @@ def run(config, jobs, stop):
         UsageError: more workers than the cluster has GPUs or CPU cores.
         AntidoteError: the disk is full, or actors die and no job gets done.
     """
-    config, jobs = _absolute(config, jobs)
+    config = _with_paths(config)
+    jobs = [dataclasses.replace(job, config=_with_paths(job.config)) for job in jobs]
     with _ray(config) as ray:
         count, resources = _workers(ray, config)
         count = min(count, max(1, len(jobs)))
         size = max(1, min(_AT_ONCE, len(jobs) // (2 * count)))
         queue = collections.deque(jobs[i : i + size] for i in range(0, len(jobs), size))
         # Two threads: one to be told to stop while the other works.
-        make = ray.remote(_Actor).options(max_concurrency=2, **resources).remote
-        yield from _Pool(ray, [make(config) for _ in range(count)], make, config).run(queue, stop)
+        actor = ray.remote(_Actor).options(max_concurrency=2, **resources)
+        yield from _Pool(ray, lambda: actor.remote(config), count).run(queue, stop)
 
 
 class _Actor:
     """Runs in a process of its own, where it holds the base."""
 
     def __init__(self, config):
-        self.config = config
-        self.worker = None
-        self.stopped = False
+        self.config, self.worker, self.stopped = config, None, False
 
     def run(self, jobs):
         """(outcomes, None), or (those until then, (class, message)) of what ends the fleet."""
@@ -80,12 +75,9 @@ class _Actor:
 class _Pool:
     """Hands jobs to actors, and gives those of a dead one to another."""
 
-    def __init__(self, ray, actors, make, config):
-        self.ray, self.make, self.config = ray, make, config
-        self.idle = list(actors)
-        self.running = {}
-        self.attempts = collections.Counter()
-        self.deaths = 0
+    def __init__(self, ray, make, count):
+        self.ray, self.make, self.idle = ray, make, [make() for _ in range(count)]
+        self.running, self.attempts, self.deaths = {}, collections.Counter(), 0
 
     def run(self, queue, stop):
         told = False
@@ -96,8 +88,7 @@ class _Pool:
                 for actor, _ in self.running.values():
                     actor.stop.remote()
             while queue and self.idle:
-                actor = self.idle.pop()
-                part = queue.popleft()
+                actor, part = self.idle.pop(), queue.popleft()
                 self.running[actor.run.remote(part)] = actor, part
             if not self.running:
                 return
@@ -115,35 +106,23 @@ class _Pool:
                 self.deaths = 0 if outcomes else self.deaths
                 yield from outcomes
                 if failure is not None:
-                    kind, message = failure
-                    raise getattr(errors, kind, AntidoteError)(message)
+                    raise getattr(errors, failure[0], AntidoteError)(failure[1])
 
     def _died(self, part, queue, told, error):
         """Jobs of a dead actor go back, one by one; outcomes of those that had their chances."""
         self.deaths += 1
+        line = " ".join(str(error).split())[:200]
         if self.deaths >= _DEATHS * max(1, len(self.running) + len(self.idle)):
-            raise AntidoteError(
-                f"Ray: {self.deaths} workers died one after another: {_line(error)}"
-            )
-        self.idle.append(self.make(self.config))
+            raise AntidoteError(f"Ray: {self.deaths} workers died one after another: {line}")
+        self.idle.append(self.make())
         for job in part:
             self.attempts[job.name] += 1
             if self.attempts[job.name] >= _ATTEMPTS:
-                yield {
-                    "name": job.name,
-                    "adapter": job.config.adapter,
-                    "line": job.line,
-                    "status": "failed",
-                    "reason": f"its worker died {_ATTEMPTS} times: {_line(error)}",
-                    "kind": type(error).__name__,
-                    "exit_code": 1,
-                }
+                reason = f"its worker died {_ATTEMPTS} times: {line}"
+                outcome = {"status": "failed", "reason": reason, "kind": type(error).__name__}
+                yield job.about | outcome | {"exit_code": 1}
             elif not told:
                 queue.append([job])
-
-
-def _line(error):
-    return " ".join(str(error).split())[:200]
 
 
 @contextlib.contextmanager
@@ -185,14 +164,8 @@ def _workers(ray, config):
     return count, {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
 
 
-def _absolute(config, jobs):
-    """The same with whole paths: an actor's current folder is another one."""
-    return _with_paths(config), [
-        dataclasses.replace(job, config=_with_paths(job.config)) for job in jobs
-    ]
-
-
 def _with_paths(config):
+    """The same with whole paths: an actor's current folder is another one."""
     paths = {"output_dir": os.path.abspath(config.output_dir)}
     if os.path.isdir(config.model_name_or_path):
         paths["model_name_or_path"] = os.path.abspath(config.model_name_or_path)

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import itertools
 import time
 from typing import Any
 
@@ -65,8 +66,8 @@ class Worker:
         self.backend = describe_backend(config.backend, self.device)
         self._base_hashes = hash_inputs([config.model_name_or_path])
         self._data = collections.OrderedDict()
-        self._watches = {}
-        self._slot = self._hooks = self._hooked = self._collector = None
+        self._slot = self._hooked = self._collector = None
+        self._hooks = contextlib.ExitStack()
         self._usual = _ROOM
 
     def check_data(self, jobs):
@@ -83,10 +84,10 @@ class Worker:
                     break
 
     def run(self, jobs, stop=lambda: False):
-        """Do the jobs; yields one outcome a job, in order, as soon as its folder is in place.
+        """Do :class:`Job`s; yields one outcome each, in order, as soon as its folder is in place.
 
         Args:
-            jobs: :class:`Job`s.
+            jobs: some.
             stop: looked at between jobs; once it says True no other job is begun.
 
         Yields:
@@ -101,13 +102,10 @@ class Worker:
         reader = concurrent.futures.ThreadPoolExecutor(1, "fleet-reader", _on_one_core)
         writer = concurrent.futures.ThreadPoolExecutor(1, "fleet-writer", _on_one_core)
         try:
-            while True:
-                while len(ahead) <= AHEAD and not stop():
-                    job = next(pending, None)
-                    if job is None:
-                        break
+            while not stop():
+                for job in itertools.islice(pending, 1 + AHEAD - len(ahead)):
                     ahead.append((job, reader.submit(self._read, job)))
-                if not ahead or stop():
+                if not ahead:
                     break
                 job, read = ahead.popleft()
                 behind.append((job, self._compute(read, writer)))
@@ -121,9 +119,8 @@ class Worker:
             self._close()
 
     def _close(self):
-        if self._hooks is not None:
-            self._hooks.close()
-        self._hooks = self._hooked = self._collector = None
+        self._hooks.close()
+        self._hooked = self._collector = None
 
     def open_adapter(self, config: Any) -> Checkpoint:
         """A job's adapter, checked by what needs no look at the base's weights."""
@@ -159,34 +156,31 @@ class Worker:
             backend=self.backend,
             evidence=Evidence(score=config.score),
         )
-        seconds = time.perf_counter() - start
-        return _Read(job, inputs, tensors, data, hashes, seconds=seconds)
+        return _Read(job, inputs, tensors, data, hashes, seconds=time.perf_counter() - start)
 
-    def _compute(self, read, writer):
+    def _compute(self, reading, writer):
         """A future of the job's report; the forwards are run here, by the thread that calls."""
         done = concurrent.futures.Future()
-        try:
-            read = read.result()
-        except Exception as error:
+        if (error := reading.exception()) is not None:
             done.set_exception(error)
             return done
+        read = reading.result()
         if read.report is not None:
             done.set_result(("skipped", read.report, 0.0))
             return done
         if read.data and self._slot is None:  # a base that fails ends the fleet
             self._slot = AdapterSlot(self._load)
             self._fingerprint = fingerprint_model(self._slot.model)
+        start = time.perf_counter()
         try:
-            start = time.perf_counter()
             if read.data:
                 self._add_norms(read)
-            seconds = read.seconds + time.perf_counter() - start
-            return writer.submit(self._write, read, seconds)
         except BaseLost:  # for every job
             raise
         except Exception as error:
             done.set_exception(error)
             return done
+        return writer.submit(self._write, read, read.seconds + time.perf_counter() - start)
 
     def _add_norms(self, read):
         """Collect the norms of one adapter, on a base that was the one loaded from start to end.
@@ -198,19 +192,22 @@ class Worker:
             try:
                 self._collect(read)
                 name = self._slot.changed()
+                if name is None:
+                    return
             except BaseLost:
                 raise
             except Exception:
-                self._close()
-                self._slot.clear()
+                self._forget()
                 raise
-            if name is None:
-                return
-            self._close()
-            self._slot.clear()
+            self._forget()
         raise DataError(
             f"{read.inputs.adapter.folder}: the base's {name!r} changes while this adapter is on it"
         )
+
+    def _forget(self):
+        """Leave the base without an adapter and hooks, as it was loaded."""
+        self._close()
+        self._slot.clear()
 
     def _collect(self, read):
         """Run one adapter over its data; hooks stay on the model for the next one like it."""
@@ -219,32 +216,23 @@ class Worker:
             self._close()
         live = self._slot.put(read.inputs.adapter, read.tensors)
         wanted = (config.targets, config.ignore, config.aggregation, config.response_only)
-        if self._hooks is None or self._hooked != wanted:
+        if self._hooked != wanted:
             self._close()
-            self._put_hooks_on(live, config)
+            targets = find_targets(live, config.targets, config.ignore)
+            options = {"aggregation": config.aggregation, "response_only": config.response_only}
+            options |= {"backend": config.backend, "stop_early": True}
+            with contextlib.ExitStack() as stack:
+                self._collector = stack.enter_context(NormCollector(targets, **options))
+                self._options = stack.enter_context(lean_forward(live, targets))
+                self._hooks = stack.pop_all()
             self._hooked = wanted
-        collector = self._collector
         for name, batches in read.data.items():
-            collector.reset()
+            self._collector.reset()
             with torch.no_grad():
                 for batch in batches:
-                    run_batch(live, collector, batch, self._options)
-            norms = ActivationNorms.of(collector, fingerprint=self._fingerprint)
+                    run_batch(live, self._collector, batch, self._options)
+            norms = ActivationNorms.of(self._collector, fingerprint=self._fingerprint)
             read.inputs.add_norms(name, norms, counts_of(norms) | batches.counts)
-
-    def _put_hooks_on(self, live, config):
-        targets = find_targets(live, config.targets, config.ignore)
-        collector = NormCollector(
-            targets,
-            aggregation=config.aggregation,
-            response_only=config.response_only,
-            backend=config.backend,
-            stop_early=True,
-        )
-        with contextlib.ExitStack() as stack:
-            self._collector = stack.enter_context(collector)
-            self._options = stack.enter_context(lean_forward(live, targets))
-            self._hooks = stack.pop_all()
 
     def _write(self, read, calibrated):
         """In the writer's thread: select, prune, and put the job's folder in place."""
@@ -266,22 +254,17 @@ class Worker:
 
     def _outcome(self, job, future):
         """What became of a job, from the future of its report."""
-        about = {"name": job.name, "adapter": job.config.adapter, "line": job.line}
         try:
             status, report, seconds = future.result()
+        except _DEVICE_ERRORS:
+            raise
         except Exception as error:
-            if isinstance(error, _DEVICE_ERRORS):
-                raise
             # A full disk ends the fleet unless it was this one job that wanted too much of it.
             if is_disk_full(error) and not has_room(self.config.output_dir, self._usual):
                 raise
-            return {**about, "status": "failed", **_why(error)}
-        return {
-            **about,
-            "status": status,
-            "achieved": report.get("achieved"),
-            "seconds": round(seconds, 3),
-        }
+            return job.about | {"status": "failed", **_why(error)}
+        figures = {"achieved": report.get("achieved"), "seconds": round(seconds, 3)}
+        return job.about | {"status": status, **figures}
 
     def _load(self):
         check_memory(self.config, [self.base])
@@ -326,11 +309,10 @@ class Worker:
         self._watch_of(file)
         return hash_inputs([file])
 
+    @functools.cache  # noqa: B019 - as above
     def _watch_of(self, file):
         """What a data file was before this worker first read it, or hashed it."""
-        if file not in self._watches:
-            self._watches[file] = Watch(file)
-        return self._watches[file]
+        return Watch(file)
 
 
 def _keep_freed_memory():
@@ -374,8 +356,7 @@ _DEVICE_ERRORS = (getattr(torch, "AcceleratorError", ()),)
 
 def _why(error):
     """One line, the exception's class and the exit code it stands for."""
-    kind = type(error).__name__
-    text = " ".join(str(error).split())
+    kind, text = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, AntidoteError):
         return {"reason": text, "kind": kind, "exit_code": error.exit_code}
     return {"reason": f"unexpected failure: {kind}: {text:.300}", "kind": kind, "exit_code": 1}

@@ -8,9 +8,10 @@ root of the mean square (``aggregation="rms"``), its text the mean of per-sequen
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from antidote_fast.files.tensor_file import save_tensors
 from antidote_fast.models.forwards import make_lean
 from antidote_fast.models.targets import find_targets
 from antidote_fast.models.tokens import num_embeddings
-from antidote_fast.models.undo import Undo, eval_mode, no_grad
+from antidote_fast.models.undo import eval_mode, no_grad, undoing
 from antidote_fast.norms import fusion
 from antidote_fast.norms.collector import (
     AGGREGATIONS,
@@ -44,6 +45,7 @@ VERSION = "1"
 _SUMS = ("sq_sum", "norm_sum")
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class ActivationNorms:
     """The sums of squares that a data set gives, from which any selection can be made later.
 
@@ -63,26 +65,22 @@ class ActivationNorms:
             below 1.
     """
 
-    def __init__(
-        self,
-        sq_sum: Mapping[str, Tensor],
-        *,
-        num_sequences: int,
-        num_tokens: int,
-        norm_sum: Mapping[str, Tensor] | None = None,
-        response_only: bool = False,
-        fingerprint: str = "",
-        transposed: Iterable[str] = (),
-        routed: Iterable[str] = (),
-    ) -> None:
-        self.sq_sum = dict(sq_sum)
-        self.norm_sum = None if norm_sum is None else dict(norm_sum)
-        self.num_sequences = int(num_sequences)
-        self.num_tokens = int(num_tokens)
-        self.response_only = bool(response_only)
-        self.fingerprint = fingerprint
-        self.transposed = frozenset(transposed)
-        self.routed = frozenset(routed)
+    sq_sum: dict[str, Tensor]
+    _: dataclasses.KW_ONLY
+    num_sequences: int
+    num_tokens: int
+    norm_sum: dict[str, Tensor] | None = None
+    response_only: bool = False
+    fingerprint: str = ""
+    transposed: Set[str] = frozenset()
+    routed: Set[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.sq_sum = dict(self.sq_sum)
+        self.norm_sum = None if self.norm_sum is None else dict(self.norm_sum)
+        self.num_sequences, self.num_tokens = int(self.num_sequences), int(self.num_tokens)
+        self.response_only = bool(self.response_only)
+        self.transposed, self.routed = frozenset(self.transposed), frozenset(self.routed)
         self._check()
 
     @property
@@ -164,41 +162,34 @@ class ActivationNorms:
                 fusion.check_fuse(device.type, aggregation)
         if fingerprint is None:
             fingerprint = fingerprint_model(model)
-        undo = Undo()
-        # Twice, each to the end: an interrupt may come in the midst of the first.
-        try:
-            try:
-                no_grad(undo)
-                collector = NormCollector(
-                    chosen, aggregation=aggregation, response_only=response_only, backend=backend
+        with undoing() as undo:
+            no_grad(undo)
+            collector = NormCollector(
+                chosen, aggregation=aggregation, response_only=response_only, backend=backend
+            )
+            undo.later(collector.close)
+            collector.open()
+            if collector.others_on(model):
+                raise UsageError(
+                    "model: norms are being collected on it already; wait for that, or use a copy "
+                    "of the model"
                 )
-                undo.later(collector.close)
-                collector.open()
-                if collector.others_on(model):
-                    raise UsageError(
-                        "model: norms are being collected on it already; wait for that, or use a "
-                        "copy of the model"
-                    )
-                eval_mode(model, undo)
-                if fuse:
-                    fusion.fuse(model, collector, undo)
-                options = make_lean(model, undo, chosen)
-                numbered = enumerate(track(batches, "calibrate", progress))
-                known = num_embeddings(model)
-                placed = (on_device(batch, device, known, number) for number, batch in numbered)
-                if in_step:
-                    forward = functools.partial(run_forward, model, options)
-                    run_in_step(placed, collector, forward, world, device)
-                    reshard(model)
-                else:
-                    with world.together():
-                        for batch in placed:
-                            run_batch(model, collector, batch, options)
-                return cls.of(collector, fingerprint=fingerprint, world=world)
-            finally:
-                undo.run()
-        finally:
-            undo.run()
+            eval_mode(model, undo)
+            if fuse:
+                fusion.fuse(model, collector, undo)
+            options = make_lean(model, undo, chosen)
+            numbered = enumerate(track(batches, "calibrate", progress))
+            known = num_embeddings(model)
+            placed = (on_device(batch, device, known, number) for number, batch in numbered)
+            if in_step:
+                forward = functools.partial(run_forward, model, options)
+                run_in_step(placed, collector, forward, world, device)
+                reshard(model)
+            else:
+                with world.together():
+                    for batch in placed:
+                        run_batch(model, collector, batch, options)
+            return cls.of(collector, fingerprint=fingerprint, world=world)
 
     @classmethod
     def of(
@@ -243,9 +234,10 @@ class ActivationNorms:
         for key, value in self.sq_sum.items():
             if value.shape != other.sq_sum[key].shape:
                 raise DataError(f"norms cannot be merged: {key} differs in length")
-        return self._with(
-            _added(self.sq_sum, other.sq_sum),
-            self.norm_sum and _added(self.norm_sum, other.norm_sum or {}),
+        return dataclasses.replace(
+            self,
+            sq_sum=_added(self.sq_sum, other.sq_sum),
+            norm_sum=self.norm_sum and _added(self.norm_sum, other.norm_sum or {}),
             num_sequences=self.num_sequences + other.num_sequences,
             num_tokens=self.num_tokens + other.num_tokens,
         )
@@ -260,9 +252,10 @@ class ActivationNorms:
         absent = [key for key in keys if key not in self.sq_sum]
         if absent:
             raise DataError(f"{name}: hold no weight {absent[0]!r}; collect them for these targets")
-        return self._with(
-            {key: self.sq_sum[key] for key in keys},
-            self.norm_sum and {key: self.norm_sum[key] for key in keys},
+        return dataclasses.replace(
+            self,
+            sq_sum={key: self.sq_sum[key] for key in keys},
+            norm_sum=self.norm_sum and {key: self.norm_sum[key] for key in keys},
             transposed=self.transposed & set(keys),
             routed=self.routed & set(keys),
         )
@@ -272,20 +265,13 @@ class ActivationNorms:
         """Join the norms of several blocks, collected on the same data, to those of one model."""
         parts = list(parts)
         means = {key: value for part in parts for key, value in (part.norm_sum or {}).items()}
-        return parts[0]._with(
-            {key: value for part in parts for key, value in part.sq_sum.items()},
-            means or None,
+        return dataclasses.replace(
+            parts[0],
+            sq_sum={key: value for part in parts for key, value in part.sq_sum.items()},
+            norm_sum=means or None,
             transposed=frozenset().union(*(part.transposed for part in parts)),
             routed=frozenset().union(*(part.routed for part in parts)),
         )
-
-    def _with(
-        self, sq_sum: Mapping[str, Tensor], norm_sum: Mapping[str, Tensor] | None, **changes: Any
-    ) -> ActivationNorms:
-        """Other sums, or counts, collected as these were."""
-        names = ("num_sequences", "num_tokens", "response_only", "fingerprint")
-        settings = {name: getattr(self, name) for name in (*names, "transposed", "routed")}
-        return ActivationNorms(sq_sum, norm_sum=norm_sum, **{**settings, **changes})
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file (4 bytes a channel), which appears whole or not at all."""
@@ -320,24 +306,22 @@ class ActivationNorms:
         Raises:
             DataError: no such file, not a norms file, an unknown version, or damaged contents.
         """
-        path = Path(path)
+        where = f"{name}={str(path)!r}"
         try:
             metadata, tensors = read_tensor_file(path)
         except FileNotFoundError:
-            raise DataError(f"{name}={str(path)!r}: no such file") from None
-        except OSError as error:
-            raise DataError(f"{name}={str(path)!r}: cannot be read: {error.strerror}") from None
-        except DataError as error:
-            what = str(error).removeprefix(f"{path}: ")
-            raise DataError(f"{name}={str(path)!r}: cannot be read: {what}") from None
+            raise DataError(f"{where}: no such file") from None
+        except (OSError, DataError) as error:
+            what = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ")
+            raise DataError(f"{where}: cannot be read: {what}") from None
+        if metadata.get("format") != FORMAT:
+            raise DataError(f"{where}: is not a norms file of antidote_fast")
+        if metadata.get("version") != VERSION:
+            raise DataError(
+                f"{where}: has format version {metadata.get('version')!r}; "
+                f"this release reads {VERSION}"
+            )
         try:
-            if metadata.get("format") != FORMAT:
-                raise DataError(f"{name}={str(path)!r}: is not a norms file of antidote_fast")
-            if metadata.get("version") != VERSION:
-                raise DataError(
-                    f"{name}={str(path)!r}: has format version {metadata.get('version')!r}; "
-                    f"this release reads {VERSION}"
-                )
             sums: dict[str, dict[str, Tensor]] = {kind: {} for kind in _SUMS}
             for full, tensor in tensors.items():
                 key, _, kind = full.rpartition(".")
@@ -345,22 +329,17 @@ class ActivationNorms:
             mean = metadata["aggregation"] == "mean"
             if metadata["aggregation"] not in AGGREGATIONS or mean != bool(sums["norm_sum"]):
                 raise ValueError(f"aggregation={metadata['aggregation']!r}")
-            return cls(
-                sums["sq_sum"],
-                norm_sum=sums["norm_sum"] if mean else None,
-                num_sequences=int(metadata["num_sequences"]),
-                num_tokens=int(metadata["num_tokens"]),
-                response_only={"true": True, "false": False}[metadata["response_only"]],
-                fingerprint=metadata["fingerprint"],
-                transposed=_names(metadata["transposed"]),
-                routed=_names(metadata["routed"]),
-            )
-        except DataError:
-            raise
+            settings: dict[str, Any] = {
+                "num_sequences": int(metadata["num_sequences"]),
+                "num_tokens": int(metadata["num_tokens"]),
+                "response_only": {"true": True, "false": False}[metadata["response_only"]],
+                "fingerprint": metadata["fingerprint"],
+                "transposed": _names(metadata["transposed"]),
+                "routed": _names(metadata["routed"]),
+            }
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise DataError(
-                f"{name}={str(path)!r}: cannot be read: {printable(error):.300}"
-            ) from None
+            raise DataError(f"{where}: cannot be read: {printable(error):.300}") from None
+        return cls(sums["sq_sum"], norm_sum=sums["norm_sum"] if mean else None, **settings)
 
     def _check(self) -> None:
         if not self.sq_sum:
@@ -399,9 +378,5 @@ def _added(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str
 
 def counts_of(norms: ActivationNorms) -> dict[str, Any]:
     """Return what a report says of norms: how much they were collected over, and how."""
-    return {
-        "num_sequences": norms.num_sequences,
-        "num_tokens": norms.num_tokens,
-        "response_only": norms.response_only,
-        "aggregation": norms.aggregation,
-    }
+    names = ("num_sequences", "num_tokens", "response_only", "aggregation")
+    return {name: getattr(norms, name) for name in names}

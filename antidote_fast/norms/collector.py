@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from antidote_fast import backends
 from antidote_fast._check import WEIGHT_DTYPES
@@ -122,11 +123,8 @@ class NormCollector:
     def others_on(self, model: nn.Module) -> bool:
         """Return whether another open collector has hooks on a module of ``model``."""
         hooks = (hook for m in model.modules() for hook in list(m._forward_pre_hooks.values()))
-        collectors = (getattr(hook, "collector", None) for hook in hooks)
-        return any(
-            isinstance(other, NormCollector) and other is not self and other._open
-            for other in collectors
-        )
+        owners = (getattr(hook, "collector", None) for hook in hooks)
+        return any(isinstance(x, NormCollector) and x is not self and x._open for x in owners)
 
     def start(self, batch: Mapping[str, Any]) -> bool:
         """Say which tokens of the next forward count.
@@ -182,9 +180,14 @@ class NormCollector:
             if sorted(self._order) != list(range(len(self.targets))):
                 self.stop_early = False
         self._add_pending()
-        for flat in self._batch.values():
-            if not bool(torch.isfinite(flat).all()):
-                self._name_the_bad_layer()
+        if not all(bool(torch.isfinite(flat).all()) for flat in self._batch.values()):
+            slots = zip(self.targets, self._slots, strict=True)
+            bad = next(t for t, slot in slots if not all(bool(x.isfinite().all()) for x in slot))
+            self.discard()
+            raise DataError(
+                f"{bad.key}: its input holds NaN or infinity, or squares past float32, in batch "
+                f"{self._seen_batches}"
+            )
         for device, flat in self._batch.items():
             self._total[device].add_(flat)
         self.num_sequences += self._sequences
@@ -249,44 +252,37 @@ class NormCollector:
             DataError: no token counted, with the counts; ranks whose targets, settings or base
                 models differ.
         """
-        totals, counts = self._added_up(world, fingerprint)
+        totals, seen = self._total, [self._seen_batches, self._seen_sequences]
+        counts = [self.num_sequences, self.num_tokens, *seen]
+        if world.size > 1:
+            sizes = [flat.numel() for flat in totals.values()]
+            keys = [(t.key, t.in_features, t.transposed, t.routed) for t in self.targets]
+            settings = [self.aggregation, self.response_only, fingerprint]
+            world.check_same("models or settings of the ranks", repr((sizes, keys, settings)))
+            ours = torch.tensor(counts, dtype=torch.float64)
+            added, *flats = world.all_reduce([ours, *totals.values()])
+            totals, counts = dict(zip(totals, flats, strict=True)), [int(x) for x in added]
+        num_sequences, num_tokens, batches, sequences = counts
         with world.together():
-            return self._by_target(totals, counts)
-
-    def _added_up(self, world: World, fingerprint: str) -> tuple[Flats, list[int]]:
-        """(totals like ``_total``, counts) over all ranks, in one reduction."""
-        counts = [self.num_sequences, self.num_tokens, self._seen_batches, self._seen_sequences]
-        if world.size == 1:
-            return self._total, counts
-        sizes = [flat.numel() for flat in self._total.values()]
-        keys = [(t.key, t.in_features, t.transposed, t.routed) for t in self.targets]
-        settings = [self.aggregation, self.response_only, fingerprint]
-        world.check_same("models or settings of the ranks", repr((sizes, keys, settings)))
-        ours = torch.tensor(counts, dtype=torch.float64)
-        added, *sums = world.all_reduce([ours, *self._total.values()])
-        return dict(zip(self._total, sums, strict=True)), [int(count) for count in added]
-
-    def _by_target(self, totals: Flats, counts: Sequence[int]) -> dict[str, Any]:
-        num_sequences, num_tokens, seen_batches, seen_sequences = counts
-        if not num_tokens:
-            what = "tokens that are neither padding nor prompt" if self.response_only else "tokens"
-            raise DataError(
-                f"calibration data: {seen_batches} batches with {seen_sequences} sequences hold 0 "
-                f"{what} to count"
-            )
-        sums: dict[str, dict[str, Tensor]] = {"sq_sum": {}, "norm_sum": {}}
-        for target, views in zip(self.targets, self._views(totals), strict=True):
-            for name, view in zip(sums, views, strict=False):
-                sums[name][target.key] = view.to("cpu", torch.float32)
-        return {
-            **sums,
-            "norm_sum": sums["norm_sum"] if self.aggregation == "mean" else None,
-            "num_sequences": num_sequences,
-            "num_tokens": num_tokens,
-            "response_only": self.response_only,
-            "transposed": [t.key for t in self.targets if t.transposed],
-            "routed": [t.key for t in self.targets if t.routed],
-        }
+            if not num_tokens:
+                only = " that are neither padding nor prompt" if self.response_only else ""
+                raise DataError(
+                    f"calibration data: {batches} batches with {sequences} sequences hold 0 tokens"
+                    f"{only} to count"
+                )
+            sums: dict[str, dict[str, Tensor]] = {"sq_sum": {}, "norm_sum": {}}
+            for target, views in zip(self.targets, self._views(totals), strict=True):
+                for name, view in zip(sums, views, strict=False):
+                    sums[name][target.key] = view.to("cpu", torch.float32)
+            return {
+                "sq_sum": sums["sq_sum"],
+                "norm_sum": sums["norm_sum"] or None,
+                "num_sequences": num_sequences,
+                "num_tokens": num_tokens,
+                "response_only": self.response_only,
+                "transposed": [t.key for t in self.targets if t.transposed],
+                "routed": [t.key for t in self.targets if t.routed],
+            }
 
     def _allocate(self) -> None:
         """One flat float64 buffer a device for the batch and one for the totals.
@@ -303,11 +299,10 @@ class NormCollector:
             start = sizes.get(device, 0)
             self._places.append((device, start, target.in_features))
             sizes[device] = start + parts * target.in_features
-        zeros = [
+        self._batch, self._total = (
             {d: torch.zeros(n, dtype=torch.float64, device=d) for d, n in sizes.items()}
             for _ in range(2)
-        ]
-        self._batch, self._total = zeros
+        )
         self._slots = self._views(self._batch)
 
     def _views(self, flats: Flats) -> list[tuple[Tensor, ...]]:
@@ -322,7 +317,8 @@ class NormCollector:
         is_lora = ".lora_" in target.key
         # PEFT casts the wrapper's input to the factor's dtype, a copy for each factor: sharing is
         # seen, and the cast done, on the wrapper's side.
-        cast_to = target.weight.dtype if is_lora else None
+        dtype = target.weight.dtype if is_lora else None
+        cast_to = None if dtype == torch.float32 else dtype
         shareable = not is_lora or target.input_module is not target.module
         first = target.first_factor
 
@@ -340,15 +336,11 @@ class NormCollector:
 
         def sums_of(x: Tensor) -> Tensor:
             if first is not None:
-                return self._reduce(
-                    target, functional.linear(x.to(first.weight.dtype), first.weight)
-                )
-            dtype = x.dtype
-            if cast_to is not None and dtype != cast_to and cast_to != torch.float32:
-                dtype = cast_to
+                x = functional.linear(x.to(first.weight.dtype), first.weight)
+                return self._reduce(target, x)
             if not shareable:
                 return self._reduce(target, x)
-            version = _version(x)
+            dtype, version = cast_to or x.dtype, _version(x)
             shared = self._shared
             if shared is None or shared[0] is not x or shared[1:3] != (dtype, version):
                 shared = self._shared = x, dtype, version, self._reduce(target, x.to(dtype))
@@ -367,23 +359,20 @@ class NormCollector:
         """Add what the hooks left to the batch's buffers, in one addition a device if it fits."""
         in_place = sorted(self._pending, key=lambda entry: entry[0])
         once = [index for index, _ in in_place] == list(range(len(self.targets)))
-        if self.aggregation != "rms" or not once:  # a shared module, or an expert not reached
-            for index, sums in self._pending:
-                self._add(self._slots[index], sums)
-            return
-        for device, flat in self._batch.items():  # hundreds of small additions keep a GPU waiting
-            mine = [sums for index, sums in in_place if self._places[index][0] == device]
-            flat.add_(torch.cat([sums.to(device) for sums in mine]))
-
-    def _add(self, slot: tuple[Tensor, ...], sums: Tensor) -> None:
-        """Add (K,) sums, or with one norm a sequence (B, K), to a target's slot."""
-        sums = sums.to(slot[0].device)
         if self.aggregation == "mean":
-            sums = sums.double()
-            slot[0].add_(sums.sum(dim=0))
-            slot[1].add_(sums.sqrt().sum(dim=0))
+            for index, sums in self._pending:
+                sq_sum, norm_sum = self._slots[index]
+                sums = sums.to(sq_sum.device, torch.float64)  # (B, K)
+                sq_sum.add_(sums.sum(dim=0))
+                norm_sum.add_(sums.sqrt().sum(dim=0))
+        elif not once:  # a shared module, or an expert not reached
+            for index, sums in self._pending:
+                self._slots[index][0].add_(sums.to(self._slots[index][0].device))
         else:
-            slot[0].add_(sums)
+            # Hundreds of small additions keep a GPU waiting.
+            for device, flat in self._batch.items():
+                mine = [sums for index, sums in in_place if self._places[index][0] == device]
+                flat.add_(torch.cat([sums.to(device) for sums in mine]))
 
     def _reduce(self, target: Target, x: Tensor) -> Tensor:
         """Sums over tokens of x²: (K,), or (B, K) where each sequence's own is wanted."""
@@ -435,15 +424,6 @@ class NormCollector:
                 f"{tuple(self._shape)}"
             )
         return self.tokens_counted(x)[1], add
-
-    def _name_the_bad_layer(self) -> None:
-        for target, views in zip(self.targets, self._slots, strict=True):
-            if not all(bool(torch.isfinite(view).all()) for view in views):
-                self.discard()
-                raise DataError(
-                    f"{target.key}: its input holds NaN or infinity, or squares past float32, in "
-                    f"batch {self._seen_batches}"
-                )
 
 
 def _version(x: Tensor) -> int | None:
@@ -498,30 +478,45 @@ def run_batch(
 ) -> None:
     """One forward under a :class:`NormCollector`; on a GPU out of memory, two of half the size.
 
+    The model is in eval mode, with hooks of the collector and without gradients; the batch is on
+    its device, and the options are those of :func:`lean_forward`.
+    """
+
+    def forward(part: Mapping[str, Any]) -> None:
+        if collector.start(part):
+            with contextlib.suppress(LastInputSeen):
+                run_forward(model, options, part)
+            collector.finish()
+
+    in_halves(forward, batch)
+
+
+def in_halves(forward: Callable[..., Any], batch: Mapping[str, Any], *others: Any) -> list[Any]:
+    """What a forward gives: of all, or where a GPU's memory is too small, of ever smaller parts.
+
     Args:
-        model: in eval mode; the caller has switched gradients off.
-        collector: has its hooks on the model.
-        batch: as :meth:`ActivationNorms.collect` takes it, on the model's device.
-        options: of :func:`lean_forward`.
+        forward: takes what follows, and begins anew what it left unfinished.
+        batch: dict with ``input_ids`` (B, T).
+        others: what else is split, in tuples and lists: tensors of B entries.
+
+    Raises:
+        AntidoteError: it does not fit at one sequence either.
     """
     size = batch["input_ids"].shape[0]
     try:
-        if collector.start(batch):
-            with contextlib.suppress(LastInputSeen):
-                run_forward(model, options, batch)
-            collector.finish()
-        return
+        return [forward(batch, *others)]
     except torch.OutOfMemoryError as error:
-        collector.discard()
         if size < 2:
             raise AntidoteError(
                 "out of memory at one sequence a batch: shorten max_seq_length"
             ) from error
-    for rows in (slice(0, size // 2), slice(size // 2, size)):
-        half = {
-            key: value[rows]
-            if isinstance(value, Tensor) and value.dim() and value.shape[0] == size
-            else value
-            for key, value in batch.items()
-        }
-        run_batch(model, collector, half, options)
+
+    def half(rows: slice) -> Any:
+        def part(value: Any) -> Any:
+            split = isinstance(value, Tensor) and value.dim() and value.shape[0] == size
+            return value[rows] if split else value
+
+        return pytree.tree_map(part, (dict(batch), *others))
+
+    halves = (slice(0, size // 2), slice(size // 2, size))
+    return [result for rows in halves for result in in_halves(forward, *half(rows))]

@@ -6,10 +6,9 @@ A module is taken only if its class computes, bit for bit, what the kernel does,
 on a few numbers; what is not understood stays as it is.
 """
 
-import contextlib
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.nn import functional
 from antidote_fast import backends
 from antidote_fast.errors import BackendUnavailable, UsageError
 from antidote_fast.models.targets import Target
-from antidote_fast.models.undo import Undo, undoing
+from antidote_fast.models.undo import Undo
 from antidote_fast.norms.collector import NormCollector
 
 BACKEND = "triton"
@@ -51,14 +50,8 @@ def check_fuse(device_type: str, aggregation: str) -> ModuleType:
         raise BackendUnavailable(f"fuse=True: {error}") from None
 
 
-@contextlib.contextmanager
-def fused_forwards(model: nn.Module, collector: NormCollector) -> Iterator[int]:
-    """Inside the block, fused modules leave their sums with the collector.
-
-    ::
-
-        with NormCollector(targets) as collector, fused_forwards(model, collector), torch.no_grad():
-            ...
+def fuse(model: nn.Module, collector: NormCollector, undo: Undo) -> int:
+    """Let fused modules leave their sums with the collector, until undone.
 
     Outputs agree with the model's own within rounding: within 2 units in the last place of a
     16-bit dtype, nearly all being the same, and a relative 1e-5 in fp32. So do the norms. A forward
@@ -67,26 +60,13 @@ def fused_forwards(model: nn.Module, collector: NormCollector) -> Iterator[int]:
     Args:
         model: a transformers model, or a PEFT model.
         collector: a :class:`antidote_fast.norms.collector.NormCollector` of its targets.
+        undo: an :class:`antidote_fast.models.undo.Undo`.
 
-    Yields:
+    Returns:
         How many modules were fused; with a warning where it is none.
 
     Raises:
         As :func:`check_fuse`.
-    """
-    with undoing() as undo:
-        yield fuse(model, collector, undo)
-
-
-def fuse(model: nn.Module, collector: NormCollector, undo: Undo) -> int:
-    """What :func:`fused_forwards` does at its beginning; ``undo`` gets its end.
-
-    Args:
-        model, collector: as :func:`fused_forwards`.
-        undo: an :class:`antidote_fast.models.undo.Undo`.
-
-    Returns:
-        How many modules were fused.
     """
     backend = check_fuse(next(model.parameters()).device.type, collector.aggregation)
     fusable = find_fusable(model, collector.targets)
@@ -96,8 +76,8 @@ def fuse(model: nn.Module, collector: NormCollector, undo: Undo) -> int:
             module.__dict__.pop("forward", None)
 
     undo.later(back)
-    for module, make in fusable:
-        module.forward = make(module, collector, backend.DEVICE_TYPES)
+    for module, compute in fusable:
+        module.forward = _fused_forward(module, compute, collector, backend.DEVICE_TYPES)
     if not fusable:
         warnings.warn(
             "fuse=True: no RMSNorm or SwiGLU in front of a target can be fused in this model; "
@@ -110,9 +90,9 @@ def fuse(model: nn.Module, collector: NormCollector, undo: Undo) -> int:
 def find_fusable(
     model: nn.Module, targets: Sequence[Target]
 ) -> list[tuple[nn.Module, Callable[..., Any]]]:
-    """[(module, what makes its fused forward)] of what feeds ``targets``, in the model's order."""
-    if _is_compiled(model):
-        return []
+    """[(module, its fused computation)] of what feeds ``targets``, in the model's order."""
+    if hasattr(model, "_orig_mod") or any(m._compiled_call_impl for m in model.modules()):
+        return []  # compiled
     fed = {id(t.input_module) for t in targets if t.first_factor is None and not t.routed}
 
     def feeds(reader: Any, names: Sequence[str]) -> bool:
@@ -123,14 +103,10 @@ def find_fusable(
         for name, reader, projections in _NORMS:
             norm: Any = getattr(module, name, None)
             if feeds(getattr(module, reader, None), projections) and _is_rms_norm(norm):
-                fusable.append((norm, _rms_norm_forward))
+                fusable.append((norm, _fused_rms_norm))
         if feeds(module, ("down_proj",)) and _is_swiglu(module):
-            fusable.append((module, _swiglu_forward))
+            fusable.append((module, _fused_swiglu))
     return fusable
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return hasattr(model, "_orig_mod") or any(m._compiled_call_impl for m in model.modules())
 
 
 def _is_plain(module: Any, ending: str) -> bool:
@@ -192,48 +168,45 @@ def _try_swiglu(cls: Any, x: Tensor, gate: Tensor, up: Tensor) -> bool:
     return torch.equal(cls.forward(module, x), functional.silu(gate) * up * 3)
 
 
-def _rms_norm_forward(
-    module: Any, collector: NormCollector, device_types: Sequence[str]
+def _fused_forward(
+    module: Any,
+    compute: Callable[..., Tensor | None],
+    collector: NormCollector,
+    device_types: Sequence[str],
 ) -> Callable[..., Any]:
-    from antidote_fast.backends.triton_kernels import fused
+    """A forward that is fused where it has one input, no gradients and a batch to count."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        x = _only_input(args, kwargs, device_types)
-        known, mask = (False, None) if x is None else collector.tokens_counted(x)
-        weight = module.weight.detach()
-        if x is None or not known or not fused.fits_rms_norm(x, weight):
-            return type(module).forward(module, *args, **kwargs)
-        y, sums = fused.rms_norm(x.detach(), weight, module.variance_epsilon, mask)
-        collector.deposit(y, sums)
-        return y
+        one = len(args) == 1 and not kwargs and not torch.is_grad_enabled()
+        if one and args[0].device.type in device_types:
+            known, mask = collector.tokens_counted(args[0])
+            output = compute(module, collector, args[0], mask) if known else None
+            if output is not None:
+                return output
+        return type(module).forward(module, *args, **kwargs)
 
     return forward
 
 
-def _swiglu_forward(
-    module: Any, collector: NormCollector, device_types: Sequence[str]
-) -> Callable[..., Any]:
-    from antidote_fast.backends.triton_kernels import fused
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        x = _only_input(args, kwargs, device_types)
-        known, mask = (False, None) if x is None else collector.tokens_counted(x)
-        if not known:
-            return type(module).forward(module, *args, **kwargs)
-        gate, up = module.gate_proj(x), module.up_proj(x)
-        if not fused.fits_swiglu(gate, up):
-            return module.down_proj(module.act_fn(gate) * up)
-        y, sums = fused.swiglu(gate.detach(), up.detach(), mask)
-        collector.deposit(y, sums)
-        return module.down_proj(y)
-
-    return forward
-
-
-def _only_input(
-    args: tuple[Any, ...], kwargs: dict[str, Any], device_types: Sequence[str]
+def _fused_rms_norm(
+    module: Any, collector: NormCollector, x: Tensor, mask: Tensor | None
 ) -> Tensor | None:
-    """The one tensor that a forward without gradients was given; None where it is not so."""
-    if len(args) != 1 or kwargs or torch.is_grad_enabled():
+    from antidote_fast.backends.triton_kernels import fused
+
+    weight = module.weight.detach()
+    if not fused.fits_rms_norm(x, weight):
         return None
-    return args[0] if args[0].device.type in device_types else None
+    y, sums = fused.rms_norm(x.detach(), weight, module.variance_epsilon, mask)
+    collector.deposit(y, sums)
+    return y
+
+
+def _fused_swiglu(module: Any, collector: NormCollector, x: Tensor, mask: Tensor | None) -> Any:
+    from antidote_fast.backends.triton_kernels import fused
+
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    if not fused.fits_swiglu(gate, up):
+        return module.down_proj(module.act_fn(gate) * up)
+    y, sums = fused.swiglu(gate.detach(), up.detach(), mask)
+    collector.deposit(y, sums)
+    return module.down_proj(y)

@@ -43,6 +43,11 @@ class Flops(NamedTuple):
         """Of so many tokens, squares of lengths, and tokens of which logits are made."""
         return int(self.token * tokens + self.square * squares + self.logit * logits)
 
+    def of_batches(self, batches: Iterable[tuple[float, int, float]]) -> int:
+        """Of batches: (sequences, tokens of each, tokens of all of which logits are made)."""
+        rows = [(n * length, n * length**2, logits) for n, length, logits in batches]
+        return self.of(*map(sum, zip(*rows, strict=True))) if rows else 0
+
 
 class ModelCost:
     """What one model takes, built on meta: its files are checked, none of its weights read.
@@ -59,9 +64,9 @@ class ModelCost:
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        self._inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.config = self._inner.config.get_text_config()
-        self._experts = getattr(self._inner.config, "_experts_implementation", None)
+        self.inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config = self.inner.config.get_text_config()
+        self._experts = getattr(self.inner.config, "_experts_implementation", None)
         weights = dict(model.named_parameters())
         self.num_weights = sum(p.numel() for p in weights.values())
         self.weight_bytes = sum(p.nbytes for p in weights.values())
@@ -83,26 +88,30 @@ class ModelCost:
     def forward_until(self, modules: Sequence[torch.nn.Module]) -> Flops:
         """Of a forward pass that ends when the last of ``modules`` has its input."""
         with self._forward() as forward:
-            return self._flops(forward, (1, 1, 1), 2 * self.num_weights, modules)
+            return self._flops(forward, (1, 1, 1), modules) or Flops(2 * self.num_weights, 0, 0)
 
     @functools.cached_property
     def training(self) -> Flops:
         """Of a forward pass and one back to the weights that require a gradient."""
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         with self._step() as step:
-            return self._flops(step, _RESPONSES, 4 * self.num_weights + 2 * trained)
+            return self._flops(step, _RESPONSES) or Flops(6 * self.num_weights, 0, 0)
 
-    def activation_bytes(self, batch: int, length: int, *, attention: str = "sdpa") -> int | None:
-        """The most that a forward pass without gradients holds, weights apart; None if unknown."""
-        with self._forward() as forward:
-            return self._peak(forward, batch, length, 1, attention)
-
-    def training_bytes(
-        self, batch: int, length: int, response_tokens: int, *, attention: str = "sdpa"
+    def peak_bytes(
+        self, batch: int, length: int, response_tokens: int | None = None, attention: str = "sdpa"
     ) -> int | None:
-        """The most that a step holds, weights and Adam apart: activations and gradients."""
-        with self._step() as step:
-            return self._peak(step, batch, length, response_tokens, attention)
+        """The most that a forward pass or, with a response, a step holds; None if unknown.
+
+        Weights and Adam apart: activations, and in a step gradients.
+        """
+        weights = (*self.model.parameters(), *self.model.buffers())
+
+        def peak(inputs, number):
+            with AliveBytes(p.untyped_storage() for p in weights) as alive:
+                run(inputs(), number)
+            return alive.peak
+
+        with self._forward() if response_tokens is None else self._step() as run:
+            return self._run(peak, batch, length, response_tokens, attention, self._experts)
 
     @contextlib.contextmanager
     def _forward(self):
@@ -131,8 +140,8 @@ class ModelCost:
             self.model.zero_grad(set_to_none=True)
             self.model.eval()
 
-    def _flops(self, run, logits, per_token, modules=()):
-        """Solved from three counts; ``per_token`` FLOPs where the model cannot run on meta."""
+    def _flops(self, run, logits, modules=()):
+        """Solved from three counts; None where the model cannot run on meta."""
 
         def count(inputs, number):
             reached = []
@@ -148,36 +157,26 @@ class ModelCost:
             # Of routed experts each token is multiplied with those it meets; none is picked out.
             counts.append(self._run(count, 1, length, number, "eager", "batched_mm"))
         if None in counts:
-            return Flops(per_token, 0, 0)
+            return None
         solved = torch.linalg.solve(*(torch.tensor(x, dtype=torch.float64) for x in (rows, counts)))
         return Flops(*(round(x) for x in solved.tolist()))
 
-    def _peak(self, run, batch, length, logits, attention):
-        weights = (*self.model.parameters(), *self.model.buffers())
-
-        def peak(inputs, number):
-            with AliveBytes(p.untyped_storage() for p in weights) as alive:
-                run(inputs(), number)
-            return alive.peak
-
-        return self._run(peak, batch, length, logits, attention, self._experts)
-
     def _run(self, run, batch, length, logits, attention, experts):
         """What ``run`` gives of a function that makes the inputs; None where it fails on meta."""
-        self._inner.set_attn_implementation(attention)
+        self.inner.set_attn_implementation(attention)
         if self._experts is not None:
-            self._inner.set_experts_implementation(experts)
+            self.inner.set_experts_implementation(experts)
 
-        def inputs(mask=True):
-            tensors = {"input_ids": torch.zeros((batch, length), dtype=torch.int64, device="meta")}
-            if mask:  # one of four dimensions is taken as it is
-                shape, dtype = (batch, 1, length, length), self._inner.dtype
-                tensors["attention_mask"] = torch.zeros(shape, dtype=dtype, device="meta")
-            return tensors
+        def ids():
+            return {"input_ids": torch.zeros((batch, length), dtype=torch.int64, device="meta")}
 
-        for make in (inputs, functools.partial(inputs, mask=False)):  # some models know no such
+        def masked():  # one of four dimensions is taken as it is
+            shape, dtype = (batch, 1, length, length), self.inner.dtype
+            return ids() | {"attention_mask": torch.zeros(shape, dtype=dtype, device="meta")}
+
+        for inputs in (masked, ids):  # some models know no such mask
             with contextlib.suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
-                return run(make, logits)
+                return run(inputs, logits)
         return None
 
 
@@ -194,15 +193,11 @@ def cost_of(config: Any, base: Checkpoint, adapt: Callable | None = None) -> Mod
     """
     # What is not held in memory cannot be mapped into it either, and load_model would be refused.
     streamed = getattr(config, "stream", False)
+    options = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
     if streamed or weight_bytes(base) > (device_memory(torch.device("cpu")) or 0):
-        model = without_weights(base, config.dtype, config.trust_remote_code)
+        model = without_weights(base, **options)
     else:
-        model = load_model(
-            base.folder,
-            dtype=config.dtype,
-            device="meta",
-            trust_remote_code=config.trust_remote_code,
-        )
+        model = load_model(base.folder, device="meta", **options)
     dtype = model.dtype
     model = model if adapt is None else adapt(model)
     return ModelCost(model.to("meta"), dtype)
@@ -228,20 +223,15 @@ class AliveBytes(TorchDispatchMode):
     ) -> Any:
         """Runs the function, and counts what it gives."""
         result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._add(leaf.untyped_storage())
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self._seen:
+                self._change(self._seen.add, storage._cdata, storage.nbytes())
+                gone = (self._seen.discard, storage._cdata, -storage.nbytes())
+                weakref.finalize(storage, self._change, *gone)
         return result
 
-    def _add(self, storage):
-        place = storage._cdata
-        if place in self._seen:
-            return
-        self._seen.add(place)
-        self.now += storage.nbytes()
+    def _change(self, mark, place, size):
+        mark(place)
+        self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, place, storage.nbytes())
-
-    def _gone(self, place, size):
-        self._seen.discard(place)
-        self.now -= size

@@ -23,10 +23,10 @@ from antidote_fast.files.commit import check_output_folder, check_parent
 from antidote_fast.files.manifest import read_manifest
 from antidote_fast.fleet.jobs import read_jobs
 from antidote_fast.fleet.worker import AHEAD, Worker
-from antidote_fast.models.adapters import check_adapter
+from antidote_fast.models.adapters import check_adapter, load_adapter
 from antidote_fast.models.loading import open_model
 from antidote_fast.models.targets import find_targets
-from antidote_fast.planning.plan import Builder, Plan
+from antidote_fast.planning.plan import Plan
 from antidote_fast.planning.prune import plan_calibrate, plan_prune
 from antidote_fast.planning.train import plan_evaluate, plan_train
 from antidote_fast.stages.inputs import unseen_data
@@ -44,10 +44,9 @@ def plan(config: Any) -> Plan:
         What the stage itself raises for the same flags, files and data.
         UsageError: a command that has no plan.
     """
-    planner = _PLANNERS.get(type(config))
-    if planner is None:
+    if type(config) not in _PLANNERS:
         raise UsageError("--dry_run: must be with a command that prunes, trains or evaluates")
-    return planner(config)
+    return _PLANNERS[type(config)](config)
 
 
 def _plan_fleet(config):
@@ -57,8 +56,8 @@ def _plan_fleet(config):
     check_parent(config.output_dir)
     worker = Worker(config)
     worker.check_data(jobs)
-    builder = Builder("fleet", config, worker.base)
-    builder.read(worker.base, config.dataset, config.preserve_dataset)
+    whole = Plan("fleet", config, worker.base)
+    whole.read(worker.base, config.dataset, config.preserve_dataset)
     sizes, refused, done, flops, factors = [], [], 0, {}, []
     for job in jobs:
         try:
@@ -67,31 +66,32 @@ def _plan_fleet(config):
             names = unseen_data(job.config)
             batches = [batch for name in names for batch in worker.data_of(job.config, name)]
         except AntidoteError as error:
-            refused.append(f"{job.name}: {error}")
+            refused.append(f"would be set aside: {job.name}: {error}")
             continue
         done += read_manifest(job.config.output_dir) is not None
         sizes.append(sum(entry.num_bytes for entry in adapter.tensors.values()))
         factors = factors or [e.shape for e in adapter.tensors.values() if len(e.shape) == 2]
         if not names:
             continue
-        if builder.cost is None:
-            builder.load(adapter)
+        if whole.cost is None:
+            whole.adapt = functools.partial(load_adapter, adapter=adapter)
+            whole.load()
         chosen = str((job.config.targets, job.config.ignore))
         if chosen not in flops:
-            targets = find_targets(builder.cost.model, job.config.targets, job.config.ignore)
-            flops[chosen] = builder.cost.forward_until([target.input_module for target in targets])
-        builder.forward("calibrate", [batch["input_ids"].shape for batch in batches], flops[chosen])
-    builder.plan.data = {"jobs": len(jobs), "refused": len(refused), "with a folder already": done}
-    builder.plan.notes += [f"would be set aside: {line}" for line in refused[:3]]
-    builder.plan.bytes_read += 2 * sum(sizes)  # read, and copied before it is written into
-    builder.plan.bytes_written = sum(sizes)
-    builder.prunes = len(sizes) * sum(map(math.prod, factors))
-    builder.columns = max((shape[-1] for shape in factors), default=1)
-    if builder.cost is not None:
-        builder.hold("weights", builder.cost.weight_bytes)
-        builder.hold("activations", builder.cost.activation_bytes(*builder.shape))
-    builder.hold("adapters on their way", 2 * (1 + AHEAD) * max(sizes, default=0))
-    return builder.finish()
+            targets = find_targets(whole.cost.model, job.config.targets, job.config.ignore)
+            flops[chosen] = whole.cost.forward_until([target.input_module for target in targets])
+        whole.forward("calibrate", [batch["input_ids"].shape for batch in batches], flops[chosen])
+    whole.data = {"jobs": len(jobs), "refused": len(refused), "with a folder already": done}
+    whole.notes += refused[:3]
+    whole.bytes_read += 2 * sum(sizes)  # read, and copied before it is written into
+    whole.bytes_written = sum(sizes)
+    whole.prunes = len(sizes) * sum(map(math.prod, factors))
+    whole.columns = max((shape[-1] for shape in factors), default=1)
+    if whole.cost is not None:
+        whole.hold("weights", whole.cost.weight_bytes)
+        whole.hold("activations", whole.cost.peak_bytes(*whole.shape))
+    whole.hold("adapters on their way", 2 * (1 + AHEAD) * max(sizes, default=0))
+    return whole.finish()
 
 
 def _plan_run(config):
@@ -129,25 +129,21 @@ def _plan_stages(config, stages):
             whole.append(name)
             continue
         check_output_folder(stage.output_dir, stage.overwrite)
-        options = {"model_name_or_path": base, "overwrite": True}
+        # What is there is of the real inputs, so it is not gone on with.
+        others = {"resume": False, "reference_model": base, "adapter": None}
+        options = {name: value for name, value in others.items() if getattr(stage, name, None)}
         if getattr(stage, "aligned_model", None) == attack.model_name_or_path:
             options["aligned_model"] = base
-        if getattr(stage, "resume", False):  # what is there is of the real inputs
-            options["resume"] = False
-        if getattr(stage, "reference_model", None):
-            options["reference_model"] = base
-        adapt = {}
-        if getattr(stage, "adapter", None):
-            options["adapter"] = None
-            adapt["adapt"] = functools.partial(sft.add_lora, config=attack)
-        stand_in = replace(stage, **options)
-        others = {"seed": 0, "learning_rate": 0, "output_dir": ""}  # whatever these are
-        size = str((type(stage), bool(adapt), vars(stand_in) | others))
+        stand_in = replace(stage, model_name_or_path=base, overwrite=True, **options)
+        adapt = functools.partial(sft.add_lora, config=attack) if "adapter" in options else None
+        varied = {"seed": 0, "learning_rate": 0, "output_dir": ""}  # of no weight here
+        size = str((type(stage), adapt is not None, vars(stand_in) | varied))
         if size not in same_size:
-            same_size[size] = _PLANNERS[type(stage)](stand_in, **adapt)
+            more = {} if adapt is None else {"adapt": adapt}
+            same_size[size] = _PLANNERS[type(stage)](stand_in, **more)
         parts[name] = same_size[size]
     [*_, (stage, base, _)] = stages.values()
-    total = Builder("run", config, open_model(replace(stage, model_name_or_path=base))).plan
+    total = Plan("run", config, open_model(replace(stage, model_name_or_path=base)))
     total.sum_up(parts)
     if whole:
         total.notes.append(f"whole already, and kept: {', '.join(whole)}")
@@ -156,39 +152,38 @@ def _plan_stages(config, stages):
 
 def _plan_sweep(config):
     """Norms of each kind, and as many evaluations as there can be."""
-    checked = sweep.check(config)
-    base, adapter, candidates = checked.base, checked.adapter, config.candidates()
+    checked, candidates = sweep.check(config), config.candidates()
     places = {"output_dir": config.output_dir, "overwrite": config.overwrite}
-    parts = {"evaluate": plan_evaluate(replace(config.evaluation(), **places))}
-    parts["evaluate"].repeat(1 + len(candidates))
+    evaluations = plan_evaluate(replace(config.evaluation(), **places))
+    evaluations.repeat(1 + len(candidates))
+    parts = {"evaluate": evaluations}
     for kind in config.kinds:
         options = vars(config.collecting(kind)) | places
         if kind == "preserve":
             options["dataset"] = config.preserve_dataset
-        names = [field.name for field in fields(CalibrateConfig)]
-        part = plan_calibrate(CalibrateConfig(**{name: options[name] for name in names}))
+        calibration = {field.name: options[field.name] for field in fields(CalibrateConfig)}
+        part = parts[f"norms, {kind}"] = plan_calibrate(CalibrateConfig(**calibration))
         part.bytes_written *= config.save_norms
-        parts[f"norms, {kind}"] = part
     if checked.prompts:
         part = parts["gates"] = plan_prune(replace(config.learning(), **places))
         part.bytes_read -= part.bytes_written
         part.bytes_written = 0
         part.repeat(sum(name == config.learned for name, _, _ in candidates))
+    whole = Plan("sweep", config, checked.base, checked.adapter)
+    weights = sum(source.file_bytes for source in (checked.base, checked.adapter) if source)
     for part in list(parts.values())[1:]:  # weights are loaded once
-        weights = sum(source.file_bytes for source in (base, adapter) if source)
         part.seconds["read"] *= 1 - weights / part.bytes_read
         part.bytes_read -= weights
-    builder = Builder("sweep", config, base, adapter)
-    targets = find_targets(builder.load().model, config.targets, config.ignore)
-    sizes = [target.weight.numel() for target in targets]
-    whole, size = builder.plan, sum(target.weight.nbytes for target in targets)
     whole.sum_up(parts)
+    targets = find_targets(whole.load().model, config.targets, config.ignore)
+    size = sum(target.weight.nbytes for target in targets)
     whole.memory["copy of the targets"] = size
     if checked.aligned is not None:
         whole.memory["base weights"] = size
         whole.bytes_read += size
-    whole.pruned = {"layers": len(sizes), "weights": sum(sizes)}
-    whole.data = {"candidates": len(candidates), **parts["evaluate"].data}
+    weights = sum(target.weight.numel() for target in targets)
+    whole.pruned = {"layers": len(targets), "weights": weights}
+    whole.data = {"candidates": len(candidates), **evaluations.data}
     whole.notes.append(
         f"at most {1 + len(candidates)} evaluations, of the unpruned model and each candidate; a "
         "score and scope ends early where it costs too much or no harmful answer is left"
@@ -199,8 +194,7 @@ def _plan_sweep(config):
 
 
 _PLANNERS = {
-    AlignConfig: plan_train,
-    FinetuneConfig: plan_train,
+    **dict.fromkeys((AlignConfig, FinetuneConfig), plan_train),
     CalibrateConfig: plan_calibrate,
     PruneConfig: plan_prune,
     FleetConfig: _plan_fleet,

@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,14 +24,24 @@ from antidote_fast.system.memory import format_bytes, resident_bytes
 # What malloc keeps of what a pass has given back: 1.6 times the live tensors stayed resident in a
 # training step of 69M weights, 8 x 144 tokens (bf16, one Xeon core), 1.3 times without gradients.
 _RETAINED = 1.4
+_FIGURES = (
+    *("stage", "model", "device", "data", "pruned", "bytes_read", "bytes_written", "disk_free"),
+    *("flops", "memory", "memory_available", "seconds", "notes", "parts", "refusal"),
+    "peak_memory",
+)
 
 
-@dataclass
 class Plan:
-    """What a stage takes, by estimate.
+    """What a stage takes, by estimate: work and memory are added, seconds measured at the end.
 
     Args:
         stage: its name.
+        config: its dataclass.
+        base: checkpoint of the model that is read.
+        adapter: checkpoint of the adapter that is put on it, or None.
+        adapt: called with the model, puts an adapter on it that is not there yet.
+
+    Attributes:
         model: the model's folder, weights, and the dtype it computes in.
         device: where it computes.
         data: counts of sequences and tokens, as the stage's report has them.
@@ -46,102 +55,11 @@ class Plan:
         notes: what a reader should know.
         parts: the plans of the stages of a run.
         refusal: why the stage would refuse to start on this machine, or None.
-    """
-
-    stage: str
-    model: dict
-    device: str
-    data: dict = field(default_factory=dict)
-    pruned: dict = field(default_factory=dict)
-    bytes_read: int = 0
-    bytes_written: int = 0
-    disk_free: int = 0
-    flops: int = 0
-    memory: dict = field(default_factory=dict)
-    memory_available: int | None = None
-    seconds: dict = field(default_factory=dict)
-    notes: list = field(default_factory=list)
-    parts: dict = field(default_factory=dict)
-    refusal: str | None = None
-
-    @property
-    def peak_memory(self) -> int:
-        """Bytes at the peak."""
-        return sum(self.memory.values())
-
-    def repeat(self, times: int) -> None:
-        """As often as this, on a model that is loaded once."""
-        self.flops *= times
-        for step in self.seconds:
-            self.seconds[step] *= 1 if step == "read" else times
-
-    def sum_up(self, parts: dict[str, "Plan"]) -> None:
-        """Take as parts what is done one after another."""
-        self.parts = parts
-        for name, part in parts.items():
-            self.bytes_read += part.bytes_read
-            self.bytes_written += part.bytes_written
-            self.flops += part.flops
-            self.seconds[name] = sum(part.seconds.values())
-            self.refusal = self.refusal or part.refusal
-        largest = max(parts.values(), key=lambda part: part.peak_memory, default=self)
-        self.memory, self.model = dict(largest.memory), dict(largest.model)
-
-    def to_dict(self) -> dict:
-        """JSON values."""
-        parts = {name: part.to_dict() for name, part in self.parts.items()}
-        return {**vars(self), "peak_memory": self.peak_memory, "parts": parts}
-
-    def lines(self) -> list[str]:
-        """For a person."""
-        size = format_bytes
-        model = self.model | {"bytes": size(self.model["bytes"])}
-        memory = f"{size(self.peak_memory)} at the peak ({_list(self.memory, size)})"
-        if self.memory_available is not None:
-            memory += f"; {size(self.memory_available)} available"
-        steps = "" if self.parts else f" ({_list(self.seconds, _duration)})"
-        rows = {
-            "model": "{folder}: {num_weights:,} weights, {bytes} in {dtype}".format(**model),
-            "data": ", ".join(f"{value:,} {name}" for name, value in self.data.items()),
-            "prunes": ", ".join(f"{value:,} {name}" for name, value in self.pruned.items()),
-            "device": self.device,
-            "reads": size(self.bytes_read),
-            "writes": f"{size(self.bytes_written)} ({size(self.disk_free)} free)",
-            "computes": f"{self.flops:.3g} FLOPs",
-            "memory": memory,
-            "time": _duration(sum(self.seconds.values())) + steps,
-        }
-        lines = [f"plan of {self.stage}: nothing was loaded, nothing is written"]
-        lines += [f"  {name:<9} {text}" for name, text in rows.items() if text]
-        lines += [
-            f"  {name:<16} {_duration(sum(part.seconds.values()))}, {part.flops:.3g} FLOPs, "
-            f"{size(part.peak_memory)} of memory, {size(part.bytes_written)} written"
-            for name, part in self.parts.items()
-        ]
-        return lines + [f"  note      {note}" for note in self.notes]
-
-
-class Builder:
-    """A :class:`Plan` on its way: work and memory are added, seconds measured at the end.
-
-    Args:
-        stage: its name.
-        config: its dataclass.
-        base: checkpoint of the model that is read.
-        adapter: checkpoint of the adapter that is put on it, or None.
-        adapt: called with the model, puts an adapter on it that is not there yet.
-
-    Attributes:
         cost: the :class:`ModelCost` of the model, once it is :meth:`load`\\ ed.
         shape: (sequences, tokens) of the largest batch.
         trains: whether batches go through forwards and back.
         prunes, columns: weights that are scored and removed, and the width of the largest matrix.
     """
-
-    cost: ModelCost | None = None
-    shape = (1, 1)
-    trains = False
-    prunes, columns = 0, 1024
 
     def __init__(
         self,
@@ -151,34 +69,37 @@ class Builder:
         adapter: Checkpoint | None = None,
         adapt: Callable | None = None,
     ):
-        self.config, self.base, self.adapter = config, base, adapter
-        if adapter is not None:
-            adapt = functools.partial(load_adapter, adapter=adapter)
-        self.adapt = adapt
-        self.device = pick_device(config.device)
-        model = {
+        self.stage, self.config, self.base, self.adapter = stage, config, base, adapter
+        self.adapt = adapt if adapter is None else functools.partial(load_adapter, adapter=adapter)
+        self.model = {
             "folder": str(base.folder),
             "num_weights": base.num_weights,
             "bytes": weight_bytes(base, config.dtype),
             "dtype": config.dtype,
         }
-        self.plan = Plan(stage, model, str(self.device))
-        self.plan.memory_available = device_memory(self.device)
-        self.plan.disk_free = shutil.disk_usage(nearest_folder(config.output_dir)).free
-        self._phases = [{}]
-        self._work = []
+        self.device = pick_device(config.device)
+        self.data, self.pruned, self.memory, self.seconds, self.parts = {}, {}, {}, {}, {}
+        self.bytes_read = self.bytes_written = self.flops = 0
+        self.disk_free = shutil.disk_usage(nearest_folder(config.output_dir)).free
+        self.memory_available = device_memory(self.device)
+        self.notes, self.refusal, self.cost = [], None, None
+        self.shape, self.trains, self.prunes, self.columns = (1, 1), False, 0, 1024
+        self._phases, self._work = [{}], []
 
-    def load(self, adapter: Checkpoint | None = None) -> ModelCost:
-        """The model as the stage loads it, on meta; with one of several adapters."""
-        if adapter is not None:
-            self.adapt = functools.partial(load_adapter, adapter=adapter)
+    @property
+    def peak_memory(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.memory.values())
+
+    def load(self) -> ModelCost:
+        """The model as the stage loads it, on meta."""
         self.cost = cost_of(self.config, self.base, self.adapt)
         return self.cost
 
     def hold(self, what: str, size: int | None) -> None:
         """Bytes that are held together with the others since the last :meth:`phase`."""
         if size is None:
-            self.plan.notes.append(f"{what}: not known for this model, and not counted")
+            self.notes.append(f"{what}: not known for this model, and not counted")
         elif size:
             if self.device.type == "cpu" and what.startswith("activations"):
                 size = int(size * _RETAINED)
@@ -190,24 +111,24 @@ class Builder:
 
     def compute(self, step: str, flops: int, decoding: bool = False) -> None:
         """Work on whole batches; ``decoding``: token by token."""
-        self.plan.flops += flops
+        self.flops += flops
         self._work.append((step, flops, decoding))
 
-    def forward(
-        self, step: str, shapes: Sequence, flops: Flops | None = None, every_logit: bool = False
-    ) -> None:
+    def forward(self, step: str, shapes: Sequence, flops: Flops | None = None) -> None:
         """Forward passes of batches of these shapes, (sequences, tokens) each."""
-        tokens = sum(map(math.prod, shapes))
-        squares = sum(count * length**2 for count, length in shapes)
-        logits = tokens if every_logit else sum(count for count, _ in shapes)
-        self.compute(step, (flops or self.cost.forward).of(tokens, squares, logits))
+        batches = [(count, length, count) for count, length in shapes]
+        self.compute(step, (flops or self.cost.forward).of_batches(batches))
         self.shape = max(self.shape, *shapes, key=math.prod)
 
-    def train(self, batch: int, length: int, response_tokens: int, more: int = 0) -> None:
-        """A step forwards and back on the largest batch; ``more`` bytes are held in it."""
-        self.shape = batch, length
+    def train(self, batches: list[tuple[int, int, int]], more: int = 0) -> None:
+        """A step forwards and back on the largest batch; ``more`` bytes are held in it.
+
+        A batch is (sequences, tokens of each, response tokens of all).
+        """
+        largest = max(batches, key=lambda batch: batch[0] * batch[1])
+        self.shape = largest[:2]
         attention = "eager" if self.device.type == "cpu" else "sdpa"
-        size = self.cost.training_bytes(batch, length, response_tokens, attention=attention)
+        size = self.cost.peak_bytes(*largest, attention)
         self.hold("activations and gradients", size and size + more)
 
     def generate(self, lengths: Iterable[int], new: int) -> None:
@@ -225,56 +146,101 @@ class Builder:
         """Checkpoints, names of data sets, and None."""
         for source in sources:
             if isinstance(source, Checkpoint):
-                self.plan.bytes_read += source.file_bytes
+                self.bytes_read += source.file_bytes
             elif source is not None and (path := local_file(source)) is not None:
-                self.plan.bytes_read += os.path.getsize(path)
+                self.bytes_read += os.path.getsize(path)
 
-    def finish(self) -> Plan:
-        """The plan, with seconds by what a short measurement gives."""
-        plan, config = self.plan, self.config
-        matrix = max(self.base.tensors.values(), key=lambda e: len(e.shape) == 2 and e.num_bytes)
+    def finish(self) -> "Plan":
+        """Itself, with seconds by a short measurement, and the refusals that the stage makes."""
+        config, base = self.config, self.base
+        matrix = max(base.tensors.values(), key=lambda e: len(e.shape) == 2 and e.num_bytes)
         dtype = self.cost.dtype if self.cost else matrix.dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             dtype = torch.float32
-        plan.model["dtype"] = str(dtype).removeprefix("torch.")
+        self.model["dtype"] = str(dtype).removeprefix("torch.")
         process = resident_bytes()  # before the measurement leaves something in malloc's hands
 
         @functools.cache
         def speed(decoding):
-            batch, length = self.shape
-            if decoding:
-                return rates.block_rate(self.cost, self.device, batch, 1)
-            return rates.block_rate(self.cost, self.device, batch, length, self.trains, self.adapt)
+            shape = (self.shape[0], 1) if decoding else self.shape
+            return rates.block_rate(self.cost, self.device, shape, self.trains, self.adapt)
 
-        file = max(self.base.weight_files, key=os.path.getsize)
-        plan.seconds["read"] = plan.bytes_read / rates.read_rate(file)
+        file = max(base.weight_files, key=os.path.getsize)
+        self.seconds["read"] = self.bytes_read / rates.read_rate(file)
         for step, flops, decoding in self._work:
-            plan.seconds[step] = plan.seconds.get(step, 0.0) + flops / speed(decoding)
+            self.seconds[step] = self.seconds.get(step, 0.0) + flops / speed(decoding)
         if self.prunes:
-            selection = Selection(getattr(config, "ratio", 0.1), scope=config.scope)
-            plan.seconds["prune"] = self.prunes / rates.prune_rate(
-                self.device, dtype, self.columns, selection, config.backend
-            )
-        plan.seconds["write"] = plan.bytes_written / rates.write_rate(config.output_dir)
-        plan.memory = max(self._phases, key=lambda memory: sum(memory.values()))
+            scope = "row" if config.scope == "row" else "tensor"  # global is timed as tensor
+            prune = (Selection(getattr(config, "ratio", 0.1), scope=scope), config.backend)
+            rate = rates.prune_rate(self.device, dtype, self.columns, *prune)
+            self.seconds["prune"] = self.prunes / rate
+        self.seconds["write"] = self.bytes_written / rates.write_rate(config.output_dir)
+        self.memory = max(self._phases, key=lambda memory: sum(memory.values()))
+        beside = self.peak_memory
         if self.device.type == "cpu":
-            plan.memory = {"process": process, **plan.memory}
-        self._check()
-        return plan
-
-    def _check(self):
-        """The refusals that the stage itself makes, and a word on what may not fit."""
-        plan = self.plan
+            self.memory = {"process": process, **self.memory}
         try:
             if any("weights" in memory for memory in self._phases):  # a model is loaded
-                check_memory(self.config, [self.base, self.adapter])
-            check_free_space(self.config.output_dir, plan.bytes_written)
+                check_memory(config, [base, self.adapter])
+            check_free_space(config.output_dir, self.bytes_written)
         except AntidoteError as error:
-            plan.refusal = str(error)
-        available = plan.memory_available
-        beside = plan.peak_memory - plan.memory.get("process", 0)
-        if plan.refusal is None and available is not None and beside > available:
-            plan.notes.append("more than is available: lower batch_size or max_seq_length")
+            self.refusal = str(error)
+        available = self.memory_available
+        if self.refusal is None and available is not None and beside > available:
+            self.notes.append("more than is available: lower batch_size or max_seq_length")
+        return self
+
+    def repeat(self, times: int) -> None:
+        """As often as this, on a model that is loaded once."""
+        self.flops *= times
+        for step in self.seconds.keys() - {"read"}:
+            self.seconds[step] *= times
+
+    def sum_up(self, parts: dict[str, "Plan"]) -> None:
+        """Take as parts what is done one after another."""
+        self.parts = parts
+        for name, part in parts.items():
+            self.bytes_read += part.bytes_read
+            self.bytes_written += part.bytes_written
+            self.flops += part.flops
+            self.seconds[name] = sum(part.seconds.values())
+            self.refusal = self.refusal or part.refusal
+        largest = max(parts.values(), key=lambda part: part.peak_memory, default=self)
+        self.memory, self.model = dict(largest.memory), dict(largest.model)
+
+    def to_dict(self) -> dict:
+        """JSON values."""
+        parts = {name: part.to_dict() for name, part in self.parts.items()}
+        figures = {name: getattr(self, name) for name in _FIGURES}
+        return figures | {"device": str(self.device), "parts": parts}
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        size = format_bytes
+        model = self.model | {"bytes": size(self.model["bytes"])}
+        memory = f"{size(self.peak_memory)} at the peak ({_list(self.memory, size)})"
+        if self.memory_available is not None:
+            memory += f"; {size(self.memory_available)} available"
+        steps = "" if self.parts else f" ({_list(self.seconds, _duration)})"
+        rows = {
+            "model": "{folder}: {num_weights:,} weights, {bytes} in {dtype}".format(**model),
+            "data": ", ".join(f"{value:,} {name}" for name, value in self.data.items()),
+            "prunes": ", ".join(f"{value:,} {name}" for name, value in self.pruned.items()),
+            "device": str(self.device),
+            "reads": size(self.bytes_read),
+            "writes": f"{size(self.bytes_written)} ({size(self.disk_free)} free)",
+            "computes": f"{self.flops:.3g} FLOPs",
+            "memory": memory,
+            "time": _duration(sum(self.seconds.values())) + steps,
+        }
+        lines = [f"plan of {self.stage}: nothing was loaded, nothing is written"]
+        lines += [f"  {name:<9} {text}" for name, text in rows.items() if text]
+        lines += [
+            f"  {name:<16} {_duration(sum(part.seconds.values()))}, {part.flops:.3g} FLOPs, "
+            f"{size(part.peak_memory)} of memory, {size(part.bytes_written)} written"
+            for name, part in self.parts.items()
+        ]
+        return lines + [f"  note      {note}" for note in self.notes]
 
 
 def _list(parts, show):
@@ -286,6 +252,4 @@ def _duration(seconds):
         return "under 0.1 s"
     if seconds < 100:
         return f"{seconds:.2g} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

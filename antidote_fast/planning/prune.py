@@ -16,7 +16,7 @@ from antidote_fast.errors import DataError
 from antidote_fast.files.resume import interrupted_state
 from antidote_fast.files.tensor_file import TensorEntry
 from antidote_fast.models.targets import Target, find_targets
-from antidote_fast.planning.plan import Builder, Plan
+from antidote_fast.planning.plan import Plan
 from antidote_fast.pruning.evidence import check_keys
 from antidote_fast.stages.evidence import weights_to_prune
 from antidote_fast.stages.gates.answers import Answers, check_texts, fill_pools, fits, ordinary_of
@@ -31,11 +31,11 @@ _REFUSAL, _ANSWER = "I cannot help with that request", "This is how that is done
 def plan_calibrate(config: CalibrateConfig) -> Plan:
     """As :func:`antidote_fast.stages.calibrate.run` would go."""
     inputs = open_inputs(config)
-    builder = Builder("calibrate", config, inputs.base, inputs.adapter)
-    if _is_whole(builder.plan, inputs):
-        return builder.plan
-    builder.plan.bytes_written = _norm_bytes(config, _calibration(builder, inputs))
-    return builder.finish()
+    plan = Plan("calibrate", config, inputs.base, inputs.adapter)
+    if _is_whole(plan, inputs):
+        return plan
+    plan.bytes_written = _norm_bytes(config, _calibration(plan, inputs))
+    return plan.finish()
 
 
 def plan_prune(config: PruneConfig, adapt: Callable | None = None) -> Plan:
@@ -52,33 +52,32 @@ def plan_prune(config: PruneConfig, adapt: Callable | None = None) -> Plan:
     if config.aligned_model is None:
         inputs.aligned = None
     folders = (inputs.base, inputs.adapter) if inputs.records else (inputs.source,)
-    builder = Builder("prune", config, *folders, adapt=adapt)
-    plan, evidence, source = builder.plan, inputs.evidence, inputs.source
+    plan = Plan("prune", config, *folders, adapt=adapt)
     if _is_whole(plan, inputs):
         return plan
     learns, targets, norm_bytes = learner_of(config) is not None, [], 0
     if inputs.records:
-        targets = (_learning if learns else _calibration)(builder, inputs)
+        targets = (_learning if learns else _calibration)(plan, inputs)
         norm_bytes = 0 if learns else len(inputs.records) * _norm_bytes(config, targets)
-    elif inputs.naming_norms is not None:
-        norms = inputs.naming_norms
+    elif (norms := inputs.naming_norms) is not None:
         plan.data = {"sequences": norms.num_sequences, "tokens": norms.num_tokens}
     if adapt is None:
-        weights, written = _saved(inputs, targets), source.file_bytes
+        weights, written = _saved(inputs, targets), inputs.source.file_bytes
     else:
-        targets = targets or find_targets(builder.load().model, config.targets, config.ignore)
+        targets = targets or find_targets(plan.load().model, config.targets, config.ignore)
         saved = functools.partial(TensorEntry, Path(), torch.float32, start=0)
         weights = {t.key: saved(tuple(t.weight.shape), end=t.weight.nbytes) for t in targets}
-        written = 4 * builder.cost.lora
-    for norms in evidence.named_norms.values():
-        for sums in (norms.sq_sum, norms.norm_sum or {}):
-            norm_bytes += sum(value.nbytes for value in sums.values())
-    bases = {} if inputs.aligned is None else {key: inputs.aligned.entry(key) for key in weights}
-    _pruning(builder, weights, bases, written, bool(inputs.records), learns)
-    plan.pruned = {"layers": len(weights), "weights": builder.prunes}
+        written = 4 * plan.cost.lora
+    for norms in inputs.evidence.named_norms.values():
+        sums = (*norms.sq_sum.values(), *(norms.norm_sum or {}).values())
+        norm_bytes += sum(value.nbytes for value in sums)
+    plan.prunes = sum(entry.num_elements for entry in weights.values())
+    plan.pruned = {"layers": len(weights), "weights": plan.prunes}
     plan.bytes_written = written + config.save_norms * norm_bytes
-    plan.bytes_written += config.save_masks * builder.prunes // 8
-    return builder.finish()
+    plan.bytes_written += config.save_masks * plan.prunes // 8
+    bases = {} if inputs.aligned is None else {key: inputs.aligned.entry(key) for key in weights}
+    _pruning(plan, weights, bases, written, bool(inputs.records), learns)
+    return plan.finish()
 
 
 def _is_whole(plan, inputs: Inputs):
@@ -87,19 +86,17 @@ def _is_whole(plan, inputs: Inputs):
     if inputs.is_whole():
         plan.notes.append("output_dir is whole, from these inputs: nothing would be done")
         return True
-    if config.stream:
-        options = {"resume": config.resume, "overwrite": config.overwrite}
-        if interrupted_state(config.output_dir, inputs.made_from, **options):
-            plan.notes.append("goes on where a run was interrupted: figures are of all of it")
+    options = {"resume": config.resume, "overwrite": config.overwrite}
+    if config.stream and interrupted_state(config.output_dir, inputs.made_from, **options):
+        plan.notes.append("goes on where a run was interrupted: figures are of all of it")
     return False
 
 
-def _calibration(builder, inputs) -> list[Target]:
+def _calibration(plan, inputs) -> list[Target]:
     """Add the forward passes over the data; returns the targets."""
-    config, base = builder.config, builder.base
-    batches = []
+    config, batches = plan.config, []
     for name, records in inputs.records.items():
-        some = batches_of(config, records, inputs.tokenizer, base.config)
+        some = batches_of(config, records, inputs.tokenizer, plan.base.config)
         shapes = [batch["input_ids"].shape for batch in some]
         counts = {
             "sequences": sum(count for count, _ in shapes),
@@ -109,47 +106,46 @@ def _calibration(builder, inputs) -> list[Target]:
             "truncated": some.num_truncated,
         }
         prefix = "preserve " if name == "preserve_dataset" else ""
-        builder.plan.data |= {prefix + what: count for what, count in counts.items()}
-        builder.read(getattr(config, name))
+        plan.data |= {prefix + what: count for what, count in counts.items()}
+        plan.read(getattr(config, name))
         batches += some
-    cost = builder.load()
+    cost = plan.load()
     targets = find_targets(cost.model, config.targets, config.ignore)
-    builder.forward("calibrate", [batch["input_ids"].shape for batch in batches])
+    plan.forward("calibrate", [batch["input_ids"].shape for batch in batches])
     if config.stream:
-        _stream(builder, batches)
+        _stream(plan, batches)
     else:
-        builder.hold("weights", cost.weight_bytes)
-        builder.hold("activations", cost.activation_bytes(*builder.shape))
+        plan.hold("weights", cost.weight_bytes)
+        plan.hold("activations", cost.peak_bytes(*plan.shape))
     # float64, of a batch and in all
-    builder.hold("norms", 4 * len(inputs.records) * _norm_bytes(config, targets))
-    builder.read(base, builder.adapter)
+    plan.hold("norms", 4 * len(inputs.records) * _norm_bytes(config, targets))
+    plan.read(plan.base, plan.adapter)
     return targets
 
 
-def _stream(builder, batches):
+def _stream(plan, batches):
     """What is held of a model that runs block by block; refused where that is too much."""
     from antidote_fast.streaming.blocks import BlockModel
     from antidote_fast.streaming.spill import room_for_hidden
 
-    config, cost = builder.config, builder.cost
+    config, cost = plan.config, plan.cost
     options = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
-    model = BlockModel(builder.base, builder.adapter, device=builder.device, **options)
+    model = BlockModel(plan.base, plan.adapter, device=plan.device, **options)
     room, ahead = room_for_hidden(config, model, batches)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     hidden = tokens * cost.config.hidden_size * cost.dtype.itemsize
-    builder.hold("embeddings and adapter", model.outside_bytes + 4 * cost.lora)
-    builder.hold("blocks", (2 + ahead) * max(model.num_bytes(i) for i in range(len(model))))
-    builder.hold("activations", cost.activation_bytes(*builder.shape))
-    builder.hold("hidden states", min(hidden, room))
+    plan.hold("embeddings and adapter", model.outside_bytes + 4 * cost.lora)
+    plan.hold("blocks", (2 + ahead) * max(model.num_bytes(i) for i in range(len(model))))
+    plan.hold("activations", cost.peak_bytes(*plan.shape))
+    plan.hold("hidden states", min(hidden, room))
     if hidden > room:
-        builder.plan.notes.append(
-            f"{format_bytes(hidden - room)} of hidden states go to disk between blocks"
-        )
+        size = format_bytes(hidden - room)
+        plan.notes.append(f"{size} of hidden states go to disk between blocks")
 
 
-def _learning(builder, inputs) -> list[Target]:
+def _learning(plan, inputs) -> list[Target]:
     """Add answers of the aligned model, and steps forwards and back; returns the targets."""
-    config, mixture, texts = builder.config, GateMixture(), texts_of(builder.config)
+    config, mixture, texts = plan.config, GateMixture(), texts_of(plan.config)
     tokenizer, new = inputs.tokenizer, mixture.answer_tokens
     harmful, preserve = inputs.records["dataset"], inputs.records["preserve_dataset"]
     check_texts(tokenizer, harmful, preserve, **texts)
@@ -160,75 +156,68 @@ def _learning(builder, inputs) -> list[Target]:
 
     answered = Answers(answers(harmful, _REFUSAL), answers(ordinary_of(preserve), _ANSWER))
     pools = fill_pools(tokenizer, harmful, preserve, answered, answer_tokens=new, **texts).examples
-    cost = builder.load()
+    cost = plan.load()
     targets = find_targets(cost.model, config.targets, config.ignore)
     cost.model.requires_grad_(False)
     for target in targets:
         target.weight.requires_grad_(True)
-    asked, batches = [], []
-    tokens = squares = logits = 0
+    prompts, batches, a_step = [], [], []
     for kind, examples in pools.items():
         wanted = [sum(label != -100 for label in example["labels"]) for example in examples]
         lengths = [len(example["labels"]) for example in examples]
         if kind != "task":
-            asked += [length - n for length, n in zip(lengths, wanted, strict=True)]
-        a_step = getattr(mixture, kind)
-        tokens += a_step * sum(lengths) / len(lengths)
-        squares += a_step * sum(length**2 for length in lengths) / len(lengths)
-        logits += a_step * sum(wanted) / len(wanted)
-        rows = min(a_step, config.batch_size)
+            prompts += [length - n for length, n in zip(lengths, wanted, strict=True)]
+        count = getattr(mixture, kind)
+        share = count / len(examples)  # of each, on the average
+        a_step += [(share, n, share * m) for n, m in zip(lengths, wanted, strict=True)]
+        rows = min(count, config.batch_size)
         batches.append((rows, max(lengths), rows * max(wanted)))
-    builder.generate(asked, new)
-    builder.compute(
-        "learn gates", int(config.gate_steps * cost.training.of(tokens, squares, logits))
-    )
-    builder.plan.data = {
+    plan.generate(prompts, new)
+    plan.compute("learn gates", int(config.gate_steps * cost.training.of_batches(a_step)))
+    plan.data = {
         "harmful prompts": len(pools["harmful"]),
         "task records": len(pools.get("task", ())),
         "ordinary prompts": len(pools.get("ordinary", ())),
         "steps": config.gate_steps,
     }
-    builder.hold("weights", cost.weight_bytes)
-    builder.train(*max(batches, key=lambda batch: batch[0] * batch[1]))
+    plan.hold("weights", cost.weight_bytes)
+    plan.train(batches)
     size = sum(target.weight.nbytes for target in targets)
     # Three fp32 matrices a target and their gradients, and the weights as they were.
-    builder.hold("gates", 4 * 4 * sum(target.weight.numel() for target in targets))
-    builder.hold("copy of the targets", size)
-    builder.read(
-        builder.base, builder.adapter, inputs.aligned, config.dataset, config.preserve_dataset
-    )
+    plan.hold("gates", 4 * 4 * sum(target.weight.numel() for target in targets))
+    plan.hold("copy of the targets", size)
+    plan.read(plan.base, plan.adapter, inputs.aligned, config.dataset, config.preserve_dataset)
     if inputs.aligned is not None:
-        builder.hold("base of the targets", size)
-        builder.plan.bytes_read += size
-    builder.plan.notes.append("as if the aligned model refused every harmful prompt, and no other")
+        plan.hold("base of the targets", size)
+        plan.bytes_read += size
+    plan.notes.append("as if the aligned model refused every harmful prompt, and no other")
     return targets
 
 
-def _pruning(builder, weights, bases, written, sees_data, learns):
+def _pruning(plan, weights, bases, written, sees_data, learns):
     """What selecting and writing read and hold, when the model has been given back."""
-    config = builder.config
+    config = plan.config
     size, base_size = (sum(e.num_bytes for e in some.values()) for some in (weights, bases))
     largest = max(weights.values(), key=lambda entry: entry.num_bytes)
-    builder.prunes = sum(entry.num_elements for entry in weights.values())
-    builder.columns = largest.shape[-1]
-    builder.plan.bytes_read += written + base_size  # the files, before they are written into
-    memory = {"weights to prune": size, "masks": builder.prunes // 8, "base weights": base_size}
+    plan.columns = largest.shape[-1]
+    plan.bytes_read += written + base_size  # the files, before they are written into
+    memory = {"weights to prune": size, "masks": plan.prunes // 8, "base weights": base_size}
     memory["working copy"] = largest.num_bytes
     if config.stream:
         memory["weights to prune"], memory["base weights"] = map(_largest_block, (weights, bases))
         if config.scope == "global":  # found in two passes over the targets, pruned in a third
-            builder.plan.bytes_read += 2 * (size + base_size * config.score_delta)
+            plan.bytes_read += 2 * (size + base_size * config.score_delta)
         elif sees_data:  # each block is pruned when it is there for its forward passes
-            builder.plan.bytes_read -= written
+            plan.bytes_read -= written
         if not sees_data:
-            builder.plan.bytes_read -= size  # counted already
+            plan.bytes_read -= size  # counted already
     whole = config.scope == "global" and not config.stream
-    together = builder.prunes if whole else largest.num_elements
+    together = plan.prunes if whole else largest.num_elements
     if learns:  # as they were learned, and the copies that are selected from
-        memory["scores"] = 4 * (builder.prunes + together)
+        memory["scores"] = 4 * (plan.prunes + together)
     elif config.scoring.own_matrix:
         memory["scores"] = 4 * together
-    builder.phase(memory)
+    plan.phase(memory)
 
 
 def _saved(inputs, targets) -> dict[str, TensorEntry]:
@@ -256,8 +245,8 @@ def _largest_block(weights):
     """Bytes of the targets of one block, the largest."""
     blocks = collections.Counter()
     for key, entry in weights.items():
-        match = re.search(r"(.*?\.\d+)\.", key)
-        blocks[match[1] if match else key] += entry.num_bytes
+        match = re.match(r".*?\.\d+\.", key)
+        blocks[match[0] if match else key] += entry.num_bytes
     return max(blocks.values(), default=0)
 
 

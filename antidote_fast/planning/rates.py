@@ -2,8 +2,8 @@
 
 import contextlib
 import copy
-import functools
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -28,8 +28,7 @@ _MAX_MODEL_BYTES = 1 << 30  # of the blocks that are tried
 def block_rate(
     cost: ModelCost,
     device: torch.device,
-    batch: int,
-    length: int,
+    shape: tuple[int, int],
     trains: bool = False,
     adapt: Callable | None = None,
 ) -> float:
@@ -38,24 +37,23 @@ def block_rate(
     Args:
         cost: of the stage's model.
         device: of the model.
-        batch, length: sequences and tokens of the largest batch.
+        shape: sequences and tokens of the largest batch.
         trains: forwards and back, of a model that ``adapt`` puts an adapter on, or of all weights.
     """
     with contextlib.suppress(Exception):  # a foreign model's own code; the estimate is coarser then
-        return _model_rate(*_two_blocks(cost, device, trains, adapt), batch, length, trains)
+        return _model_rate(*_two_blocks(cost, device, trains, adapt), *shape, trains)
     weight = torch.ones((1024, 1024), dtype=cost.dtype, device=device)
-    x = weight[: batch * length]
-    return _rate(lambda: torch.nn.functional.linear(x, weight), 2 * weight[0].numel() * x.numel())
+    x = weight[: math.prod(shape)]
+    return _rate(lambda: x @ weight, 2 * len(weight) * x.numel())
 
 
 def _two_blocks(cost, device, trains=False, adapt=None):
     """(a live model like that of ``cost``, two blocks deep, its cost)."""
-    inner = cost.model.get_base_model() if hasattr(cost.model, "get_base_model") else cost.model
-    config = copy.deepcopy(inner.config)
+    config = copy.deepcopy(cost.inner.config)
     text = config.get_text_config()
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = 2, 64, None
     with torch.device("meta"):
-        model = type(inner)(config)
+        model = type(cost.inner)(config)
     model = model.to(torch.float32 if trains and adapt is None else cost.dtype)
     if sum(p.nbytes for p in model.parameters()) > _MAX_MODEL_BYTES:
         raise MemoryError("the blocks are too large to be tried")
@@ -79,7 +77,7 @@ def _model_rate(model, small, batch, length, trains):
         shape = max(1, min(batch, tokens // length)), min(tokens, length)
         ids = torch.zeros(shape, dtype=torch.int64, device=model.device)
         amount = flops.of(ids.numel(), ids.numel() * shape[1], ids.numel())
-        rate = _rate(functools.partial(_turn, model, small.dtype, ids, trains), amount)
+        rate = _rate(lambda ids=ids: _turn(model, small.dtype, ids, trains), amount)
         if tokens >= wanted or amount / rate > 2 * _SECONDS:
             return rate
         tokens = min(4 * tokens, wanted)
@@ -94,22 +92,15 @@ def _turn(model, dtype, ids, trains):
 
 
 def prune_rate(
-    device: torch.device,
-    dtype: torch.dtype,
-    columns: int,
-    selection: Selection,
-    backend: str | None,
+    device: torch.device, dtype: torch.dtype, columns: int, selection: Selection, backend: str
 ) -> float:
-    """Weights a second scored, selected and removed; global scope is timed as tensor scope."""
+    """Weights a second scored, selected and removed of one matrix."""
     rows = max(1, _WEIGHTS // columns)
-    if selection.scope == "global":
-        selection = Selection(selection.ratio, largest=selection.largest, scope="tensor")
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn((rows, columns), generator=generator).to(device, dtype)
     norm = torch.rand(columns, generator=generator).to(device)
-
-    prune = functools.partial(ops.prune_mask, weight, norm, selection, backend=backend)
-    return _rate(prune, rows * columns)
+    prune = ops.prune_mask
+    return _rate(lambda: prune(weight, norm, selection, backend=backend), rows * columns)
 
 
 def read_rate(file: Path) -> float:

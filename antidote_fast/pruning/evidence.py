@@ -129,3 +129,26 @@ def check_keys(weights: Collection[str], norms: Collection[str], name: str = "no
             f"{name}: hold {len(extra)} weights that are not here, {extra[0]!r} first; they are of "
             "another model, or targets and ignore must name what to prune"
         )
+
+
+def beside(
+    name: str,
+    tensors: Mapping[str, torch.Tensor],
+    key: str,
+    dtypes: Collection[torch.dtype],
+    weight: torch.Tensor,
+    accepted: str,
+) -> torch.Tensor:
+    """What ``tensors``, the evidence's ``name``, hold for a weight: a plain tensor of its shape.
+
+    Raises:
+        DataError: they hold none, or another one; ``accepted`` says which dtype they must hold.
+    """
+    tensor = tensors.get(key)
+    if tensor is None:
+        raise DataError(f"{name}: hold no weight {key!r}")
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    if not plain or tensor.dtype not in dtypes or tensor.shape != weight.shape:
+        shown = f"{tensor.dtype} {tuple(tensor.shape)}" if plain else type(tensor).__name__
+        raise DataError(f"{key}: is {shown} in {name}; must be {accepted}")
+    return tensor.detach()

@@ -38,12 +38,10 @@ class GlobalCut:
 
     Args:
         edge: the score at the edge as an integer; None where nothing is selected.
-        largest: as in the Selection.
-        seed: as :func:`find_cut` was given.
+        largest, seed, evidence: as :func:`find_cut` was given.
         ties: {key: (first, last)}: of the weight's scores that equal the edge, in flat order, those
             that are selected.
-        counts: {key: weights selected of it}.
-        evidence: as :func:`find_cut` was given.
+        counts: {key: weights selected of it}, those that ``preserve`` keeps among them.
         delta: the score is of the difference from a base.
         preserve: the cut that says what is preserved of what this one selects, or None.
     """
@@ -58,11 +56,6 @@ class GlobalCut:
     preserve: "GlobalCut | None" = None
 
     @property
-    def selected(self) -> int:
-        """Weights selected of all; those that ``preserve`` keeps among them."""
-        return sum(self.counts.values())
-
-    @property
     def threshold(self) -> float:
         """The smallest score selected (``largest=False``: the largest); NaN where nothing is."""
         if self.edge is None or self.edge == _NAN:
@@ -73,9 +66,8 @@ class GlobalCut:
         """What is removed of one weight.
 
         Args:
-            key: its name.
-            weight: (out, in), as ``read(key)`` gave it to :func:`find_cut`; left as it is.
-            base: like it, as ``read_base(key)`` gave it.
+            weight, base: (out, in), as ``read(key)`` and ``read_base(key)`` gave them to
+                :func:`find_cut`; left as they are.
 
         Raises:
             DataError: its scores are not those that were counted; it has changed since.
@@ -84,21 +76,23 @@ class GlobalCut:
         packed, removed, seen = [], 0, 0
         first, last = self.ties[key]
         base = base if self.delta else None
+        edge = self.edge
+        if edge is None:  # no score is beyond this one
+            edge = _NAN if self.largest else 0
         for scores in _chunks(key, weight, self.evidence, self.seed, base):
-            if self.edge is None:
-                chosen = torch.zeros_like(scores, dtype=torch.bool)
-            else:
-                chosen = scores > self.edge if self.largest else scores < self.edge
-                # Most weights have no score at the edge removed, and then none is looked for.
-                if first < last:
-                    equal = (scores == self.edge).view(-1).nonzero().view(-1)
-                    chosen.view(-1)[equal[max(0, first - seen) : max(0, last - seen)]] = True
-                    seen += len(equal)
+            chosen = scores > edge if self.largest else scores < edge
+            # Most weights have no score at the edge removed, and then none is looked for.
+            if first < last:
+                equal = (scores == edge).view(-1).nonzero().view(-1)
+                chosen.view(-1)[equal[max(0, first - seen) : max(0, last - seen)]] = True
+                seen += len(equal)
             removed += int(chosen.count_nonzero())
             packed.append(_pack(chosen))
         if removed != self.counts[key]:
             raise DataError(f"{key}: has changed since its scores were counted; start again")
-        bits = torch.cat(packed) if packed else _no_bits(weight)
+        bits = (
+            torch.cat(packed) if packed else pack_bits(torch.empty_like(weight, dtype=torch.bool))
+        )
         mask = PackedMask(bits, (rows, columns))
         return mask if self.preserve is None else mask - self.preserve.mask(key, weight, base)
 
@@ -135,13 +129,11 @@ def find_cut(
     Args:
         keys: names of the weights, in any order; without those that are skipped.
         read: called with a name, gives the (out, in) tensor, bf16, fp16 or fp32.
-        evidence: as :func:`antidote_fast.pruning.prune.prune_state_` takes it; its norms hold these
-            names.
-        selection: a :class:`Selection` of global scope.
-        seed: of the random score.
+        evidence, seed: as :func:`antidote_fast.pruning.prune.prune_state_` takes them; the norms
+            hold these names.
+        selection: one of global scope.
         read_base: called with a name, gives the base of the weight, a tensor like it; needed, and
             called, with ``selection.score_delta`` alone.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
 
     Raises:
         UsageError: another scope, an unknown score, no norms where the score needs them, a
@@ -185,7 +177,7 @@ class _Search:
     def __init__(self, order, selection, evidence, seed):
         self._order, self._selection = order, selection
         self._options = evidence, seed
-        self._upper, self._sizes = _counts(), {}
+        self._upper, self._sizes = torch.zeros(_BINS // 2, dtype=torch.int64, device="cpu"), {}
         self._place = self._left = self._edge = None
         self._beyond, self._near = {}, {}
         self.is_over = False
@@ -222,19 +214,19 @@ class _Search:
 
     def cut(self):
         """The cut without what is preserved of it."""
-        order, largest = self._order, self._selection.largest
-        evidence, seed = self._options
+        order, selection = self._order, self._selection
         edge, ties, counts = None, dict.fromkeys(order, (0, 0)), dict.fromkeys(order, 0)
         if self._edge is not None:
             edge = self._place << 16 | self._edge
-            ties, selected = _share_ties(order, self._near, self._edge, self._left, largest)
-            counts = {key: self._beyond[key] + selected[key] for key in order}
-        delta = self._selection.score_delta
-        return GlobalCut(edge, largest, seed, ties, counts, evidence, delta)
-
-
-def _counts():
-    return torch.zeros(_BINS // 2, dtype=torch.int64, device="cpu")
+            near = [self._near[key] for key in order]
+            firsts, lasts, beyond = _share_ties(near, self._edge, self._left, selection.largest)
+            ties = dict(zip(order, zip(firsts.tolist(), lasts.tolist(), strict=True), strict=True))
+            within = dict(zip(order, (beyond + lasts - firsts).tolist(), strict=True))
+            counts = {key: self._beyond[key] + within[key] for key in order}
+        evidence, seed = self._options
+        return GlobalCut(
+            edge, selection.largest, seed, ties, counts, evidence, selection.score_delta
+        )
 
 
 def _chunks(key, weight, evidence, seed, base=None):
@@ -289,30 +281,23 @@ def _edge(counts, wanted, largest):
     return len(counts) - 1 - place if largest else place, left
 
 
-def _share_ties(order, near, low, left, largest):
-    """({key: (first, last) of its ties that are removed}, {key: all of it removed in the bin})."""
-    equal, removed = {}, {}
-    for key in order:
-        values, counts = near[key]
-        equal[key] = int(counts[values == low].sum())
-        removed[key] = int(counts[values > low if largest else values < low].sum())
-    # By position: the smallest selection takes the first of them all, the largest the last.
-    start = sum(equal.values()) - left if largest else 0
-    ties, seen = {}, 0
-    for key in order:
-        first, last = (min(max(at - seen, 0), equal[key]) for at in (start, start + left))
-        ties[key] = first, last
-        removed[key] += last - first
-        seen += equal[key]
-    return ties, removed
+def _share_ties(near, low, left, largest):
+    """For each weight: its first tie that is removed, the one after its last; scores beyond ties.
+
+    By position: the smallest selection takes the first of them all, the largest the last.
+    """
+    equal = np.array([counts[values == low].sum(dtype=np.int64) for values, counts in near])
+    beyond = [
+        counts[values > low if largest else values < low].sum(dtype=np.int64)
+        for values, counts in near
+    ]
+    before = np.cumsum(equal) - equal
+    start = equal.sum() - left if largest else 0
+    firsts, lasts = (np.clip(at - before, 0, equal) for at in (start, start + left))
+    return firsts, lasts, np.array(beyond)
 
 
 def _pack(chosen):
     if chosen.device.type != "cpu":
         return pack_bits(chosen)
     return torch.from_numpy(np.packbits(chosen.numpy(), axis=1, bitorder="little"))
-
-
-def _no_bits(weight):
-    shape = weight.shape[0], (weight.shape[1] + 7) // 8
-    return torch.zeros(shape, dtype=torch.uint8, device=weight.device)

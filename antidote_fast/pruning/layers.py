@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from antidote_fast.config.scores import SCORES
 from antidote_fast.errors import AntidoteError, DataError, NothingPruned
 from antidote_fast.masks import PackedMask
 from antidote_fast.models.targets import Target, check_names, natural_key
-from antidote_fast.pruning.evidence import Evidence
+from antidote_fast.pruning.evidence import Evidence, beside
 from antidote_fast.pruning.scores import score_module
 from antidote_fast.selection import Selection
 from antidote_fast.system import interrupts
@@ -62,15 +63,13 @@ def prepare(
     """Every check on every weight; nothing is written here.
 
     Args:
-        weights, evidence: as :func:`antidote_fast.pruning.prune.prune_state_`; names in
-            ``transposed`` and ``routed``, its own and those of its norms, may be of other weights.
+        weights, evidence: as :func:`antidote_fast.pruning.prune.prune_state_`, which says what is
+            raised; names in ``transposed`` and ``routed``, its own and those of its norms, may be
+            of other weights.
         scope: of the selection.
 
     Returns:
-        (:class:`Layer` s in natural order, {key: why it was left alone}).
-
-    Raises:
-        As :func:`antidote_fast.pruning.prune.prune_state_`.
+        (layers in natural order, {key: why it was left alone}).
     """
     check_names(weights)
     declared = SCORES[evidence.score]
@@ -94,39 +93,32 @@ def prepare(
                 skipped[key] = "routed expert that no token reached"
                 continue
             raise DataError(f"{key}: all its activation norms are zero")
-        preserve_norm, preserve_zeros = _norm_of(
+        preserve, preserve_zeros = _norm_of(
             key, matrix, evidence.preserve_norms, scope, "preserve_norms"
         )
         base = None
         if evidence.base_weights is not None:
-            base = _base_of(key, evidence.base_weights, saved)
-            base = _side_by_side(base.t() if key in transposed else base)
+            accepted = f"{saved.dtype} {tuple(saved.shape)}, as the weight"
+            bases = "base_weights", evidence.base_weights
+            base = beside(*bases, key, _check.WEIGHT_DTYPES, saved, accepted)
+            if base.device.type == "meta":
+                raise DataError(f"{key}: is not loaded in base_weights (meta device)")
+            base = base.to(saved.device)
+            base = base.t() if key in transposed else base
+            base = base if base.stride(1) == 1 else base.contiguous()
         # A copy where columns do not lie side by side: Conv1D, and odd views.
         copied = key in transposed or matrix.stride(1) != 1
         if copied:
             matrix = matrix.clone(memory_format=torch.contiguous_format)
-        layers.append(
-            Layer(
-                key,
-                saved,
-                matrix,
-                key in transposed,
-                copied,
-                _on(saved.device, by_channel and by_channel(norm)),
-                zeros,
-                _on(saved.device, preserve_norm),
-                preserve_zeros,
-                base,
-            )
-        )
-    for layer, (is_finite, num_zeros) in zip(
-        layers, _looked_at([layer.matrix for layer in layers]), strict=True
-    ):
-        if not is_finite:
-            raise DataError(f"{layer.key}: holds NaN or infinity")
+        norm = _on(saved.device, by_channel and by_channel(norm))
+        preserve = _on(saved.device, preserve)
+        where = key, saved, matrix, key in transposed, copied
+        layers.append(Layer(*where, norm, zeros, preserve, preserve_zeros, base))
+    for layer, num_zeros in zip(layers, _zeros_in(layers, "matrix"), strict=True):
         layer.zero_weights = num_zeros
     if evidence.base_weights is not None:
-        _check_bases(layers)
+        for layer, _ in zip(layers, _zeros_in(layers, "base", " in base_weights"), strict=True):
+            _as_weight(layer)
     if not layers:
         raise NothingPruned(
             f"nothing to prune: {len(skipped)} weights, all of routed experts that no token reached"
@@ -222,69 +214,42 @@ def _on(device, norm):
     return None if norm is None else norm.to(device, non_blocking=True)
 
 
-def _base_of(key, base_weights, saved):
-    """The base of a weight on its device, as it is saved."""
-    base = base_weights.get(key)
-    if base is None:
-        raise DataError(f"base_weights: hold no weight {key!r}")
-    plain = type(base) in (torch.Tensor, torch.nn.Parameter)
-    if not plain or base.dtype not in _check.WEIGHT_DTYPES or base.shape != saved.shape:
-        shown = f"{base.dtype} {tuple(base.shape)}" if plain else type(base).__name__
+def _as_weight(layer):
+    """Have the base in its weight's dtype, which must hold its values exactly."""
+    base, dtype = layer.base, layer.matrix.dtype
+    layer.base = base.to(dtype)
+    if base.dtype != dtype and not torch.equal(layer.base.to(base.dtype), base):
         raise DataError(
-            f"{key}: is {shown} in base_weights; must be {saved.dtype} {tuple(saved.shape)}, as "
-            "the weight"
+            f"{layer.key}: is {base.dtype} in base_weights, and {dtype}, as the weight is, "
+            "cannot hold its values; load both in one dtype"
         )
-    if base.device.type == "meta":
-        raise DataError(f"{key}: is not loaded in base_weights (meta device)")
-    return base.detach().to(saved.device)
 
 
-def _side_by_side(matrix):
-    """The matrix itself, or a copy where its columns do not lie side by side."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _check_bases(layers):
-    """Finite, and exactly what they are in the dtype of their weights; they are of it then."""
-    facts = _looked_at([layer.base for layer in layers])
-    for layer, (is_finite, _) in zip(layers, facts, strict=True):
-        if not is_finite:
-            raise DataError(f"{layer.key}: holds NaN or infinity in base_weights")
-        base, dtype = layer.base, layer.matrix.dtype
-        layer.base = base.to(dtype)
-        if base.dtype != dtype and not torch.equal(layer.base.to(base.dtype), base):
-            raise DataError(
-                f"{layer.key}: is {base.dtype} in base_weights, and {dtype}, as the weight is, "
-                "cannot hold its values; load both in one dtype"
-            )
-
-
-def _looked_at(matrices):
-    """(whether it is finite, how many of its elements are zero) of each matrix.
+def _zeros_in(layers, name, where=""):
+    """How many elements of each layer's matrix or base are zero; all must be finite.
 
     A GPU is waited for once, not once a matrix.
     """
-    facts = [None] * len(matrices)
-    by_device: dict[torch.device, list] = {}
-    for i, matrix in enumerate(matrices):
+    facts: dict[str, Any] = {}
+    waiting: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for layer in layers:
+        matrix = getattr(layer, name)
         if matrix.device.type == "cpu" and matrix.is_contiguous() and matrix.numel():
             # isfinite() makes temporaries: 218 ms for (4096, 4096) fp32, this 23 (2-core Xeon,
             # busy).
-            low, high = torch.aminmax(matrix)
+            bounds = torch.aminmax(matrix)
             # As integers without their sign bit; twice as fast as torch.count_nonzero on bf16.
             bits = matrix.view(torch.int16 if matrix.itemsize == 2 else torch.int32).numpy()
-            facts[i] = _fact(low.item(), high.item(), np.count_nonzero(bits << 1), matrix)
+            facts[layer.key] = bounds.min.item(), bounds.max.item(), np.count_nonzero(bits << 1)
         else:
-            by_device.setdefault(matrix.device, []).append(i)
-    for indices in by_device.values():
-        rows = torch.stack([_bounds_and_nonzero(matrices[i]) for i in indices]).tolist()
-        for i, (low, high, nonzero) in zip(indices, rows, strict=True):
-            facts[i] = _fact(low, high, nonzero, matrices[i])
-    return facts
-
-
-def _fact(low, high, nonzero, matrix):
-    return math.isfinite(low) and math.isfinite(high), matrix.numel() - int(nonzero)
+            waiting.setdefault(matrix.device, {})[layer.key] = _bounds_and_nonzero(matrix)
+    for by_key in waiting.values():
+        facts.update(zip(by_key, torch.stack([*by_key.values()]).tolist(), strict=True))
+    for layer in layers:
+        low, high, nonzero = facts[layer.key]
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise DataError(f"{layer.key}: holds NaN or infinity{where}")
+        yield layer.matrix.numel() - int(nonzero)
 
 
 def _bounds_and_nonzero(matrix):

@@ -7,7 +7,7 @@ Source: Antidote, arXiv 2408.09600. What weights are ordered by is a score, one 
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -19,7 +19,7 @@ from antidote_fast.files.fingerprint import fingerprint_model
 from antidote_fast.models.targets import ALL_LINEAR, coverage, find_targets, select_keys
 from antidote_fast.models.undo import without_grad
 from antidote_fast.norms.activation_norms import ActivationNorms
-from antidote_fast.pruning.cross_check import CrossCheck, check_live, count_bits
+from antidote_fast.pruning.cross_check import CrossCheck, check_live
 from antidote_fast.pruning.evidence import Evidence, check_base, check_keys
 from antidote_fast.pruning.global_cut import GlobalCut
 from antidote_fast.pruning.layers import Layer, check_all, prepare, remove_all
@@ -83,11 +83,7 @@ def prune_model_(
         PeerFailed: another rank refused.
     """
     evidence = Evidence.of(
-        norms,
-        score=score,
-        preserve_norms=preserve_norms,
-        base_weights=base_weights,
-        scores=scores,
+        norms, score=score, preserve_norms=preserve_norms, base_weights=base_weights, scores=scores
     )
     evidence.check(selection, seed)
     reshard(model)
@@ -115,19 +111,12 @@ def prune_model_(
     with world.together():
         if cross_check:
             check_live(to_prune, weights)
-        chosen = _choose(
-            weights,
-            evidence,
-            selection,
-            seed=seed,
-            backend=backend,
-            return_masks=return_masks,
-            cross_check=cross_check,
-        )
-    for layer in chosen.layers:
+        guard = CrossCheck(selection, backend, cross_check)
+        layers, report = _choose(weights, evidence, selection, seed, guard)
+    for layer in layers:
         layer.masked = masked.get(layer.key)
     with world.together():
-        report = chosen.remove()
+        _remove(layers, report, guard, return_masks)
         if cross_check:
             check_live(to_prune, weights)
     report = add_up(report, to_prune, world)
@@ -175,35 +164,15 @@ def prune_state_(
         keys = select_keys(weights, ALL_LINEAR if targets is None else targets, ignore)
         evidence = evidence.narrowed(keys)
         weights = {key: weights[key] for key in keys}
-    return _choose(
-        weights,
-        evidence,
-        selection,
-        seed=seed,
-        backend=backend,
-        return_masks=return_masks,
-        cross_check=cross_check,
-        together=together,
-        cut=cut,
-        progress=progress,
-    ).remove()
+    guard = CrossCheck(selection, backend, cross_check)
+    layers, report = _choose(weights, evidence, selection, seed, guard, together, cut, progress)
+    _remove(layers, report, guard, return_masks)
+    return report
 
 
 @without_grad
-def _choose(
-    weights,
-    evidence,
-    selection,
-    *,
-    seed,
-    backend,
-    return_masks,
-    cross_check,
-    together=False,
-    cut=None,
-    progress=False,
-):
-    """What is done before the first write, as a :class:`_Chosen`."""
+def _choose(weights, evidence, selection, seed, guard, together=False, cut=None, progress=False):
+    """(layers with masks, a report that lacks them): what is done before the first write."""
     start = time.perf_counter()
     declared = SCORES[evidence.score]
     if cut is not None and declared.learner is not None:
@@ -213,16 +182,15 @@ def _choose(
     for name, norms in evidence.named_norms.items():
         check_keys(weights, norms.sq_sum, name)
     layers, skipped = prepare(weights, evidence, selection.scope)
-    kernels = {backends.select(backend, layer.matrix.device.type).NAME for layer in layers}
+    kernels = {backends.select(guard.backend, layer.matrix.device.type).NAME for layer in layers}
     check_all(layers, selection)
-    guard = CrossCheck(selection, backend) if cross_check else None
     for call in track(_calls(layers, selection.scope, together), "prune", progress):
-        if cut is not None:
-            for layer in call:
-                layer.mask = cut.mask(layer.key, layer.matrix, layer.base)
-                layer.threshold = cut.threshold
-        else:
-            _select(call, evidence, selection, seed, backend, guard)
+        if cut is None:
+            _select(call, evidence, selection, seed, guard)
+            continue
+        for layer in call:
+            layer.mask = cut.mask(layer.key, layer.matrix, layer.base)
+            layer.threshold = cut.threshold
     ratio = selection.ratio if selection.n_m is None else selection.n_m[0] / selection.n_m[1]
     report = PruneReport(
         score=evidence.score,
@@ -234,36 +202,23 @@ def _choose(
         backend="+".join(sorted(kernels)),
         layers=[],
         skipped=skipped,
-        seconds=0.0,
+        seconds=time.perf_counter() - start,
         preserve_ratio=None if evidence.preserve_norms is None else selection.preserve.ratio,
         score_delta=selection.score_delta,
         reverted=evidence.base_weights is not None,
-        masks={layer.key: layer.mask for layer in layers} if return_masks else None,
     )
-    return _Chosen(layers, selection, backend, report, guard, start)
+    return layers, report
 
 
-@dataclass
-class _Chosen:
-    """Masks of all weights, none of them applied; ``report`` still lacks the layers."""
-
-    layers: list[Layer]
-    selection: Selection
-    backend: str | None
-    report: PruneReport
-    guard: CrossCheck | None
-    start: float
-
-    @without_grad
-    def remove(self) -> PruneReport:
-        """Apply the masks."""
-        report = self.report
-        remove_all(self.layers, self.backend)
-        if self.guard is not None:
-            self.guard.written()
-        report.layers = [_layer_report(x, self.selection, report.ratio) for x in self.layers]
-        report.seconds = time.perf_counter() - self.start
-        return report
+@without_grad
+def _remove(layers, report, guard, return_masks):
+    """Apply the masks, and fill in the report."""
+    start = time.perf_counter()
+    remove_all(layers, guard.backend)
+    guard.written()
+    report.layers = [_layer_report(layer, guard.selection, report.ratio) for layer in layers]
+    report.masks = {layer.key: layer.mask for layer in layers} if return_masks else None
+    report.seconds += time.perf_counter() - start
 
 
 def _calls(layers, scope, together):
@@ -282,7 +237,7 @@ def _calls(layers, scope, together):
     return list(calls.values())
 
 
-def _select(layers, evidence, selection, seed, backend, guard):
+def _select(layers, evidence, selection, seed, guard):
     """Choose what is removed, for the layers of one call."""
     start = time.perf_counter()
     scored = matrices = [x.matrix for x in layers]
@@ -292,7 +247,7 @@ def _select(layers, evidence, selection, seed, backend, guard):
             rows_of(x.key, x.matrix, evidence, seed)(0, len(x.matrix)).to(x.matrix.device)
             for x in layers
         ]
-    samples = guard.before(layers, scored) if guard else []
+    samples = guard.before(layers, scored)
     masks, thresholds = ops.prune_with_report_(
         scored,
         [x.norm for x in layers],
@@ -300,12 +255,11 @@ def _select(layers, evidence, selection, seed, backend, guard):
         preserve_norms=[x.preserve_norm for x in layers],
         base_weights=[x.base for x in layers] if scored is matrices else None,
         write=False,
-        backend=backend,
+        backend=guard.backend,
     )
     for layer, mask, threshold in zip(layers, masks, thresholds, strict=True):
         layer.mask, layer.threshold = mask, threshold
-    if samples:
-        guard.selected(samples, layers)
+    guard.selected(samples, layers)
     if len(layers) == 1 and selection.scope != "global":
         layers[0].seconds = time.perf_counter() - start
 
@@ -314,13 +268,13 @@ def _layer_report(layer, selection, ratio):
     rows, columns = layer.matrix.shape
     preserving = layer.preserve_norm is not None
     if selection.scope == "global":  # how many of a weight were selected, nothing tells
-        k = removed = count_bits(layer.mask)
+        k = removed = layer.mask.count()
         preserved = None if preserving else 0
     else:
         whole = selection.scope == "tensor"
         k = num_pruned(rows * columns if whole else columns, selection)
         selected = k if whole else rows * k
-        removed = count_bits(layer.mask) if preserving else selected
+        removed = layer.mask.count() if preserving else selected
         preserved = selected - removed
     return LayerReport(
         key=layer.key,

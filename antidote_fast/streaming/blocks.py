@@ -5,8 +5,8 @@ block by block. Its weights are read from the checkpoint's files when they are n
 """
 
 import contextlib
+import itertools
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,19 +17,9 @@ from antidote_fast.files.tensor_file import read_tensor
 from antidote_fast.models.adapters import load_adapter
 from antidote_fast.models.forwards import lean_forward
 from antidote_fast.models.loading import check_not_quantized, without_weights
+from antidote_fast.norms.collector import on_device, run_forward
 
 _PEFT_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """A parameter or buffer without memory: who owns it, and what of the checkpoint fills it."""
-
-    owner: nn.Module
-    leaf: str
-    saved: str
-    empty: torch.Tensor
-    is_parameter: bool
 
 
 class BlockModel:
@@ -63,11 +53,13 @@ class BlockModel:
             with _stand_ins(self.model):
                 self.model = load_adapter(self.model, adapter)
         self.model.eval().requires_grad_(False)
+        self.model._apply(lambda value: value if value.is_meta else value.to(self.device))
         prefix, self._blocks = _find_blocks(self.model, base)
         self.names = [f"{prefix}.{i}" for i in range(len(self._blocks))]
-        self._slots = [
-            self._slots_of(name, block)
-            for name, block in zip(self.names, self._blocks, strict=True)
+        self._outside = self._all_sources()
+        self._sources = [
+            {key: self._outside.pop(key) for key in list(self._outside) if key.startswith(name)}
+            for name in [f"{name}." for name in self.names]
         ]
         self._as_tuple = False
 
@@ -76,85 +68,55 @@ class BlockModel:
 
     def saved_names(self, index) -> list[str]:
         """Names of a block's tensors in the checkpoint."""
-        return [slot.saved for slot in self._slots[index]]
+        return [saved for saved, _ in self._sources[index].values()]
 
     def num_bytes(self, index) -> int:
         """Size of a block in memory: as saved, and in the dtype it runs in where that differs."""
-        total = 0
-        for slot in self._slots[index]:
-            entry = self.base.tensors[slot.saved]
-            size = entry.num_bytes
-            runs = slot.empty.numel() * slot.empty.element_size()
-            total += size if slot.empty.dtype == entry.dtype else size + runs
-        return total
+        entries = [
+            (self.base.tensors[saved], empty) for saved, empty in self._sources[index].values()
+        ]
+        return sum(
+            entry.num_bytes + (0 if empty.dtype == entry.dtype else empty.nbytes)
+            for entry, empty in entries
+        )
 
     @property
     def outside_bytes(self) -> int:
         """Size in memory of what lies before the first block: the embeddings, mostly."""
-        return sum(s.empty.numel() * s.empty.element_size() for s in self._outside_slots())
-
-    def read(self, index) -> dict[str, torch.Tensor]:
-        """A block's tensors as saved, on the CPU, by their name in the checkpoint."""
-        return self._read(self._slots[index])
+        return sum(empty.nbytes for _, empty in self._outside.values())
 
     def loaded(self, indices, prefetch=True):
-        """For each index its tensors as saved; inside the loop's body that block can be run.
+        """For each index (index, {name as saved: tensor}); the loop's body can run that block.
 
-        Args:
-            indices: of blocks, in order.
-            prefetch: read the next block while this one is in use.
-
-        Yields:
-            (index, {saved name: tensor}); the tensors are the caller's to change once the block
-            has run, as on the CPU the block runs on that very memory.
+        With ``prefetch`` the next block is read while this one is in use. The tensors are the
+        caller's to change once the block has run, as on the CPU it runs on that very memory.
         """
         indices = list(indices)
         with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self.read, indices[0]) if indices else None
-            for place, index in enumerate(indices):
-                tensors = coming.result()
-                more = place + 1 < len(indices)
-                coming = reader.submit(self.read, indices[place + 1]) if more and prefetch else None
-                with self._filled(self._slots[index], tensors, self._blocks[index]):
+            coming = None
+            for index, following in itertools.zip_longest(indices, indices[1:]):
+                tensors = self._read(index) if coming is None else coming.result()
+                ahead = prefetch and following is not None
+                coming = reader.submit(self._read, following) if ahead else None
+                with self._filled(self._sources[index], tensors):
                     yield index, tensors
                 tensors = None
-                if more and not prefetch:
-                    coming = reader.submit(self.read, indices[place + 1])
 
     @torch.no_grad()
     def calls(self, batches):
         """What each block is called with, batch by batch: embeddings are in memory meanwhile.
 
-        Args:
-            batches: dicts of tensors for the model's forward.
-
         Yields:
-            (hidden states that enter the first block, what :meth:`run` takes as ``calls``) of each
-            batch.
+            (hidden states that enter the first block, a ``call`` for :meth:`run` of each block).
         """
-        slots = self._outside_slots()
-        outside = [m for n, m in self.model.named_modules() if not self._in_block(n)]
-        with (
-            self._filled(slots, self._read(slots), *outside, recurse=False),
-            lean_forward(self.model) as options,
-        ):
-            for batch in batches:
-                inputs = {
-                    key: value.to(self.device) if isinstance(value, torch.Tensor) else value
-                    for key, value in batch.items()
-                    if key != "labels"
-                }
-                yield self._recorded(inputs | options)
+        tensors = self._tensors_of(self._outside)
+        with self._filled(self._outside, tensors), lean_forward(self.model) as options:
+            for number, batch in enumerate(batches):
+                yield self._recorded(on_device(batch, self.device, None, number), options)
 
     @torch.no_grad()
     def run(self, index, hidden, call) -> torch.Tensor:
-        """The hidden states that leave block ``index``, which must be loaded.
-
-        Args:
-            index: of the block.
-            hidden: (B, T, hidden_size), the states that enter it.
-            call: of :meth:`calls`, that batch's entry ``index``.
-        """
+        """What leaves block ``index``, which must be loaded, of ``hidden`` (B, T, hidden_size)."""
         leaves, spec, place = call
         leaves = [x.to(self.device) if isinstance(x, torch.Tensor) else x for x in leaves]
         leaves[place] = hidden.to(self.device)
@@ -168,19 +130,17 @@ class BlockModel:
             )
         return out
 
-    def _recorded(self, inputs):
+    def _recorded(self, batch, options):
         """The model up to its last block, each block replaced by one that notes its arguments."""
-        for attempt in range(2):
-            calls = []
+        for as_tuple in (self._as_tuple, not self._as_tuple):
+            calls, self._as_tuple = [], as_tuple
             try:
                 with self._recorders(calls):
-                    self.model(**inputs)
-            except _Done:
-                return calls[0][0], [entry[1:] for entry in calls]
-            except _OtherForm:
-                if attempt:
-                    break
-                self._as_tuple = not self._as_tuple
+                    run_forward(self.model, options, batch)
+                break
+            except _Stop as stop:
+                if stop.args[0]:
+                    return calls[0][0], [entry[1:] for entry in calls]
         raise DataError(
             f"{self.base.folder}: hands other values than hidden states from block to block, or "
             "leaves blocks out; prune it without stream"
@@ -195,14 +155,14 @@ class BlockModel:
                 leaves, spec = pytree.tree_flatten((args, kwargs))
                 hidden = args[0] if args else kwargs.get("hidden_states")
                 if index != len(calls) or not isinstance(hidden, torch.Tensor):
-                    raise _OtherForm
+                    raise _Stop(False)
                 if calls and hidden.shape != calls[0][0].shape:
-                    raise _OtherForm
+                    raise _Stop(False)
                 place = next(i for i, leaf in enumerate(leaves) if leaf is hidden)
                 calls.append((hidden if index == 0 else None, leaves, spec, place))
                 leaves[place] = None
                 if index == last:
-                    raise _Done
+                    raise _Stop(True)
                 return (hidden,) if self._as_tuple else hidden
 
             return forward
@@ -216,85 +176,66 @@ class BlockModel:
                 block.__dict__.pop("forward", None)
 
     @contextlib.contextmanager
-    def _filled(self, slots, tensors, *modules, recurse=True):
-        """Inside the block the slots hold weights, and the modules lie on the device."""
+    def _filled(self, sources, tensors):
+        """Inside the block the model has these weights, on the device."""
         try:
-            for slot in slots:
-                value = tensors[slot.saved].to(self.device, slot.empty.dtype)
-                if slot.is_parameter:
-                    slot.owner._parameters[slot.leaf] = nn.Parameter(value, requires_grad=False)
-                else:
-                    slot.owner._buffers[slot.leaf] = value
-            if self.device.type != "cpu":
-                for module in modules:
-                    _move(module, self.device, recurse)
+            values = {
+                name: tensors[saved].to(self.device, empty.dtype)
+                for name, (saved, empty) in sources.items()
+            }
+            self.model.load_state_dict(values, strict=False, assign=True)
+            del values
             yield
         finally:
-            for slot in slots:
-                kept = slot.owner._parameters if slot.is_parameter else slot.owner._buffers
-                kept[slot.leaf] = slot.empty
+            empties = {name: empty for name, (_, empty) in sources.items()}
+            self.model.load_state_dict(empties, strict=False, assign=True)
 
-    def _read(self, slots):
-        return {slot.saved: read_tensor(self.base.tensors[slot.saved]) for slot in slots}
+    def _read(self, index):
+        return self._tensors_of(self._sources[index])
 
-    def _in_block(self, name):
-        prefix = self.names[0].rpartition(".")[0] + "."
-        return name.startswith(prefix)
+    def _tensors_of(self, sources):
+        """The tensors as saved, on the CPU, by their names in the checkpoint."""
+        return {saved: read_tensor(self.base.tensors[saved]) for saved, _ in sources.values()}
 
-    def _outside_slots(self):
-        """What lies before the blocks; the output layer and its like never run."""
-        output = self.model.get_output_embeddings()
-        embedding = self.model.get_input_embeddings()
-        slots = []
-        for name, module in self.model.named_modules():
-            if self._in_block(name) or (module is output and module is not embedding):
+    def _all_sources(self):
+        """{name in the model: (name in the checkpoint, tensor without memory)}.
+
+        The output layer is left out, for it never runs.
+        """
+        output, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        unused = [n for n, m in self.model.named_modules() if m is output and m is not embedding]
+        unused = tuple(f"{name}." for name in unused)
+        state = self.model.state_dict(keep_vars=True)
+        state |= {name: value for name, value in self.model.named_buffers() if value.is_meta}
+        sources = {}
+        for name, value in state.items():
+            if name.startswith(unused) or not isinstance(value, torch.Tensor):
                 continue
-            slots += self._slots_of(name, module, recurse=False)
-        return slots
-
-    def _slots_of(self, prefix, module, recurse=True):
-        slots = []
-        kept = set(self.model.state_dict(keep_vars=True)) if not hasattr(self, "_kept") else None
-        if kept is not None:
-            self._kept = kept
-        kinds = ((module.named_parameters, True), (module.named_buffers, False))
-        for named, is_parameter in kinds:
-            for name, value in named(recurse=recurse):
-                full = f"{prefix}.{name}" if prefix else name
-                if not value.is_meta and (is_parameter or full not in self._kept):
-                    continue  # of the adapter; made by the model's own code
-                saved = self.base.find(_base_name(full))
-                if saved is None and not is_parameter and not value.is_meta:
-                    continue
-                if saved is None:
-                    raise DataError(
-                        f"{self.base.folder}: has no tensor of the name {_base_name(full)!r}, as "
-                        "the model makes it from others; prune it without stream"
-                    )
-                entry = self.base.tensors[saved]
-                if entry.shape != tuple(value.shape):
-                    raise DataError(
-                        f"{self.base.folder}: {saved!r} is {entry.shape}, the model needs "
-                        f"{tuple(value.shape)}"
-                    )
-                path, _, leaf = name.rpartition(".")
-                owner = module.get_submodule(path)
-                slots.append(_Slot(owner, leaf, saved, value, is_parameter))
-        return slots
+            if isinstance(value, nn.Parameter) and not value.is_meta:
+                continue  # of the adapter
+            base_name = name.removeprefix(_PEFT_PREFIX)
+            base_name = base_name.replace(".base_layer.", ".").replace(".original_module.", ".")
+            saved = self.base.find(base_name)
+            if saved is None and not value.is_meta:
+                continue  # a buffer, made by the model's own code
+            if saved is None:
+                raise DataError(
+                    f"{self.base.folder}: has no tensor of the name {base_name!r}, as the model "
+                    "makes it from others; prune it without stream"
+                )
+            entry = self.base.tensors[saved]
+            if entry.shape != tuple(value.shape):
+                raise DataError(
+                    f"{self.base.folder}: {saved!r} is {entry.shape}, the model needs "
+                    f"{tuple(value.shape)}"
+                )
+            sources[name] = saved, value
+        return sources
 
 
-class _Done(Exception):
-    """Every block's arguments are noted."""
-
-
-class _OtherForm(Exception):
-    """The model wants its blocks to return a tuple (or a tensor), not what they returned."""
-
-
-def _base_name(name):
-    """The name in the base's checkpoint of a parameter of the live, perhaps adapted, model."""
-    name = name.removeprefix(_PEFT_PREFIX) if name.startswith(_PEFT_PREFIX) else name
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+class _Stop(Exception):
+    """True: every block's arguments are noted. False: a block got other than hidden states, as the
+    model wants its blocks to return a tuple (or a tensor), not what they returned."""
 
 
 @contextlib.contextmanager
@@ -318,22 +259,10 @@ def _find_blocks(model, base):
     if getattr(model.config, "is_encoder_decoder", False):
         raise DataError(f"{base.folder}: has an encoder and a decoder; prune it without stream")
     lists = [
-        (sum(p.numel() for p in module.parameters()), -len(name), name, module)
+        (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     ]
     if not lists:
         raise DataError(f"{base.folder}: has no list of decoder blocks; prune it without stream")
-    *_, name, module = max(lists, key=lambda entry: entry[:2])
-    return name, module
-
-
-def _move(module, device, recurse):
-    """To the device what is there of a module; weights without memory stay without."""
-    for part in module.modules() if recurse else [module]:
-        for kept in (part._parameters, part._buffers):
-            for leaf, value in kept.items():
-                if value is not None and not value.is_meta and value.device != device:
-                    moved = value.to(device)
-                    is_parameter = isinstance(value, nn.Parameter)
-                    kept[leaf] = nn.Parameter(moved, requires_grad=False) if is_parameter else moved
+    return max(lists, key=lambda x: (sum(p.numel() for p in x[1].parameters()), -len(x[0])))

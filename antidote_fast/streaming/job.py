@@ -27,11 +27,8 @@ def collect_norms(config, base, adapter, records, run, *, tokenizer=None, progre
 
     Args:
         config: a :class:`CalibrateConfig` or :class:`PruneConfig`.
-        base, adapter: checkpoints, as the stage opened them.
-        records: the calibration data.
+        base, adapter, records: as the stage opened them.
         run: :class:`antidote_fast.files.resume.Run`.
-        tokenizer: instead of the base's own.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
 
     Raises:
         Interrupted: a signal came; the block that ran then is done and kept.
@@ -39,8 +36,7 @@ def collect_norms(config, base, adapter, records, run, *, tokenizer=None, progre
     """
     blocks = _Blocks(config, base, adapter, records, run, tokenizer)
     with interrupts.remembered() as request, Background() as background:
-        for _ in blocks.run(request, background, progress, stop_early=True):
-            pass
+        blocks.run(request, background, progress)
     return blocks.norms(), blocks.counts
 
 
@@ -50,14 +46,11 @@ def prune_model(
     """Prune a full model into ``run.output``, block by block.
 
     Args:
-        config: a :class:`PruneConfig`.
-        base: the model's checkpoint.
-        records: the calibration data, or None where the evidence is whole without.
-        run: :class:`antidote_fast.files.resume.Run`.
+        config, base, records, run: as :func:`collect_norms`; ``records`` is None where the evidence
+            is whole without.
         evidence: :class:`antidote_fast.pruning.evidence.Evidence`, without weights of ``aligned``.
         keys: names of the weights; not looked at where the calibration finds them.
         aligned: checkpoint of the model whose values removed weights take, or None.
-        tokenizer, progress: as :func:`collect_norms`.
 
     Returns:
         (PruneReport, norms or None, what the report says of them, {file name: SHA-256}).
@@ -73,11 +66,9 @@ def prune_model(
             blocks = _Blocks(config, base, None, records, run, tokenizer)
             targets = blocks.calibration.targets
             keys = [target.key for target in targets]
-            evidence = replace(
-                evidence,
-                transposed={target.key for target in targets if target.transposed},
-                routed={target.key for target in targets if target.routed},
-            )
+            transposed = {target.key for target in targets if target.transposed}
+            routed = {target.key for target in targets if target.routed}
+            evidence = replace(evidence, transposed=transposed, routed=routed)
         preserve_norms = evidence.preserve_norms
         if preserve_norms is not None:
             if config.targets is not None or config.ignore:
@@ -85,20 +76,15 @@ def prune_model(
                 evidence = replace(evidence, preserve_norms=preserve_norms)
             check_keys(keys, preserve_norms.sq_sum, "preserve_norms")
         writer = Writer(config, base, run, keys, evidence, aligned)
-        if blocks is not None and config.scope != "global":
-            for tensors, part in blocks.run(request, background, progress, writer=writer):
-                writer.prune(tensors, part)
-        else:
-            if blocks is not None:
-                for _ in blocks.run(request, background, progress, stop_early=True):
-                    pass
-                background.wait()
-                norms = blocks.norms()
+        in_turn = config.scope != "global"
+        if blocks is not None:
+            blocks.run(request, background, progress, writer if in_turn else None)
+            background.wait()
+            norms, counts = blocks.norms(), blocks.counts
+        if blocks is None or not in_turn:
             writer.rewrite(norms, request, background, progress)
-        background.wait()
+            background.wait()
         digests = writer.finish()
-    if blocks is not None:
-        norms, counts = blocks.norms(), blocks.counts
     return writer.report(), norms, counts, digests
 
 
@@ -128,12 +114,8 @@ class _Blocks:
             backend=getattr(config, "backend", None),
             fingerprint=base.fingerprint(),
         )
-        done = self.state.get("next", 0)
-        self._parts = [
-            ActivationNorms.load(self._norms_file(i))
-            for i in range(done)
-            if self._norms_file(i).exists()
-        ]
+        files = map(self._norms_file, range(self.state.get("next", 0)))
+        self._parts = [ActivationNorms.load(file) for file in files if file.exists()]
         self._records = batches.counts
 
     @property
@@ -146,17 +128,17 @@ class _Blocks:
         """The norms of all targets."""
         return ActivationNorms.joined(self._parts)
 
-    def run(self, request, background, progress, *, writer=None, stop_early=False):
-        """Run what is left; yields (tensors as saved, norms or None) of each block.
+    def run(self, request, background, progress, writer=None):
+        """Run what is left.
 
-        With a writer each block's tensors are written once the caller has them back. With
-        ``stop_early`` blocks behind the last target are not read.
+        With a writer each block is pruned and written once its norms are there; without, blocks
+        behind the last target are not read.
         """
         calibration, model = self.calibration, self._model
         first, end = self.state.get("next", 0), len(model)
-        if stop_early:
+        if writer is None:
             end = calibration.last + 1
-        if writer is not None and not first:
+        elif not first:
             names = {name for i in range(len(model)) for name in model.saved_names(i)}
             background.submit(writer.copy_others, names)
         if first <= calibration.last:
@@ -166,7 +148,8 @@ class _Blocks:
         for index, tensors, norms in track(steps, "stream", progress, total=end - first):
             if norms is not None:
                 self._parts.append(norms)
-            yield tensors, norms
+            if writer is not None:
+                writer.prune(tensors, norms)
             unsaved += model.num_bytes(index)
             state = before = spilled = None
             # Keeping must not cost more than the block itself did.

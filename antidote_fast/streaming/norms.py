@@ -8,10 +8,10 @@ import dataclasses
 
 import torch
 
-from antidote_fast.errors import AntidoteError, DataError
+from antidote_fast.errors import DataError
 from antidote_fast.models.targets import find_targets
 from antidote_fast.norms.activation_norms import ActivationNorms
-from antidote_fast.norms.collector import NormCollector
+from antidote_fast.norms.collector import NormCollector, in_halves
 from antidote_fast.streaming.spill import TensorStore
 
 
@@ -23,8 +23,8 @@ class BlockCalibration:
         batches: as :meth:`ActivationNorms.collect` takes them.
         folder: where hidden states that find no room lie, and those that are kept.
         room: :class:`antidote_fast.streaming.spill.Room` for hidden states and arguments of blocks.
-        targets, ignore, response_only, aggregation, backend: as :meth:`ActivationNorms.collect`.
-        fingerprint: of the base model.
+        targets, ignore, fingerprint: as :meth:`ActivationNorms.collect`.
+        options: response_only, aggregation and backend, as :class:`NormCollector`.
 
     Attributes:
         spilled_bytes: the most of hidden states and arguments that lay on disk for want of room.
@@ -35,26 +35,10 @@ class BlockCalibration:
     """
 
     def __init__(
-        self,
-        model,
-        batches,
-        folder,
-        room,
-        *,
-        targets=None,
-        ignore=(),
-        response_only=False,
-        aggregation="rms",
-        backend=None,
-        fingerprint="",
+        self, model, batches, folder, room, *, targets=None, ignore=(), fingerprint="", **options
     ):
         self.model, self.folder, self.room = model, folder, room
-        self._options = {
-            "aggregation": aggregation,
-            "response_only": response_only,
-            "backend": backend,
-        }
-        self._fingerprint = fingerprint
+        self._options, self._fingerprint = options, fingerprint
         self.targets = find_targets(model.model, targets, ignore)
         self._by_block = self._sorted_by_block()
         counter = NormCollector((), **self._options)
@@ -72,19 +56,13 @@ class BlockCalibration:
         return max(i for i, targets in enumerate(self._by_block) if targets)
 
     def begin(self, hidden=None):
-        """Run the model up to its first block.
-
-        Args:
-            hidden: what :meth:`keep` returned in an interrupted run, to go on from there.
-        """
+        """Run the model up to its first block, or go on from what :meth:`keep` returned."""
         self._calls = TensorStore(self.folder / "calls.bin", self.room)
         if hidden is None:
             self._hidden = self._store(0)
         else:
-            self._hidden = TensorStore.reopen(
-                self.folder / hidden["file"], self.room, hidden["index"]
-            )
-            self._kept = self._hidden
+            path = self.folder / hidden["file"]
+            self._kept = self._hidden = TensorStore.reopen(path, self.room, hidden["index"])
         for number, (first, calls) in enumerate(self.model.calls(self._batches)):
             if hidden is None:
                 self._hidden.put(number, [first])
@@ -92,15 +70,11 @@ class BlockCalibration:
         self.spilled_bytes = self._spilled(self._hidden)
 
     def steps(self, indices, prefetch=True):
-        """Run block after block.
-
-        Args:
-            indices: of the blocks, in order, from the one that :meth:`begin` was about.
-            prefetch: read the next block while this one runs.
+        """Run block after block, from the one that :meth:`begin` was about to the last target.
 
         Yields:
             (index, {name as saved: tensor}, norms of the block's targets or None where it has
-            none). The tensors are the caller's to change. Blocks after the last target do not run.
+            none); the tensors are the caller's to change.
         """
         for index, tensors in self.model.loaded(indices, prefetch):
             norms = self.run(index) if index <= self.last else None
@@ -111,16 +85,24 @@ class BlockCalibration:
         input; with ``collect=False`` the forward alone."""
         targets = [
             dataclasses.replace(target, weight=target.module.weight)
-            for target in self._by_block[index]
+            for target in (self._by_block[index] if collect else ())
         ]
         # The output of the last block that matters is not needed.
         after = None if index == self.last else self._store(index + 1)
-        with NormCollector(targets if collect else (), **self._options) as collector:
+        with NormCollector(targets, **self._options) as collector:
+
+            def forward(batch, hidden, leaves):
+                # Of a half that is padding alone the output is wanted all the same.
+                counts = collector.start(batch) or collector.idle()
+                out = self.model.run(index, hidden, (leaves, *call))
+                if counts:
+                    collector.finish()
+                return out
+
             for number, batch in enumerate(self._batches):
+                leaves, *call = self._call(number, index)
                 (hidden,) = self._hidden.get(number)
-                call = self._call(number, index)
-                mine = collector if collect and targets else None
-                hidden = self._forward(index, batch, hidden, call, mine)
+                hidden = _joined(in_halves(forward, batch, hidden, leaves))
                 if after is None:
                     self._hidden.drop(number)
                 else:
@@ -128,45 +110,13 @@ class BlockCalibration:
                     after.put(number, [hidden], self._hidden.take(number))
             if after is not None:
                 self.spilled_bytes = max(self.spilled_bytes, self._spilled(after))
-            norms = (
-                ActivationNorms.of(collector, fingerprint=self._fingerprint)
-                if collect and targets
-                else None
-            )
+            norms = None
+            if targets:
+                norms = ActivationNorms.of(collector, fingerprint=self._fingerprint)
         if self._hidden is not self._kept:
             self._hidden.close()
         self._hidden = after
         return norms
-
-    def _forward(self, index, batch, hidden, call, collector):
-        """A block's output; where a GPU's memory is too small, of the halves of the batch."""
-        size = hidden.shape[0]
-        try:
-            if collector is not None:
-                collector.start(batch)
-            out = self.model.run(index, hidden, call)
-            if collector is not None:
-                collector.finish()
-            return out
-        except torch.OutOfMemoryError as error:
-            if collector is not None:
-                collector.discard()
-            if size < 2:
-                raise AntidoteError(
-                    "out of memory at one sequence a batch: shorten max_seq_length"
-                ) from error
-
-        def part(value, rows):
-            whole = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == size
-            return value[rows] if whole else value
-
-        halves = []
-        for rows in (slice(0, size // 2), slice(size // 2, size)):
-            tokens = {key: part(value, rows) for key, value in batch.items()}
-            leaves = [part(leaf, rows) for leaf in call[0]]
-            state = part(hidden, rows)
-            halves.append(self._forward(index, tokens, state, (leaves, *call[1:]), collector))
-        return torch.cat(halves)
 
     def keep(self):
         """Have the hidden states on disk that enter the next block.
@@ -194,20 +144,17 @@ class BlockCalibration:
 
     def _note(self, number, calls):
         """Put the arguments of all blocks away; a tensor that several blocks get, once."""
-        tensors, places, specs = [], {}, []
+        tensors, specs = {}, []
         for leaves, spec, place in calls:
             noted = []
             for leaf in leaves:
-                if not isinstance(leaf, torch.Tensor):
-                    noted.append((None, leaf))
-                    continue
-                where = places.setdefault(id(leaf), len(tensors))
-                if where == len(tensors):
-                    tensors.append(leaf)
-                noted.append((where, None))
+                is_tensor = isinstance(leaf, torch.Tensor)
+                if is_tensor:
+                    tensors.setdefault(id(leaf), (len(tensors), leaf))
+                noted.append((tensors[id(leaf)][0], None) if is_tensor else (None, leaf))
             specs.append((noted, spec, place))
         self._specs[number] = specs
-        self._calls.put(number, tensors)
+        self._calls.put(number, [leaf for _, leaf in tensors.values()])
 
     def _call(self, number, index):
         noted, spec, place = self._specs[number][index]
@@ -215,17 +162,19 @@ class BlockCalibration:
         return [leaf if where is None else tensors[where] for where, leaf in noted], spec, place
 
     def _sorted_by_block(self):
-        named = {id(module): name for name, module in self.model.model.named_modules()}
+        names = {module: name for name, module in self.model.model.named_modules()}
         by_block = [[] for _ in self.model.names]
         for target in self.targets:
-            name = named[id(target.module)]
-            for index, block in enumerate(self.model.names):
-                if name.startswith(block + "."):
-                    by_block[index].append(target)
-                    break
-            else:
+            name = names[target.module]
+            inside = [i for i, block in enumerate(self.model.names) if name.startswith(f"{block}.")]
+            if not inside:
                 raise DataError(
                     f"{target.key}: lies outside of the decoder blocks; leave it out with ignore, "
                     "or prune without stream"
                 )
+            by_block[inside[0]].append(target)
         return by_block
+
+
+def _joined(parts):
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

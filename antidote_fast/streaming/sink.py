@@ -19,12 +19,10 @@ class ModelSink:
     loader takes the folder for a model.
 
     Args:
-        checkpoint: a :class:`antidote_fast.files.checkpoint.Checkpoint`; each of its tensors is to
-            be written
-            or copied once.
-        folder: an existing folder.
-        done: names of tensors that an interrupted run has written there.
-        digests: {file name: SHA-256} of files that it has hashed.
+        checkpoint: the :class:`antidote_fast.files.checkpoint.Checkpoint`; each of its tensors is
+            to be written or copied once, into an existing ``folder``.
+        done, digests: names of tensors that an interrupted run has written there, and {file name:
+            SHA-256} of the files that it has hashed.
 
     Raises:
         AntidoteError: not enough room on the disk.
@@ -39,14 +37,12 @@ class ModelSink:
         keep = bool(done)
         if not keep:
             check_free_space(self.folder, checkpoint.file_bytes)
-        for file in self._left if keep else ():
+        self._files = {}
+        for file, entries in self._left.items():
             named = self.folder / file.name
-            if named.exists():  # killed while files got their names
+            if keep and named.exists():  # killed while files got their names
                 os.replace(named, self._partial(file))
-        self._files = {
-            file: TensorFile.like(self._partial(file), file, entries, keep)
-            for file, entries in ((f, dict(left)) for f, left in self._left.items())
-        }
+            self._files[file] = TensorFile.like(self._partial(file), file, entries, keep)
         self._touched = set()
         for name in done:
             self._left[checkpoint.tensors[name].file].pop(name)

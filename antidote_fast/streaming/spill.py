@@ -14,11 +14,7 @@ _SHARE = 0.8  # of the free memory, where max_memory says nothing
 
 
 class Room:
-    """Bytes that several stores share.
-
-    Args:
-        limit: the most that they may hold in memory together.
-    """
+    """Bytes that several stores may hold in memory together."""
 
     def __init__(self, limit):
         self.left = max(0, int(limit))
@@ -36,38 +32,27 @@ class Room:
 
 
 class TensorStore:
-    """Lists of tensors by number; those that find no room lie in one file.
-
-    Args:
-        path: the file, made when it is first needed.
-        room: a :class:`Room`.
-    """
+    """Lists of tensors by number; those that find no room lie in one file, made when needed."""
 
     def __init__(self, path, room):
-        self.path = Path(path)
-        self.room = room
-        self.num_bytes = 0
-        self.num_spilled = 0
+        self.path, self.room = Path(path), room
+        self.num_bytes = self.num_spilled = 0
         self._held, self._places = {}, {}
         self._end = 0
         self._fd = None
 
     def put(self, number, tensors, memory=None):
-        """Put away a list of tensors (None among them stays None).
+        """Put away a list of tensors; copied where they do not stay in memory.
 
-        Args:
-            number: under which :meth:`get` gives it back.
-            tensors: the list; copied where ``memory`` is given or they do not stay in memory.
-            memory: what :meth:`take` of another store of the same room gave for a list of these
-                shapes and dtypes; it is filled, so that nothing is allocated anew.
+        ``memory``, which :meth:`take` of another store of the same room gave for such a list, is
+        filled where it is given, so that nothing is allocated anew.
         """
-        tensors = [t if t is None else t.detach().to("cpu").contiguous() for t in tensors]
+        tensors = [tensor.detach().to("cpu").contiguous() for tensor in tensors]
         size = _num_bytes(tensors)
         self.num_bytes += size
         if memory is not None:
             for there, tensor in zip(memory, tensors, strict=True):
-                if there is not None:
-                    there.copy_(tensor)
+                there.copy_(tensor)
             self._held[number] = memory
         elif self.room.take(size):
             self._held[number] = tensors
@@ -83,7 +68,7 @@ class TensorStore:
         """The list that was put under ``number``, on the CPU."""
         if number in self._held:
             return self._held[number]
-        return [None if place is None else self._read(*place) for place in self._places[number]]
+        return [self._read(*place) for place in self._places[number]]
 
     def drop(self, number):
         """Forget what is in memory of one list."""
@@ -102,18 +87,14 @@ class TensorStore:
             self.path.unlink(missing_ok=True)
 
     def keep(self) -> list:
-        """Have all of it in the file, what is in memory too; :meth:`sync` then waits for the disk.
+        """Have all in the file, what is in memory too; gives what :meth:`reopen` needs, for JSON.
 
-        Returns:
-            What :meth:`reopen` needs, for JSON.
+        :meth:`sync` then waits for the disk.
         """
         for number, tensors in self._held.items():
             if number not in self._places:
                 self._write(number, tensors)
-        return [
-            [number, [p and [p[0], list(p[1]), str(p[2]).removeprefix("torch.")] for p in places]]
-            for number, places in sorted(self._places.items())
-        ]
+        return sorted(self._places.items())
 
     def sync(self):
         """Wait until what is in the file is on the disk."""
@@ -130,11 +111,9 @@ class TensorStore:
         store = cls(path, room)
         try:
             store._fd = os.open(store.path, os.O_RDWR)
-            for number, places in index:
-                store._places[number] = [
-                    p and (p[0], tuple(p[1]), getattr(torch, p[2])) for p in places
-                ]
-                tensors = [p and store._read(*p) for p in store._places[number]]
+            store._places = dict(index)
+            for number in store._places:
+                tensors = store.get(number)
                 size = _num_bytes(tensors)
                 store.num_bytes += size
                 if room.take(size):
@@ -152,10 +131,8 @@ class TensorStore:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         places = []
         for tensor in tensors:
-            if tensor is None:
-                places.append(None)
-                continue
-            places.append((self._end, tuple(tensor.shape), tensor.dtype))
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            places.append((self._end, list(tensor.shape), dtype))
             data = bytes_of(tensor)
             while len(data):
                 count = os.pwrite(self._fd, data[: 1 << 30], self._end)
@@ -163,13 +140,13 @@ class TensorStore:
         self._places[number] = places
 
     def _read(self, position, shape, dtype):
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
         read_into(self._fd, bytes_of(tensor), position, self.path)
         return tensor
 
 
 def _num_bytes(tensors):
-    return sum(t.nbytes for t in tensors if t is not None)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def room_for_hidden(config, model, batches):

@@ -11,7 +11,7 @@ from antidote_fast.models.loading import pick_device
 from antidote_fast.models.targets import natural_key
 from antidote_fast.pruning.global_cut import GlobalCut, find_cut
 from antidote_fast.pruning.prune import prune_state_
-from antidote_fast.pruning.report import LayerReport, PruneReport
+from antidote_fast.pruning.report import PruneReport
 from antidote_fast.streaming.sink import ModelSink
 from antidote_fast.system.progress import track
 
@@ -38,10 +38,22 @@ class Writer:
         self._device = pick_device(config.device)
         self._saved = {base.find(key): key for key in keys}
         before = run.state.get("writer", {})
-        self._layers = [LayerReport(**layer) for layer in before.get("layers", ())]
-        self._skipped = dict(before.get("skipped", {}))
-        self._seconds = before.get("seconds", 0.0)
-        self._backends = set(before.get("backends", ()))
+        about = {
+            "score": config.score,
+            "scope": self._selection.scope,
+            "ratio": self._selection.ratio,
+            "largest": self._selection.largest,
+            "n_m": None,
+            "seed": config.seed,
+            "backend": "",
+            "layers": [],
+            "skipped": {},
+            "seconds": 0.0,
+            "preserve_ratio": self._selection.preserve.ratio if config.preserves else None,
+            "score_delta": self._selection.score_delta,
+            "reverted": aligned is not None,
+        }
+        self._report = PruneReport.from_dict(before.get("report", about))
         self._written = list(before.get("written", ()))
         self._sink = ModelSink(base, run.output, self._written, before.get("digests"))
         self._masks = None
@@ -63,35 +75,25 @@ class Writer:
             self._saved[name]: tensor for name, tensor in tensors.items() if name in self._saved
         }
         routed = {*self._evidence.routed, *(norms.routed if norms else ())}
-        for key in [key for key in weights if key in routed]:
-            if self._goes_by(norms) and not norms.sq_sum[key].any():
-                self._skipped[key] = "routed expert that no token reached"
+        if self._goes_by(norms):
+            for key in [k for k in weights if k in routed and not norms.sq_sum[k].any()]:
+                self._report.skipped[key] = "routed expert that no token reached"
                 del weights[key]
         if not weights:
             return
-        if norms is not None and set(norms.sq_sum) != set(weights):
-            norms = norms.subset(weights)
-        kept_by = self._evidence.preserve_norms
+        base_weights = None if self._aligned is None else self._aligned.read(weights)
+        evidence = dataclasses.replace(self._evidence, norms=norms, base_weights=base_weights)
         there = {key: tensor.to(self._device) for key, tensor in weights.items()}
-        report = prune_state_(
-            there,
-            dataclasses.replace(
-                self._evidence,
-                norms=norms,
-                preserve_norms=None if kept_by is None else kept_by.subset(weights),
-                base_weights=None if self._aligned is None else self._aligned.read(weights),
-            ),
-            self._selection,
-            cut=cut,
-            **self._config.prune_options,
-        )
+        options = self._config.prune_options
+        part = prune_state_(there, evidence.narrowed(weights), self._selection, cut=cut, **options)
         for key, tensor in weights.items():
             if there[key] is not tensor:
                 tensor.copy_(there[key])
-        self._layers += report.layers
-        self._backends.add(report.backend)
-        self._seconds += report.seconds
-        for key, mask in (report.masks or {}).items():
+        report = self._report
+        report.layers += part.layers
+        report.backend = "+".join(sorted({*report.backend.split("+"), part.backend} - {""}))
+        report.seconds += part.seconds
+        for key, mask in (part.masks or {}).items():
             self._masks.write(mask_key(key), mask.bits)
 
     def write(self, tensors):
@@ -106,13 +108,12 @@ class Writer:
             self._masks.sync()
         # The next block may be pruned already, and is not yet written.
         written = {self._saved.get(name) for name in self._written}
-        layers = [dataclasses.asdict(x) for x in list(self._layers) if x.key in written]
+        layers = [layer for layer in list(self._report.layers) if layer.key in written]
+        skipped = dict(self._report.skipped)
+        report = dataclasses.replace(self._report, layers=layers, skipped=skipped)
         return {
             "writer": {
-                "layers": layers,
-                "skipped": self._skipped,
-                "seconds": self._seconds,
-                "backends": sorted(self._backends),
+                "report": dataclasses.asdict(report),
                 "written": list(self._written),
                 "digests": self._sink.digests,
             }
@@ -122,22 +123,16 @@ class Writer:
         """Read, prune and write block after block, with norms that are there or a score without."""
         cut = self._cut(norms, request, progress) if self._selection.scope == "global" else None
         groups = {}
-        for name in self._base.tensors:
-            match = _BLOCK.match(name)
-            groups.setdefault(match[1] if match else "", []).append(name)
-        done = set(self._written)
-        background.submit(
-            self.copy_others, {n for group, ns in groups.items() if group for n in ns}
-        )
+        for name in filter(_BLOCK.match, self._base.tensors):
+            groups.setdefault(_BLOCK.match(name)[1], []).append(name)
+        done, in_blocks = set(self._written), {name for names in groups.values() for name in names}
+        background.submit(self.copy_others, in_blocks)
         background.wait()
-        left = [
-            names
-            for group, names in sorted(groups.items(), key=lambda item: natural_key(item[0]))
-            if group and not done.issuperset(names)
-        ]
+        blocks = (groups[block] for block in sorted(groups, key=natural_key))
+        left = [names for names in blocks if not done.issuperset(names)]
         for number, names in enumerate(track(left, "prune", progress), 1):
-            pruned = [name for name in names if name in self._saved]
-            tensors = {name: read_tensor(self._base.tensors[name]) for name in pruned}
+            entries = {name: self._base.tensors[name] for name in names if name in self._saved}
+            tensors = {name: read_tensor(entry) for name, entry in entries.items()}
             self.prune(tensors, norms, cut)
             others = [name for name in names if name not in tensors]
             background.submit(self._finish, tensors, others)
@@ -151,10 +146,10 @@ class Writer:
 
     def finish(self):
         """Name the files; returns their digests."""
-        if not self._layers:
+        if not self._report.layers:
             raise NothingPruned(
-                f"nothing to prune: {len(self._skipped)} weights, all of routed experts that no "
-                "token reached"
+                f"nothing to prune: {len(self._report.skipped)} weights, all of routed experts "
+                "that no token reached"
             )
         self._sink.finish()
         return self._sink.digests
@@ -162,21 +157,8 @@ class Writer:
     def report(self) -> PruneReport:
         """As :func:`antidote_fast.pruning.prune.prune_state_` gives it; the masks are in their
         file."""
-        return PruneReport(
-            score=self._config.score,
-            scope=self._selection.scope,
-            ratio=self._selection.ratio,
-            largest=self._selection.largest,
-            n_m=None,
-            seed=self._config.seed,
-            backend="+".join(sorted(self._backends)),
-            layers=sorted(self._layers, key=lambda layer: natural_key(layer.key)),
-            skipped=self._skipped,
-            seconds=self._seconds,
-            preserve_ratio=self._selection.preserve.ratio if self._config.preserves else None,
-            score_delta=self._selection.score_delta,
-            reverted=self._aligned is not None,
-        )
+        layers = sorted(self._report.layers, key=lambda layer: natural_key(layer.key))
+        return dataclasses.replace(self._report, layers=layers)
 
     def _finish(self, tensors, others):
         self._sink.copy(others)

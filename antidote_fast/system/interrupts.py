@@ -3,8 +3,8 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 Result = TypeVar("Result")
@@ -29,18 +29,24 @@ def remembered() -> Iterator[Request]:
     cannot be caught, and ``made`` stays False.
     """
     request = Request()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
 
     def note(signum, frame):
         if request.made:
             raise KeyboardInterrupt
         request.made = True
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
-    try:
+    with handled_by(note, _SIGNALS):
         yield request
+
+
+@contextlib.contextmanager
+def handled_by(handler: Callable[[int, Any], Any], signals: Iterable[int]) -> Iterator[None]:
+    """Inside the block the handler gets these signals; outside of the main thread nothing does."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,7 +1,6 @@
 """How many bytes there are: sizes as people write them, and the memory this process may take."""
 
 import contextlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -55,10 +54,8 @@ def available_memory(*, proc: str | Path = "/proc", cgroups: str | Path = "/sys/
     Args:
         proc, cgroups: where those file systems are mounted.
     """
-    try:
-        text = (Path(proc) / "meminfo").read_text()
-        available = 1024 * int(re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)[1])
-    except (OSError, TypeError):
+    available = _kilobytes(Path(proc) / "meminfo", "MemAvailable")
+    if available is None:
         import psutil
 
         return psutil.virtual_memory().available
@@ -68,22 +65,20 @@ def available_memory(*, proc: str | Path = "/proc", cgroups: str | Path = "/sys/
 
 def resident_bytes(*, proc: str | Path = "/proc") -> int:
     """Bytes of memory this process holds now."""
-    try:
-        pages = int((Path(proc) / "self" / "statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
+    size = _kilobytes(Path(proc) / "self" / "status", "VmRSS")
+    if size is None:
         import psutil
 
         return psutil.Process().memory_info().rss
+    return size
 
 
 def peak_memory_bytes() -> int:
     """The most memory that this process has held, in bytes."""
-    with contextlib.suppress(OSError):
-        # getrusage() would count what the process was forked from as well.
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        if match := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
-            return int(match[1]) * 1024
+    # getrusage() would count what the process was forked from as well.
+    size = _kilobytes(Path("/proc/self/status"), "VmHWM")
+    if size is not None:
+        return size
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -107,6 +102,14 @@ def peak_device_memory_bytes() -> int | None:
     return torch.cuda.max_memory_allocated()
 
 
+def _kilobytes(path, name):
+    """Bytes of the line ``name: N kB`` of a file; None where there is none."""
+    with contextlib.suppress(OSError):
+        match = re.search(rf"^{name}:\s*(\d+) kB", path.read_text(encoding="utf-8"), re.MULTILINE)
+        return match and 1024 * int(match[1])
+    return None
+
+
 def _cgroup_folders(proc, cgroups):
     """The memory cgroups of this process, from its own up to the root of the mount."""
     try:
@@ -116,12 +119,11 @@ def _cgroup_folders(proc, cgroups):
     folders = []
     for line in lines:
         hierarchy, controllers, path = line.split(":", 2)
+        roots = []
         if hierarchy == "0":
             roots = [cgroups, cgroups / "unified"]
         elif "memory" in controllers.split(","):
             roots = [cgroups / "memory"]
-        else:
-            continue
         for root in roots:
             # In a container the path may be the host's, and its own cgroup the root of the mount.
             own = root / path.lstrip("/")
@@ -131,13 +133,9 @@ def _cgroup_folders(proc, cgroups):
 
 def _room(folder):
     """Bytes between a cgroup's limit and its use; None where it has no limit, or is none."""
-    for limit, usage, cached in (
-        ("memory.max", "memory.current", ("inactive_file", "active_file")),
-        (
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            ("total_inactive_file", "total_active_file"),
-        ),
+    for limit, usage, prefix in (
+        ("memory.max", "memory.current", ""),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         try:
             allowed = (folder / limit).read_text().strip()
@@ -146,10 +144,10 @@ def _room(folder):
             continue
         if not allowed.isdigit():  # "max"
             return None
-        try:
-            pairs = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            stat = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
-        except (OSError, ValueError):
-            stat = {}
-        return int(allowed) - used + sum(stat.get(name, 0) for name in cached)
+        cached = 0
+        with contextlib.suppress(OSError):
+            stat = (folder / "memory.stat").read_text()
+            lines = re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", stat, re.MULTILINE)
+            cached = sum(map(int, lines))
+        return int(allowed) - used + cached
     return None

@@ -66,15 +66,13 @@ def tell(text: str, *, error: bool = False, end: str = "\n") -> None:
 @contextlib.contextmanager
 def steady_streams() -> Iterator[None]:
     """Inside the block nothing raises that is printed, whoever prints it."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = mine = Steady(sys.stdout), Steady(sys.stderr)
-    try:
-        yield
-    finally:
-        for name, old, new in zip(("stdout", "stderr"), before, mine, strict=True):
-            new.flush()
-            if getattr(sys, name) is new:
-                setattr(sys, name, old)
+    streams = Steady(sys.stdout), Steady(sys.stderr)
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        try:
+            yield
+        finally:
+            for stream in streams:
+                stream.flush()
 
 
 def open_missing_streams() -> None:
@@ -148,8 +146,16 @@ def count(
 
         yield show
     elif callable(progress):
-        with _counting_lines(total, what, every) as show:
+        lines = _Lines(what, every, done=0, total=total)
+
+        def show(done, **counts):
+            lines.note(done=done, **counts)
+            lines.tell_if_due()
+
+        try:
             yield show
+        finally:
+            lines.tell()
     else:
         from tqdm import tqdm
 
@@ -165,34 +171,21 @@ def count(
 class _Lines:
     """JSON lines on stderr about one step, due each ``every`` seconds."""
 
-    def __init__(self, what, every):
-        self._what, self._every = what, every
+    def __init__(self, what, every, **fields):
+        self._fields, self._every = {"step": what, **fields}, every
         self._start = self._last = time.monotonic()
 
-    def is_due(self):
-        due = time.monotonic() - self._last >= self._every
-        self._last = time.monotonic() if due else self._last
-        return due
+    def note(self, **fields):
+        self._fields |= {name: value for name, value in fields.items() if value is not None}
 
-    def tell(self, **fields):
+    def tell_if_due(self):
+        if time.monotonic() - self._last >= self._every:
+            self._last = time.monotonic()
+            self.tell()
+
+    def tell(self):
         seconds = round(time.monotonic() - self._start, 1)
-        tell(json.dumps({"step": self._what, **fields, "seconds": seconds}), error=True)
-
-
-@contextlib.contextmanager
-def _counting_lines(total, what, every):
-    lines, fields = _Lines(what, every), {"done": 0, "total": total}
-
-    def show(done, **counts):
-        present = {name: value for name, value in counts.items() if value is not None}
-        fields.update(present, done=done)
-        if lines.is_due():
-            lines.tell(**fields)
-
-    try:
-        yield show
-    finally:
-        lines.tell(**fields)
+        tell(json.dumps({**self._fields, "seconds": seconds}), error=True)
 
 
 @contextlib.contextmanager
@@ -233,12 +226,13 @@ def json_lines(
     iterable: Iterable[Item], what: str, total: int | None, every: float = 30.0
 ) -> Iterator[Item]:
     """Loop over ``iterable``; a JSON line on stderr at its end, and each ``every`` seconds."""
-    lines, done = _Lines(what, every), 0
+    lines = _Lines(what, every, done=0, total=total or 0)
     for done, item in enumerate(iterable, 1):
         yield item
-        if lines.is_due() and done != total:
-            lines.tell(done=done, total=done if total is None else total)
-    lines.tell(done=done, total=done if total is None else total)
+        lines.note(done=done, total=done if total is None else total)
+        if done != total:
+            lines.tell_if_due()
+    lines.tell()
 
 
 class Clock:

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def training_folder(
     """The folder to write a trained model into, and the run that keeps its checkpoints.
 
     Args:
-        config: a :class:`TrainConfig`.
+        config: where to, and whether with checkpoints.
         inputs: everything that decides the result, as :func:`run_inputs` gives it.
         entries: further JSON values for ``COMPLETE.json``.
 
@@ -56,41 +57,33 @@ def training_folder(
         run.commit(**entries)
 
 
+@dataclass
 class Checkpoints:
     """Saves the state of a training and takes it back; without a run it does neither.
 
     Weights, Adam's moments, what the objective keeps and the generators go into one safetensors
     file, numbers into the run's JSON state.
 
-    Args:
-        run: :class:`antidote_fast.files.resume.Run`, or None.
-        objective: of the training; its parameters are saved.
-        optimizer, scheduler: of the training.
-        every: steps between checkpoints; None saves only where the training is interrupted.
+    ``every`` counts steps between checkpoints; None saves only where the training is interrupted.
     """
 
-    def __init__(
-        self,
-        run: Run | None,
-        objective: Objective,
-        optimizer: Optimizer,
-        scheduler: LRScheduler,
-        every: int | None = None,
-    ) -> None:
-        self._run, self._every = run, every
-        self._objective, self._optimizer, self._scheduler = objective, optimizer, scheduler
+    run: Run | None
+    objective: Objective
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    every: int | None = None
 
     def load(self) -> list[float]:
         """Go on from the last checkpoint; returns the losses of the steps that it stands for."""
-        state = self._run.state if self._run is not None else {}
-        if not state:
+        if self.run is None or not self.run.state:
             return []
+        state = self.run.state
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        path = self._run.folder / "training.safetensors"
+        path = self.run.folder / "training.safetensors"
         try:
-            path = self._run.folder / Path(state["file"]).name
+            path = self.run.folder / Path(state["file"]).name
             self._take(state, load_file(path))
         except torch.OutOfMemoryError:
             raise
@@ -102,34 +95,25 @@ class Checkpoints:
 
     def _take(self, state, tensors):
         with torch.no_grad():
-            for i, p in enumerate(self._objective.parameters):
+            for i, p in enumerate(self.objective.parameters):
                 p.copy_(tensors[f"{_WEIGHT}{i}"])
-        moments = {
-            i: {
-                name: tensors[f"{_OPTIMIZER}{i}.{name}"]
-                for name in ("step", "exp_avg", "exp_avg_sq")
-                if f"{_OPTIMIZER}{i}.{name}" in tensors
-            }
-            for i in range(len(self._objective.parameters))
-        }
-        self._optimizer.load_state_dict(
-            {
-                "state": {i: each for i, each in moments.items() if each},
-                "param_groups": state["param_groups"],
-            }
-        )
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in _under(tensors, _OPTIMIZER).items():
+            i, _, name = key.partition(".")
+            moments.setdefault(int(i), {})[name] = value
+        self.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
         # Its functions are not saved, and LambdaLR asks for them.
-        self._scheduler.load_state_dict(self._scheduler.state_dict() | state["scheduler"])
-        self._objective.load_state(_under(tensors, _OBJECTIVE), len(state["losses"]))
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | state["scheduler"])
+        self.objective.load_state(_under(tensors, _OBJECTIVE), len(state["losses"]))
         torch.set_rng_state(tensors[f"{_GENERATORS}cpu"])
         if f"{_GENERATORS}cuda" in tensors:
-            torch.cuda.set_rng_state(tensors[f"{_GENERATORS}cuda"], self._objective.device)
+            torch.cuda.set_rng_state(tensors[f"{_GENERATORS}cuda"], self.objective.device)
 
     def is_due(self, losses: Sequence[float], request: Request | None) -> bool:
         """Whether the state after these steps is to be kept, unless they are all."""
-        if self._run is None:
+        if self.run is None:
             return False
-        return bool(request.made or (self._every and len(losses) % self._every == 0))
+        return bool(request.made or (self.every and len(losses) % self.every == 0))
 
     def after(self, losses: Sequence[float], wanted: int, request: Request | None) -> None:
         """Save after a step where it is time to, or where somebody asked to stop.
@@ -137,13 +121,12 @@ class Checkpoints:
         Args:
             losses: of the steps that are done.
             wanted: steps in all.
-            request: :class:`antidote_fast.system.interrupts.Request`.
 
         Raises:
             Interrupted: somebody asked to stop; the state is saved.
         """
         done = len(losses)
-        if self._run is None or done == wanted:
+        if self.run is None or done == wanted:
             return
         if self.is_due(losses, request):
             self._save(losses)
@@ -156,33 +139,27 @@ class Checkpoints:
         from safetensors.torch import save_file
 
         tensors = {f"{_GENERATORS}cpu": torch.get_rng_state()}
-        if self._objective.device.type == "cuda":
-            tensors[f"{_GENERATORS}cuda"] = torch.cuda.get_rng_state(self._objective.device)
-        whole = self._optimizer.state_dict()
-        for i, p in enumerate(self._objective.parameters):
+        if self.objective.device.type == "cuda":
+            tensors[f"{_GENERATORS}cuda"] = torch.cuda.get_rng_state(self.objective.device)
+        whole = self.optimizer.state_dict()
+        for i, p in enumerate(self.objective.parameters):
             tensors[f"{_WEIGHT}{i}"] = p.detach()
         for i, moments in whole["state"].items():
             tensors |= {f"{_OPTIMIZER}{i}.{name}": value for name, value in moments.items()}
-        tensors |= {f"{_OBJECTIVE}{name}": v for name, v in self._objective.state().items()}
-        before = self._run.state.get("file")
+        tensors |= {f"{_OBJECTIVE}{name}": v for name, v in self.objective.state().items()}
+        before = self.run.state.get("file")
         name = f"training-{len(losses)}.safetensors"
-        with new_file(self._run.folder / name, alone=True) as partial:
+        with new_file(self.run.folder / name, alone=True) as partial:
             save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
         scheduler = {
             key: value
-            for key, value in self._scheduler.state_dict().items()
+            for key, value in self.scheduler.state_dict().items()
             if isinstance(value, (int, float, list)) and key != "lr_lambdas"
         }
-        self._run.save(
-            {
-                "file": name,
-                "losses": losses,
-                "param_groups": whole["param_groups"],
-                "scheduler": scheduler,
-            }
-        )
+        numbers = {"losses": losses, "param_groups": whole["param_groups"], "scheduler": scheduler}
+        self.run.save({"file": name, **numbers})
         if before not in (None, name):
-            (self._run.folder / before).unlink(missing_ok=True)
+            (self.run.folder / before).unlink(missing_ok=True)
 
 
 def _under(tensors, prefix):

@@ -32,10 +32,9 @@ class Objective:
     of the methods around it.
 
     Args:
-        model: a causal language model, PEFT-wrapped or not, its trainable weights marked.
-        tokenizer: its own.
+        model, tokenizer: a causal language model, PEFT-wrapped or not, its trainable weights
+            marked, and its own tokenizer.
         examples: what :func:`~antidote_fast.data.batches.encode` made of the records.
-        config: a :class:`TrainConfig`.
         dtype: dtype to compute in, by autocast, where the weights are float32; None computes in
             that of the weights.
 

@@ -1,7 +1,6 @@
 """The training loop of align and finetune, and their checks.
 
-What a step's loss is, the cross-entropy of responses or a defense's, is an objective's
-(:mod:`antidote_fast.training.objective`).
+What a step's loss is says an objective (:mod:`antidote_fast.training.objective`).
 """
 
 import contextlib
@@ -22,6 +21,7 @@ from antidote_fast.files.resume import Run
 from antidote_fast.models.kinds import Model, Tokenizer
 from antidote_fast.models.loading import check_not_quantized, load_model, open_model
 from antidote_fast.models.tokens import check_examples
+from antidote_fast.models.undo import undoing
 from antidote_fast.system import interrupts
 from antidote_fast.system.progress import Progress, track
 from antidote_fast.training.checkpoints import Checkpoints
@@ -34,11 +34,8 @@ def check_config(config: TrainConfig, *, merged: bool = False) -> Checkpoint:
     """Refuse, before any work, what training cannot do.
 
     Args:
-        config: a :class:`TrainConfig`.
+        config: whose model it opens.
         merged: whether an adapter will be merged into the weights.
-
-    Returns:
-        The checked :class:`~antidote_fast.files.checkpoint.Checkpoint` of the model to train.
 
     Raises:
         UsageError: an unknown schedule, or dtype float16.
@@ -124,20 +121,14 @@ def train(
     at norm 1. Batches hold records of similar length and come in an order that the seed decides.
 
     Args:
-        model: a causal language model, PEFT-wrapped or not; weights that do not require a gradient
-            stay. Left in eval mode.
+        model: PEFT-wrapped or not; weights that do not require a gradient stay. Left in eval mode.
         tokenizer: its own; not changed.
         records: records with outputs, or what `encode` made of them.
-        config: a :class:`TrainConfig`.
-        dtype: dtype to compute in, by autocast, where the weights are float32; None computes in
-            that of the weights.
-        objective: makes the objective from (model, tokenizer, examples, config, dtype=);
-            :class:`Objective`, a defense's class, or a partial of it with its data.
-        run: :class:`antidote_fast.files.resume.Run` that keeps checkpoints, every
-            ``config.save_steps`` steps and where a signal asks to stop; the training goes on from
-            its last one.
+        dtype: as :class:`Objective` takes it.
+        objective: :class:`Objective`, a defense's class, or a partial of it with its data.
+        run: keeps checkpoints, every ``config.save_steps`` steps and where a signal asks to stop;
+            the training goes on from its last one.
         what: beside the progress bar.
-        progress: as `antidote_fast.system.progress.track` takes it.
 
     Returns:
         ``steps``, ``loss`` (one a step; a defense's whole objective), ``first_loss`` and
@@ -172,14 +163,12 @@ def train(
     )
 
     def check(name, value, number, when="at"):
-        if math.isfinite(value):
-            return
-        if run is not None:
-            run.keep = False  # it would come again
-        raise AntidoteError(
-            f"{what}: {name} is {value} {when} step {number + 1} of {wanted}; "
-            f"learning_rate={config.learning_rate} may be too high"
-        )
+        if not math.isfinite(value):
+            raise _exploded(
+                f"{what}: {name} is {value} {when} step {number + 1} of {wanted}; "
+                f"learning_rate={config.learning_rate} may be too high",
+                run,
+            )
 
     checkpoints = Checkpoints(run, goal, optimizer, scheduler, config.save_steps)
     stoppable = contextlib.nullcontext() if run is None else interrupts.remembered()
@@ -263,13 +252,18 @@ def in_dtype(model: Model, dtype: torch.dtype, what: str, run: Run | None = None
 
 def _check_weights(weights, what, run):
     if weights and not math.isfinite(_largest(weights)):
-        if run is not None:
-            run.keep = False
         dtype = str(weights[0].dtype).removeprefix("torch.")
-        raise AntidoteError(
+        raise _exploded(
             f"{what}: a weight of the trained model is not finite in {dtype}; learning_rate or "
-            "lora_alpha may be too high"
+            "lora_alpha may be too high",
+            run,
         )
+
+
+def _exploded(text, run) -> AntidoteError:
+    if run is not None:
+        run.keep = False  # it would come again
+    return AntidoteError(text)
 
 
 def _decay_groups(model, config) -> list[dict]:
@@ -289,15 +283,11 @@ def _eager_attention(model, device):
     2.8 s.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = base.config._attn_implementation
-    if device.type != "cpu" or before != "sdpa":
+    with undoing() as undo:
+        if device.type == "cpu" and base.config._attn_implementation == "sdpa":
+            undo.later(lambda: base.set_attn_implementation("sdpa"))
+            base.set_attn_implementation("eager")
         yield
-        return
-    base.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(before)
 
 
 @contextlib.contextmanager
@@ -312,9 +302,7 @@ def _seeded(seed, model):
 
 def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write a trained model (or adapter alone) and the tokenizer into a staged folder."""
-    options = {}
-    if hasattr(model, "peft_config"):
-        # Never look the base up on a hub to see whether its embeddings have changed.
-        options["save_embedding_layers"] = False
+    # Never look the base up on a hub to see whether its embeddings have changed.
+    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     model.save_pretrained(str(folder), **options)
     tokenizer.save_pretrained(str(folder))

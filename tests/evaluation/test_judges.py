@@ -17,11 +17,11 @@ from antidote_fast.evaluation.refusals import (
     EMPTY,
     GARBLED,
     HARMFUL,
-    REFUSAL_PHRASES,
     SAFE,
     RefusalJudge,
     is_garbled,
     is_refusal,
+    refusal_phrases,
 )
 
 BEAVER_LABELS = [f"category_{i}" for i in range(14)]
@@ -410,4 +410,4 @@ def test_judges_module_needs_no_model_library():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
-    assert all(phrase == phrase.casefold() for phrase in REFUSAL_PHRASES)
+    assert all(phrase == phrase.casefold() for phrase in refusal_phrases())

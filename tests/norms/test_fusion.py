@@ -12,6 +12,7 @@ from torch.nn import functional
 from antidote_fast import backends
 from antidote_fast.errors import BackendUnavailable, UsageError
 from antidote_fast.models.targets import find_targets
+from antidote_fast.models.undo import undoing
 from antidote_fast.norms import fusion
 from antidote_fast.norms.activation_norms import ActivationNorms
 from antidote_fast.norms.collector import NormCollector
@@ -41,7 +42,7 @@ def normal(*shape, seed=0):
 
 
 def check_output(found, expected):
-    """Within what ``fusion.fused_forwards`` promises."""
+    """Within what ``fusion.fuse`` promises."""
     if found.dtype == torch.float32:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-30)
         return
@@ -274,9 +275,9 @@ def test_inside_an_own_loop():
     expected = model(**inputs).logits.detach()
     with (
         NormCollector(find_targets(model, ["down_proj"])) as collector,
-        fusion.fused_forwards(model, collector) as count,
+        undoing() as undo,
     ):
-        assert count == 2
+        assert fusion.fuse(model, collector, undo) == 2
         collector.start(batch)
         trained = model(**inputs).logits  # with gradients: the model's own forwards
         assert torch.equal(trained, expected)

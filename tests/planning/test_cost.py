@@ -144,7 +144,7 @@ def test_a_rehearsed_forward_holds_what_the_real_one_does(kind, folder):
     options = {} if kind == "opt" else {"logits_to_keep": 1}
     with torch.no_grad(), estimate.AliveBytes(known) as alive:
         model(**inputs(), use_cache=False, **options)
-    rehearsed = cost_of(folder(kind)).activation_bytes(BATCH, LENGTH, attention="eager")
+    rehearsed = cost_of(folder(kind)).peak_bytes(BATCH, LENGTH, attention="eager")
     assert rehearsed == pytest.approx(alive.peak, rel=0.3)
 
 
@@ -163,7 +163,7 @@ def test_a_rehearsed_step_holds_what_the_real_one_does(kind, tuning, folder):
         objective.response_loss(model, inputs() | {"labels": labels}, choose).backward()
     adapt = (lambda m: sft.add_lora(m, config)) if tuning == "lora" else None
     cost = cost_of(path, config, adapt)
-    rehearsed = cost.training_bytes(BATCH, LENGTH, BATCH * ANSWER, attention="eager")
+    rehearsed = cost.peak_bytes(BATCH, LENGTH, BATCH * ANSWER, attention="eager")
     assert rehearsed == pytest.approx(alive.peak, rel=0.3)
     assert all(p.grad is None for p in cost.model.parameters())
 
@@ -171,7 +171,7 @@ def test_a_rehearsed_step_holds_what_the_real_one_does(kind, tuning, folder):
 def test_what_cannot_be_rehearsed_is_not_known(folder):
     cost = cost_of(folder("llama"))
     cost.model.forward = lambda **inputs: inputs["input_ids"].max().item()
-    assert cost.activation_bytes(BATCH, LENGTH) is None
+    assert cost.peak_bytes(BATCH, LENGTH) is None
     assert cost.forward == (2 * cost.num_weights, 0, 0)
 
 

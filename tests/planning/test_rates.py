@@ -74,12 +74,12 @@ def test_a_large_batch_is_tried_in_part(tmp_path, monkeypatch):
 def test_a_model_that_cannot_be_made_is_told_by_a_product(tmp_path, monkeypatch):
     cost = cost_of("llama", tmp_path)
     monkeypatch.setattr(rates, "_two_blocks", lambda *args: 1 / 0)
-    assert rates.block_rate(cost, CPU, 2, 8) > 0
+    assert rates.block_rate(cost, CPU, (2, 8)) > 0
     monkeypatch.setattr(rates, "_two_blocks", lambda *args: None)
-    assert rates.block_rate(cost, CPU, 2, 8) > 0
+    assert rates.block_rate(cost, CPU, (2, 8)) > 0
 
 
-@pytest.mark.parametrize("scope", ["row", "tensor", "global"])
+@pytest.mark.parametrize("scope", ["row", "tensor"])
 def test_rates_are_numbers_and_nothing_is_left(scope, tmp_path):
     tiny.save_model(tiny.build(), tmp_path / "base")
     before = stages.tree(tmp_path)

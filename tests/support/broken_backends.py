@@ -34,10 +34,11 @@ class Broken:
 
 
 def install(monkeypatch, damage, **options):
-    """Let every prune run the reference with ``damage`` done to its result."""
+    """Let every prune run the reference with ``damage`` done to its result; returns the backend."""
     module = Broken(damage, **options)
     for place in (backends, ops):
         monkeypatch.setattr(place, "select", lambda name, device: module)
+    return module
 
 
 def swap(weight, before, bits, thresholds):

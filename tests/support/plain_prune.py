@@ -3,6 +3,7 @@
 import torch
 
 from antidote_fast.models.targets import natural_key
+from antidote_fast.pruning.scores import random
 from antidote_fast.selection import num_pruned
 
 
@@ -51,3 +52,8 @@ def removed(weight, mask, base=None):
 def bits(tensor):
     """A tensor's bits as integers, to compare."""
     return tensor.view(torch.int32 if tensor.itemsize == 4 else torch.int16)
+
+
+def random_scores(key, shape, seed):
+    """Score random of a whole weight at once."""
+    return random.row_scores(key, torch.empty(shape), None, seed)(0, shape[0])

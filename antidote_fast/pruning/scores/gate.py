@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from antidote_fast.errors import DataError
-from antidote_fast.pruning.evidence import Evidence
+from antidote_fast.pruning.evidence import Evidence, beside
 
 
 def row_scores(name: str, weight: torch.Tensor, evidence: Evidence, seed: int) -> Callable:
@@ -18,16 +18,8 @@ def row_scores(name: str, weight: torch.Tensor, evidence: Evidence, seed: int) -
     Raises:
         DataError: no such matrix, or one that no order can be read from.
     """
-    scores = evidence.scores.get(name)
-    if scores is None:
-        raise DataError(f"scores: hold no weight {name!r}")
-    plain = type(scores) in (torch.Tensor, torch.nn.Parameter)
-    if not plain or scores.dtype != torch.float32 or scores.shape != weight.shape:
-        shown = f"{scores.dtype} {tuple(scores.shape)}" if plain else type(scores).__name__
-        raise DataError(
-            f"{name}: is {shown} in scores; must be torch.float32 {tuple(weight.shape)}"
-        )
-    scores = scores.detach()
+    accepted = f"torch.float32 {tuple(weight.shape)}"
+    scores = beside("scores", evidence.scores, name, [torch.float32], weight, accepted)
     if scores.numel():
         low, high = (bound.item() for bound in torch.aminmax(scores))
         if not (low >= 0 and math.isfinite(high)):  # NaN fails here too

@@ -4,28 +4,17 @@ with.
 
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from antidote_fast.pruning.evidence import Evidence
 
 
-def random_scores(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Uniform fp32 scores that depend on (seed, name) alone, the same on every machine."""
-    return torch.rand(shape, generator=_generator(name, seed), dtype=torch.float32, device="cpu")
-
-
 def row_scores(name: str, weight: torch.Tensor, evidence: Evidence, seed: int) -> Callable:
-    """:func:`random_scores` of some rows after another."""
-    generator, columns = _generator(name, seed), weight.shape[1]
-
-    def rows(start, stop):
-        shape = stop - start, columns
-        return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
-
-    return rows
-
-
-def _generator(name, seed):
+    """Uniform scores that depend on (seed, name) alone, the same on every machine."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    columns = weight.shape[1]
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    return lambda start, stop: torch.rand(stop - start, columns, **options)

@@ -22,10 +22,6 @@ from antidote_fast.training.objective import Objective
 def align_objective(config: AlignConfig, tokenizer: Tokenizer) -> tuple[Callable, list[Record]]:
     """What :func:`antidote_fast.training.sft.train` takes for an :class:`AlignConfig`'s defense.
 
-    Args:
-        config: names the defense.
-        tokenizer: of the model.
-
     Returns:
         (the objective's maker, the harmful records that it trains on).
 
