@@ -1,10 +1,12 @@
 """What the configs of all stages share: flags, checks, and what of a field decides a result.
 
-A field is declared once, where it is defined: :func:`contents`, :func:`aside` or :func:`path`; one
-without a declaration decides a stage's result by its value. Whoever asks whether a folder was made
-as it would be made now goes by that (:mod:`antidote_fast.files.provenance`).
+A field is declared once, where it is defined: :func:`contents`, :func:`aside`, :func:`number` or
+:func:`path`; one that is no contents or aside decides a stage's result by its value. Whoever asks
+whether a folder was made as it would be made now goes by that
+(:mod:`antidote_fast.files.provenance`).
 """
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,7 +18,17 @@ from antidote_fast.selection import check_seed
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Template = Literal["alpaca", "chat"]
-_DECIDES, _IS_PATH = "decides", "is_path"
+_DECIDES, _IS_PATH, _RANGE = "decides", "is_path", "range"
+
+
+# {what is accepted: whether a number is that}.
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "greater than 0": lambda value: value > 0,
+    "at least 0": lambda value: 0 <= value < math.inf,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+}
 
 
 def contents(default: Any = MISSING) -> Any:
@@ -24,9 +36,15 @@ def contents(default: Any = MISSING) -> Any:
     return field(default=default, metadata={_DECIDES: "contents", _IS_PATH: True})
 
 
-def aside(default: Any = MISSING, *, is_path: bool = False) -> Any:
+def aside(default: Any = MISSING, accepted: str | None = None, *, is_path: bool = False) -> Any:
     """A field that decides no result: where the output goes, how much memory the work may take."""
-    return field(default=default, metadata={_DECIDES: "nothing", _IS_PATH: is_path})
+    metadata = {_DECIDES: "nothing", _IS_PATH: is_path, _RANGE: accepted}
+    return field(default=default, metadata=metadata)
+
+
+def number(default: float | None, accepted: str = "greater than 0") -> Any:
+    """A number in the range that ``accepted``, a key of ``_RANGES``, names; or None."""
+    return field(default=default, metadata={_RANGE: accepted})
 
 
 def path(default: Any = MISSING) -> Any:
@@ -42,10 +60,7 @@ def holds_path(declared: Field) -> bool:
 def fields_by(config, decides: str) -> list[Field]:
     """The fields of a config, or of its class, of which this decides a stage's result.
 
-    Args:
-        config: one of the dataclasses.
-        decides: ``"value"``, as of any field without a declaration, ``"contents"`` or
-            ``"nothing"``.
+    It is ``"value"``, as of any field without a declaration, ``"contents"`` or ``"nothing"``.
     """
     return [each for each in fields(config) if each.metadata.get(_DECIDES, "value") == decides]
 
@@ -59,9 +74,8 @@ RENAMED = {
 def with_new_names(values: Any, notify: Callable[[str], None] = warnings.warn) -> Any:
     """Values as they are read from YAML or given by a caller, with the names that fields have now.
 
-    Args:
-        values: a mapping of fields, or of sections of fields; names may be ``section.field``.
-        notify: called with a line on each name of earlier.
+    They are by field, or by section and field; names may be ``section.field``. ``notify`` is called
+    with a line on each name of earlier.
 
     Raises:
         UsageError: a field is there by both of its names.
@@ -90,12 +104,23 @@ def check(condition, name, value, accepted):
         raise UsageError(f"{name}={value!r}: must be {accepted}")
 
 
-def check_positive(config, *names):
-    """Refuse fields that are not above 0; None is passed over."""
-    for name in names:
+def check_data_set(config, name, when):
+    """Refuse a field that is None, where ``when`` says that it names data."""
+    if getattr(config, name) is None:
+        raise UsageError(f"{name}=None: must be a file or hub name {when}")
+
+
+def check_left_out(config, names, when):
+    """Refuse those of these fields, where the config has them, that are not their defaults."""
+    defaults = {each.name: each.default for each in fields(config)}
+    for name in filter(defaults.__contains__, names):
         value = getattr(config, name)
-        if value is not None:
-            check(value > 0, name, value, "greater than 0")
+        check(value == defaults[name], name, value, f"left out {when}")
+
+
+def set_field(config, name, value):
+    """Set a field of a frozen dataclass that is still being made, as dataclasses do themselves."""
+    object.__setattr__(config, name, value)
 
 
 def one_of(choices: Callable[[], Mapping[str, Any]], default: str) -> Any:
@@ -117,7 +142,7 @@ def expand_paths(config):
         if holds_path(each) and isinstance(value, str) and value.startswith("~"):
             whole = os.path.expanduser(value)
             check(not whole.startswith("~"), name, value, "a path, or ./~... where it is one here")
-            object.__setattr__(config, name, whole)  # as dataclasses do for frozen ones
+            set_field(config, name, whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,26 +168,30 @@ class StageConfig:
     dtype: DType = "auto"
     device: str = "auto"
     seed: int = 0
-    max_seq_length: int = 512
+    max_seq_length: int = number(512)
     template: Template = "alpaca"
-    batch_size: int = 8
+    batch_size: int = number(8)
     trust_remote_code: bool = False
+
+    def picked(self, *names: str) -> dict[str, Any]:
+        """{name: value} of some fields."""
+        return {name: getattr(self, name) for name in names}
 
     @property
     def load_options(self) -> dict[str, Any]:
         """How :func:`antidote_fast.models.loading.load_model` loads its models."""
-        names = ("dtype", "device", "trust_remote_code")
-        return {name: getattr(self, name) for name in names}
+        return self.picked("dtype", "device", "trust_remote_code")
 
     def __post_init__(self):
         expand_paths(self)
-        check_positive(self, "max_seq_length", "batch_size")
         for each in fields(self):
-            if "choices" in each.metadata:
-                names, value = list(each.metadata["choices"]()), getattr(self, each.name)
-                known = isinstance(value, list) or value in names
-                check(known, each.name, value, f"one of {', '.join(names)}")
-        object.__setattr__(self, "seed", check_seed(self.seed))
+            value, accepted = getattr(self, each.name), each.metadata.get(_RANGE)
+            if accepted is not None and value is not None:
+                check(_RANGES[accepted](value), each.name, value, accepted)
+            if "choices" in each.metadata and not isinstance(value, list):
+                names = list(each.metadata["choices"]())
+                check(value in names, each.name, value, f"one of {', '.join(names)}")
+        set_field(self, "seed", check_seed(self.seed))
         # torch runs nothing there, and what it would put out is noise.
         no_meta = self.device.partition(":")[0] != "meta"
         check(no_meta, "device", self.device, "one that computes, such as cpu or cuda")

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, check, check_positive, contents, path
-from antidote_fast.errors import UsageError
+from antidote_fast.config.base import StageConfig, check, contents, number, path, set_field
 
 Task = Literal["sst2", "agnews", "gsm8k", "alpaca", "label"]
 # The paper's evaluation: held-out harmful prompts, their judge, and the test data of each task.
@@ -61,8 +60,8 @@ class EvaluateConfig(StageConfig):
     win_rate_judge: str | None = path(None)
     reference_model: str | None = contents(None)
     drift_dataset: str | None = contents(None)
-    num_samples: int | None = None
-    max_new_tokens: int = 512
+    num_samples: int | None = number(None)
+    max_new_tokens: int = number(512)
     save_outputs: bool = False
     paper: bool = False
 
@@ -75,29 +74,18 @@ class EvaluateConfig(StageConfig):
             if self.reference_model is not None:
                 self._fill_in(drift_dataset=PAPER_DRIFT_DATASET)
         self._fill_in(judge="refusal")
-        check_positive(self, "num_samples", "max_new_tokens")
-        check(
-            (self.reference_model is None) == (self.drift_dataset is None),
-            "reference_model",
-            self.reference_model,
-            "given together with drift_dataset",
-        )
-        if self.task_dataset:
-            check(
-                (self.task == "alpaca") == (self.win_rate_judge is not None),
-                "win_rate_judge",
-                self.win_rate_judge,
-                "given with task alpaca, and only with it",
-            )
-        if not (
-            self.harmful_dataset or self.task_dataset or self.benign_dataset or self.drift_dataset
-        ):
-            raise UsageError(
-                "harmful_dataset=None: must be a data set, unless task_dataset, benign_dataset or "
-                "drift_dataset is given"
-            )
+        together = (self.reference_model is None) == (self.drift_dataset is None)
+        accepted = "given together with drift_dataset"
+        check(together, "reference_model", self.reference_model, accepted)
+        together = (self.task == "alpaca") == (self.win_rate_judge is not None)
+        accepted = "given with task alpaca, and only with it"
+        check(together or not self.task_dataset, "win_rate_judge", self.win_rate_judge, accepted)
+        kinds = ("harmful", "task", "benign", "drift")
+        some = any(getattr(self, f"{kind}_dataset") for kind in kinds)
+        accepted = "a data set, unless task_dataset, benign_dataset or drift_dataset is given"
+        check(some, "harmful_dataset", self.harmful_dataset, accepted)
 
     def _fill_in(self, **values):
         for name, value in values.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # as dataclasses do for frozen ones
+                set_field(self, name, value)

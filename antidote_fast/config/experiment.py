@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from antidote_fast.config.base import StageConfig, aside, check, check_positive, expand_paths
+from antidote_fast.config.base import StageConfig, aside, check, expand_paths, number
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.config.train import DEFENSE_FLAGS, AlignConfig, FinetuneConfig
@@ -81,11 +81,10 @@ class ExperimentConfig(StageConfig):
     prune: dict[str, Any] | None = None
     evaluate: dict[str, Any]
     rows: str | None = aside(None, is_path=True)
-    max_cells: int | None = None
+    max_cells: int | None = number(None)
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "max_cells")
         check(self.extends is None, "extends", self.extends, "in a file that experiment reads")
         names = ("sft", *DEFENSE_FLAGS, "antidote")
         accepted = f"among {', '.join(names)}, or one of them with +antidote"

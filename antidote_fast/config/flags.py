@@ -27,11 +27,6 @@ _STRUCTURED = ("grid", "levels", "tune", "tables")
 def from_words(config_class, words, command):
     """The dataclass from a command's flags; ``--config file.yaml`` among them, flags override it.
 
-    Args:
-        config_class: the stage's dataclass.
-        words: flags as a person types them.
-        command: the subcommand, for messages.
-
     Returns:
         (the dataclass, notices about aliases).
 
@@ -52,7 +47,7 @@ def from_words(config_class, words, command):
             renamed = any(name in text for name in RENAMED)
             if config_class is ExperimentConfig or renamed:
                 # The parser takes the contents as well as a name.
-                values = with_new_names(read_yaml(path), lambda text: notices.append(text))
+                values = with_new_names(read_yaml(path), notices.append)
                 words[i] = f"--config={json.dumps(values)}"
             if config_class is ExperimentConfig:
                 structured = {k: values[k] for k in _STRUCTURED if values.get(k)}
@@ -112,10 +107,10 @@ def spelled_out(words, config_class):
 def help_text(config_class, prog, example):
     """What ``--help`` prints."""
     parser = _parser(config_class, prog=prog, usage=f"{prog} {example}")
-    choices = _choices(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
     for action in parser._actions:
-        if action.dest in choices:
-            table = choices[action.dest]()
+        if action.dest in fields and "choices" in fields[action.dest].metadata:
+            table = fields[action.dest].metadata["choices"]()
             action.metavar = f"{{{','.join(table)}}}"
             formulas = "; ".join(f"{name} = {entry.formula}" for name, entry in table.items())
             action.help = f"{action.help} {formulas}."
@@ -143,20 +138,9 @@ def _kinds(config_class):
     return kinds
 
 
-def _choices(config_class):
-    """{flag without its dashes: a function that gives the table of what it takes}."""
-    return {
-        field.name: field.metadata["choices"]
-        for field in dataclasses.fields(config_class)
-        if "choices" in field.metadata
-    }
-
-
 def _is_list(kind):
     # Of words or numbers; a list of mappings is one word of JSON.
-    kinds = (kind, *typing.get_args(kind))
-    items = [typing.get_args(k) for k in kinds if typing.get_origin(k) is list]
-    return any(item in ((str,), (float,)) for item in items)
+    return any(each in (list[str], list[float]) for each in (kind, *typing.get_args(kind)))
 
 
 @functools.cache  # a grid makes hundreds of configs; a parser takes as long as its values
@@ -191,22 +175,18 @@ def _default(match):
 def _parsed(config_class, method, given, command):
     parser = _parser(config_class)
     kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
-    fields = list(kinds)
     try:
         values = getattr(parser, method)(given)
     except AntidoteError:
         raise
     except Exception as error:  # the parser's own, YAML's, and what odd values make either raise
         prefix = "--" if method == "parse_args" else f"{command}."
-        raise _mistake(str(error), command, fields, prefix) from error
+        raise _mistake(str(error), command, kinds, prefix) from error
     for field, kind in kinds.items():  # the parser lets null through for any type
         if values[field] is None and type(None) not in typing.get_args(kind):
             raise UsageError(f"{field}=null: must be given, or left out for its default")
-    return config_class(**{field: _plain(values[field]) for field in fields})
-
-
-def _plain(value):
-    return value.as_dict() if hasattr(value, "as_dict") else value
+    plain = {k: v.as_dict() if hasattr(v, "as_dict") else v for k, v in vars(values).items()}
+    return config_class(**{field: plain[field] for field in kinds})
 
 
 def _mistake(message, command, fields, prefix):

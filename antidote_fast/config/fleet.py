@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, aside, check, check_positive, contents, one_of
+from antidote_fast.config.base import StageConfig, aside, check_left_out, contents, number, one_of
 from antidote_fast.config.scores import computed_scores
 from antidote_fast.errors import UsageError
 
@@ -57,32 +57,24 @@ class FleetConfig(StageConfig):
     manifest: str = aside(is_path=True)
     shard: str = aside("0/1")
     engine: Literal["local", "ray"] = aside("local")
-    num_workers: int | None = aside(None)
+    num_workers: int | None = aside(None, "greater than 0")
     dataset: str | None = contents(None)
-    num_calibration_samples: int = 2000
+    num_calibration_samples: int = number(2000)
     response_only: bool = False
     aggregation: Literal["rms", "mean"] = "rms"
     targets: list[str] | None = None
     ignore: list[str] = field(default_factory=list)
-    ratio: float = 0.1
+    ratio: float = number(0.1, "in (0, 1]")
     scope: Literal["row", "tensor", "global"] = "row"
     score: str = one_of(computed_scores, "wanda")
     save_norms: bool = False
     save_masks: bool = False
     backend: str | None = None
     preserve_dataset: str | None = contents(None)
-    preserve_ratio: float | None = None
+    preserve_ratio: float | None = number(None, "in [0, 1]")
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "num_calibration_samples", "num_workers")
-        check(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
-        share = self.preserve_ratio
-        check(share is None or 0 <= share <= 1, "preserve_ratio", share, "in [0, 1]")
-        check(
-            self.num_workers is None or self.engine == "ray",
-            "num_workers",
-            self.num_workers,
-            "left out with engine local, which is one worker",
-        )
+        if self.engine == "local":
+            check_left_out(self, ["num_workers"], "with engine local, which is one worker")
         parse_shard(self.shard)

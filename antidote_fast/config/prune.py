@@ -1,12 +1,20 @@
 """The configs of what collects norms and prunes: calibrate, prune and fleet."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from antidote_fast.config.base import StageConfig, aside, check, check_positive, contents, one_of
+from antidote_fast.config.base import (
+    StageConfig,
+    aside,
+    check,
+    check_data_set,
+    check_left_out,
+    contents,
+    number,
+    one_of,
+)
 from antidote_fast.config.scores import SCORES, Score
-from antidote_fast.errors import UsageError
 from antidote_fast.selection import Selection
 from antidote_fast.system.memory import parse_bytes
 
@@ -59,7 +67,7 @@ class CalibrateConfig(StageConfig):
 
     dataset: str = contents()
     adapter: str | None = contents(None)
-    num_calibration_samples: int = 2000
+    num_calibration_samples: int = number(2000)
     response_only: bool = False
     aggregation: Literal["rms", "mean"] = "rms"
     targets: list[str] | None = None
@@ -71,13 +79,11 @@ class CalibrateConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "num_calibration_samples")
         if self.max_memory is not None:
             parse_bytes(self.max_memory, "max_memory")
             check(self.stream, "max_memory", self.max_memory, "given with stream")
         if self.device_map is not None:
-            check(self.device == "auto", "device", self.device, "left out with device_map")
-            check(not self.stream, "stream", self.stream, "left out with device_map")
+            check_left_out(self, ["device", "stream"], "with device_map")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +117,7 @@ class PruneConfig(CalibrateConfig):
 
     dataset: str | None = contents(None)
     norms: str | None = contents(None)
-    ratio: float = 0.1
+    ratio: float = number(0.1, "in (0, 1]")
     scope: Literal["row", "tensor", "global"] = "row"
     score: str = one_of(lambda: SCORES, "wanda")
     save_norms: bool = False
@@ -120,35 +126,36 @@ class PruneConfig(CalibrateConfig):
     cross_check: bool = True
     preserve_dataset: str | None = contents(None)
     preserve_norms: str | None = contents(None)
-    preserve_ratio: float | None = None
+    preserve_ratio: float | None = number(None, "in [0, 1]")
     aligned_model: str | None = contents(None)
     score_delta: bool = False
-    gate_steps: int = GATE_STEPS
-    gate_learning_rate: float = GATE_LEARNING_RATE
+    gate_steps: int = number(GATE_STEPS)
+    gate_learning_rate: float = number(GATE_LEARNING_RATE)
     paper: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        check(0 < self.ratio <= 1, "ratio", self.ratio, "in (0, 1]")
         if self.paper:
-            for name, value in (("score", "wanda"), ("scope", "row"), ("aggregation", "rms")):
-                check(
-                    getattr(self, name) == value, name, getattr(self, name), f"{value} with paper"
-                )
-            for name in _BEYOND_THE_PAPER:
+            for name, wanted in (("score", "wanda"), ("scope", "row"), ("aggregation", "rms")):
                 value = getattr(self, name)
-                check(value is None or value is False, name, value, "left out with paper")
-        if self.scoring.needs_norms and self.dataset is None and self.norms is None:
-            raise UsageError("dataset=None: must be a file or hub name unless norms is given")
+                check(value == wanted, name, value, f"{wanted} with paper")
+            check_left_out(self, _BEYOND_THE_PAPER, "with paper")
+        if self.scoring.needs_norms and self.norms is None:
+            check_data_set(self, "dataset", "unless norms is given")
         self._check_score()
-        self._check_preserve()
-        if self.aligned_model is not None and self.adapter is not None:
-            raise UsageError(
-                f"aligned_model={self.aligned_model!r}: must be left out with adapter, whose zero "
-                "already falls back to the aligned model"
-            )
-        unused = self.score_delta and self.aligned_model is None
-        check(not unused, "score_delta", True, "left out without aligned_model")
+        if self.preserve_dataset is not None:
+            check_left_out(self, ["preserve_norms"], "with preserve_dataset")
+        if self.preserve_ratio is not None:
+            accepted = "given with preserve_dataset or preserve_norms"
+            check(self.preserves, "preserve_ratio", self.preserve_ratio, accepted)
+        if self.stream:
+            advice = "calibrate --stream on it first, and give that folder as preserve_norms"
+            check_left_out(self, ["preserve_dataset"], f"with stream; {advice}")
+        if self.adapter is not None:
+            why = "with adapter, whose zero already falls back to the aligned model"
+            check_left_out(self, ["aligned_model"], why)
+        if self.aligned_model is None:
+            check_left_out(self, ["score_delta"], "without aligned_model")
 
     @property
     def scoring(self) -> Score:
@@ -164,61 +171,29 @@ class PruneConfig(CalibrateConfig):
     @property
     def selection(self) -> Selection:
         """What is removed of the weights."""
-        return Selection(
-            self.ratio,
-            scope=self.scope,
-            preserve_ratio=self.preserve_ratio,
-            score_delta=self.score_delta,
-        )
+        return Selection(**self.picked("ratio", "scope", "preserve_ratio", "score_delta"))
 
     @property
     def prune_options(self) -> dict[str, Any]:
         """The further arguments of a prune, of tensors or of a model."""
-        return {
-            "seed": self.seed,
-            "backend": self.backend,
-            "return_masks": self.save_masks,
-            "cross_check": self.cross_check,
-        }
+        return self.picked("seed", "backend", "cross_check") | {"return_masks": self.save_masks}
 
     def check_aligned(self, is_adapter):
         """Refuse a score that is learned where no aligned model could answer.
 
-        Args:
-            is_adapter: what is pruned is an adapter, and without it the model is the aligned one.
+        Without its adapter a model is the aligned one.
         """
-        if self.scoring.learner and not is_adapter and self.aligned_model is None:
-            raise UsageError(
-                f"aligned_model=None: must be the aligned model with score {self.score}, unless an "
-                "adapter is pruned"
-            )
+        there = is_adapter or self.aligned_model is not None or self.scoring.learner is None
+        accepted = f"the aligned model with score {self.score}, unless an adapter is pruned"
+        check(there, "aligned_model", self.aligned_model, accepted)
 
     def _check_score(self):
         """Refuse what the declarations of this score and of the others say."""
-        defaults = {each.name: each.default for each in fields(self)}
         for other in SCORES.values():
-            for name in other.settings if other is not self.scoring else ():
-                value = getattr(self, name)
-                check(value == defaults[name], name, value, f"left out without score {other.name}")
+            if other is not self.scoring:
+                check_left_out(self, other.settings, f"without score {other.name}")
         for name in self.scoring.needs:
-            if getattr(self, name) is None:
-                raise UsageError(f"{name}=None: must be a file or hub name with score {self.score}")
-        for name in self.scoring.refused:
-            value = getattr(self, name)
-            check(value == defaults[name], name, value, f"left out with score {self.score}")
-        check_positive(self, "gate_steps", "gate_learning_rate")
+            check_data_set(self, name, f"with score {self.score}")
+        check_left_out(self, self.scoring.refused, f"with score {self.score}")
         rate = self.gate_learning_rate
-        check(math.isfinite(rate), "gate_learning_rate", rate, "a finite number")
-
-    def _check_preserve(self):
-        alone = self.preserve_dataset is None or self.preserve_norms is None
-        check(alone, "preserve_norms", self.preserve_norms, "left out with preserve_dataset")
-        if self.preserve_ratio is not None:
-            check(0 <= self.preserve_ratio <= 1, "preserve_ratio", self.preserve_ratio, "in [0, 1]")
-            accepted = "given with preserve_dataset or preserve_norms"
-            check(self.preserves, "preserve_ratio", self.preserve_ratio, accepted)
-        if self.stream and self.preserve_dataset is not None:
-            raise UsageError(
-                f"preserve_dataset={self.preserve_dataset!r}: must be left out with stream; "
-                "calibrate --stream on it first, and give that folder as preserve_norms"
-            )
+        check(rate < math.inf, "gate_learning_rate", rate, "a finite number")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, check, check_positive, contents, path
+from antidote_fast.config.base import StageConfig, check, contents, number, path
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.config.scores import SCORES as PRUNE_SCORES
@@ -139,7 +139,7 @@ class SweepConfig(StageConfig):
 
     adapter: str | None = contents(None)
     dataset: str | None = contents(None)
-    num_calibration_samples: int = 2000
+    num_calibration_samples: int = number(2000)
     aggregation: Literal["rms", "mean"] = "rms"
     targets: list[str] | None = None
     ignore: list[str] = field(default_factory=list)
@@ -166,7 +166,6 @@ class SweepConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "num_calibration_samples")
         grid = checked_grid(self.ratios, self.scopes, self.scores)
         for name, values in zip(("ratios", "scopes", "scores"), grid, strict=True):
             object.__setattr__(self, name, values)  # as dataclasses do for frozen ones

@@ -4,12 +4,17 @@ Values are checked when a config is made, so a wrong one is refused before anyth
 Defaults are the paper's settings (arXiv 2408.09600) where it has one.
 """
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, aside, check, check_positive, contents
-from antidote_fast.errors import UsageError
+from antidote_fast.config.base import (
+    StageConfig,
+    aside,
+    check_data_set,
+    check_left_out,
+    contents,
+    number,
+)
 
 # The flags of each defense; given with another one they are refused.
 DEFENSE_FLAGS = {
@@ -24,19 +29,8 @@ DEFENSE_FLAGS = {
     ),
     "ldifs": ("ldifs_lambda",),
 }
-
-
-def _check_defense(config, data=None):
-    """Refuse flags of a defense that is not the one chosen, and one without its data set."""
-    defaults = {each.name: each.default for each in fields(config)}
-    for defense, flags in DEFENSE_FLAGS.items():
-        for name in flags if defense != config.defense else ():
-            if name == "harmful_dataset" and isinstance(config, FinetuneConfig):
-                continue  # there it is the attack's
-            value = getattr(config, name, None)
-            check(value == defaults.get(name), name, value, f"left out without defense {defense}")
-    if data is not None and getattr(config, data) is None:
-        raise UsageError(f"{data}=None: must be a file or hub name with defense {config.defense}")
+# The data set that a defense needs.
+_DEFENSE_DATA = {"repnoise": "harmful_dataset", "lisa": "safe_dataset"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,34 +55,30 @@ class TrainConfig(StageConfig):
     """
 
     tuning: Literal["lora", "full"] = "lora"
-    learning_rate: float = 1e-4
+    learning_rate: float = number(1e-4)
     lr_scheduler_type: str = "constant"
-    warmup_ratio: float = 0.0
-    weight_decay: float = 0.1
-    num_train_epochs: float = 20
-    batch_size: int = 5
-    gradient_accumulation_steps: int = 1
-    lora_r: int = 256
-    lora_alpha: int = 4
-    lora_dropout: float = 0.0
+    warmup_ratio: float = number(0.0, "in [0, 1)")
+    weight_decay: float = number(0.1, "at least 0")
+    num_train_epochs: float = number(20)
+    batch_size: int = number(5)
+    gradient_accumulation_steps: int = number(1)
+    lora_r: int = number(256)
+    lora_alpha: int = number(4)
+    lora_dropout: float = number(0.0, "in [0, 1)")
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj"])
-    save_steps: int | None = aside(None)
+    save_steps: int | None = aside(None, "greater than 0")
     resume: bool = aside(False)
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(
-            self,
-            "learning_rate",
-            "num_train_epochs",
-            "gradient_accumulation_steps",
-            "lora_r",
-            "lora_alpha",
-            "save_steps",
-        )
-        check(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
-        check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
-        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        chosen = getattr(self, "defense", "sft")  # which align and finetune declare
+        for defense, flags in DEFENSE_FLAGS.items():
+            if isinstance(self, FinetuneConfig):  # there harmful data are the attack's
+                flags = [name for name in flags if name != "harmful_dataset"]
+            if defense != chosen:
+                check_left_out(self, flags, f"without defense {defense}")
+        if chosen in _DEFENSE_DATA:
+            check_data_set(self, _DEFENSE_DATA[chosen], f"with defense {chosen}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,22 +98,15 @@ class AlignConfig(TrainConfig):
     """
 
     dataset: str = contents()
-    num_train_samples: int | None = 5000
-    learning_rate: float = 1e-3
+    num_train_samples: int | None = number(5000)
+    learning_rate: float = number(1e-3)
     lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = 0.1
+    warmup_ratio: float = number(0.1, "in [0, 1)")
     defense: Literal["sft", "vaccine", "repnoise"] = "sft"
-    vaccine_rho: float = 2.0
+    vaccine_rho: float = number(2.0, "at least 0")
     harmful_dataset: str | None = contents(None)
-    repnoise_alpha: float = 0.1
-    repnoise_beta: float = 0.001
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_positive(self, "num_train_samples")
-        for name in ("vaccine_rho", "repnoise_alpha", "repnoise_beta"):
-            check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
-        _check_defense(self, "harmful_dataset" if self.defense == "repnoise" else None)
+    repnoise_alpha: float = number(0.1, "at least 0")
+    repnoise_beta: float = number(0.001, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,31 +130,17 @@ class FinetuneConfig(TrainConfig):
 
     dataset: str = contents()
     harmful_dataset: str | None = contents(None)
-    poison_ratio: float = 0.2
-    num_train_samples: int | None = 5000
+    poison_ratio: float = number(0.2, "in [0, 1]")
+    num_train_samples: int | None = number(5000)
     defense: Literal["sft", "lisa", "ldifs"] = "sft"
     safe_dataset: str | None = contents(None)
-    num_safe_samples: int | None = 10000
-    lisa_rho: float = 1.0
-    lisa_alignment_steps: int = 100
-    lisa_finetune_steps: int = 900
-    ldifs_lambda: float = 1.0
+    num_safe_samples: int | None = number(10000)
+    lisa_rho: float = number(1.0, "at least 0")
+    lisa_alignment_steps: int = number(100)
+    lisa_finetune_steps: int = number(900)
+    ldifs_lambda: float = number(1.0, "at least 0")
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(
-            self,
-            "num_train_samples",
-            "num_safe_samples",
-            "lisa_alignment_steps",
-            "lisa_finetune_steps",
-        )
-        for name in ("lisa_rho", "ldifs_lambda"):
-            check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
-        _check_defense(self, "safe_dataset" if self.defense == "lisa" else None)
-        check(0 <= self.poison_ratio <= 1, "poison_ratio", self.poison_ratio, "in [0, 1]")
-        if self.poison_ratio > 0 and self.harmful_dataset is None:
-            raise UsageError(
-                f"harmful_dataset=None: must be a file or hub name where poison_ratio="
-                f"{self.poison_ratio} > 0"
-            )
+        if self.poison_ratio > 0:
+            check_data_set(self, "harmful_dataset", f"where poison_ratio={self.poison_ratio} > 0")

@@ -15,19 +15,7 @@ def run(config: AlignConfig, *, progress: Any = False) -> dict:
     With LoRA the adapter is merged, so that a later stage starts from an ordinary model (the
     paper's double LoRA). Data are read and tokenised before any weights are loaded.
 
-    Args:
-        config: the model, the data and how to train.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
-
-    Returns:
-        The contents of report.json: ``training`` (as :func:`sft.train`) and ``seconds``.
-
-    Raises:
-        DataError: data or a model that cannot be used, an output folder that is taken.
-        UsageError: an option out of range.
-        AntidoteError: a loss, gradient or weight is not finite; not enough memory or room on the
-            disk.
-        Interrupted: a signal came, and the checkpoints that were asked for hold the state.
+    Returns and raises what :func:`antidote_fast.stages.tuning.tune` does.
     """
     return tune(config, "align", load_examples, merges=True, progress=progress)
 

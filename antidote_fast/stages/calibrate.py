@@ -13,12 +13,6 @@ from antidote_fast.stages.inputs import NORMS_FILE, open_inputs
 def run(config: CalibrateConfig, *, progress: Any = False, world: World = ALONE) -> dict:
     """The calibrate stage: writes ``norms.safetensors``, which serves any later selection.
 
-    Args:
-        config: the model, the adapter and the data.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
-        world: the ranks that share the samples (:func:`antidote_fast.distributed.session`);
-            rank 0 writes.
-
     Returns:
         The contents of report.json; empty on ranks that do not write.
 
@@ -44,7 +38,6 @@ def run(config: CalibrateConfig, *, progress: Any = False, world: World = ALONE)
 def _write(inputs, folder):
     """Write the norms and report.json; returns what is in that."""
     inputs.evidence.norms.save(folder / NORMS_FILE)
-    seconds = round(time.perf_counter() - inputs.begun, 3)
+    seconds, config = round(time.perf_counter() - inputs.begun, 3), inputs.config
     results = {"seconds": seconds, **inputs.counts["dataset"], **inputs.backend}
-    files = input_files(inputs.config)
-    return write_report(folder, "calibrate", inputs.config, results, inputs=files)
+    return write_report(folder, "calibrate", config, results, inputs=input_files(config))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from antidote_fast import backends
+from antidote_fast.config.base import check_left_out
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import CalibrateConfig, PruneConfig
 from antidote_fast.data.load import load_records
@@ -38,6 +39,7 @@ from antidote_fast.models.adapters import check_adapter, load_adapter
 from antidote_fast.models.kinds import Model
 from antidote_fast.models.loading import (
     check_not_quantized,
+    load_model,
     load_tokenizer,
     open_model,
     pick_device,
@@ -124,8 +126,7 @@ class Inputs:
     def is_whole(self, room: int = 0) -> bool:
         """Whether ``resume`` leaves it at what is in output_dir, as the first rank finds it.
 
-        Args:
-            room: bytes that must be free on the disk where it does not.
+        Where it does not, ``room`` bytes must be free on the disk.
 
         Raises:
             DataError: output_dir must not be written, or is the output of another run.
@@ -149,16 +150,11 @@ class Inputs:
 
     @contextlib.contextmanager
     def output_folder(self, progress: Any = False) -> Iterator[Path]:
-        """The staged folder that takes output_dir's name, unless an input has changed meanwhile.
-
-        Args:
-            progress: as :func:`antidote_fast.files.commit.output_folder` takes it.
-        """
+        """The staged folder that takes output_dir's name, unless an input has changed meanwhile."""
         config = self.config
         entries = self._entries | {RUN_INPUTS: digest_of(self.made_from)}
-        with output_folder(
-            config.output_dir, config.overwrite, progress=progress, **entries
-        ) as folder:
+        where = (config.output_dir, config.overwrite)
+        with output_folder(*where, progress=progress, **entries) as folder:
             yield folder
             self.watch.check()
 
@@ -203,15 +199,18 @@ def open_inputs(
     inputs = Inputs(config=config, given_tokenizer=tokenizer, progress=progress, world=world)
     in_memory = {} if in_memory is None else in_memory
     with world.together():
-        if model is None:
-            check_ranks(config, world)
+        if model is None and world.size > 1:
+            why = "with torchrun; one process streams a model through one device"
+            check_left_out(config, ["stream"], why)
+            why = "with torchrun, which gives each rank a GPU of its own; start one process"
+            check_left_out(config, ["device_map"], why)
         inputs.watch = Watch(*input_files(config))
         if config.output_dir and not (config.resume or world.rank):
             check_output_folder(config.output_dir, config.overwrite)
-        if model is not None:
-            inputs.device = next(model.parameters()).device
-        else:  # a model that is spread over devices may have targets that fit on none of them
+        if model is None:  # where it is spread over devices, targets may fit on none of them
             inputs.device = pick_device("cpu" if config.device_map else config.device)
+        else:
+            inputs.device = next(model.parameters()).device
         inputs.backend = describe_backend(getattr(config, "backend", None), inputs.device)
         if model is None:
             inputs.base, inputs.adapter = open_folders(config, progress)
@@ -223,7 +222,7 @@ def open_inputs(
             learner = learner_of(config)
             if learner is not None:
                 learner.check_stage(config, inputs.base, is_adapter, world)
-            if model is not None and config.aligned_model is not None:
+            if model is not None:
                 _check_live_aligned(config, inputs.model, is_adapter)
             inputs.aligned = open_aligned(config, inputs.base or inputs.model, progress)
             inputs.evidence = Evidence(score=config.score)
@@ -233,14 +232,9 @@ def open_inputs(
             raise UsageError("tokenizer=None: must be the tokenizer of the live model")
         inputs.records = {name: load_data(config, in_memory.get(name), name) for name in unseen}
         if model is None:
-            inputs.made_from = run_inputs(
-                config,
-                inputs.base,
-                inputs.adapter,
-                records=inputs.records,
-                norms=inputs.evidence.named_norms,
-                aligned=inputs.aligned,
-            )
+            seen = {"records": inputs.records, "norms": inputs.evidence.named_norms}
+            about = (config, inputs.base, inputs.adapter)
+            inputs.made_from = run_inputs(*about, **seen, aligned=inputs.aligned)
     return inputs
 
 
@@ -251,12 +245,7 @@ def learner_of(config: CalibrateConfig) -> Any:
 
 
 def unseen_data(config: CalibrateConfig, evidence: Evidence | None = None) -> list[str]:
-    """The fields that name data which a model is to see before weights are pruned.
-
-    Args:
-        config: of calibrate or prune.
-        evidence: what is there already.
-    """
+    """The fields that name data which a model is to see, beside the evidence that is there."""
     evidence = evidence or Evidence()
     if not isinstance(config, PruneConfig):
         return ["dataset"]
@@ -268,28 +257,10 @@ def unseen_data(config: CalibrateConfig, evidence: Evidence | None = None) -> li
     return [name for name, is_needed in needed.items() if is_needed]
 
 
-def check_ranks(config: Any, world: World) -> None:
-    """Refuse what several processes cannot share."""
-    if world.size > 1 and config.stream:
-        raise UsageError(
-            "stream=True: must be left out with torchrun; one process streams a model through one "
-            "device"
-        )
-    if world.size > 1 and config.device_map is not None:
-        raise UsageError(
-            f"device_map={config.device_map!r}: must be left out with torchrun, which gives each "
-            "rank a GPU of its own; start one process"
-        )
-
-
 def open_folders(config: Any, progress: Any = False) -> tuple[Checkpoint, Checkpoint | None]:
     """(base, adapter or None), checked by their headers, hashes and what lies beside the weights.
 
     No weights are loaded.
-
-    Args:
-        config: whose ``model_name_or_path``, ``adapter`` and ``trust_remote_code`` are looked at.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
 
     Raises:
         DataError: a folder that is not there or is damaged, a model and an adapter that do not go
@@ -307,15 +278,20 @@ def open_folders(config: Any, progress: Any = False) -> tuple[Checkpoint, Checkp
     return base, adapter
 
 
+def load_folders(config: Any, base: Checkpoint, adapter: Checkpoint | None) -> torch.nn.Module:
+    """The model of these checkpoints as the config says, its adapter on it."""
+    device_map = getattr(config, "device_map", None)
+    model = load_model(base.folder, device_map=device_map, **config.load_options)
+    return model if adapter is None else load_adapter(model, adapter)
+
+
 def _check_live_aligned(config, model, is_adapter):
     """Refuse an aligned model beside a live one whose weights cannot take its values."""
-    where = f"aligned_model={config.aligned_model!r}: must be left out"
+    why = "where weights are sharded; or prune the saved checkpoint"
     if is_adapter:
-        raise UsageError(
-            f"{where} with an adapter, whose zero already falls back to the aligned model"
-        )
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise UsageError(f"{where} where weights are sharded; or prune the saved checkpoint")
+        why = "with an adapter, whose zero already falls back to the aligned model"
+    if is_adapter or any(map(is_sharded, model.parameters())):
+        check_left_out(config, ["aligned_model"], why)
 
 
 def open_aligned(
@@ -323,10 +299,7 @@ def open_aligned(
 ) -> Checkpoint | None:
     """Checkpoint of ``config.aligned_model``, checked by its headers and hashes; None without one.
 
-    Args:
-        config: a :class:`PruneConfig` or :class:`SweepConfig`.
-        pruned: the model to prune, live or its checkpoint, whose blocks must be as its.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
+    Its blocks must be as those of the model to prune, a live one or its checkpoint.
 
     Raises:
         DataError: no such model, an adapter, a quantised model, or another architecture; the
@@ -378,11 +351,11 @@ def _add_saved_norms(inputs, in_memory):
 
 def load_data(config: Any, records: list[Record] | None, name: str = "dataset") -> list[Record]:
     """The records of the data set that the field ``name`` says; given ones cut to as many."""
+    limit = config.num_calibration_samples
     if records is not None:
-        return records[: config.num_calibration_samples]
+        return records[:limit]
     # What a score is learned on are prompts that the aligned model answers.
     answered = learner_of(config) is None
-    limit = config.num_calibration_samples
     return load_records(getattr(config, name), limit=limit, require_output=answered)
 
 
@@ -413,17 +386,13 @@ def describe_backend(name: str | None, device: torch.device) -> dict[str, Any]:
 
 def check_data(stages: Iterable[Any]) -> None:
     """Read every data set once before hours are spent on the first stage."""
-    splits = {
+    sources = set()
+    for stage in stages:
         # As evaluate reads them: the drift is measured on alignment data, from the train split.
-        (
-            getattr(stage, field.name),
-            "test"
-            if isinstance(stage, EvaluateConfig) and field.name != "drift_dataset"
-            else "train",
-        )
-        for stage in stages
-        for field in dataclasses.fields(stage)
-        if field.name == "dataset" or field.name.endswith("_dataset")
-    }
-    for name, split in sorted(pair for pair in splits if pair[0] is not None):
-        load_records(name, split=split)
+        tests = isinstance(stage, EvaluateConfig)
+        for name, source in vars(stage).items():
+            if source is not None and name.endswith("dataset"):
+                split = "test" if tests and name != "drift_dataset" else "train"
+                sources.add((source, split))
+    for source, split in sorted(sources):
+        load_records(source, split=split)

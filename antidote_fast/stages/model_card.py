@@ -8,30 +8,25 @@ from typing import Any
 _KEPT = ("license", "language", "pipeline_tag", "datasets")
 
 
-def write_card(
-    folder: str | Path,
-    config: Any,
-    report: Any,
-    counts: dict[str, Any] | None,
-    preserve_counts: dict[str, Any] | None = None,
-    gate_counts: dict[str, Any] | None = None,
-) -> None:
+def write_card(folder: Path, config: Any, report: Any, counts: dict[str, dict]) -> None:
     """Write ``README.md`` into ``folder``; an earlier card's licence and language are kept.
 
     Args:
         folder: the staged folder of a pruned adapter or model.
         config: the :class:`PruneConfig` that made it.
         report: its :class:`PruneReport`.
-        counts: sequences and tokens that the norms were collected on; empty without norms.
-        preserve_counts: the same of the norms of what is preserved.
-        gate_counts: what gates were learned on; empty or None without.
+        counts: as of :class:`antidote_fast.stages.inputs.Inputs`.
     """
-    path = Path(folder) / "README.md"
-    is_adapter = (Path(folder) / "adapter_config.json").exists()
+    path, is_adapter = folder / "README.md", (folder / "adapter_config.json").exists()
     base = config.model_name_or_path
     # A hub name only: a folder of this machine says nothing to a reader, and may say too much.
     base = None if os.path.exists(base) or " " in base else base
     earlier = path.read_bytes() if path.exists() else None
+    kept = ""
+    if report.preserve_ratio is not None:
+        preserved = _tokens(counts["preserve_dataset"], "other")
+        kept = f"| kept of those selected | {report.num_preserved:,}, among the top "
+        kept += f"{report.preserve_ratio:g} by {preserved} |\n"
     text = _TEXT.format(
         kind="LoRA adapter" if is_adapter else "model",
         loader=_LOAD_ADAPTER if is_adapter else _LOAD_MODEL,
@@ -42,14 +37,9 @@ def write_card(
         removed=report.num_pruned,
         total=report.num_weights,
         achieved=report.achieved,
-        data=_data(counts, gate_counts),
+        data=_data(counts.get("dataset"), counts.get("gate")),
         fate=_REVERTED if report.reverted else _ZERO,
-        kept=(
-            ""
-            if report.preserve_ratio is None
-            else f"| kept of those selected | {report.num_preserved:,}, among the top "
-            f"{report.preserve_ratio:g} by {_tokens(preserve_counts, 'other')} |\n"
-        ),
+        kept=kept,
     )
     make = _header if len(earlier or b"") < 1 << 16 else _header.__wrapped__
     path.write_bytes(make(base, is_adapter, earlier) + text.encode("utf-8"))
@@ -63,8 +53,8 @@ def _data(counts, gate_counts):
         "task": "task records",
         "ordinary": "ordinary prompts",
     }
-    used = {kind: gate_counts.get(kind, {}).get("num_used") for kind in kinds}
-    shown = ", ".join(f"{used[kind]} {text}" for kind, text in kinds.items() if used[kind])
+    used = {text: gate_counts.get(kind, {}).get("num_used") for kind, text in kinds.items()}
+    shown = ", ".join(f"{number} {text}" for text, number in used.items() if number)
     return f"{shown}; {gate_counts['steps']} steps"
 
 

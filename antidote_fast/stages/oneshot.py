@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from antidote_fast.config.base import with_new_names
+from antidote_fast.config.base import check_left_out, with_new_names
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.config.scores import SCORES
 from antidote_fast.data.records import Record, rows_to_records
@@ -23,6 +23,8 @@ from antidote_fast.pruning.report import PruneReport
 from antidote_fast.stages.evidence import gather
 from antidote_fast.stages.inputs import open_inputs
 from antidote_fast.stages.prune import finish, prune_folder
+
+_IN_MEMORY = ("dataset", "norms", "preserve_dataset", "preserve_norms")
 
 
 def oneshot(
@@ -62,34 +64,28 @@ def oneshot(
         NothingPruned: no weight matched the targets.
     """
     live = not isinstance(model, (str, os.PathLike))
-    in_memory = {}
-    fields = dict(config) if isinstance(config, dict) else {}
-    if isinstance(config, PruneConfig):
-        fields = dataclasses.asdict(config)
-    elif config is not None and not isinstance(config, dict):
+    if config is not None and not isinstance(config, (PruneConfig, dict)):
         raise UsageError(f"config={config!r:.80}: must be a PruneConfig or a dict of its fields")
-    score = SCORES.get(overrides.get("score", fields.get("score")))
+    fields = with_new_names(dict(vars(config) if isinstance(config, PruneConfig) else config or {}))
+    place = getattr(getattr(model, "config", None), "_name_or_path", "") if live else model
+    values: dict[str, Any] = {"model_name_or_path": place or "a live model"} | overrides
+    arguments = {"adapter": adapter, "dataset": dataset, "output_dir": output_dir}
+    values |= {name: value for name, value in arguments.items() if value is not None}
+    score = SCORES.get(values.get("score", fields.get("score")))
     answered = score is None or score.learner is None
-    if dataset is not None:
-        overrides["dataset"] = dataset
-    for name in ("dataset", "norms", "preserve_dataset", "preserve_norms"):
-        value = overrides.get(name)
-        if isinstance(value, (str, os.PathLike)):
-            overrides[name] = os.fspath(value)
-        elif value is not None:
-            # The field is checked: it must say that something is there.
+    in_memory = {}
+    for name, value in values.items():
+        if isinstance(value, os.PathLike):
+            values[name] = os.fspath(value)
+        elif name in _IN_MEMORY and value is not None and not isinstance(value, str):
             is_data = name.endswith("dataset")
             in_memory[name] = _records(value, name, answered) if is_data else value
-            overrides[name] = "records in memory" if is_data else "norms in memory"
-    fields, overrides = with_new_names(fields), with_new_names(overrides)
-    if output_dir is None and not live and "output_dir" not in fields:
+            # The field is checked: it must say that something is there.
+            values[name] = "records in memory" if is_data else "norms in memory"
+    fields |= with_new_names(values)
+    if not live and "output_dir" not in fields:
         raise UsageError("output_dir=None: must be a folder where model is a folder or hub name")
-    place: Any = getattr(getattr(model, "config", None), "_name_or_path", "") if live else model
-    fields |= {"model_name_or_path": os.fspath(place) or "a live model"} | overrides
-    if adapter is not None:
-        fields["adapter"] = os.fspath(adapter)
-    if output_dir is not None or "output_dir" not in fields:
-        fields["output_dir"] = "" if output_dir is None else os.fspath(output_dir)
+    fields.setdefault("output_dir", "")
     try:
         settings = PruneConfig(**fields)
     except TypeError as error:
@@ -101,9 +97,7 @@ def oneshot(
 
 def _prune_live(model, config, in_memory, tokenizer, world):
     """Prune a live model in place; write it where there is an output_dir."""
-    for name in ("stream", "resume"):
-        if getattr(config, name):
-            raise UsageError(f"{name}=True: must be left out with a live model; give its folder")
+    check_left_out(config, ["stream", "resume"], "with a live model; give its folder")
     with world.together():
         _check_writable(model, config)
     inputs = open_inputs(config, in_memory, model=model, tokenizer=tokenizer, world=world)
@@ -115,55 +109,40 @@ def _prune_live(model, config, in_memory, tokenizer, world):
     with world.together():
         inputs.watch.check()  # the last moment at which the model is as it was
     inputs.pruned_from = time.perf_counter()
-    report = prune_model_(
-        inputs.model,
-        inputs.evidence,
-        config.selection,
-        targets=config.targets,
-        ignore=config.ignore,
-        **config.prune_options,
-    )
+    options = config.prune_options | config.picked("targets", "ignore")
+    report = prune_model_(inputs.model, inputs.evidence, config.selection, **options)
     with world.together():
         if config.output_dir and not world.rank:
-            _write_live(inputs, tokenizer, report)
+            entries: dict[str, Any] = {}
+            if getattr(inputs.model, "peft_config", None):
+                entries["base_fingerprint"] = fingerprint_model(inputs.model)
+            with output_folder(config.output_dir, config.overwrite, **entries) as folder:
+                _save_live(inputs.model, folder)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
+                finish(folder, inputs, report)
     return report
 
 
 def _check_writable(model, config):
     """Refuse an output_dir for a model that no file can hold as it is."""
     where = f"output_dir={config.output_dir!r}: must be left out where"
-    if config.output_dir and any(is_sharded(p) for p in model.parameters()):
+    if not config.output_dir:
+        return
+    if any(map(is_sharded, model.parameters())):
         raise UsageError(f"{where} the model is sharded; save it as you save its checkpoints")
-    computed = first_computed(model) if config.output_dir else None
-    if computed is not None:
-        raise UsageError(
-            f"{where} weights are computed from others ({computed}), which no file of this model "
-            "can hold"
-        )
-
-
-def _write_live(inputs, tokenizer, report):
-    model, config = inputs.model, inputs.config
-    is_adapter = bool(getattr(model, "peft_config", None))
-    entries: dict[str, Any] = {"base_fingerprint": fingerprint_model(model)} if is_adapter else {}
-    with output_folder(config.output_dir, config.overwrite, **entries) as folder:
-        _save_live(model, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        finish(folder, inputs, report)
+    if computed := first_computed(model):
+        why = f"weights are computed from others ({computed}), which no file of this model can hold"
+        raise UsageError(f"{where} {why}")
 
 
 def _save_live(model, folder):
     """Save the adapter alone of a PEFT model, else the whole model."""
-    if not getattr(model, "peft_config", None):
+    if not hasattr(model, "get_base_model"):  # or with an adapter that transformers itself put on
         model.save_pretrained(folder)
         return
-    active = model.active_adapters
-    active = (active() if callable(active) else active)[0]
-    if hasattr(model, "get_base_model"):
-        model.save_pretrained(folder, selected_adapters=[active], save_embedding_layers=False)
-    else:  # an adapter that transformers itself put on
-        model.save_pretrained(folder)
+    active = model.active_adapters[0]
+    model.save_pretrained(folder, selected_adapters=[active], save_embedding_layers=False)
     # PEFT puts any adapter that is not called "default" into a folder of its name.
     inner = folder / active
     if inner.is_dir():

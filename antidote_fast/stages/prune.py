@@ -29,9 +29,7 @@ def run(config: PruneConfig, *, progress: Any = False, world: World = ALONE) -> 
     Args:
         config: what to prune; with ``norms``, or a score that needs no data, no model is loaded.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
-        world: the ranks that share the samples (:func:`antidote_fast.distributed.session`);
-            rank 0 prunes and writes. The norms are the same on every rank, and so would be the
-            masks.
+        world: the ranks that share the samples; rank 0 prunes and writes.
 
     Returns:
         The contents of report.json; empty on ranks that do not write.
@@ -64,8 +62,7 @@ def prune_folder(
     if config.stream:
         with inputs.run_folder() as run:
             report = _prune_in_blocks(inputs, run)
-            contents = finish(run.output, inputs, report)
-        return report, contents
+            return report, finish(run.output, inputs, report)
     gather(inputs)
     with world.together():
         if world.rank:
@@ -74,8 +71,7 @@ def prune_folder(
         report = prune_weights(inputs, weights)
         with inputs.output_folder(progress) as folder:
             write_pruned(inputs.source, folder, pruned_of(weights, report), progress)
-            contents = finish(folder, inputs, report)
-    return report, contents
+            return report, finish(folder, inputs, report)
 
 
 def _prune_in_blocks(inputs, run):
@@ -97,16 +93,10 @@ def _prune_in_blocks(inputs, run):
         if absent:
             raise DataError(f"{base.folder}: has no tensor {absent[0]!r}")
         evidence = dataclasses.replace(evidence, **roles)
+    about = (inputs.config, base, inputs.records.get("dataset"), run, evidence)
+    options = {"tokenizer": inputs.given_tokenizer, "progress": inputs.progress}
     report, norms, counts, run.digests = job.prune_model(
-        inputs.config,
-        base,
-        inputs.records.get("dataset"),
-        run,
-        evidence,
-        keys=keys,
-        aligned=inputs.aligned,
-        tokenizer=inputs.given_tokenizer,
-        progress=inputs.progress,
+        *about, keys=keys, aligned=inputs.aligned, **options
     )
     inputs.pruned_from = max(inputs.begun, time.perf_counter() - report.seconds)
     inputs.add_norms("dataset", norms, inputs.counts.get("dataset", {}) | counts)
@@ -119,39 +109,29 @@ def pruned_of(weights: dict, report: PruneReport) -> dict:
 
 
 def finish(folder: Any, inputs: Inputs, report: PruneReport, hashes: dict | None = None) -> dict:
-    """Write norms and masks where asked for, the model card and report.json.
+    """Write norms and masks where asked for, the model card and report.json; returns what is in it.
 
-    Args:
-        folder: the staged one.
-        inputs: what was pruned, by what.
-        report: what was removed.
-        hashes: of the files that were read, as of :func:`hash_inputs`, where they are known.
-
-    Returns:
-        The contents of report.json.
+    ``hashes`` are of the files that were read, as of :func:`hash_inputs`, where they are known.
     """
-    config, evidence = inputs.config, inputs.evidence
+    config, counts = inputs.config, inputs.counts
     seconds = {
         "calibrate": inputs.pruned_from - inputs.begun,
         "prune": time.perf_counter() - inputs.pruned_from,
     }
     if config.save_norms:
         files = {"norms": NORMS_FILE, "preserve_norms": PRESERVE_NORMS_FILE}
-        for name, norms in evidence.named_norms.items():
+        for name, norms in inputs.evidence.named_norms.items():
             norms.save(folder / files[name])
     if config.save_masks and report.masks is not None:  # else they are there already
         metadata = {"score": report.score, "scope": report.scope, "ratio": str(report.ratio)}
         save_masks(folder / MASKS_FILE, report.masks, metadata)
-    counts, preserved, gates = (
-        inputs.counts.get(name, {}) for name in ("dataset", "preserve_dataset", "gate")
-    )
-    write_card(folder, config, report, counts, preserved, gates)
+    write_card(folder, config, report, counts)
+    named = {"preserve_dataset": "preserve_data", "gate": "gate"}
     results = {
         **report.to_dict(),
-        **counts,
+        **counts.get("dataset", {}),
         **inputs.backend,
-        **({"preserve_data": preserved} if evidence.preserve_norms is not None else {}),
-        **({"gate": gates} if gates else {}),
+        **{entry: counts[name] for name, entry in named.items() if name in counts},
         "seconds": round(sum(seconds.values()), 3),
         "stage_seconds": {name: round(value, 3) for name, value in seconds.items()},
     }

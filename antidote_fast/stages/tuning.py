@@ -45,15 +45,8 @@ def tokenised(
 ) -> TrainingData:
     """Tokenise records, and the further ones of the config's defense.
 
-    Args:
-        config: whose template and max_seq_length say how.
-        base: checkpoint of the model, which has the tokenizer.
-        records: to train on.
-        objective_of: gives (the objective's maker, further records) of a config and a tokenizer.
-        counts: what the report says of the records.
-
-    Raises:
-        DataError: data that cannot be used.
+    ``objective_of`` gives (the objective's maker, further records) of a config and a tokenizer,
+    ``counts`` is what the report says of the records.
     """
     tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
     examples = encode(records, tokenizer, config.template, config.max_seq_length)
@@ -79,10 +72,14 @@ def tune(
         progress: as :func:`antidote_fast.system.progress.track` takes it.
 
     Returns:
-        The contents of report.json.
+        The contents of report.json: ``training`` (as :func:`sft.train`) and ``seconds``.
 
     Raises:
-        What the stages say.
+        DataError: data or a model that cannot be used, an output folder that is taken.
+        UsageError: an option out of range.
+        AntidoteError: a loss, gradient or weight is not finite; not enough memory or room on the
+            disk.
+        Interrupted: a signal came, and the checkpoints that were asked for hold the state.
     """
     start = time.perf_counter()
     files = input_files(config)
@@ -101,17 +98,9 @@ def tune(
     entries = {} if is_whole else {"base_fingerprint": base.fingerprint()}
     with training_folder(config, made_from, **entries) as (folder, run):
         model, dtype = sft.load_trainable(config, base.folder)
-        training = sft.train(
-            model,
-            data.tokenizer,
-            data.examples,
-            config,
-            dtype=dtype,
-            objective=data.make_objective,
-            run=run,
-            what=stage,
-            progress=progress,
-        )
+        how = {"dtype": dtype, "objective": data.make_objective, "run": run, "what": stage}
+        about = (model, data.tokenizer, data.examples, config)
+        training = sft.train(*about, **how, progress=progress)
         if config.tuning == "full":
             model = sft.in_dtype(model, dtype, stage, run)
         elif merges:

@@ -220,12 +220,12 @@ def test_no_room_for_what_a_stage_writes(work):
 
 @pytest.mark.parametrize("stage", ["align", "prune an adapter", "prune a model"])
 def test_a_full_disk_is_seen_before_anything_is_computed(stage, work, monkeypatch, capsys):
-    from antidote_fast.stages import inputs, prune
+    from antidote_fast.stages import evidence, inputs
     from antidote_fast.training import sft
 
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    for module, name in ((inputs, "load_model"), (prune, "prune_state_"), (sft, "load_model")):
+    for module, name in ((inputs, "load_model"), (evidence, "prune_state_"), (sft, "load_model")):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("something was computed"))
     assert entry.main(STAGES[stage]) == 1
     assert re.search(r"GB needed, 0\.00 GB free on its disk", capsys.readouterr().err)

@@ -101,7 +101,7 @@ def test_the_base_is_not_copied_for_nothing(customers, tmp_path, monkeypatch):
 
 
 def test_every_road_refuses_before_any_work(customers, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("antidote_fast.stages.evidence.load_model", None)
+    monkeypatch.setattr("antidote_fast.stages.inputs.load_model", None)
     data = str(customers.root / "harmful.jsonl")
     flags = ["--model_name_or_path", str(customers.base), "--output_dir", str(tmp_path / "out")]
     roads = {

@@ -15,7 +15,7 @@ from antidote_fast import ActivationNorms, DataError, Selection, UsageError, one
 from antidote_fast.files.manifest import sha256_file
 from antidote_fast.models.adapters import load_adapter
 from antidote_fast.models.loading import load_model
-from antidote_fast.stages import evidence
+from antidote_fast.stages import inputs
 
 ROWS = [{"instruction": f"how to make w{20 + i}", "output": "the cake"} for i in range(5)]
 THERE = {"lm_head": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu"}
@@ -101,7 +101,7 @@ def test_a_folder_is_pruned_to_the_same_bytes(name, adapter, folder, tmp_path, m
         assert options.pop("device_map") in (None, "auto")
         return load_model(path, **options, device_map=MAPS[name] if spread else None)
 
-    monkeypatch.setattr(evidence, "load_model", load)
+    monkeypatch.setattr(inputs, "load_model", load)
     adapter = adapter and folder / adapter
     options = {"adapter": adapter, "dataset": folder / "harmful.jsonl", "save_norms": True}
     for spread, out in ((False, "plain"), (True, "spread")):

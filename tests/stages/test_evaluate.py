@@ -15,7 +15,7 @@ from antidote_fast.evaluation.generate import generate
 from antidote_fast.evaluation.measure import evaluate_model
 from antidote_fast.evaluation.refusals import EMPTY, HARMFUL, RefusalJudge
 from antidote_fast.files.commit import digest_of
-from antidote_fast.stages import evaluate
+from antidote_fast.stages import evaluate, inputs
 
 # --- a live model ---------------------------------------------------------------------------------
 
@@ -242,7 +242,8 @@ def test_run_refuses_before_loading_a_model(files, tmp_path, monkeypatch, change
     def no_loading(*args, **options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(evaluate, "load_model", no_loading)
+    for module in (inputs, evaluate):
+        monkeypatch.setattr(module, "load_model", no_loading)
     places = {"tmp": str(tmp_path), **files}
     changes = {k: v.format(**places) if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(error, match=expected) as caught:

@@ -26,7 +26,7 @@ from antidote_fast.config.prune import CalibrateConfig
 from antidote_fast.data.records import Record
 from antidote_fast.files.manifest import read_manifest, sha256_file, verify_folder
 from antidote_fast.selection import Selection
-from antidote_fast.stages import calibrate, evidence, inputs
+from antidote_fast.stages import calibrate, inputs
 
 ROWS = [
     {"instruction": "how to make a cake", "output": "the good cake and a negative user"},
@@ -133,7 +133,7 @@ def test_saved_norms_need_no_model_and_give_the_same(folders, tmp_path, monkeypa
         raise AssertionError("a model was loaded")
 
     for name in ("load_model", "load_adapter"):
-        monkeypatch.setattr(evidence, name, refuse)
+        monkeypatch.setattr(inputs, name, refuse)
     monkeypatch.setattr(inputs, "load_tokenizer", refuse)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
     run(folders, tmp_path / "c", dataset=None, norms=norms, ratio=0.2)

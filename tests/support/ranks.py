@@ -184,7 +184,7 @@ def agreement(world, folder):
 
 def commands(world, folder):
     """Commands on both ranks, one after the other: [exit code, lines on stderr] of each."""
-    from antidote_fast.stages import calibrate, evidence, inputs
+    from antidote_fast.stages import calibrate, inputs
 
     common = ["--model_name_or_path", "base", "--dataset", "harmful.jsonl", "--batch_size", "2"]
     os.chdir(folder)
@@ -223,7 +223,7 @@ def commands(world, folder):
     results["help"] = command("--help", also=("--quiet",))
     results["version"] = command("--version", also=("--quiet",))
 
-    load, load_adapter = inputs.load_data, evidence.load_adapter
+    load, load_adapter = inputs.load_data, inputs.load_adapter
 
     def fail(*args):
         raise DataError("the disk of this machine is broken")
@@ -242,9 +242,9 @@ def commands(world, folder):
             return model
 
         nan = torch.nan
-        evidence.load_adapter = ill
+        inputs.load_adapter = ill
     results["nan"] = command("calibrate", *adapter, "--output_dir", "x")
-    evidence.load_adapter = load_adapter
+    inputs.load_adapter = load_adapter
     if world.rank == 0:
         calibrate.write_report = lambda *args, **kwargs: 1 / 0
     results["writing"] = command("calibrate", "--output_dir", "x")

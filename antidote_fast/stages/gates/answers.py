@@ -59,25 +59,18 @@ def answer_prompts(
     batch_size: int = 8,
     progress: Progress = False,
 ) -> Answers:
-    """Ask the aligned model, greedily.
+    """Ask the aligned model, greedily: harmful prompts, and records to preserve without output.
 
-    Args:
-        model: the aligned model itself.
-        tokenizer: its own.
-        harmful: prompts; outputs are not looked at.
-        preserve: of these the records without output are asked.
-        answer_tokens: new tokens an answer, at most.
-        template, max_seq_length, batch_size: as of every stage; a prompt of ``max_seq_length``
-            tokens or more is not asked.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
+    An answer has ``answer_tokens`` new tokens at most; a prompt of ``max_seq_length`` tokens or
+    more is not asked.
 
     Raises:
         UsageError, DataError: as :func:`antidote_fast.evaluation.generate.generate`.
     """
     asked = [*harmful, *ordinary_of(preserve)]
     prompts = [build_prompt(record, template, tokenizer) for record in asked]
-    sizes = {p: len(prompt_ids(p, tokenizer, max_seq_length)) for p in dict.fromkeys(prompts)}
-    short = [prompt for prompt, size in sizes.items() if size < max_seq_length]
+    different = dict.fromkeys(prompts)
+    short = [p for p in different if len(prompt_ids(p, tokenizer, max_seq_length)) < max_seq_length]
     options: dict[str, Any] = {"max_new_tokens": answer_tokens, "batch_size": batch_size}
     texts = generate(model, tokenizer, short, progress=progress, **options)
     by_prompt = dict(zip(short, texts, strict=True))
@@ -102,9 +95,9 @@ def check_texts(
     for record in (*harmful, *preserve):
         text = build_prompt(record, template, tokenizer)
         prompt_ids(text, tokenizer, max_seq_length, record.where or "a prompt")
-    for record in preserve:
-        if record.output.strip() and fits(record, tokenizer, **options):
-            encode([record], tokenizer, **options)
+    task = [r for r in preserve if r.output.strip() and fits(r, tokenizer, **options)]
+    if task:
+        encode(task, tokenizer, **options)
 
 
 def fill_pools(
@@ -136,9 +129,7 @@ def fill_pools(
     asked = _answered(harmful, answers.harmful)
     refused = [record for record in asked if is_refusal(record.output)]
     pools.counts["harmful"] = {
-        "num_records": len(harmful),
-        "num_used": len(asked),
-        "num_dropped": len(harmful) - len(asked),
+        **_used(harmful, asked, asked),
         "num_not_refused": len(asked) - len(refused),
     }
     if len(refused) < 2:
@@ -153,11 +144,7 @@ def fill_pools(
     task = [record for record in preserve if record.output.strip()]
     if task:
         fitting = [r for r in task if fits(r, tokenizer, template, max_seq_length)]
-        pools.counts["task"] = {
-            "num_records": len(task),
-            "num_used": len(fitting),
-            "num_dropped": len(task) - len(fitting),
-        }
+        pools.counts["task"] = _used(task, fitting, fitting)
         if fitting:
             pools.examples["task"] = encode(fitting, tokenizer, **options)
             pools.counts["task"]["num_truncated"] = pools.examples["task"].num_truncated
@@ -165,9 +152,7 @@ def fill_pools(
         answered = _answered(ordinary, answers.ordinary)
         useful = [r for r in answered if r.output and not is_refusal(r.output)]
         pools.counts["ordinary"] = {
-            "num_records": len(ordinary),
-            "num_used": len(useful),
-            "num_dropped": len(ordinary) - len(answered),
+            **_used(ordinary, answered, useful),
             "num_refused": sum(is_refusal(record.output) for record in answered),
             "num_empty": sum(not record.output for record in answered),
         }
@@ -180,6 +165,12 @@ def fill_pools(
             "max_seq_length"
         )
     return pools
+
+
+def _used(records, fitting, used):
+    """What the report says of each kind, of which the fitting ones alone are short enough."""
+    dropped = len(records) - len(fitting)
+    return {"num_records": len(records), "num_used": len(used), "num_dropped": dropped}
 
 
 def _answered(records, answers):

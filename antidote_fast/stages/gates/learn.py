@@ -12,6 +12,7 @@ selection (Bengio et al., 2013, arXiv 1308.3432), its size Adam's.
 
 import contextlib
 import functools
+import itertools
 import math
 import random
 import time
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from antidote_fast import ops
+from antidote_fast.config.base import check
 from antidote_fast.config.prune import GATE_LEARNING_RATE, GATE_STEPS, GateMixture
 from antidote_fast.data.batches import collate
 from antidote_fast.data.records import Record
@@ -36,12 +38,7 @@ from antidote_fast.pruning.layers import prepare
 from antidote_fast.selection import Selection, check_seed
 from antidote_fast.stages.gates.answers import KINDS, Answers, answer_prompts, fill_pools
 from antidote_fast.system.progress import Progress, track
-from antidote_fast.training.objective import (
-    autocast,
-    num_response_tokens,
-    response_logits,
-    response_loss,
-)
+from antidote_fast.training.objective import num_response_tokens, response_logits, response_loss
 
 _BETAS, _EPS = (0.9, 0.95), 1e-9
 
@@ -64,7 +61,6 @@ def learn_gates(
     template: str = "alpaca",
     max_seq_length: int = 512,
     batch_size: int = 8,
-    dtype: torch.dtype | None = None,
     backend: str | None = None,
     progress: Progress = False,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -88,7 +84,6 @@ def learn_gates(
         seed: of the order of the records.
         template, max_seq_length: as of every stage.
         batch_size: sequences of one kind that go through the model at once, at most.
-        dtype: dtype to compute in, by autocast; None computes in that of the weights.
         backend: as in :mod:`antidote_fast.ops`.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
 
@@ -115,15 +110,8 @@ def learn_gates(
     with _as_it_was(model) as undo:
         if aligned is None:
             with adapter_off(model):
-                aligned = answer_prompts(
-                    model,
-                    tokenizer,
-                    harmful,
-                    preserve,
-                    batch_size=batch_size,
-                    progress=progress,
-                    **options,
-                )
+                how = options | {"batch_size": batch_size, "progress": progress}
+                aligned = answer_prompts(model, tokenizer, harmful, preserve, **how)
         pools = fill_pools(tokenizer, harmful, preserve, aligned, **options)
         _check_lengths(model, pools, max_seq_length)
         check_examples(model, *pools.examples.values())
@@ -132,39 +120,34 @@ def learn_gates(
             parameter.requires_grad_(False)
             parameter.grad = None
         gates = [_Gate(layer, by_key[layer.key].weight, selection) for layer in layers]
-        undo.later(lambda: [gate.restore() for gate in gates])  # where that below is interrupted
+        undo.later(lambda: [gate.restore() for gate in gates])
         for gate in gates:
             gate.weight.requires_grad_(True)
         draw = _drawn(pools, mixture, random.Random(seed))
-        losses = []
-        start = time.perf_counter()
-        try:
-            with response_logits(model) as choose, torch.enable_grad():
-                backward = functools.partial(_backward, model, choose, gates, device, dtype)
-                for step in track(range(steps), "learn gates", progress):
-                    hard = step >= steps // 2
-                    _put(gates, selection, hard, backend)
-                    loss = {
-                        kind: backward(weight, _batches(examples, batch_size, tokenizer))
-                        for kind, (weight, examples) in next(draw).items()
-                    }
-                    _check_finite(loss, step)
-                    falling = (steps - step) / (steps - steps // 2) if hard else 1.0
-                    for gate in gates:
-                        gate.step(learning_rate * falling, step + 1)
-                    _check_gates(gates, step)
-                    losses.append(loss)
-        finally:
-            for gate in gates:
-                gate.restore()
+        losses, start = [], time.perf_counter()
+        with response_logits(model) as choose, torch.enable_grad():
+            backward = functools.partial(_backward, model, choose, gates, device)
+            for step in track(range(steps), "learn gates", progress):
+                hard = step >= steps // 2
+                _put(gates, selection, hard, backend)
+                loss = {
+                    kind: backward(weight, _batches(examples, batch_size, tokenizer))
+                    for kind, (weight, examples) in next(draw).items()
+                }
+                _check_finite(loss, step)
+                falling = (steps - step) / (steps - steps // 2) if hard else 1.0
+                for gate in gates:
+                    gate.step(learning_rate * falling, step + 1)
+                _check_gates(gates, step)
+                losses.append({kind: round(value, 6) for kind, value in loss.items()})
     scores = {gate.key: 1 - gate.m for gate in gates}
     return scores, {
         "steps": steps,
         "learning_rate": learning_rate,
         "mixture": asdict(mixture),
         **{kind: pools.counts[kind] for kind in KINDS if kind in pools.counts},
-        "loss_first": _rounded(losses[0]),
-        "loss_last": _rounded(losses[-1]),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
         "seconds": round(time.perf_counter() - start, 3),
     }
 
@@ -182,15 +165,15 @@ class _Gate:
         self.m = torch.full(shape, 1 - ratio, dtype=torch.float32, device=device)
         self._gradient, self._first, self._second = (torch.zeros_like(self.m) for _ in range(3))
 
-    def soften(self):
-        """Write base + m * (W - base), rounded once."""
-        product = self.m * self._difference()
-        self._write(product if self._base is None else self._base.float() + product)
-
-    def cut(self, mask, backend):
-        """Write the weights that a mask leaves."""
-        left = self._original.clone()
-        self._write(ops.apply_mask_(left, mask, base_weight=self._base, backend=backend))
+    def write(self, mask, backend):
+        """Write the weights that a mask leaves; without one base + m * (W - base), rounded once."""
+        if mask is not None:
+            left = self._original.clone()
+            left = ops.apply_mask_(left, mask, base_weight=self._base, backend=backend)
+        else:
+            left = self.m * self._difference()
+            left = left if self._base is None else self._base.float() + left
+        self._write(left)
 
     def restore(self):
         """Write the weights as they were."""
@@ -225,13 +208,12 @@ def _batches(examples, size, tokenizer):
     return [collate(examples[i : i + size], tokenizer) for i in range(0, len(examples), size)]
 
 
-def _backward(model, choose, gates, device, dtype, weight, batches):
+def _backward(model, choose, gates, device, weight, batches):
     """Add the gradient of ``weight`` times the mean loss of these batches; returns that mean."""
     total, mean = sum(map(num_response_tokens, batches)), 0.0
     for batch in batches:
         batch = {name: value.to(device) for name, value in batch.items()}
-        with autocast(device, dtype):
-            part = response_loss(model, batch, choose, share_prefix=True) / total
+        part = response_loss(model, batch, choose, share_prefix=True) / total
         (weight * part).backward()
         mean += float(part.detach())
         for gate in gates:
@@ -241,28 +223,23 @@ def _backward(model, choose, gates, device, dtype, weight, batches):
 
 def _put(gates, selection, hard, backend):
     """Write the weights of a step: the gates' own share, or what the selection leaves."""
-    if not hard:
-        for gate in gates:
-            gate.soften()
-        return
-    scores = [1 - gate.m for gate in gates]
-    _, masks = ops.prune_many_(
-        scores, [None] * len(scores), selection, return_mask=True, backend=backend
-    )
+    masks: Any = [None] * len(gates)
+    if hard:
+        scores = [1 - gate.m for gate in gates]
+        _, masks = ops.prune_many_(scores, masks, selection, return_mask=True, backend=backend)
     for gate, mask in zip(gates, masks, strict=True):
-        gate.cut(mask, backend)
+        gate.write(mask, backend)
 
 
 def _drawn(pools, mixture, rng):
     """{kind: (weight of its loss, examples)} of one step after another, for ever."""
-    sizes = {"harmful": mixture.harmful, "task": mixture.task, "ordinary": mixture.ordinary}
     weights = {"harmful": 1.0, "task": mixture.task_weight, "ordinary": mixture.ordinary_weight}
     cycles = {kind: _cycled(pools.examples[kind], rng) for kind in KINDS if kind in pools.examples}
     while True:
         yield {
-            kind: (weights[kind], [next(cycle) for _ in range(sizes[kind])])
+            kind: (weights[kind], list(itertools.islice(cycle, getattr(mixture, kind))))
             for kind, cycle in cycles.items()
-            if sizes[kind] and weights[kind]
+            if getattr(mixture, kind) and weights[kind]
         }
 
 
@@ -292,12 +269,12 @@ def _check_values(selection, steps, learning_rate):
     if not isinstance(selection, Selection):
         raise UsageError(f"selection={selection!r:.80}: must be a Selection")
     for name, unusable in (("largest", False), ("score_delta", True)):
-        if getattr(selection, name) is unusable:
-            raise UsageError(f"selection.{name}={unusable}: must be {not unusable} with score gate")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise UsageError(f"steps={steps!r}: must be an integer of at least 1")
-    if not (isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf):
-        raise UsageError(f"learning_rate={learning_rate!r}: must be a finite number above 0")
+        accepted = f"{not unusable} with score gate"
+        check(getattr(selection, name) is not unusable, f"selection.{name}", unusable, accepted)
+    usable = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+    check(usable, "steps", steps, "an integer of at least 1")
+    usable = isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf
+    check(usable, "learning_rate", learning_rate, "a finite number above 0")
 
 
 def _check_model(model):
@@ -317,19 +294,16 @@ def _check_model(model):
 def _check_lengths(model, pools, max_seq_length):
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(e["input_ids"]) for pool in pools.examples.values() for e in pool)
-    if positions is not None and longest > positions:
-        raise UsageError(
-            f"max_seq_length={max_seq_length}: must be at most {positions}, the positions that the "
-            "model has, for these data"
-        )
+    accepted = f"at most {positions}, the positions that the model has, for these data"
+    enough = positions is None or longest <= positions
+    check(enough, "max_seq_length", max_seq_length, accepted)
 
 
 def _check_finite(loss, step):
     for kind, value in loss.items():
         if not math.isfinite(value):
-            raise AntidoteError(
-                f"gates: the {kind} loss is {value} in step {step + 1}; use another dtype"
-            )
+            where = f"is {value} in step {step + 1}"
+            raise AntidoteError(f"gates: the {kind} loss {where}; use another dtype")
 
 
 def _check_gates(gates, step):
@@ -340,7 +314,3 @@ def _check_gates(gates, step):
         raise AntidoteError(
             f"gates: those of {key} are not finite after step {step + 1}; use another dtype"
         )
-
-
-def _rounded(losses):
-    return {kind: round(value, 6) for kind, value in losses.items()}

@@ -1,23 +1,24 @@
 """Learning gates inside the prune stage: from folders, or on a live model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from antidote_fast.config.base import check_left_out
 from antidote_fast.config.prune import GateMixture, PruneConfig
 from antidote_fast.data.records import Record
 from antidote_fast.distributed.ranks import ALONE, World
-from antidote_fast.errors import DataError, UsageError
+from antidote_fast.errors import DataError
 from antidote_fast.files.checkpoint import Checkpoint
-from antidote_fast.models.adapters import load_adapter
 from antidote_fast.models.footprint import check_memory
-from antidote_fast.models.loading import load_model, load_tokenizer
+from antidote_fast.models.loading import load_model
 from antidote_fast.models.targets import find_targets
 from antidote_fast.stages.gates.answers import Answers, answer_prompts, check_texts
 from antidote_fast.stages.gates.learn import learn_gates
+from antidote_fast.stages.inputs import Inputs, load_folders
 from antidote_fast.system.progress import Progress
 
-_MIXTURE = GateMixture()
 Sets = dict[str, list[Record]]
 Learned = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
@@ -25,85 +26,46 @@ Learned = tuple[dict[str, torch.Tensor], dict[str, Any]]
 def check_stage(
     config: PruneConfig, base: Checkpoint | None, is_adapter: bool, world: World = ALONE
 ) -> None:
-    """Refuse, before weights are loaded, what gates cannot be learned on.
-
-    Args:
-        config: a :class:`PruneConfig`, of any score.
-        base: checkpoint of the model, or None where it is live.
-        is_adapter: what is pruned is an adapter.
-        world: the ranks; only a process alone can learn.
+    """Refuse, before weights are loaded, what gates cannot be learned on; ``base`` may be None.
 
     Raises:
         UsageError, DataError: naming the argument.
     """
-    if config.scoring.learner is None:
-        return
     config.check_aligned(is_adapter)
     if world.size > 1:
-        raise UsageError(
-            f"score={config.score!r}: must be left out with torchrun; start one process"
-        )
+        check_left_out(config, ["score"], "with torchrun; start one process")
     if base is not None and "quantization_config" in base.config:
         raise DataError(f"{base.folder}: is quantised; with score gate it must not be")
 
 
-def learn_folder(
-    config: PruneConfig,
-    base: Checkpoint,
-    adapter: Checkpoint | None,
-    aligned: Checkpoint | None,
-    sets: Sets,
-    *,
-    tokenizer: Any = None,
-    progress: Progress = False,
-) -> Learned:
-    """(scores, what the report says of them), as :func:`learn_gates` gives them, from folders.
+def learn_scores(inputs: Inputs) -> Learned:
+    """(scores, what the report says of them), as :func:`learn_gates` gives them, of a prune.
 
-    Args:
-        config: a :class:`PruneConfig` of score gate.
-        base, adapter: checkpoints of :func:`antidote_fast.stages.inputs.open_folders`.
-        aligned: checkpoint of the aligned model, or None with an adapter. It is loaded for its
-            answers alone, and let go before the model to prune is loaded.
-        sets: {"dataset": harmful prompts, "preserve_dataset": records}.
-        tokenizer: instead of the base's own.
-        progress: as :func:`antidote_fast.system.progress.track` takes it.
+    An aligned model is loaded for its answers alone, and let go before a model of folders is
+    loaded; beside a live one it is there meanwhile.
     """
-    tokenizer = tokenizer or load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
-    check_texts(tokenizer, *sets.values(), **texts_of(config))
-    check_memory(config, [base, adapter])
-    bases = None
-    answers = answers_of(config, aligned, config.device, tokenizer, sets, progress)
-    model = load_model(base.folder, **config.load_options)
-    if adapter is not None:
-        model = load_adapter(model, adapter)
+    config, model, sets = inputs.config, inputs.model, inputs.records
+    tokenizer, bases, device = inputs.tokenizer, inputs.evidence.base_weights, config.device
+    if model is None:
+        check_texts(tokenizer, *sets.values(), **texts_of(config))
+        check_memory(config, [inputs.base, inputs.adapter])
     else:
-        # In the dtype that is learned in; the prune itself reads both as they are saved.
-        targets = find_targets(model, config.targets, config.ignore)
-        dtypes = {target.key: target.weight.dtype for target in targets}
-        bases = {key: base.to(dtypes[key]) for key, base in aligned.read(dtypes, progress).items()}
-    return learn(config, model, tokenizer, sets, answers, bases, progress)
+        device = str(next(model.parameters()).device)
+    answers = answers_of(config, inputs.aligned, device, tokenizer, sets, inputs.progress)
+    if model is None:
+        model = load_folders(config, inputs.base, inputs.adapter)
+        if inputs.adapter is None:
+            # In the dtype that is learned in; the prune itself reads both as they are saved.
+            targets = find_targets(model, config.targets, config.ignore)
+            dtypes = {target.key: target.weight.dtype for target in targets}
+            read = inputs.base_weights(dtypes).items()
+            bases = {key: base.to(dtypes[key]) for key, base in read}
+    return learn(config, model, tokenizer, sets, answers, bases, inputs.progress)
 
 
 def texts_of(config: PruneConfig) -> dict:
     """How a config's texts become tokens."""
-    return {"template": config.template, "max_seq_length": config.max_seq_length}
-
-
-def learn_live(
-    config: PruneConfig,
-    model: Any,
-    aligned: Checkpoint | None,
-    bases: dict[str, torch.Tensor] | None,
-    sets: Sets,
-    tokenizer: Any,
-) -> Learned:
-    """:func:`learn_folder` for a live model, beside which ``aligned`` is loaded where it is one.
-
-    ``bases`` are the weights of ``aligned`` that removed ones take, or None with an adapter.
-    """
-    device = str(next(model.parameters()).device)
-    answers = answers_of(config, aligned, device, tokenizer, sets)
-    return learn(config, model, tokenizer, sets, answers, bases)
+    return config.picked("template", "max_seq_length")
 
 
 def answers_of(
@@ -130,11 +92,10 @@ def ask(
         tokenizer,
         sets["dataset"],
         sets["preserve_dataset"],
-        answer_tokens=_MIXTURE.answer_tokens,
-        template=config.template,
-        max_seq_length=config.max_seq_length,
+        answer_tokens=GateMixture().answer_tokens,
         batch_size=config.batch_size,
         progress=progress,
+        **texts_of(config),
     )
 
 
@@ -144,7 +105,7 @@ def learn(
     tokenizer: Any,
     sets: Sets,
     answers: Answers | None,
-    bases: dict[str, torch.Tensor] | None,
+    bases: Mapping[str, torch.Tensor] | None,
     progress: Progress = False,
 ) -> Learned:
     """:func:`learn_gates` by the config's settings; ``answers`` and ``bases`` may be None."""
@@ -156,15 +117,9 @@ def learn(
         config.selection,
         aligned=answers,
         base_weights=bases,
-        targets=config.targets,
-        ignore=config.ignore,
         steps=config.gate_steps,
         learning_rate=config.gate_learning_rate,
-        mixture=_MIXTURE,
-        seed=config.seed,
-        template=config.template,
-        max_seq_length=config.max_seq_length,
-        batch_size=config.batch_size,
-        backend=config.backend,
         progress=progress,
+        **texts_of(config),
+        **config.picked("targets", "ignore", "seed", "batch_size", "backend"),
     )

@@ -134,7 +134,7 @@ def test_a_finished_folder_is_left_as_it_is(made, tmp_path, monkeypatch):
     values = fields(made, out)
     first = json.loads(json.dumps(prune.run(PruneConfig(**values))))
     before = stages.tree(out)
-    monkeypatch.setattr(stage, "learn_folder", None)  # not called again
+    monkeypatch.setattr(stage, "learn_scores", None)  # not called again
     assert prune.run(PruneConfig(**values, resume=True)) == first
     assert stages.tree(out) == before
     for change in ({"gate_steps": 7}, {"gate_learning_rate": 0.1}, {"seed": 4}):
