@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from antidote_fast.backends.operand import Operand
 from antidote_fast.masks import PackedMask
 from antidote_fast.selection import Selection
 
@@ -83,14 +84,6 @@ def base(weight: Tensor, base_weight: Tensor | None, name: str = "base_weight") 
     same_device(name, base_weight, weight)
 
 
-def operands(weight: Tensor, act_norm: Tensor | None, *, base_weight: Tensor | None = None) -> None:
-    """A weight with its norm and its base."""
-    matrix("weight", weight)
-    if act_norm is not None:
-        vector("act_norm", act_norm, like=weight)
-    base(weight, base_weight)
-
-
 def activation(x: Tensor, token_mask: Tensor | None, sq_sum: Tensor) -> Tensor | None:
     """x (..., K) with unit stride along K; returns the token mask as contiguous bool, or None."""
     tensor("x", x, WEIGHT_DTYPES)
@@ -155,8 +148,8 @@ def mask(value: Any, weight: Tensor) -> None:
     same_device("mask", value.bits, weight)
 
 
-def aligned_lists(weights: Any, **optional: Any) -> list[list[Any]]:
-    """The lists of a many-call, each of the length of ``weights``; None becomes a list of None."""
+def aligned(weights: Any, **optional: Any) -> list[tuple[Any, ...]]:
+    """What a many-call says of each weight, the weight first; a list of None may be None."""
     if not isinstance(weights, (list, tuple)):
         raise TypeError(f"weights={_show(weights)}: must be a list of tensors")
     lists = [list(weights)]
@@ -168,41 +161,35 @@ def aligned_lists(weights: Any, **optional: Any) -> list[list[Any]]:
         if len(values) != len(weights):
             raise ValueError(f"len({name})={len(values)}: must be {len(weights)}, as weights")
         lists.append(list(values))
-    return lists
+    return list(zip(*lists, strict=True))
 
 
-def prune_lists(
-    weights: Sequence[Tensor],
-    act_norms: Sequence[Tensor | None],
-    selection: Selection,
-    preserve_norms: Sequence[Tensor | None],
-    base_weights: Sequence[Tensor | None],
-    *,
-    write: bool,
-    many: bool = False,
+def prune_operands(
+    operands: Sequence[Operand], selection: Selection, *, write: bool, many: bool = False
 ) -> None:
     """Everything a prune takes, before anything is written."""
     written, read = [], []
-    for i, weight in enumerate(weights):
+    for i, operand in enumerate(operands):
         place = f"s[{i}]" if many else ""
+        weight = operand.weight
         matrix(f"weight{place}", weight)
         if i:
-            same_device(f"weight{place}", weight, weights[0])
+            same_device(f"weight{place}", weight, operands[0].weight)
         if write:
             writable(f"weight{place}", weight)
-        for name, norm in (("act_norm", act_norms[i]), ("preserve_norm", preserve_norms[i])):
+        for name in ("act_norm", "preserve_norm"):
+            norm = getattr(operand, name)
             if norm is not None:
                 vector(name + place, norm, like=weight)
                 read.append((name + place, norm))
-        original = base_weights[i]
-        base(weight, original, f"base_weight{place}")
-        if original is not None:
-            read.append((f"base_weight{place}", original))
+        base(weight, operand.base_weight, f"base_weight{place}")
+        if operand.base_weight is not None:
+            read.append((f"base_weight{place}", operand.base_weight))
         elif selection.score_delta:
             raise ValueError(
                 f"base_weight{place}=None: must be given where selection.score_delta is True"
             )
-        if preserve_norms[i] is not None and selection.n_m is not None:
+        if operand.preserve_norm is not None and selection.n_m is not None:
             raise ValueError(
                 f"preserve_norm{place} with selection.n_m={selection.n_m}: must be None with n_m"
             )

@@ -12,7 +12,6 @@ call waits for a device.
 """
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,11 @@ from torch import Tensor
 
 from antidote_fast import _check as check
 from antidote_fast.backends import select
+from antidote_fast.backends.operand import Operand
 from antidote_fast.masks import PackedMask
 from antidote_fast.selection import Selection
 
 OrNone = Sequence[Tensor | None]
-# weights, act_norms, selection, preserve_norms, base_weights, as a backend's ``prune`` takes them
-Lists = tuple[Sequence[Tensor], OrNone, Selection, OrNone, OrNone]
 
 
 def accumulate_sq_norm_(
@@ -70,7 +68,10 @@ def score(
     Returns:
         The scores, (N, K) fp32; each NaN has the bits 0x7FC00000.
     """
-    check.operands(weight, act_norm, base_weight=base_weight)
+    check.matrix("weight", weight)
+    if act_norm is not None:
+        check.vector("act_norm", act_norm, like=weight)
+    check.base(weight, base_weight)
     module = select(backend, weight.device.type)
     return module.score(weight, act_norm, base_weight)
 
@@ -112,9 +113,8 @@ def prune_mask(
     Returns:
         A PackedMask of shape (N, K).
     """
-    check.selection(selection, one_weight=True)
-    lists = [weight], [act_norm], selection, [preserve_norm], [base_weight]
-    return _prune(lists, backend, write=False)[0][0]
+    operand = Operand(weight, act_norm, preserve_norm, base_weight)
+    return _prune([operand], selection, backend, write=False)[0]
 
 
 def prune_(
@@ -141,9 +141,8 @@ def prune_(
     Returns:
         weight, or (weight, mask).
     """
-    check.selection(selection, one_weight=True)
-    lists = [weight], [act_norm], selection, [preserve_norm], [base_weight]
-    masks, _ = _prune(lists, backend, want_masks=return_mask)
+    operand = Operand(weight, act_norm, preserve_norm, base_weight)
+    masks = _prune([operand], selection, backend, want_masks=return_mask)
     return (weight, masks[0]) if return_mask else weight
 
 
@@ -202,8 +201,8 @@ def prune_many_(
     Returns:
         weights, or (weights, masks).
     """
-    lists = _aligned(weights, act_norms, selection, preserve_norms, base_weights)
-    masks, _ = _prune(lists, backend, many=True, want_masks=return_mask)
+    operands = _operands(weights, act_norms, preserve_norms, base_weights)
+    masks = _prune(operands, selection, backend, many=True, want_masks=return_mask)
     return (weights, masks) if return_mask else weights
 
 
@@ -226,8 +225,9 @@ def prune_with_report_(
         smallest score selected (``largest=False``: the largest); NaN where nothing was, or with
         n_m.
     """
-    lists = _aligned(weights, act_norms, selection, preserve_norms, base_weights)
-    masks, thresholds = _prune(lists, backend, many=True, write=write, want_thresholds=True)
+    operands = _operands(weights, act_norms, preserve_norms, base_weights)
+    masks = _prune(operands, selection, backend, many=True, write=write, want_thresholds=True)
+    thresholds = [o.thresholds for o in operands if o.thresholds is not None]
     return masks, _edges(thresholds, selection.largest)
 
 
@@ -261,81 +261,61 @@ def prune_linear_(
     norm = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
     token_mask = check.activation(x, token_mask, norm)
     check.no_overlap([("weight", weight)], check.named(x=x, token_mask=token_mask))
-    lists = [weight], [norm], selection, [preserve_norm], [base_weight]
-    check.prune_lists(*lists, write=True)  # all refusals come before the norms' work
+    operand = Operand(weight, norm, preserve_norm, base_weight)
+    check.prune_operands(
+        [operand], selection, write=True
+    )  # all refusals come before the norms' work
     module = select(backend, weight.device.type)
-    masks = _prune_at_once(module, norm, x, token_mask, lists, return_mask)
-    if masks is None:
+    if return_mask:
+        operand.bits = _empty_bits(weight)
+    at_once = weight.numel() > 0 and hasattr(module, "prune_linear")
+    if not (at_once and module.prune_linear(operand, x, token_mask, selection)):
         if x.numel():
             module.accumulate_sq_norm_(norm, x, token_mask)
         norm.sqrt_()
-        masks, _ = _run(module, lists, True, return_mask, False)
-    outputs = (weight,) + ((masks[0],) if return_mask else ()) + ((norm,) if return_norm else ())
+        if weight.numel():
+            module.prune([operand], selection, write=True)
+    if weight.numel():
+        check.mark_written(weight)
+    masks = () if operand.bits is None else (PackedMask(operand.bits, weight.shape),)
+    outputs = (weight, *masks, norm) if return_norm else (weight, *masks)
     return outputs if len(outputs) > 1 else weight
 
 
-def _prune_at_once(
-    module: ModuleType,
-    norm: Tensor,
-    x: Tensor,
-    token_mask: Tensor | None,
-    lists: Lists,
-    want_masks: bool,
-) -> list[PackedMask] | None:
-    """:func:`prune_linear_` in one launch: its list of masks, or None where that cannot be."""
-    (weight,), _, selection, (preserve_norm,), (base_weight,) = lists
-    if not hasattr(module, "prune_linear") or not weight.numel():
-        return None
-    bits = [_empty_bits(weight)] if want_masks else []
-    operands = weight, norm, x, token_mask, selection, preserve_norm, base_weight
-    if not module.prune_linear(*operands, bits=bits or None):
-        return None
-    check.mark_written(weight)
-    return [PackedMask(b, weight.shape) for b in bits]
-
-
-def _aligned(
-    weights: Any, act_norms: Any, selection: Selection, preserve_norms: Any, base_weights: Any
-) -> Lists:
-    """The lists of a many-call, all of one length; what is left out is None for each weight."""
-    check.selection(selection, one_weight=False)
-    weights, act_norms, preserve_norms, base_weights = check.aligned_lists(
-        weights, act_norms=act_norms, preserve_norms=preserve_norms, base_weights=base_weights
-    )
-    return weights, act_norms, selection, preserve_norms, base_weights
+def _operands(
+    weights: Any, act_norms: Any, preserve_norms: Any, base_weights: Any
+) -> list[Operand]:
+    """What a many-call prunes; a list that is left out is None for each weight."""
+    lists = {"act_norms": act_norms, "preserve_norms": preserve_norms, "base_weights": base_weights}
+    return [Operand(*each) for each in check.aligned(weights, **lists)]
 
 
 def _prune(
-    lists: Lists,
+    operands: Sequence[Operand],
+    selection: Selection,
     backend: str | None,
     *,
     write: bool = True,
     want_masks: bool = True,
     want_thresholds: bool = False,
     many: bool = False,
-) -> tuple[list[PackedMask], list[Tensor]]:
-    """(masks, thresholds), each empty where it is not wanted."""
-    check.prune_lists(*lists, write=write, many=many)
-    weights = lists[0]
-    module = select(backend, weights[0].device.type if weights else "cpu")
-    return _run(module, lists, write, want_masks, want_thresholds)
-
-
-def _run(
-    module: ModuleType, lists: Lists, write: bool, want_masks: bool, want_thresholds: bool
-) -> tuple[list[PackedMask], list[Tensor]]:
-    """:func:`_prune` of lists that are checked, on a backend that is chosen."""
-    weights = lists[0]
-    bits = [_empty_bits(w) for w in weights if want_masks]
-    thresholds = []
-    if want_thresholds:
-        thresholds = [w.new_full((len(w),), torch.nan, dtype=torch.float32) for w in weights]
-    if any(w.numel() for w in weights):
-        module.prune(*lists, write=write, bits=bits or None, thresholds=thresholds or None)
+) -> list[PackedMask]:
+    """Check and prune; fill what is wanted and return the masks, if they are."""
+    check.selection(selection, one_weight=not many)
+    check.prune_operands(operands, selection, write=write, many=many)
+    module = select(backend, operands[0].weight.device.type if operands else "cpu")
+    weights = [operand.weight for operand in operands]
+    for operand in operands:
+        weight = operand.weight
+        if want_masks:
+            operand.bits = _empty_bits(weight)
+        if want_thresholds:
+            operand.thresholds = weight.new_full((len(weight),), torch.nan, dtype=torch.float32)
+    if any(weight.numel() for weight in weights):
+        module.prune(operands, selection, write=write)
         if write:
             check.mark_written(*weights)
-    masks = [PackedMask(b, w.shape) for b, w in zip(bits, weights, strict=False)]
-    return masks, thresholds
+    return [PackedMask(o.bits, o.weight.shape) for o in operands if o.bits is not None]
 
 
 def _empty_bits(weight: Tensor) -> Tensor:

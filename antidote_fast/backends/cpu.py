@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from antidote_fast.backends import native
+from antidote_fast.backends.operand import Operand
 from antidote_fast.errors import UsageError
 from antidote_fast.selection import Selection
 
@@ -63,40 +64,27 @@ def accumulate_sq_norm_(sq_sum: Tensor, x: Tensor, token_mask: Tensor | None) ->
 def score(weight: Tensor, act_norm: Tensor | None, base_weight: Tensor | None) -> Tensor:
     """As ``reference.score``."""
     out = torch.empty(weight.shape, dtype=torch.float32)
-    row = native.row(weight, act_norm, base_weight)
+    row = native.row(Operand(weight, act_norm, base_weight=base_weight))
     _cpu.score(_isa(), row, base_weight is not None, out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def select_mask(scores: Tensor, selection: Selection, bits: Tensor) -> None:
     """As ``reference.select_mask``."""
-    _select([native.signed_row(scores, selection, bits)], selection, is_signed=True, write=False)
+    _select([Operand(scores, bits=bits)], selection, is_signed=True, write=False)
 
 
-def prune(
-    weights: Sequence[Tensor],
-    act_norms: Sequence[Tensor | None],
-    selection: Selection,
-    preserve_norms: Sequence[Tensor | None],
-    base_weights: Sequence[Tensor | None],
-    *,
-    write: bool,
-    bits: Sequence[Tensor] | None,
-    thresholds: Sequence[Tensor] | None,
-) -> None:
+def prune(operands: Sequence[Operand], selection: Selection, *, write: bool) -> None:
     """As ``reference.prune``."""
-    rows = native.rows_of(
-        weights, act_norms, selection, preserve_norms, base_weights, bits, thresholds
-    )
-    _select(rows, selection, is_signed=False, write=write)
+    _select(operands, selection, is_signed=False, write=write)
 
 
 def apply_mask_(weight: Tensor, bits: Tensor, base_weight: Tensor | None) -> None:
     """As ``reference.apply_mask_``."""
-    row = native.row(weight, None, base_weight, bits=bits)
+    row = native.row(Operand(weight, base_weight=base_weight, bits=bits))
     _cpu.apply_mask(_isa(), row, torch.get_num_threads())
 
 
-def _select(rows, selection, *, is_signed, write):
+def _select(operands, selection, *, is_signed, write):
     plan = native.plan_of(selection, is_signed=is_signed, write=write)
-    _cpu.select(_isa(), rows, *plan, torch.get_num_threads())
+    _cpu.select(_isa(), native.rows_of(operands, selection), *plan, torch.get_num_threads())

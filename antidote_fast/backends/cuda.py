@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from antidote_fast.backends import native, reference
+from antidote_fast.backends.operand import Operand
 from antidote_fast.selection import Selection
 
 try:
@@ -66,88 +67,69 @@ def score(weight: Tensor, act_norm: Tensor | None, base_weight: Tensor | None) -
     """As ``reference.score``."""
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     if weight.numel():
-        row = native.row(weight, act_norm, base_weight)
+        row = native.row(Operand(weight, act_norm, base_weight=base_weight))
         _cuda.score(_where(weight), row, base_weight is not None, out.data_ptr())
     return out
 
 
 def select_mask(scores: Tensor, selection: Selection, bits: Tensor) -> None:
     """As ``reference.select_mask``."""
-    plan = native.plan_of(selection, is_signed=True, write=False)
-    _select([scores], [native.signed_row(scores, selection, bits)], plan, [bits])
+    _select([Operand(scores, bits=bits)], selection, is_signed=True, write=False)
 
 
-def prune(
-    weights: Sequence[Tensor],
-    act_norms: Sequence[Tensor | None],
-    selection: Selection,
-    preserve_norms: Sequence[Tensor | None],
-    base_weights: Sequence[Tensor | None],
-    *,
-    write: bool,
-    bits: Sequence[Tensor] | None,
-    thresholds: Sequence[Tensor] | None,
-) -> None:
+def prune(operands: Sequence[Operand], selection: Selection, *, write: bool) -> None:
     """As ``reference.prune``."""
-    rows = native.rows_of(
-        weights, act_norms, selection, preserve_norms, base_weights, bits, thresholds
-    )
-    plan = native.plan_of(selection, is_signed=False, write=write)
-    _select(weights, rows, plan, bits)
+    _select(operands, selection, is_signed=False, write=write)
 
 
 def prune_linear(
-    weight: Tensor,
-    norm: Tensor,
-    x: Tensor,
-    token_mask: Tensor | None,
-    selection: Selection,
-    preserve_norm: Tensor | None,
-    base_weight: Tensor | None,
-    *,
-    bits: Sequence[Tensor] | None,
+    operand: Operand, x: Tensor, token_mask: Tensor | None, selection: Selection
 ) -> bool:
-    """Fill ``norm`` from x and prune by it, in one launch; False where that is not possible."""
+    """Fill ``operand.act_norm`` from x and prune by it, in one launch; False where it cannot be."""
     if selection.scope != "row" or selection.n_m is not None:
         return False
-    (row,) = native.rows_of([weight], [norm], selection, [preserve_norm], [base_weight], bits, None)
+    (row,) = native.rows_of([operand], selection)
     plan = native.plan_of(selection, is_signed=False, write=True)
-    where = _where(weight)
+    where = _where(operand.weight)
     x = _few_dims(x)
     activations = _activations(x, token_mask)
     if not _cuda.serves_linear(where, row, plan, *activations):
         return False
-    scratch = _scratch(_cuda.linear_scratch(where, *activations), weight)
-    _cuda.prune_linear(where, row, plan, norm.data_ptr(), *activations, native.address(scratch))
+    norm, scratch = operand.act_norm, _scratch(_cuda.linear_scratch(where, *activations), x)
+    _cuda.prune_linear(
+        where, row, plan, native.address(norm), *activations, native.address(scratch)
+    )
     return True
 
 
 def apply_mask_(weight: Tensor, bits: Tensor, base_weight: Tensor | None) -> None:
     """As ``reference.apply_mask_``."""
-    _cuda.apply_mask(_where(weight), native.row(weight, None, base_weight, bits=bits))
+    row = native.row(Operand(weight, base_weight=base_weight, bits=bits))
+    _cuda.apply_mask(_where(weight), row)
 
 
-def _select(weights, rows, plan, bits):
-    where = _where(weights[0])
-    present = [i for i, weight in enumerate(weights) if weight.numel()]
-    if plan[-1]:
-        for i in present:
-            marks = None
+def _select(operands, selection, *, is_signed, write):
+    plan = native.plan_of(selection, is_signed=is_signed, write=write)
+    rows = native.rows_of(operands, selection)
+    present = [pair for pair in zip(operands, rows, strict=True) if pair[0].weight.numel()]
+    like = operands[0].weight
+    where = _where(like)
+    if selection.n_m is not None:
+        for operand, row in present:
+            marks, bits = None, operand.bits
             if bits is not None and _cuda.needs_marks(plan):
-                shape = weights[i].shape
-                marks = torch.empty(shape, dtype=torch.uint8, device=weights[i].device)
-            _cuda.prune_groups(where, rows[i], plan, native.address(marks))
+                marks = operand.weight.new_empty(operand.weight.shape, dtype=torch.uint8)
+            _cuda.prune_groups(where, row, plan, native.address(marks))
             if marks is not None:
-                bits[i].copy_(reference.pack_bits(marks.bool()))
+                bits.copy_(reference.pack_bits(marks.bool()))
         return
-    rows = [rows[i] for i in present]
-    if plan[0] == native.SCOPE_CODES["row"]:
-        scratch = _scratch(_cuda.rows_scratch(where, rows, plan), weights[0])
+    rows = [row for _, row in present]
+    if selection.scope == "row":
+        scratch = _scratch(_cuda.rows_scratch(where, rows, plan), like)
         _cuda.prune_rows(where, rows, plan, native.address(scratch))
     else:
-        alone = plan[0] == native.SCOPE_CODES["tensor"]
-        for part in [[row] for row in rows] if alone else [rows]:
-            scratch = _scratch(_cuda.cut_scratch(where, part, plan), weights[0])
+        for part in [[row] for row in rows] if selection.scope == "tensor" else [rows]:
+            scratch = _scratch(_cuda.cut_scratch(where, part, plan), like)
             _cuda.prune_cut(where, part, plan, native.address(scratch))
 
 

@@ -5,74 +5,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from antidote_fast.backends.operand import Operand
 from antidote_fast.selection import Selection, num_pruned
 
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SCOPE_CODES = {"row": 0, "tensor": 1, "global": 2}
 
 
-def rows_of(
-    weights: Sequence[Tensor],
-    act_norms: Sequence[Tensor | None],
-    selection: Selection,
-    preserve_norms: Sequence[Tensor | None],
-    base_weights: Sequence[Tensor | None],
-    bits: Sequence[Tensor] | None,
-    thresholds: Sequence[Tensor] | None,
-) -> list[tuple[int, ...]]:
-    """One tuple a weight, as ``csrc/matrix.h`` reads it; lists as ``reference.prune`` has them."""
-    counts = _counts(weights, selection)
-    protected = [0] * len(weights)
+def rows_of(operands: Sequence[Operand], selection: Selection) -> list[tuple[int, ...]]:
+    """One tuple a weight, as ``csrc/matrix.h`` reads it."""
+    total = sum(o.weight.numel() for o in operands)
+    protected = sum(o.weight.numel() for o in operands if o.preserve_norm is not None)
+    counts, kept = _counts(operands, selection, total), [0] * len(operands)
     if selection.n_m is None:
-        pairs = zip(weights, preserve_norms, strict=True)
-        compared = [w for w, norm in pairs if norm is not None]
-        protected = _counts(weights, selection.preserve, compared)
-    return [
-        row(
-            w,
-            act_norms[i],
-            base_weights[i],
-            preserve_norms[i],
-            None if bits is None else bits[i],
-            None if thresholds is None else thresholds[i],
-            counts[i],
-            protected[i],
-        )
-        for i, w in enumerate(weights)
-    ]
+        kept = _counts(operands, selection.preserve, protected)
+    return [row(*each) for each in zip(operands, counts, kept, strict=True)]
 
 
-def row(
-    weight: Tensor,
-    act_norm: Tensor | None = None,
-    base_weight: Tensor | None = None,
-    preserve_norm: Tensor | None = None,
-    bits: Tensor | None = None,
-    thresholds: Tensor | None = None,
-    k: int = 0,
-    preserve_k: int = 0,
-) -> tuple[int, ...]:
+def row(operand: Operand, k: int = 0, preserve_k: int = 0) -> tuple[int, ...]:
     """A weight and what goes with it: addresses, strides, sizes, counts."""
+    weight, base = operand.weight, operand.base_weight
     return (
         weight.data_ptr(),
         weight.stride(0),
-        address(base_weight),
-        0 if base_weight is None else base_weight.stride(0),
-        address(act_norm),
-        address(preserve_norm),
-        address(bits),
-        address(thresholds),
+        address(base),
+        0 if base is None else base.stride(0),
+        address(operand.act_norm),
+        address(operand.preserve_norm),
+        address(operand.bits),
+        address(operand.thresholds),
         *weight.shape,
         DTYPE_CODES[weight.dtype],
         k,
         preserve_k,
     )
-
-
-def signed_row(scores: Tensor, selection: Selection, bits: Tensor) -> tuple[int, ...]:
-    """A matrix of scores of any sign, as :func:`row`."""
-    (k,) = _counts([scores], selection)
-    return row(scores, bits=bits, k=k)
 
 
 def plan_of(selection: Selection, *, is_signed: bool, write: bool) -> tuple[int | bool, ...]:
@@ -94,11 +60,10 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _counts(weights, selection, compared=None):
+def _counts(operands, selection, compared):
     """How many are selected: along a row, in the tensor, or of all that is compared."""
     if selection.scope == "row":
-        return [num_pruned(w.shape[1], selection) for w in weights]
+        return [num_pruned(o.weight.shape[1], selection) for o in operands]
     if selection.scope == "tensor":
-        return [num_pruned(w.numel(), selection) for w in weights]
-    total = sum(w.numel() for w in (weights if compared is None else compared))
-    return [num_pruned(total, selection)] * len(weights)
+        return [num_pruned(o.weight.numel(), selection) for o in operands]
+    return [num_pruned(compared, selection)] * len(operands)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from antidote_fast.backends.operand import Operand
 from antidote_fast.selection import Selection, num_pruned
 
 NAME = "reference"
@@ -65,53 +66,39 @@ def select_mask(scores: Tensor, selection: Selection, bits: Tensor) -> None:
     bits.copy_(pack_bits(selected_masks([keys], selection)[0]))
 
 
-def prune(
-    weights: Sequence[Tensor],
-    act_norms: Sequence[Tensor | None],
-    selection: Selection,
-    preserve_norms: Sequence[Tensor | None],
-    base_weights: Sequence[Tensor | None],
-    *,
-    write: bool,
-    bits: Sequence[Tensor] | None,
-    thresholds: Sequence[Tensor] | None,
-) -> None:
+def prune(operands: Sequence[Operand], selection: Selection, *, write: bool) -> None:
     """Select on every weight of a list, then fill what was asked for.
 
     Args:
-        weights, act_norms, preserve_norms, base_weights: lists of one length; None where absent.
+        operands: the weights, each with what belongs to it.
+        selection: what is to go.
         write: remove from the weights in place.
-        bits: list of uint8 masks to fill, or None.
-        thresholds: list of (N,) fp32 to fill with the score at the edge of the selection (the
-            smallest removed where largest, else the largest removed; NaN where there is none).
     """
-    keys = [
-        score(w, n, b if selection.score_delta else None).view(torch.int32)
-        for w, n, b in zip(weights, act_norms, base_weights, strict=True)
-    ]
+    keys = [_keys(o, o.act_norm, selection) for o in operands]
     removed = selected_masks(keys, selection)
-    if thresholds is not None:
+    thresholds = [o.thresholds for o in operands if o.thresholds is not None]
+    if thresholds:
         _fill_thresholds(thresholds, keys, removed, selection)
-    protected = [i for i, norm in enumerate(preserve_norms) if norm is not None]
+    protected = [i for i, o in enumerate(operands) if o.preserve_norm is not None]
     if protected:
-        keys = [
-            score(
-                weights[i], preserve_norms[i], base_weights[i] if selection.score_delta else None
-            ).view(torch.int32)
-            for i in protected
-        ]
+        keys = [_keys(operands[i], operands[i].preserve_norm, selection) for i in protected]
         for i, preserved in zip(protected, selected_masks(keys, selection.preserve), strict=True):
             removed[i] &= ~preserved
-    for i, weight in enumerate(weights):
-        if bits is not None:
-            bits[i].copy_(pack_bits(removed[i]))
+    for operand, chosen in zip(operands, removed, strict=True):
+        if operand.bits is not None:
+            operand.bits.copy_(pack_bits(chosen))
         if write:
-            _remove(weight, removed[i], base_weights[i])
+            _remove(operand.weight, chosen, operand.base_weight)
 
 
 def apply_mask_(weight: Tensor, bits: Tensor, base_weight: Tensor | None) -> None:
     """Remove from ``weight`` what ``bits`` marks."""
     _remove(weight, unpack_bits(bits, weight.shape[1]), base_weight)
+
+
+def _keys(operand, norm, selection):
+    base = operand.base_weight if selection.score_delta else None
+    return score(operand.weight, norm, base).view(torch.int32)
 
 
 def _canonical(value):
@@ -170,11 +157,8 @@ def _fill_thresholds(thresholds, keys, removed, selection):
     outside = INT32_MAX if selection.largest else -1
     picked = [torch.where(r, k, outside) for r, k in zip(removed, keys, strict=True)]
     if selection.scope == "global":
-        best = (
-            edge(torch.stack([edge(p) for p in picked if p.numel()]), 0)
-            if any(p.numel() for p in picked)
-            else None
-        )
+        edges = [edge(part) for part in picked if part.numel()]
+        best = edge(torch.stack(edges), 0) if edges else None
     for out, part in zip(thresholds, picked, strict=True):
         if selection.n_m is not None or part.numel() == 0:
             out.fill_(torch.nan)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from antidote_fast.backends import reference
-from antidote_fast.selection import Selection, num_pruned
+from antidote_fast.backends import native, reference
+from antidote_fast.backends.operand import Operand
+from antidote_fast.selection import Selection
 
 NAME = "triton"
 _missing = None
@@ -27,16 +28,14 @@ else:
             elementwise,
             groups,
             launch,
-            long_rows,
             norms,
-            rows,
             table,
         )
-        from antidote_fast.backends.triton_kernels.operand import Operand
+        from antidote_fast.backends.triton_kernels.matrix import Matrix
     except Exception as error:  # a triton that does not fit this Python or torch fails in many ways
         _missing = f"triton cannot be imported ({' '.join(str(error).split())[:200]})"
 
-INTERPRETED = _missing is None and launch.is_interpreted(rows.prune_rows_kernel)
+INTERPRETED = _missing is None and launch.is_interpreted(table.prune_rows_kernel)
 DEVICE_TYPES = ("cpu",) if INTERPRETED else ("cuda", "xpu")
 
 
@@ -70,106 +69,74 @@ def score(weight: Tensor, act_norm: Tensor | None, base_weight: Tensor | None) -
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     if not weight.numel():
         return out
-    operand = Operand(weight, act_norm, base_weight)
-    vec = operand.vec and out.data_ptr() % 16 == 0
-    grid, sizes = _elementwise(weight)
-    launch.run(
+    matrix = Matrix(Operand(weight, act_norm, base_weight=base_weight))
+    raw, base, norm, *_ = matrix.pointers()
+    vec = matrix.vec and out.data_ptr() % 16 == 0
+    _elementwise(
         elementwise.score_kernel,
-        grid,
-        operand.raw,
-        operand.base,
-        operand.norm,
-        out,
-        *operand.sizes(vec),
-        operand.flags(),
-        device=weight.device,
-        num_warps=configs.ELEMENTWISE_WARPS,
-        **sizes,
-        DTYPE=operand.dtype_code,
+        (raw, base, norm, out),
+        matrix,
+        vec,
+        DTYPE=matrix.dtype_code,
         DELTA=base_weight is not None,
-        VEC=vec,
     )
     return out
 
 
 def apply_mask_(weight: Tensor, bits: Tensor, base_weight: Tensor | None) -> None:
     """As ``reference.apply_mask_``."""
-    operand = Operand(weight, None, base_weight)
-    grid, sizes = _elementwise(weight)
+    matrix = Matrix(Operand(weight, base_weight=base_weight))
+    raw, base, *_ = matrix.pointers()
+    _elementwise(elementwise.apply_mask_kernel, (raw, base, bits), matrix, matrix.vec)
+
+
+def _elementwise(kernel, pointers, matrix, vec, **constants):
+    """Launch a kernel that treats each weight alone."""
+    groups_a_row = -(-matrix.num_columns // 8)
+    in_program = min(configs.power_of_two(groups_a_row), configs.ELEMENTWISE_VALUES // 8)
+    rows_a_program = configs.ELEMENTWISE_VALUES // (8 * in_program)
     launch.run(
-        elementwise.apply_mask_kernel,
-        grid,
-        operand.raw,
-        operand.base,
-        bits,
-        *operand.sizes(operand.vec),
-        operand.flags(),
-        device=weight.device,
+        kernel,
+        (-(-matrix.num_rows // rows_a_program), -(-groups_a_row // in_program)),
+        *pointers,
+        *matrix.sizes(vec),
+        matrix.flags(),
+        device=matrix.device,
         num_warps=configs.ELEMENTWISE_WARPS,
-        **sizes,
-        VEC=operand.vec,
+        R=rows_a_program,
+        G=in_program,
+        VEC=vec,
+        **constants,
     )
 
 
 def select_mask(scores: Tensor, selection: Selection, bits: Tensor) -> None:
     """As ``reference.select_mask``."""
-    operands = [Operand(scores, bits=bits, is_signed=True)]
-    _prune(operands, selection, write=False)
+    _prune([Matrix(Operand(scores, bits=bits), is_signed=True)], selection, write=False)
 
 
-def prune(
-    weights: Sequence[Tensor],
-    act_norms: Sequence[Tensor | None],
-    selection: Selection,
-    preserve_norms: Sequence[Tensor | None],
-    base_weights: Sequence[Tensor | None],
-    *,
-    write: bool,
-    bits: Sequence[Tensor] | None,
-    thresholds: Sequence[Tensor] | None,
-) -> None:
+def prune(operands: Sequence[Operand], selection: Selection, *, write: bool) -> None:
     """As ``reference.prune``."""
-    operands = [
-        Operand(
-            weight,
-            act_norms[i],
-            base_weights[i],
-            preserve_norms[i],
-            None if bits is None else bits[i],
-            None if thresholds is None else thresholds[i],
-        )
-        for i, weight in enumerate(weights)
-    ]
-    _prune(operands, selection, write=write)
+    _prune([Matrix(o) for o in operands if o.weight.numel()], selection, write=write)
 
 
-def _prune(operands, selection, *, write):
-    operands = [operand for operand in operands if operand.weight.numel()]
+def _prune(matrices, selection, *, write):
     if selection.n_m is not None:
-        for operand in operands:
-            _prune_groups(operand, selection, write=write)
+        for matrix in matrices:
+            _prune_groups(matrix, selection, write=write)
     elif selection.scope == "row":
-        _prune_rows(operands, selection, write=write)
+        _prune_rows(matrices, selection, write=write)
     elif selection.scope == "tensor":
-        for operand in operands:
-            _prune_cut([operand], selection, write=write)
+        for matrix in matrices:
+            cut.prune_cut([matrix], selection, write=write)
     else:
-        _prune_cut(operands, selection, write=write)
+        cut.prune_cut(matrices, selection, write=write)
 
 
-def _last(n, selection):
-    """How many of n come last in the order, so that removing them or the others is what is asked.
-
-    The first k are all but the last n - k.
-    """
-    k = num_pruned(n, selection)
-    return k if selection.largest else n - k
-
-
-def _prune_rows(operands, selection, *, write):
+def _prune_rows(matrices, selection, *, write):
     by_dtype = {}
-    for operand in operands:
-        by_dtype.setdefault(operand.dtype_code, []).append(operand)
+    for matrix in matrices:
+        by_dtype.setdefault(matrix.dtype_code, []).append(matrix)
     for members in by_dtype.values():
         if len(members) == 1:
             _prune_one(members[0], selection, write=write)
@@ -177,102 +144,89 @@ def _prune_rows(operands, selection, *, write):
             _prune_tables(members, selection, write=write)
 
 
-def _prune_one(operand, selection, *, write):
+def _prune_one(matrix, selection, *, write):
     """One matrix, from the arguments of one launch."""
-    preserved = operand.preserve_norm is not None
-    delta = selection.score_delta and operand.dtype_code != launch.SIGNED
-    config = _row_config([operand], delta, preserved)
-    m_preserve = num_pruned(operand.num_columns, selection.preserve) if preserved else 0
-    if config is None:
-        config = configs.LONG_ROWS
-        if _pressure([operand], delta, preserved):
-            config = configs.LONG_ROWS_UNDER_PRESSURE
-        kernel, block = long_rows.prune_long_rows_kernel, {"G": config.groups}
-    else:
-        kernel, block = rows.prune_rows_kernel, {"R": config.rows, "G": config.groups}
-    programs = launch.num_programs(operand.device, config.programs_a_processor)
+    preserved = matrix.operand.preserve_norm is not None
+    delta = matrix.delta(selection)
+    config = _row_config([matrix], delta, preserved)
+    in_parts = config is None
+    if in_parts:
+        pressed = _pressure([matrix], delta, preserved)
+        config = configs.LONG_ROWS_UNDER_PRESSURE if pressed else configs.LONG_ROWS
+    programs = launch.num_programs(matrix.device, config.programs_a_processor)
     launch.run(
-        kernel,
-        (min(programs, -(-operand.num_rows // config.rows)),),
-        operand.raw,
-        operand.base,
-        operand.norm,
-        operand.preserve,
-        operand.bits,
-        operand.thresholds,
-        *operand.sizes(operand.vec),
-        _last(operand.num_columns, selection),
-        m_preserve,
-        operand.flags(selection, write=write),
-        device=operand.device,
+        table.prune_rows_kernel,
+        (min(programs, -(-matrix.num_rows // config.rows)),),
+        *matrix.pointers(),
+        *matrix.row_sizes(selection, matrix.vec, write=write),
+        device=matrix.device,
         num_warps=config.num_warps,
         max_registers=config.max_registers,
-        **block,
-        DTYPE=operand.dtype_code,
+        R=config.rows,
+        G=config.groups,
+        PARTS=in_parts,
+        DTYPE=matrix.dtype_code,
         DELTA=delta,
         PRESERVED=preserved,
-        VEC=operand.vec,
+        VEC=matrix.vec,
     )
 
 
-def _row_config(operands, delta, preserved, num_warps=None):
+def _row_config(matrices, delta, preserved, num_warps=None):
     """The RowConfig that serves all of these, or None where their rows are read in parts."""
     return configs.row_config(
-        max(o.num_columns for o in operands),
-        itemsize=operands[0].weight.element_size(),
-        vec=_all_aligned(operands),
-        pressure=_pressure(operands, delta, preserved),
+        max(o.num_columns for o in matrices),
+        itemsize=matrices[0].operand.weight.element_size(),
+        vec=_all_aligned(matrices),
+        pressure=_pressure(matrices, delta, preserved),
         num_warps=num_warps,
     )
 
 
-def _pressure(operands, delta, preserved):
+def _pressure(matrices, delta, preserved):
     return configs.pressure(
-        operands[0].dtype_code, vec=_all_aligned(operands), delta=delta, preserved=preserved
+        matrices[0].dtype_code, vec=_all_aligned(matrices), delta=delta, preserved=preserved
     )
 
 
-def _prune_tables(operands, selection, *, write):
+def _prune_tables(matrices, selection, *, write):
     """Many matrices of one dtype: one launch, or where they are big several that suit them better.
 
     Large matrices then have a launch each, the others one for each length of rows.
     """
     parts = {}
-    is_big = sum(operand.weight.numel() for operand in operands) > configs.MERGED_WEIGHTS
-    for operand in operands:
-        if is_big and operand.weight.numel() >= configs.ALONE:
-            _prune_one(operand, selection, write=write)
+    is_big = sum(matrix.operand.weight.numel() for matrix in matrices) > configs.MERGED_WEIGHTS
+    for matrix in matrices:
+        if is_big and matrix.operand.weight.numel() >= configs.ALONE:
+            _prune_one(matrix, selection, write=write)
         else:
-            length = configs.power_of_two(operand.num_columns) if is_big else None
-            parts.setdefault(length, []).append(operand)
+            length = configs.power_of_two(matrix.num_columns) if is_big else None
+            parts.setdefault(length, []).append(matrix)
     for part in parts.values():
         for start in range(0, len(part), configs.MATRICES_A_LAUNCH):
             chunk = part[start : start + configs.MATRICES_A_LAUNCH]
             _prune_table(chunk, selection, write=write)
 
 
-def _prune_table(operands, selection, *, write):
+def _prune_table(matrices, selection, *, write):
     """One launch over matrices of one dtype, of which each is of one of three kinds."""
     delta = selection.score_delta
-    preserved = any(operand.preserve_norm is not None for operand in operands)
-    lengths = [operand.num_columns for operand in operands]
-    shared = _row_config(operands, delta, preserved)
+    preserved = any(matrix.operand.preserve_norm is not None for matrix in matrices)
+    lengths = [matrix.num_columns for matrix in matrices]
+    shared = _row_config(matrices, delta, preserved)
     longest = None if shared is None else 8 * shared.groups
     if shared is None or min(lengths) <= configs.LONGEST_SHORT_ROW < max(lengths):
-        shared = configs.mixed_config(
-            lengths,
-            pressure=_pressure(operands, delta, preserved),
-        )
+        shared = configs.mixed_config(lengths, pressure=_pressure(matrices, delta, preserved))
         longest = configs.LONGEST_MIXED_ROW
     else:
         shared = configs.table_config(shared)
         if shared is None:
-            for operand in operands:
-                _prune_one(operand, selection, write=write)
+            for matrix in matrices:
+                _prune_one(matrix, selection, write=write)
             return
-    short = [o for o in operands if o.num_columns <= configs.LONGEST_SHORT_ROW]
-    long = [o for o in operands if configs.LONGEST_SHORT_ROW < o.num_columns <= longest]
-    parts = [o for o in operands if o.num_columns > longest]
+    short = [o for o in matrices if o.num_columns <= configs.LONGEST_SHORT_ROW]
+    long = [o for o in matrices if configs.LONGEST_SHORT_ROW < o.num_columns <= longest]
+    parts = [o for o in matrices if o.num_columns > longest]
     groups = {
         "G_SHORT": 0,
         "G_LONG": configs.power_of_two(-(-max(o.num_columns for o in long) // 8)) if long else 0,
@@ -286,16 +240,16 @@ def _prune_table(operands, selection, *, write):
     kinds = {table.SHORT.value: short, table.LONG.value: long, table.IN_PARTS.value: parts}
     for kind, members in kinds.items():
         vec = _all_aligned(members)
-        for operand in members:
-            entries.append(_entry(operand, selection, write, vec, tiles, kind))
-            tiles += -(-operand.num_rows // (rows_short if kind == table.SHORT.value else 1))
-    device = operands[0].device
+        for matrix in members:
+            entries.append(_entry(matrix, selection, write, vec, tiles, kind))
+            tiles += -(-matrix.num_rows // (rows_short if kind == table.SHORT.value else 1))
+    device = matrices[0].device
     programs = launch.num_programs(device, shared.programs_a_processor)
     launch.run(
         table.prune_table_kernel,
         (min(programs, tiles),),
         torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True),
-        len(operands),
+        len(matrices),
         tiles,
         device=device,
         num_warps=shared.num_warps,
@@ -305,148 +259,74 @@ def _prune_table(operands, selection, *, write):
         VEC_SHORT=_all_aligned(short),
         VEC_LONG=_all_aligned(long),
         VEC_PARTS=_all_aligned(parts),
-        DTYPE=operands[0].dtype_code,
+        DTYPE=matrices[0].dtype_code,
         DELTA=delta,
         PRESERVED=preserved,
-        MATRICES=configs.power_of_two(len(operands)),
+        MATRICES=configs.power_of_two(len(matrices)),
     )
 
 
-def _all_aligned(operands):
-    return all(operand.vec for operand in operands)
+def _all_aligned(matrices):
+    return all(matrix.vec for matrix in matrices)
 
 
-def _entry(operand, selection, write, vec, first_tile, kind):
+def _entry(matrix, selection, write, vec, first_tile, kind):
     """A matrix as ``table.table_entry`` and the kernel read it."""
-    m_preserve = 0
-    if operand.preserve_norm is not None:
-        m_preserve = num_pruned(operand.num_columns, selection.preserve)
-    tensors = (
-        operand.weight,
-        operand.base_weight,
-        operand.act_norm,
-        operand.preserve_norm,
-        operand.bits_out,
-        operand.thresholds_out,
-    )
-    return [
-        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-        *operand.sizes(vec),
-        _last(operand.num_columns, selection),
-        m_preserve,
-        operand.flags(selection, write=write),
-        first_tile,
-        kind,
-    ]
+    o = matrix.operand
+    tensors = o.weight, o.base_weight, o.act_norm, o.preserve_norm, o.bits, o.thresholds
+    sizes = matrix.row_sizes(selection, vec, write=write)
+    return [*map(native.address, tensors), *sizes, first_tile, kind]
 
 
-def _prune_groups(operand, selection, *, write):
+def _prune_groups(matrix, selection, *, write):
     removed, size = selection.n_m
-    columns = operand.num_columns
+    columns = matrix.num_columns
     tail = columns % size
-    whole_last = removed if selection.largest else size - removed
-    tail_last = tail * removed // size
+    whole_last, tail_last = removed, tail * removed // size
     if not selection.largest:
-        tail_last = tail - tail_last
-    common = {
-        "device": operand.device,
-        "DTYPE": operand.dtype_code,
-        "DELTA": selection.score_delta and operand.dtype_code != launch.SIGNED,
-    }
-    flags = operand.flags(selection, write=write)
-    if size in (2, 4, 8, 16):
-        width = max(size, 8)
-        vec = operand.vec and columns % width == 0
-        blocks = min(configs.SMALL_GROUP_BLOCKS, configs.power_of_two(-(-columns // width)))
+        whole_last, tail_last = size - whole_last, tail - tail_last
+    raw, base, norm, _, bits, _ = matrix.pointers()
+
+    def start(kernel, grid, out, vec, *more, **options):
         launch.run(
-            groups.prune_small_groups_kernel,
-            (operand.num_rows, -(-columns // (blocks * width))),
-            operand.raw,
-            operand.base,
-            operand.norm,
-            operand.bits,
-            *operand.sizes(vec),
+            kernel,
+            grid,
+            raw,
+            base,
+            norm,
+            out,
+            *matrix.sizes(vec),
             whole_last,
             tail_last,
-            flags,
-            num_warps=configs.ELEMENTWISE_WARPS,
-            B=blocks,
-            M=size,
-            VEC=vec,
-            **common,
+            matrix.flags(selection, write=write),
+            *more,
+            device=matrix.device,
+            DTYPE=matrix.dtype_code,
+            DELTA=matrix.delta(selection),
+            **options,
         )
+
+    if size in (2, 4, 8, 16):
+        width = max(size, 8)
+        vec = matrix.vec and columns % width == 0
+        blocks = min(configs.SMALL_GROUP_BLOCKS, configs.power_of_two(-(-columns // width)))
+        grid = matrix.num_rows, -(-columns // (blocks * width))
+        constants = {"num_warps": configs.ELEMENTWISE_WARPS, "B": blocks, "M": size, "VEC": vec}
+        start(groups.prune_small_groups_kernel, grid, bits, vec, **constants)
         return
     block = 8 * configs.power_of_two(-(-min(size, columns) // 8))
     if block > configs.LONGEST_GROUP:  # larger groups than anybody prunes
-        _prune_groups_with_torch(operand, selection, write=write)
+        if matrix.dtype_code == launch.SIGNED:
+            reference.select_mask(matrix.operand.weight, selection, bits)
+        else:
+            reference.prune([matrix.operand], selection, write=write)
         return
-    marks = launch.absent(operand.device, torch.uint8)
-    if operand.bits_out is not None:
-        marks = torch.empty(operand.weight.shape, dtype=torch.uint8, device=operand.device)
+    wants_bits = matrix.operand.bits is not None
+    marks = bits.new_empty(matrix.operand.weight.shape) if wants_bits else bits
     in_program = max(1, configs.GROUP_VALUES // block)
-    number = operand.num_rows * -(-columns // size)
-    launch.run(
-        groups.prune_groups_kernel,
-        (-(-number // in_program),),
-        operand.raw,
-        operand.base,
-        operand.norm,
-        marks,
-        *operand.sizes(vec=False),
-        whole_last,
-        tail_last,
-        flags,
-        size,
-        num_warps=16 if block > configs.GROUP_VALUES else 8,
-        R=in_program,
-        G=block // 8,
-        **common,
-    )
-    if operand.bits_out is not None:
-        operand.bits_out.copy_(reference.pack_bits(marks.bool()))
-
-
-def _prune_groups_with_torch(operand, selection, *, write):
-    if operand.dtype_code == launch.SIGNED:
-        reference.select_mask(operand.weight, selection, operand.bits_out)
-        return
-    reference.prune(
-        [operand.weight],
-        [operand.act_norm],
-        selection,
-        [None],
-        [operand.base_weight],
-        write=write,
-        bits=None if operand.bits_out is None else [operand.bits_out],
-        thresholds=None,
-    )
-
-
-def _prune_cut(operands, selection, *, write):
-    """One selection over all the operands together."""
-    total = sum(operand.weight.numel() for operand in operands)
-    protected = sum(o.weight.numel() for o in operands if o.preserve_norm is not None)
-    first = operands[0]
-    cut.prune_cut(
-        [o.weight for o in operands],
-        [o.act_norm for o in operands],
-        num_pruned(total, selection),
-        num_pruned(protected, selection.preserve) if protected else 0,
-        [o.preserve_norm for o in operands],
-        [o.base_weight for o in operands],
-        largest=selection.largest,
-        delta=selection.score_delta and first.dtype_code != launch.SIGNED,
-        signed=first.dtype_code == launch.SIGNED,
-        write=write,
-        bits=None if first.bits_out is None else [o.bits_out for o in operands],
-        thresholds=None if first.thresholds_out is None else [o.thresholds_out for o in operands],
-    )
-
-
-def _elementwise(weight):
-    """(grid, block sizes) of a kernel that treats each weight alone."""
-    groups_a_row = -(-weight.shape[1] // 8)
-    in_program = min(configs.power_of_two(groups_a_row), configs.ELEMENTWISE_VALUES // 8)
-    rows_a_program = configs.ELEMENTWISE_VALUES // (8 * in_program)
-    grid = (-(-weight.shape[0] // rows_a_program), -(-groups_a_row // in_program))
-    return grid, {"R": rows_a_program, "G": in_program}
+    grid = (-(-matrix.num_rows * -(-columns // size) // in_program),)
+    warps = 16 if block > configs.GROUP_VALUES else 8
+    constants = {"num_warps": warps, "R": in_program, "G": block // 8}
+    start(groups.prune_groups_kernel, grid, marks, False, size, **constants)
+    if wants_bits:
+        bits.copy_(reference.pack_bits(marks.bool()))

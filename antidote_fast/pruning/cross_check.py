@@ -15,6 +15,7 @@ import torch
 
 from antidote_fast import backends, ops
 from antidote_fast.backends import reference
+from antidote_fast.backends.operand import Operand
 from antidote_fast.errors import AntidoteError
 from antidote_fast.models.targets import Target
 from antidote_fast.pruning.layers import Layer
@@ -165,22 +166,15 @@ class CrossCheck:
         )
         for copy, mask, base in zip(copies, masks, bases, strict=True):
             ops.apply_mask_(copy, mask, base_weight=base, backend=self.backend)
-        expected = [sample.part.to("cpu", copy=True) for sample in samples]
-        expected_bits = [mask.bits.to("cpu", copy=True) for mask in masks]
-        reference.prune(
-            expected,
-            _on_cpu(norms),
-            self.selection,
-            _on_cpu(preserve_norms),
-            _on_cpu(bases),
-            write=True,
-            bits=expected_bits,
-            thresholds=None,
-        )
+        parts = [sample.part.to("cpu", copy=True) for sample in samples]
+        bits = [mask.bits.to("cpu", copy=True) for mask in masks]
+        lists = parts, _on_cpu(norms), _on_cpu(preserve_norms), _on_cpu(bases), bits
+        expected = [Operand(*each) for each in zip(*lists, strict=True)]
+        reference.prune(expected, self.selection, write=True)
         for i, sample in enumerate(samples):
-            sample.mask_of_copy = expected_bits[i]
-            same_mask = torch.equal(masks[i].bits.cpu(), expected_bits[i])
-            if not same_mask or not torch.equal(_bits(copies[i]), _bits(expected[i])):
+            sample.mask_of_copy = bits[i]
+            same_mask = torch.equal(masks[i].bits.cpu(), bits[i])
+            if not same_mask or not torch.equal(_bits(copies[i]), _bits(parts[i])):
                 self._refuse(sample, _UNWRITTEN)
 
     def _refuse(self, sample, consequence):

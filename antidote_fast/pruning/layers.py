@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from antidote_fast import _check, ops
+from antidote_fast.backends.operand import Operand
 from antidote_fast.config.scores import SCORES
 from antidote_fast.errors import AntidoteError, DataError, NothingPruned
 from antidote_fast.masks import PackedMask
@@ -135,10 +136,9 @@ def check_all(layers: Sequence[Layer], selection: Selection) -> None:
     for layer in layers:
         by_device.setdefault(layer.matrix.device, []).append(layer)
     for here in by_device.values():
-        nothing = [None] * len(here)
-        matrices, bases = [x.matrix for x in here], [x.base for x in here]
+        operands = [Operand(x.matrix, base_weight=x.base) for x in here]
         try:
-            _check.prune_lists(matrices, nothing, selection, nothing, bases, write=True, many=True)
+            _check.prune_operands(operands, selection, write=True, many=True)
         except (TypeError, ValueError) as error:
 
             def named(match, here=here):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from antidote_fast import Selection, prune_, prune_many_, select_mask
 from antidote_fast.backends import cuda, load
+from antidote_fast.backends.operand import Operand
 from antidote_fast.selection import num_pruned
 
 if load("cuda")[1] is not None:
@@ -107,10 +108,10 @@ def test_extreme_counts(number, largest):
 
 def test_nothing_selected_still_fills_the_masks():
     weight = torch.ones((3, 12), dtype=BF16, device=DEVICE)
-    bits = [torch.full((3, 2), 255, dtype=torch.uint8, device=DEVICE)]
+    bits = torch.full((3, 2), 255, dtype=torch.uint8, device=DEVICE)
     selection = Selection(0.0, scope="tensor")
-    cuda.prune([weight], [None], selection, [None], [None], write=True, bits=bits, thresholds=None)
-    assert not bits[0].any()
+    cuda.prune([Operand(weight, bits=bits)], selection, write=True)
+    assert not bits.any()
     assert (weight == 1).all()
 
 

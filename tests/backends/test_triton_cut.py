@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antidote_fast import Selection
-from antidote_fast.backends import reference
-from antidote_fast.selection import num_pruned
+from antidote_fast.backends import reference, triton
+from antidote_fast.backends.operand import Operand
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytest.importorskip("triton")
@@ -67,63 +67,42 @@ def copied(weight):
     return wide.to(DEVICE)[:, :columns]
 
 
-def count(total, selection):
-    return num_pruned(total, selection) if total else 0
-
-
 def on_device(tensors):
     return [None if t is None else t.to(DEVICE) for t in tensors]
+
+
+def operands_of(weights, *lists):
+    """What is to be pruned, with everything to fill."""
+    operands = [Operand(*each) for each in zip(weights, *lists, strict=True)]
+    for o in operands:
+        rows, columns = o.weight.shape
+        o.bits = torch.zeros((rows, -(-columns // 8)), dtype=torch.uint8, device=o.weight.device)
+        o.thresholds = torch.full((rows,), torch.nan, device=o.weight.device)
+    return operands
 
 
 def both(weights, norms, selection, preserve=None, bases=None, *, write=True):
     """Prune copies either way and compare weights, masks and thresholds; returns the masks."""
     preserve = preserve or [None] * len(weights)
     bases = bases or [None] * len(weights)
-    bits = [
-        [torch.zeros((len(w), -(-w.shape[1] // 8)), dtype=torch.uint8) for w in weights]
-        for _ in range(2)
-    ]
-    edges = [[torch.full((len(w),), torch.nan) for w in weights] for _ in range(2)]
-    expected = [w.clone() for w in weights]
-    reference.prune(
-        expected,
-        norms,
-        selection,
-        preserve,
-        bases,
-        write=write,
-        bits=bits[0],
-        thresholds=edges[0],
-    )
-    pruned = [copied(w) for w in weights]
-    masks, thresholds = on_device(bits[1]), on_device(edges[1])
-    protected = sum(w.numel() for w, n in zip(weights, preserve, strict=True) if n is not None)
-    cut.prune_cut(
-        pruned,
-        on_device(norms),
-        count(sum(w.numel() for w in weights), selection),
-        count(protected, selection.preserve),
-        on_device(preserve),
-        on_device(bases),
-        largest=selection.largest,
-        delta=selection.score_delta,
-        signed=False,
-        write=write,
-        bits=masks,
-        thresholds=thresholds,
-    )
+    expected = operands_of([w.clone() for w in weights], norms, preserve, bases)
+    reference.prune(expected, selection, write=write)
+    parts = on_device(norms), on_device(preserve), on_device(bases)
+    pruned = operands_of([copied(w) for w in weights], *parts)
+    triton.prune(pruned, selection, write=write)
     for i, weight in enumerate(weights):
-        assert oracle.same_bits(pruned[i].cpu(), expected[i]), f"weight {i}"
-        assert torch.equal(masks[i].cpu(), bits[0][i]), f"mask {i}"
-        assert oracle.same_bits(thresholds[i].cpu(), edges[0][i]), f"thresholds {i}"
+        mine, other = pruned[i], expected[i]
+        assert oracle.same_bits(mine.weight.cpu(), other.weight), f"weight {i}"
+        assert torch.equal(mine.bits.cpu(), other.bits), f"mask {i}"
+        assert oracle.same_bits(mine.thresholds.cpu(), other.thresholds), f"thresholds {i}"
         if weight.numel() and not weight.is_contiguous():
-            between = pruned[i].as_strided(
+            between = mine.weight.as_strided(
                 (len(weight) - 1, weight.stride(0) - weight.shape[1]),
                 (weight.stride(0), 1),
-                pruned[i].storage_offset() + weight.shape[1],
+                mine.weight.storage_offset() + weight.shape[1],
             )
             assert (between == 7).all()
-    return masks
+    return [o.bits for o in pruned]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -269,20 +248,7 @@ def test_signed_scores(columns, largest):
         expected = torch.zeros((9, -(-columns // 8)), dtype=torch.uint8)
         reference.select_mask(scores, selection, expected)
         bits, given_scores = torch.zeros_like(expected).to(DEVICE), scores.clone().to(DEVICE)
-        cut.prune_cut(
-            [given_scores],
-            [None],
-            num_pruned(scores.numel(), selection),
-            0,
-            None,
-            None,
-            largest=largest,
-            delta=False,
-            signed=True,
-            write=False,
-            bits=[bits],
-            thresholds=None,
-        )
+        triton.select_mask(given_scores, selection, bits)
         assert torch.equal(bits.cpu(), expected)
         assert oracle.same_bits(given_scores.cpu(), scores)
 
@@ -375,8 +341,7 @@ def test_scratch_does_not_grow_with_the_weights(monkeypatch):
     weight = torch.empty((4096, 4096), dtype=BF16, device=DEVICE)
     monkeypatch.setattr(launch, "num_programs", lambda *_: 528)
     monkeypatch.setattr(cut, "GROUPS", 256)
-    arguments = {"largest": True, "delta": False, "signed": False, "write": True}
-    cut.prune_cut([weight], [None], 9, 0, None, None, bits=None, thresholds=None, **arguments)
+    triton.prune([Operand(weight)], Selection(1e-6, scope="tensor"), write=True)
     scratch = spy.args["cut_apply_kernel"][1]
     assert scratch.untyped_storage().nbytes() < 20e6
 

@@ -1,5 +1,6 @@
 """What matters on data to preserve is kept: values, counts and refusals, from model to folder."""
 
+import dataclasses
 import json
 
 import plain_prune
@@ -251,10 +252,10 @@ def test_one_that_is_broken_for_whole_weights_only(broken, damage, scope):
 def test_a_kernel_that_forgets_what_is_to_be_kept(broken, scope, rows):
     """Always, or (in row scope, where it can be told) of whole weights only."""
 
-    def forgets(weights, norms, selection, preserve, bases, **options):
-        if any(weight.shape[0] > rows for weight in weights):
-            preserve = [None] * len(weights)
-        reference.prune(weights, norms, selection, preserve, bases, **options)
+    def forgets(operands, selection, **options):
+        if any(len(o.weight) > rows for o in operands):
+            operands = [dataclasses.replace(o, preserve_norm=None) for o in operands]
+        reference.prune(operands, selection, **options)
 
     broken(lambda *arguments: None).prune = forgets
     state, norms, preserve = made()

@@ -262,8 +262,8 @@ def test_a_kernel_that_scores_the_weights_and_not_their_difference(broken):
     from antidote_fast.backends import reference
 
     plain = Selection(0.4)
-    broken(lambda *arguments: None).prune = lambda w, n, selection, *rest, **options: (
-        reference.prune(w, n, plain, *rest, **options)
+    broken(lambda *arguments: None).prune = lambda operands, selection, write: reference.prune(
+        operands, plain, write=write
     )
     state, norms, _, base = made()
     with pytest.raises(AntidoteError, match=WRONG):

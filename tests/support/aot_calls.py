@@ -6,6 +6,7 @@ Tensors are empty CPU ones of real models' shapes: only their shapes, dtypes and
 import torch
 
 from antidote_fast import Selection
+from antidote_fast.backends.operand import Operand
 
 # in_features of Llama-2/3, Mistral, Gemma-2, Qwen2.5; LoRA ranks; odd and synthetic ones.
 COLUMNS = (8, 16, 64, 128, 256, 257, 1000, 1024, 3584, 4096, 4608, 8192, 11008, 14336, 16384)
@@ -189,16 +190,15 @@ def prune(
     def call():
         from antidote_fast.backends import triton as backend
 
-        backend.prune(
-            [weight],
-            [torch.empty(columns) if norm else None],
-            selection or Selection(0.05),
-            [torch.empty(columns) if preserve else None],
-            [torch.empty_like(weight) if base else None],
-            write=write,
-            bits=[bits_of(weight)] if bits else None,
-            thresholds=[torch.empty(rows)] if thresholds else None,
+        operand = Operand(
+            weight,
+            torch.empty(columns) if norm else None,
+            torch.empty(columns) if preserve else None,
+            torch.empty_like(weight) if base else None,
+            bits_of(weight) if bits else None,
+            torch.empty(rows) if thresholds else None,
         )
+        backend.prune([operand], selection or Selection(0.05), write=write)
 
     return call
 
@@ -210,18 +210,14 @@ def prune_list(shapes, dtype, selection, preserve=False):
     def call():
         from antidote_fast.backends import triton as backend
 
-        norms = [torch.empty(k) for _, k in shapes]
-        bases = [torch.empty_like(w) if selection.score_delta else None for w in weights]
-        backend.prune(
-            weights,
-            norms,
-            selection,
-            norms if preserve else [None] * len(weights),
-            bases,
-            write=True,
-            bits=[bits_of(w) for w in weights],
-            thresholds=None,
-        )
+        operands = []
+        for weight in weights:
+            norm = torch.empty(weight.shape[1])
+            base = torch.empty_like(weight) if selection.score_delta else None
+            operands.append(
+                Operand(weight, norm, norm if preserve else None, base, bits_of(weight))
+            )
+        backend.prune(operands, selection, write=True)
 
     return call
 

@@ -18,13 +18,13 @@ class Broken:
     def __init__(self, damage, smallest=0):
         self.damage, self.smallest = damage, smallest
 
-    def prune(self, weights, *arguments, write, bits, thresholds):
-        before = [weight.clone() for weight in weights]
-        reference.prune(weights, *arguments, write=write, bits=bits, thresholds=thresholds)
-        for i, weight in enumerate(weights):
-            if weight.numel() > self.smallest:
-                written = weight if write else weight.clone()
-                self.damage(written, before[i], bits[i], thresholds[i])
+    def prune(self, operands, selection, *, write):
+        before = [o.weight.clone() for o in operands]
+        reference.prune(operands, selection, write=write)
+        for o, original in zip(operands, before, strict=True):
+            if o.weight.numel() > self.smallest:
+                written = o.weight if write else o.weight.clone()
+                self.damage(written, original, o.bits, o.thresholds)
 
     def apply_mask_(self, weight, bits, base_weight):
         before = weight.clone()

@@ -6,25 +6,7 @@ They work on a sample and on histograms, and leave what they find in ``state``.
 import triton
 import triton.language as tl
 
-from antidote_fast.backends.triton_kernels.cut_table import (
-    BASE,
-    BASE_STRIDE,
-    CODE,
-    COLUMNS,
-    FIELDS,
-    FIRST,
-    HEADER,
-    MIXED,
-    NORM,
-    TAKEN,
-    TENSORS,
-    TOTAL,
-    W_STRIDE,
-    W,
-    last_not_above,
-    load_keys,
-    load_raw,
-)
+from antidote_fast.backends.triton_kernels import cut_table as tables
 from antidote_fast.backends.triton_kernels.keys import BF16, CANONICAL_NAN, FP16, FP32, MAX_KEY, PAD
 
 # What is known of each selection, int64.
@@ -54,14 +36,21 @@ SCAN = tl.constexpr(2048)  # bins at a time
 @triton.jit
 def keys_at(entry, norm, row, column, present, DTYPE: tl.constexpr, DELTA: tl.constexpr, VEC):
     """Keys of single weights, each of the tensor with that entry of the table."""
-    raw = load_raw(
-        tl.load(entry + W), row, tl.load(entry + W_STRIDE), column, present, 0, DTYPE, VEC
+    raw = tables.load_raw(
+        tl.load(entry + tables.W),
+        row,
+        tl.load(entry + tables.W_STRIDE),
+        column,
+        present,
+        0,
+        DTYPE,
+        VEC,
     )
     base = raw
     if DELTA:
-        address, stride = tl.load(entry + BASE), tl.load(entry + BASE_STRIDE)
-        base = load_raw(address, row, stride, column, present, 0, DTYPE, VEC)
-    return load_keys(raw, base, norm, column, present, 0, DTYPE, DELTA, VEC)
+        address, stride = tl.load(entry + tables.BASE), tl.load(entry + tables.BASE_STRIDE)
+        base = tables.load_raw(address, row, stride, column, present, 0, DTYPE, VEC)
+    return tables.load_keys(raw, base, norm, column, present, 0, DTYPE, DELTA, VEC)
 
 
 @triton.jit
@@ -80,7 +69,7 @@ def cut_sample_kernel(
     not random: the same on every run, and never a column.
     """
     which = tl.program_id(1)
-    total = tl.load(table + TOTAL + which)
+    total = tl.load(table + tables.TOTAL + which)
     size = tl.minimum(total, SAMPLE)
     number = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     present = number < size
@@ -91,16 +80,16 @@ def cut_sample_kernel(
     mixed = ((mixed ^ (mixed >> 13)) * 3266489917) >> 1
     place = begin + mixed.to(tl.int64) % tl.maximum(end - begin, 1)
 
-    tensors = tl.load(table + TENSORS)
-    tensor = last_not_above(table, tensors, FIRST + which, place).to(tl.int64)
-    entry = table + HEADER + tensor * FIELDS
-    columns = tl.load(entry + COLUMNS)
-    place -= tl.load(entry + FIRST + which)
+    tensors = tl.load(table + tables.TENSORS)
+    tensor = tables.last_not_above(table, tensors, tables.FIRST + which, place)
+    entry = tables.entry_of(table, tensor)
+    columns = tl.load(entry + tables.COLUMNS)
+    place -= tl.load(entry + tables.FIRST + which)
     row = place // columns
     column = place - row * columns
-    norm = tl.load(entry + NORM + which)
-    if DTYPE == MIXED:
-        code = tl.load(entry + CODE)
+    norm = tl.load(entry + tables.NORM + which)
+    if DTYPE == tables.MIXED:
+        code = tl.load(entry + tables.CODE)
         key = keys_at(entry, norm, row, column, present & (code == BF16), BF16, DELTA, GROUPED)
         other = keys_at(entry, norm, row, column, present & (code == FP16), FP16, DELTA, GROUPED)
         key = tl.maximum(key, other)
@@ -119,8 +108,8 @@ def cut_bracket_kernel(table, state, sample, margin, SAMPLE: tl.constexpr):
     """
     which = tl.program_id(0)
     state += which * STATE
-    total = tl.load(table + TOTAL + which)
-    taken = tl.load(table + TAKEN + which)
+    total = tl.load(table + tables.TOTAL + which)
+    taken = tl.load(table + tables.TAKEN + which)
     size = tl.minimum(total, SAMPLE)
     number = tl.arange(0, SAMPLE)
     key = tl.load(sample + which * SAMPLE + number, mask=number < size, other=PAD)
@@ -150,7 +139,7 @@ def cut_bracket_kernel(table, state, sample, margin, SAMPLE: tl.constexpr):
 @triton.jit
 def missed(table, state, which):
     """Whether the m-th largest key is outside the bracket of the sample."""
-    taken = tl.load(table + TAKEN + which)
+    taken = tl.load(table + tables.TAKEN + which)
     above, at_least = tl.load(state + ABOVE), tl.load(state + AT_LEAST)
     return (taken > 0) & ((taken <= above) | (taken > at_least))
 
@@ -161,7 +150,7 @@ def cut_bin_kernel(table, state, histograms):
     which = tl.program_id(0)
     state += which * STATE
     histogram = histograms + which.to(tl.int64) * BINS
-    left = tl.load(table + TAKEN + which)
+    left = tl.load(table + tables.TAKEN + which)
     if left > 0:
         far = missed(table, state, which)
         low, high = tl.load(state + LOW), tl.load(state + HIGH)
@@ -222,7 +211,7 @@ def cut_key_kernel(table, state, sub_bins, own_counts, programs, PROGRAMS: tl.co
     """
     which = tl.program_id(0)
     state += which * STATE
-    if tl.load(table + TAKEN + which) > 0:
+    if tl.load(table + tables.TAKEN + which) > 0:
         place = tl.arange(0, SUB_BINS).to(tl.int64)
         counts = tl.load(sub_bins + which * SUB_BINS + place)
         sub_bin, ties = last_holding(place, counts, tl.load(state + LEFT))

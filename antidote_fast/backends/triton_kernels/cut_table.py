@@ -9,15 +9,7 @@ of ties known without a count for each tile.
 import triton
 import triton.language as tl
 
-from antidote_fast.backends.triton_kernels.keys import (
-    BF16,
-    FP16,
-    FP32,
-    MAX_KEY,
-    PAD,
-    SIGNED,
-    keys_of,
-)
+from antidote_fast.backends.triton_kernels import keys
 
 MIXED = tl.constexpr(4)  # DTYPE of a list that holds several: each tensor's own is in the table
 
@@ -66,19 +58,25 @@ def pointer(address, KIND: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def load_raw(address, row, stride, column, present, code, DTYPE: tl.constexpr, VEC: tl.constexpr):
-    """Bits of elements: int16 or int32 by DTYPE; int32 where MIXED."""
+def offset_of(row, stride, column, VEC: tl.constexpr):
+    """Where elements are, from the address of their tensor."""
     offset = row.to(tl.int64) * stride
     if VEC:  # a product, so that the compiler sees the alignment; a hint is lost in inlining
         offset = offset * 8
-    offset = offset + column
+    return offset + column
+
+
+@triton.jit
+def load_raw(address, row, stride, column, present, code, DTYPE: tl.constexpr, VEC: tl.constexpr):
+    """Bits of elements: int16 or int32 by DTYPE; int32 where MIXED."""
+    offset = offset_of(row, stride, column, VEC)
     if DTYPE == MIXED:
-        if code == FP32:
+        if code == keys.FP32:
             raw = tl.load(pointer(address, tl.int32, VEC) + offset, mask=present, other=0)
         else:
             half = tl.load(pointer(address, tl.int16, VEC) + offset, mask=present, other=0)
             raw = half.to(tl.int32)
-    elif DTYPE <= FP16:
+    elif DTYPE <= keys.FP16:
         raw = tl.load(pointer(address, tl.int16, VEC) + offset, mask=present, other=0)
     else:
         raw = tl.load(pointer(address, tl.int32, VEC) + offset, mask=present, other=0)
@@ -88,17 +86,14 @@ def load_raw(address, row, stride, column, present, code, DTYPE: tl.constexpr, V
 @triton.jit
 def store_raw(address, row, stride, column, raw, touched, code, DTYPE, VEC: tl.constexpr):
     """The way back of :func:`load_raw`."""
-    offset = row.to(tl.int64) * stride
-    if VEC:
-        offset = offset * 8
-    offset = offset + column
+    offset = offset_of(row, stride, column, VEC)
     if DTYPE == MIXED:
-        if code == FP32:
+        if code == keys.FP32:
             tl.store(pointer(address, tl.int32, VEC) + offset, raw, mask=touched)
         else:
             half = raw.to(tl.int16)
             tl.store(pointer(address, tl.int16, VEC) + offset, half, mask=touched)
-    elif DTYPE <= FP16:
+    elif DTYPE <= keys.FP16:
         tl.store(pointer(address, tl.int16, VEC) + offset, raw, mask=touched)
     else:
         tl.store(pointer(address, tl.int32, VEC) + offset, raw, mask=touched)
@@ -106,25 +101,41 @@ def store_raw(address, row, stride, column, raw, touched, code, DTYPE, VEC: tl.c
 
 @triton.jit
 def load_keys(raw, base, address, column, present, code, DTYPE: tl.constexpr, DELTA, VEC):
-    """Keys by the norm at ``address`` (1.0 where it is 0); PAD where nothing is present."""
-    if DTYPE == SIGNED:
-        key = keys_of(raw, base, 1.0, DTYPE, DELTA)
+    """Keys by the norm at ``address`` (1.0 where it is 0); keys.PAD where nothing is present."""
+    if DTYPE == keys.SIGNED:
+        key = keys.keys_of(raw, base, 1.0, DTYPE, DELTA)
     else:
         norms = pointer(address, tl.float32, VEC)
         some = only_if(present, address != 0)
         norm = tl.load(norms + column, mask=some, other=1.0)
         if DTYPE == MIXED:
-            if code == FP32:
-                key = keys_of(raw, base, norm, FP32, DELTA)
+            if code == keys.FP32:
+                key = keys.keys_of(raw, base, norm, keys.FP32, DELTA)
             else:
                 short, short_base = raw.to(tl.int16), base.to(tl.int16)
-                if code == BF16:
-                    key = keys_of(short, short_base, norm, BF16, DELTA)
+                if code == keys.BF16:
+                    key = keys.keys_of(short, short_base, norm, keys.BF16, DELTA)
                 else:
-                    key = keys_of(short, short_base, norm, FP16, DELTA)
+                    key = keys.keys_of(short, short_base, norm, keys.FP16, DELTA)
         else:
-            key = keys_of(raw, base, norm, DTYPE, DELTA)
-    return tl.where(present, key, PAD)
+            key = keys.keys_of(raw, base, norm, DTYPE, DELTA)
+    return tl.where(present, key, keys.PAD)
+
+
+@triton.jit
+def entry_of(table, tensor):
+    """Where a tensor's row of the table begins; of one tensor or a tile of them."""
+    return table + HEADER + tensor.to(tl.int64) * FIELDS
+
+
+@triton.jit
+def operands_of(entry):
+    """(columns, code, weight, its stride, base, its stride, norm, preserve norm) of a tensor."""
+    columns, code = tl.load(entry + COLUMNS), tl.load(entry + CODE)
+    weight, weight_stride = tl.load(entry + W), tl.load(entry + W_STRIDE)
+    base, base_stride = tl.load(entry + BASE), tl.load(entry + BASE_STRIDE)
+    norm, preserve = tl.load(entry + NORM), tl.load(entry + NORM + 1)
+    return columns, code, weight, weight_stride, base, base_stride, norm, preserve
 
 
 @triton.jit
@@ -158,11 +169,11 @@ def tensor_at(table, tensor, tile, last, GROUPS: tl.constexpr):
 
     Returns (groups a row, groups left from the tile on, its row, its group in the row, end).
     """
-    entry = table + HEADER + tensor.to(tl.int64) * FIELDS
+    entry = entry_of(table, tensor)
     groups = ((tl.load(entry + COLUMNS) + 7) // 8).to(tl.int32)
     number = tile - tl.load(entry + FIRST_TILE).to(tl.int32)
     left = tl.load(entry + ROWS) * groups - number.to(tl.int64) * GROUPS
-    left = tl.minimum(left, MAX_KEY).to(tl.int32)  # more than a stretch holds of one tensor
+    left = tl.minimum(left, keys.MAX_KEY).to(tl.int32)  # more than a stretch holds of one tensor
     end = tl.minimum(last, tl.load(entry + FIELDS + FIRST_TILE).to(tl.int32))
     # In 32 bits, for up to 2^24 tiles: a division of 64 bits is a call, and takes a stack.
     rest = (number * (GROUPS % groups)).to(tl.uint32, bitcast=True)

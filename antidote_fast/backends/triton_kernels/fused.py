@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from antidote_fast.backends.native import DTYPE_CODES
 from antidote_fast.backends.triton_kernels import launch
 from antidote_fast.backends.triton_kernels.keys import BF16, FP16, to_float
 from antidote_fast.backends.triton_kernels.norms import (
@@ -70,30 +71,17 @@ def rms_norm(x, weight, eps, token_mask):
     per_program = triton.cdiv(triton.cdiv(tokens, wanted), rows) * rows
     if not compensated:
         per_program = min(per_program, PLAIN_TOKENS)
-    programs = triton.cdiv(tokens, per_program)
-    y = torch.empty_like(x)
-    partial = torch.empty((programs, width), dtype=torch.float32, device=x.device)
-    launch.run(
+    return _launched(
         rms_norm_kernel,
-        (programs,),
-        launch.raw(x),
-        launch.raw(weight),
-        launch.raw(y),
-        mask_operand(token_mask, x.device),
-        partial,
-        tokens,
-        width,
-        eps,
-        per_program,
-        device=x.device,
+        (triton.cdiv(tokens, per_program),),
+        (x, weight),
+        token_mask,
+        (eps, per_program),
         num_warps=rows * groups // 64,
-        DTYPE=launch.DTYPE_CODES[x.dtype],
-        MASKED=token_mask is not None,
         COMPENSATED=compensated,
         R=rows,
         G=groups,
     )
-    return y, _combined(partial)
 
 
 def swiglu(gate, up, token_mask):
@@ -115,27 +103,42 @@ def swiglu(gate, up, token_mask):
     rows = VECTORS // groups
     blocks = triton.cdiv(width, 8 * groups)
     splits, per_split = split_tokens(tokens, blocks, rows, gate.device)
-    y = torch.empty_like(gate)
-    partial = torch.empty((splits, width), dtype=torch.float32, device=gate.device)
-    launch.run(
+    return _launched(
         swiglu_kernel,
         (blocks, splits),
-        launch.raw(gate),
-        launch.raw(up),
-        launch.raw(y),
-        mask_operand(token_mask, gate.device),
-        partial,
-        tokens,
-        width,
-        per_split,
-        device=gate.device,
+        (gate, up),
+        token_mask,
+        (per_split,),
         num_warps=WARPS,
-        DTYPE=launch.DTYPE_CODES[gate.dtype],
-        MASKED=token_mask is not None,
         R=rows,
         G=groups,
     )
-    return y, _combined(partial)
+
+
+def _launched(kernel, grid, inputs, token_mask, numbers, **options):
+    """(y, sums) of a kernel, of which a program on the last axis of the grid adds up its part."""
+    x, width = inputs[0], inputs[0].shape[-1]
+    y = torch.empty_like(x)
+    partial = torch.empty((grid[-1], width), dtype=torch.float32, device=x.device)
+    launch.run(
+        kernel,
+        grid,
+        *map(launch.raw, (*inputs, y)),
+        mask_operand(token_mask, x.device),
+        partial,
+        x.numel() // width,
+        width,
+        *numbers,
+        device=x.device,
+        DTYPE=DTYPE_CODES[x.dtype],
+        MASKED=token_mask is not None,
+        **options,
+    )
+    if len(partial) == 1:
+        return y, partial[0]
+    sums = torch.empty_like(partial[0])
+    combine(partial, sums, add=False)
+    return y, sums
 
 
 def _fit(first, second):
@@ -148,14 +151,6 @@ def _fit(first, second):
         and width % 8 == 0
         and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (first, second))
     )
-
-
-def _combined(partial):
-    if len(partial) == 1:
-        return partial[0]
-    sums = torch.empty_like(partial[0])
-    combine(partial, sums, add=False)
-    return sums
 
 
 @triton.jit

@@ -3,28 +3,11 @@
 import triton
 import triton.language as tl
 
+from antidote_fast.backends.triton_kernels import rows
 from antidote_fast.backends.triton_kernels.keys import PAD, SIGNED, keys_of
-from antidote_fast.backends.triton_kernels.rows import (
-    HAS_BASE,
-    HAS_NORM,
-    SMALLEST,
-    WANT_BITS,
-    WRITE,
-    load_norm,
-    row_offsets,
-    unpacked,
-)
 from antidote_fast.backends.triton_kernels.search import NO_GUESS, top
 
-_SCALARS = [
-    "num_rows",
-    "num_columns",
-    "W_row_stride",
-    "base_row_stride",
-    "m_whole",
-    "m_tail",
-    "flags",
-]
+_SCALARS = [*rows.SIZES, "m_whole", "m_tail"]
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -61,13 +44,10 @@ def prune_small_groups_kernel(
         inside = tl.broadcast_to((block * WIDTH < num_columns)[:, None, None], column.shape)
     else:
         inside = column < num_columns
-    W_row = W_ptr + row_offsets(row, W_row_stride, VEC)
-    base_row = base_ptr + row_offsets(row, base_row_stride, VEC)
-    raw = tl.load(W_row + column, mask=inside, other=0)
-    base = raw
-    if DELTA:
-        base = tl.load(base_row + column, mask=inside, other=0)
-    norm = load_norm(norm_ptr, column, inside, (flags & HAS_NORM) != 0)
+    W_row = W_ptr + rows.row_offsets(row, W_row_stride, VEC)
+    base_row = base_ptr + rows.row_offsets(row, base_row_stride, VEC)
+    raw, base = rows.load_both(W_row + column, base_row + column, inside, DELTA)
+    norm = rows.load_norm(norm_ptr, column, inside, (flags & rows.HAS_NORM) != 0)
     keys = tl.where(inside, keys_of(raw, base, norm, DTYPE, DELTA), PAD)
     rank = tl.zeros_like(keys)
     for other in tl.static_range(M):
@@ -75,10 +55,10 @@ def prune_small_groups_kernel(
         rank += ((key > keys) | ((key == keys) & (lane < other))).to(tl.int32)
     whole = column // M < num_columns // M
     removed = rank < tl.where(whole, m_whole, m_tail)
-    if (flags & SMALLEST) != 0:
+    if (flags & rows.SMALLEST) != 0:
         removed = removed == 0
     removed = removed & inside
-    if (flags & WANT_BITS) != 0:
+    if (flags & rows.WANT_BITS) != 0:
         place = row.to(tl.int64) * ((num_columns + 7) // 8)
         for byte in tl.static_range(WIDTH // 8):
             inner = part * M + lane - 8 * byte
@@ -86,13 +66,13 @@ def prune_small_groups_kernel(
             bits = tl.sum(tl.sum(mine.to(tl.int32) << tl.maximum(inner, 0), 2), 1)
             number = block * (WIDTH // 8) + byte
             tl.store(bits_ptr + place + number, bits.to(tl.uint8), mask=number * 8 < num_columns)
-    if (flags & WRITE) != 0:
+    if (flags & rows.WRITE) != 0:
         touched = removed
         if VEC:
             any_removed = tl.max(tl.max(removed.to(tl.int32), 2), 1) > 0
             touched = tl.broadcast_to(any_removed[:, None, None], column.shape) & inside
         base = tl.zeros_like(raw)
-        if (flags & HAS_BASE) != 0:
+        if (flags & rows.HAS_BASE) != 0:
             base = tl.load(base_row + column, mask=touched, other=0)
         tl.store(W_row + column, tl.where(removed, base, raw), mask=touched)
 
@@ -133,23 +113,20 @@ def prune_groups_kernel(
     column = start[:, None, None] + inner
     W_place = W_ptr + row[:, None, None] * W_row_stride + column
     base_place = base_ptr + row[:, None, None] * base_row_stride + column
-    raw = tl.load(W_place, mask=inside, other=0)
-    base = raw
-    if DELTA:
-        base = tl.load(base_place, mask=inside, other=0)
-    norm = load_norm(norm_ptr, column, inside, (flags & HAS_NORM) != 0)
+    raw, base = rows.load_both(W_place, base_place, inside, DELTA)
+    norm = rows.load_norm(norm_ptr, column, inside, (flags & rows.HAS_NORM) != 0)
     keys = tl.where(inside, keys_of(raw, base, norm, DTYPE, DELTA), PAD)
     m = tl.where(valid == group_size, m_whole, tl.where(valid > 0, m_tail, 0))
     guess = tl.full([R], NO_GUESS, tl.int32)
     bits, _, _ = top(keys, group, valid, m, guess, LOWEST)
-    if (flags & SMALLEST) != 0:
+    if (flags & rows.SMALLEST) != 0:
         bits = bits ^ 0xFF
-    removed = inside & unpacked(bits)
-    if (flags & WANT_BITS) != 0:
+    removed = inside & rows.unpacked(bits)
+    if (flags & rows.WANT_BITS) != 0:
         marks = marks_ptr + row[:, None, None] * num_columns + column
         tl.store(marks, removed.to(tl.uint8), mask=inside)
-    if (flags & WRITE) != 0:
+    if (flags & rows.WRITE) != 0:
         base = tl.zeros_like(raw)
-        if (flags & HAS_BASE) != 0:
+        if (flags & rows.HAS_BASE) != 0:
             base = tl.load(base_place, mask=removed, other=0)
         tl.store(W_place, base, mask=removed)

@@ -7,113 +7,70 @@ from the second-level cache.
 import triton
 import triton.language as tl
 
+from antidote_fast.backends.triton_kernels import rows, search
 from antidote_fast.backends.triton_kernels.keys import MAX_KEY, PAD, SIGNED, keys_of, score_of_key
-from antidote_fast.backends.triton_kernels.rows import (
-    HAS_NORM,
-    SMALLEST,
-    WANT_BITS,
-    WANT_THRESHOLDS,
-    WRITE,
-    in_range,
-    load_norm,
-    row_offsets,
-    store_bits,
-    store_removed,
-)
-from antidote_fast.backends.triton_kernels.search import (
-    NEAR,
-    NO_GUESS,
-    ROUGH,
-    TOP,
-    estimate,
-    first_pivots,
-    inside,
-    narrowed,
-    next_pivots,
-)
 
 
 @triton.jit
-def chunk_keys(
-    W_row,
-    base_row,
-    NORM,
-    has_norm,
-    first_group,
-    num_columns,
-    G: tl.constexpr,
-    DTYPE: tl.constexpr,
-    DELTA: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    """Keys [1, G, 8] of one part of a row, PAD past its end."""
+def chunk_keys(row, first_group, G: tl.constexpr, DTYPE: tl.constexpr, DELTA: tl.constexpr, VEC):
+    """Keys [1, G, 8] of one part of a row, PAD past its end.
+
+    ``row``: where it and its base begin, the norms, whether there are any, and its columns.
+    """
+    W_row, base_row, NORM, has_norm, num_columns = row
     group = first_group + tl.arange(0, G)
     column = group[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    present = in_range(tl.zeros([1], tl.int32), 1, group, num_columns, VEC)
-    raw = tl.load(W_row + column, mask=present, other=0)
-    base = raw
-    if DELTA:
-        base = tl.load(base_row + column, mask=present, other=0)
-    norm = load_norm(NORM, column, present, has_norm)
+    present = rows.in_range(tl.zeros([1], tl.int32), 1, group, num_columns, VEC)
+    raw, base = rows.load_both(W_row + column, base_row + column, present, DELTA)
+    norm = rows.load_norm(NORM, column, present, has_norm)
     return tl.where(present, keys_of(raw, base, norm, DTYPE, DELTA), PAD)
 
 
 @triton.jit
 def top_of_long_row(
-    W_row,
-    base_row,
-    NORM,
-    has_norm,
-    num_columns,
-    m,
-    guess,
-    G: tl.constexpr,
-    DTYPE: tl.constexpr,
-    DELTA: tl.constexpr,
-    VEC: tl.constexpr,
+    row, m, guess, G: tl.constexpr, DTYPE: tl.constexpr, DELTA: tl.constexpr, VEC: tl.constexpr
 ):
     """As ``search.search`` and ``search.tie_cut`` for one row, whose keys are made anew each time.
+
+    Args: row: as in :func:`chunk_keys`.
 
     Returns:
         threshold [1], the first column whose ties are taken [1], and whether some are left [1].
     """
     LOWEST: tl.constexpr = -0x7FFFFFFF if DTYPE == SIGNED else 0
+    num_columns = row[4]
     groups = tl.cdiv(num_columns, 8)
     low = tl.zeros([1], tl.int32)
     wanted = low + m
     low = tl.where(wanted == 0, MAX_KEY, LOWEST)
-    high = tl.zeros_like(low) + TOP
+    high = tl.zeros_like(low) + search.TOP
     count_low = tl.where(wanted == 0, 0, num_columns)
     count_high = tl.zeros_like(low)
     weak = count_high != 0
-    unknown = guess == NO_GUESS
-    reach = tl.where(unknown, ROUGH, NEAR)
+    unknown = guess == search.NO_GUESS
+    reach = tl.where(unknown, search.ROUGH, search.NEAR)
     if tl.max(unknown.to(tl.int32), 0) > 0:
         values = tl.zeros([1, G, 8], tl.float32)
         for start in range(0, groups, G):
-            keys = chunk_keys(
-                W_row, base_row, NORM, has_norm, start, num_columns, G, DTYPE, DELTA, VEC
-            )
+            keys = chunk_keys(row, start, G, DTYPE, DELTA, VEC)
             values += tl.maximum(keys, 0).to(tl.float32, bitcast=True)
-        guess = estimate(tl.sum(tl.sum(values, 2), 1), low * 0 + num_columns, wanted)
-    first, second = first_pivots(guess, reach)
+        guess = search.estimate(tl.sum(tl.sum(values, 2), 1), low * 0 + num_columns, wanted)
+    first, second = guess - reach, guess + reach
     while tl.max(((count_low != m) & (low + 1 < high)).to(tl.int32), 0) > 0:
-        first = inside(first, low, high)
-        second = inside(second, low, high)
+        first = search.inside(first, low, high)
+        second = search.inside(second, low, high)
         hits = tl.zeros([1, G, 8], tl.int32)  # both counts, 16 bits each: under 2**15 parts a row
         for start in range(0, groups, G):
-            keys = chunk_keys(
-                W_row, base_row, NORM, has_norm, start, num_columns, G, DTYPE, DELTA, VEC
-            )
+            keys = chunk_keys(row, start, G, DTYPE, DELTA, VEC)
             hits += (keys >= first[:, None, None]).to(tl.int32)
             hits += (keys >= second[:, None, None]).to(tl.int32) << 16
         count_first = tl.sum(tl.sum(hits & 0xFFFF, 2), 1)
         count_second = tl.sum(tl.sum(hits >> 16, 2), 1)
-        low, count_low, high, count_high, slow = narrowed(
+        low, count_low, high, count_high, slow = search.narrowed(
             low, count_low, high, count_high, first, count_first, second, count_second, m
         )
         weak = slow & (weak == 0)
-        first, second, reach = next_pivots(
+        first, second, reach = search.next_pivots(
             low, count_low, high, count_high, wanted, weak, reach, LOWEST
         )
     too_many = count_low > m
@@ -123,9 +80,7 @@ def top_of_long_row(
         middle = (cut + past) // 2
         hits = tl.zeros([1, G, 8], tl.int32)
         for start in range(0, groups, G):
-            keys = chunk_keys(
-                W_row, base_row, NORM, has_norm, start, num_columns, G, DTYPE, DELTA, VEC
-            )
+            keys = chunk_keys(row, start, G, DTYPE, DELTA, VEC)
             column = (start + tl.arange(0, G))[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
             hits += ((keys == low[:, None, None]) & (column < middle[:, None, None])).to(tl.int32)
         fits = tl.sum(tl.sum(hits, 2), 1) <= count_low - m
@@ -146,20 +101,9 @@ def top_bits(keys, first_group, threshold, cut, G: tl.constexpr):
 
 @triton.jit
 def prune_long_row(
-    W,
-    BASE,
-    NORM,
-    PRESERVE,
-    BITS,
-    THRESHOLDS,
+    pointers,
+    sizes,
     number,
-    num_rows,
-    num_columns,
-    W_row_stride,
-    base_row_stride,
-    m,
-    m_preserve,
-    flags,
     guess,
     preserve_guess,
     G: tl.constexpr,
@@ -169,35 +113,26 @@ def prune_long_row(
     VEC: tl.constexpr,
 ):
     """As ``rows.prune_tile`` for one row of any length."""
-    has_norm = (flags & HAS_NORM) != 0
+    W, BASE, NORM, PRESERVE, BITS, THRESHOLDS = pointers
+    num_rows, num_columns, W_row_stride, base_row_stride, m, m_preserve, flags = sizes
+    has_norm = (flags & rows.HAS_NORM) != 0
     groups = tl.cdiv(num_columns, 8)
     row = number + tl.arange(0, 1)
-    W_row = W + row_offsets(row, W_row_stride, VEC)
-    base_row = BASE + row_offsets(row, base_row_stride, VEC)
-    guess, cut, left = top_of_long_row(
-        W_row, base_row, NORM, has_norm, num_columns, m, guess, G, DTYPE, DELTA, VEC
-    )
-    kept_cut = cut
+    W_row = W + rows.row_offsets(row, W_row_stride, VEC)
+    base_row = BASE + rows.row_offsets(row, base_row_stride, VEC)
+    scored = W_row, base_row, NORM, has_norm, num_columns
+    guess, cut, left = top_of_long_row(scored, m, guess, G, DTYPE, DELTA, VEC)
+    preserved, kept_cut = (W_row, base_row, PRESERVE, m_preserve > 0, num_columns), cut
     if PRESERVED:
         preserve_guess, kept_cut, _ = top_of_long_row(
-            W_row,
-            base_row,
-            PRESERVE,
-            m_preserve > 0,
-            num_columns,
-            m_preserve,
-            preserve_guess,
-            G,
-            DTYPE,
-            DELTA,
-            VEC,
+            preserved, m_preserve, preserve_guess, G, DTYPE, DELTA, VEC
         )
-    smallest = (flags & SMALLEST) != 0
+    smallest = (flags & rows.SMALLEST) != 0
     edge = tl.zeros_like(guess) + tl.where(smallest, PAD, MAX_KEY)
     for start in range(0, groups, G):
-        keys = chunk_keys(W_row, base_row, NORM, has_norm, start, num_columns, G, DTYPE, DELTA, VEC)
+        keys = chunk_keys(scored, start, G, DTYPE, DELTA, VEC)
         bits = top_bits(keys, start, guess, cut, G)
-        if (flags & WANT_THRESHOLDS) != 0:
+        if (flags & rows.WANT_THRESHOLDS) != 0:
             bar = guess[:, None, None]
             above = tl.min(tl.min(tl.where(keys >= bar, keys, MAX_KEY), 2), 1)
             below = tl.max(tl.max(tl.where(keys < bar, keys, PAD), 2), 1)
@@ -205,84 +140,20 @@ def prune_long_row(
         if smallest:
             bits = bits ^ 0xFF
         if PRESERVED:
-            keys = chunk_keys(
-                W_row, base_row, PRESERVE, m_preserve > 0, start, num_columns, G, DTYPE, DELTA, VEC
-            )
+            keys = chunk_keys(preserved, start, G, DTYPE, DELTA, VEC)
             bits = bits & (top_bits(keys, start, preserve_guess, kept_cut, G) ^ 0xFF)
         group = start + tl.arange(0, G)
         real = tl.minimum(tl.maximum(num_columns - group * 8, 0), 8)
         bits = bits & ((1 << real) - 1)[None, :]
-        if (flags & WANT_BITS) != 0:
-            store_bits(BITS, row, num_rows, group, num_columns, bits)
-        if (flags & WRITE) != 0:
+        if (flags & rows.WANT_BITS) != 0:
+            rows.store_bits(BITS, row, num_rows, group, num_columns, bits)
+        if (flags & rows.WRITE) != 0:
             column = group[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-            store_removed(W_row, base_row, column, bits, flags, VEC)
-    if (flags & WANT_THRESHOLDS) != 0:
+            rows.store_removed(W_row, base_row, column, bits, flags, VEC)
+    if (flags & rows.WANT_THRESHOLDS) != 0:
         if smallest:
             edge = tl.where(left, guess, edge)
         removed = tl.where(smallest, num_columns - m, m)
-        rows = tl.where(removed > 0, num_rows, 0)
-        tl.store(THRESHOLDS + row, score_of_key(edge), mask=row < rows)
+        some = tl.where(removed > 0, num_rows, 0)
+        tl.store(THRESHOLDS + row, score_of_key(edge), mask=row < some)
     return guess, preserve_guess
-
-
-@triton.jit(
-    do_not_specialize=[
-        "num_rows",
-        "num_columns",
-        "W_row_stride",
-        "base_row_stride",
-        "m",
-        "m_preserve",
-        "flags",
-    ]
-)
-def prune_long_rows_kernel(
-    W_ptr,
-    base_ptr,
-    norm_ptr,
-    preserve_ptr,
-    bits_ptr,
-    thresholds_ptr,
-    num_rows,
-    num_columns,
-    W_row_stride,
-    base_row_stride,
-    m,
-    m_preserve,
-    flags,
-    G: tl.constexpr,
-    DTYPE: tl.constexpr,
-    DELTA: tl.constexpr,
-    PRESERVED: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    """One matrix, a row at a time; arguments as ``rows.prune_rows_kernel``."""
-    guess = tl.full([1], NO_GUESS, tl.int32)
-    preserve_guess = guess
-    share = tl.cdiv(num_rows, tl.num_programs(0))
-    begin = tl.program_id(0) * share
-    for number in range(begin, tl.minimum(begin + share, num_rows)):
-        guess, preserve_guess = prune_long_row(
-            W_ptr,
-            base_ptr,
-            norm_ptr,
-            preserve_ptr,
-            bits_ptr,
-            thresholds_ptr,
-            number,
-            num_rows,
-            num_columns,
-            W_row_stride,
-            base_row_stride,
-            m,
-            m_preserve,
-            flags,
-            guess,
-            preserve_guess,
-            G,
-            DTYPE,
-            DELTA,
-            PRESERVED,
-            VEC,
-        )

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from antidote_fast.backends.native import DTYPE_CODES
 from antidote_fast.backends.triton_kernels import launch
 from antidote_fast.backends.triton_kernels.keys import to_float
 
@@ -64,7 +65,7 @@ def accumulate_sq_norm_(sq_sum, x, token_mask):
         per_split,
         device=x.device,
         num_warps=WARPS,
-        DTYPE=launch.DTYPE_CODES[x.dtype],
+        DTYPE=DTYPE_CODES[x.dtype],
         VEC=is_vector(x, width, outer_stride, inner_stride),
         MASKED=token_mask is not None,
         NESTED=outer > 1,
@@ -145,14 +146,7 @@ def columns_inside(block, n_cols, G: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=[
-        "n_tokens",
-        "inner",
-        "outer_stride",
-        "inner_stride",
-        "n_cols",
-        "per_split",
-    ]
+    do_not_specialize=["n_tokens", "inner", "outer_stride", "inner_stride", "n_cols", "per_split"]
 )
 def sq_norm_kernel(
     X_ptr,
@@ -221,13 +215,7 @@ def sq_norm_kernel(
 
 @triton.jit(do_not_specialize=["n_splits", "n_cols"])
 def combine_kernel(
-    partial_ptr,
-    sums_ptr,
-    n_splits,
-    n_cols,
-    ADD: tl.constexpr,
-    S: tl.constexpr,
-    C: tl.constexpr,
+    partial_ptr, sums_ptr, n_splits, n_cols, ADD: tl.constexpr, S: tl.constexpr, C: tl.constexpr
 ):
     """sums = the sum over splits of partial (splits, K), plus sums where ADD."""
     column = tl.program_id(0) * C + tl.arange(0, C)

@@ -1,14 +1,13 @@
 """Row scope: each row is read once into registers, searched there, and its dirty vectors written.
 
-``prune_tile`` is all of it; the kernel here takes one matrix from its arguments, the one in
-``table.py`` many from a table in device memory.
+``prune_tile`` is all of it; the kernels that call it are in ``table.py``.
 """
 
 import triton
 import triton.language as tl
 
 from antidote_fast.backends.triton_kernels.keys import MAX_KEY, PAD, SIGNED, keys_of, score_of_key
-from antidote_fast.backends.triton_kernels.search import NO_GUESS, top
+from antidote_fast.backends.triton_kernels.search import top
 
 # Bits of ``flags``.
 WRITE = tl.constexpr(1)  # change the weight
@@ -17,6 +16,8 @@ HAS_NORM = tl.constexpr(4)
 HAS_BASE = tl.constexpr(8)
 WANT_BITS = tl.constexpr(16)
 WANT_THRESHOLDS = tl.constexpr(32)
+# Arguments of which no value has a kernel of its own.
+SIZES = ["num_rows", "num_columns", "W_row_stride", "base_row_stride", "flags"]
 
 
 @triton.jit
@@ -43,6 +44,16 @@ def in_range(row, num_rows, group, num_columns, VEC: tl.constexpr):
     else:
         result = present & (group[None, :, None] * 8 + lane < num_columns)
     return result
+
+
+@triton.jit
+def load_both(W_place, base_place, present, DELTA: tl.constexpr):
+    """Bits of weights and, with DELTA, of their bases; else those of the weights twice."""
+    raw = tl.load(W_place, mask=present, other=0)
+    base = raw
+    if DELTA:
+        base = tl.load(base_place, mask=present, other=0)
+    return raw, base
 
 
 @triton.jit
@@ -107,20 +118,9 @@ def store_edges(THRESHOLDS, row, num_rows, num_columns, keys, threshold, left, m
 
 @triton.jit
 def prune_tile(
-    W,
-    BASE,
-    NORM,
-    PRESERVE,
-    BITS,
-    THRESHOLDS,
+    pointers,
+    sizes,
     first_row,
-    num_rows,
-    num_columns,
-    W_row_stride,
-    base_row_stride,
-    m,
-    m_preserve,
-    flags,
     guess,
     preserve_guess,
     R: tl.constexpr,
@@ -130,7 +130,13 @@ def prune_tile(
     PRESERVED: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Prune R rows of up to 8 * G columns; returns the thresholds as the next rows' guesses."""
+    """Prune R rows of up to 8 * G columns; returns the thresholds as the next rows' guesses.
+
+    ``pointers`` and ``sizes`` are the first 6 arguments of ``table.prune_rows_kernel`` and the
+    other 7.
+    """
+    W, BASE, NORM, PRESERVE, BITS, THRESHOLDS = pointers
+    num_rows, num_columns, W_row_stride, base_row_stride, m, m_preserve, flags = sizes
     LOWEST: tl.constexpr = -0x7FFFFFFF if DTYPE == SIGNED else 0
     row = first_row + tl.arange(0, R)
     present = row < num_rows
@@ -139,10 +145,7 @@ def prune_tile(
     inside = in_range(row, num_rows, group, num_columns, VEC)
     W_row = W + row_offsets(row, W_row_stride, VEC)
     base_row = BASE + row_offsets(row, base_row_stride, VEC)
-    raw = tl.load(W_row + column, mask=inside, other=0)
-    base = raw
-    if DELTA:
-        base = tl.load(base_row + column, mask=inside, other=0)
+    raw, base = load_both(W_row + column, base_row + column, inside, DELTA)
     in_columns = in_range(tl.zeros([1], tl.int32), 1, group, num_columns, VEC)
     norm = load_norm(NORM, column, in_columns, (flags & HAS_NORM) != 0)
     keys = tl.where(inside, keys_of(raw, base, norm, DTYPE, DELTA), PAD)
@@ -168,68 +171,3 @@ def prune_tile(
     if (flags & WRITE) != 0:
         store_removed(W_row, base_row, column, bits, flags, VEC)
     return guess, preserve_guess
-
-
-@triton.jit(
-    do_not_specialize=[
-        "num_rows",
-        "num_columns",
-        "W_row_stride",
-        "base_row_stride",
-        "m",
-        "m_preserve",
-        "flags",
-    ]
-)
-def prune_rows_kernel(
-    W_ptr,
-    base_ptr,
-    norm_ptr,
-    preserve_ptr,
-    bits_ptr,
-    thresholds_ptr,
-    num_rows,
-    num_columns,
-    W_row_stride,
-    base_row_stride,
-    m,
-    m_preserve,
-    flags,
-    R: tl.constexpr,
-    G: tl.constexpr,
-    DTYPE: tl.constexpr,
-    DELTA: tl.constexpr,
-    PRESERVED: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    """One matrix. A program takes neighbouring rows, so that each starts from the last's answer."""
-    guess = tl.full([R], NO_GUESS, tl.int32)
-    preserve_guess = guess
-    tiles = tl.cdiv(num_rows, R)
-    share = tl.cdiv(tiles, tl.num_programs(0))
-    first = tl.program_id(0) * share
-    for tile in range(first, tl.minimum(first + share, tiles)):
-        guess, preserve_guess = prune_tile(
-            W_ptr,
-            base_ptr,
-            norm_ptr,
-            preserve_ptr,
-            bits_ptr,
-            thresholds_ptr,
-            tile * R,
-            num_rows,
-            num_columns,
-            W_row_stride,
-            base_row_stride,
-            m,
-            m_preserve,
-            flags,
-            guess,
-            preserve_guess,
-            R,
-            G,
-            DTYPE,
-            DELTA,
-            PRESERVED,
-            VEC,
-        )

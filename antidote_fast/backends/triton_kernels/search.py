@@ -39,12 +39,6 @@ def estimate(total, num_valid, m):
 
 
 @triton.jit
-def first_pivots(guess, reach):
-    """Pivots of the first step, close round the guess."""
-    return guess - reach, guess + reach
-
-
-@triton.jit
 def next_pivots(low, count_low, high, count_high, m, weak, reach, LOWEST: tl.constexpr):
     """Pivots of a later step; ``weak`` says that the last one narrowed too little.
 
@@ -130,7 +124,7 @@ def search(keys, num_valid, m, guess, LOWEST: tl.constexpr):
         value = tl.maximum(keys, 0).to(tl.float32, bitcast=True)
         total = tl.sum(tl.sum(value, 2), 1)
         guess = tl.where(unknown, estimate(total, num_valid, m), guess)
-    first, second = first_pivots(guess, reach)
+    first, second = guess - reach, guess + reach
     active = (count_low != m) & (low + 1 < high)
     while tl.max(active.to(tl.int32), 0) > 0:
         first = inside(first, low, high)
