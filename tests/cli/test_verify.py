@@ -19,7 +19,7 @@ from antidote_fast.files.commit import check_output_folder, output_folder
 from antidote_fast.files.manifest import check_input, sha256_file
 from antidote_fast.models.adapters import check_adapter, load_adapter
 from antidote_fast.models.loading import load_model
-from antidote_fast.stages import calibrate, evidence, prune
+from antidote_fast.stages import calibrate, evidence, inputs, prune
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +173,8 @@ def no_compute(monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("something was computed")
 
-    for name in ("load_model", "prune_state_"):
-        monkeypatch.setattr(evidence, name, never)
+    for module, name in ((inputs, "load_model"), (evidence, "prune_state_")):
+        monkeypatch.setattr(module, name, never)
     monkeypatch.setattr(Checkpoint, "read", never)
 
 
