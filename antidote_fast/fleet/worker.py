@@ -38,7 +38,8 @@ from antidote_fast.models.forwards import lean_forward
 from antidote_fast.models.loading import load_model, load_tokenizer, open_model, pick_device
 from antidote_fast.models.targets import find_targets
 from antidote_fast.norms.activation_norms import ActivationNorms, counts_of
-from antidote_fast.norms.collector import NormCollector, run_batch
+from antidote_fast.norms.batches import run_batch
+from antidote_fast.norms.collector import NormCollector
 from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.stages.evidence import prune_weights, weights_to_prune
 from antidote_fast.stages.inputs import Inputs, describe_backend, load_data, unseen_data

@@ -30,14 +30,8 @@ from antidote_fast.models.targets import find_targets
 from antidote_fast.models.tokens import num_embeddings
 from antidote_fast.models.undo import eval_mode, no_grad, undoing
 from antidote_fast.norms import fusion
-from antidote_fast.norms.collector import (
-    AGGREGATIONS,
-    NormCollector,
-    input_device,
-    on_device,
-    run_batch,
-    run_forward,
-)
+from antidote_fast.norms.batches import input_device, on_device, run_batch, run_forward
+from antidote_fast.norms.collector import AGGREGATIONS, NormCollector
 from antidote_fast.system.progress import Progress, track
 
 FORMAT = "antidote_fast.norms"

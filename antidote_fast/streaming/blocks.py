@@ -20,7 +20,7 @@ from antidote_fast.files.tensor_file import read_tensor
 from antidote_fast.models.adapters import load_adapter
 from antidote_fast.models.forwards import lean_forward
 from antidote_fast.models.loading import check_not_quantized, without_weights
-from antidote_fast.norms.collector import on_device, run_forward
+from antidote_fast.norms.batches import on_device, run_forward
 
 Call = tuple[list[Any], pytree.TreeSpec, int]
 """A block's arguments as leaves and their tree, and which leaf its hidden states are."""

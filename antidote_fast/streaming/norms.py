@@ -15,7 +15,8 @@ from torch import Tensor
 from antidote_fast.errors import DataError
 from antidote_fast.models.targets import find_targets
 from antidote_fast.norms.activation_norms import ActivationNorms
-from antidote_fast.norms.collector import NormCollector, in_halves
+from antidote_fast.norms.batches import in_halves
+from antidote_fast.norms.collector import NormCollector
 from antidote_fast.streaming.blocks import BlockModel
 from antidote_fast.streaming.spill import Room, TensorStore
 

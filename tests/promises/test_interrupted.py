@@ -20,12 +20,12 @@ from antidote_fast import ActivationNorms, Selection, ops, prune_model_
 from antidote_fast.errors import AntidoteError, UsageError
 from antidote_fast.models import undo
 from antidote_fast.models.targets import find_targets
-from antidote_fast.norms import activation_norms, collector, fusion
+from antidote_fast.norms import activation_norms, batches, collector, fusion
 from antidote_fast.norms.collector import NormCollector
 from antidote_fast.pruning import layers, prune
 from antidote_fast.system import interrupts
 
-COLLECTING = {module.__file__ for module in (activation_norms, collector, fusion, undo)}
+COLLECTING = {module.__file__ for module in (activation_norms, batches, collector, fusion, undo)}
 PRUNING = {module.__file__ for module in (prune, layers, interrupts, undo)}
 
 
