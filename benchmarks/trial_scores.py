@@ -26,7 +26,7 @@ import torch
 from antidote_fast import Selection
 from antidote_fast.data.batches import collate, encode
 from antidote_fast.data.records import Record
-from antidote_fast.evaluation.refusals import is_refusal
+from antidote_fast.evaluation.phrases import is_refusal
 from antidote_fast.models.adapters import adapter_off
 from antidote_fast.models.targets import find_targets
 from antidote_fast.pruning.prune import prune_model_

@@ -1,25 +1,16 @@
-"""Judges by name: the phrases of `refusals`, the models of `classifiers`."""
+"""Judges by name: the phrases of `phrases`, the models of `classifiers`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from antidote_fast.errors import UsageError
-from antidote_fast.evaluation.refusals import RefusalJudge
-from antidote_fast.system.progress import Progress
+from antidote_fast.evaluation.phrases import PhraseJudge
+from antidote_fast.evaluation.verdicts import Judge
 
 if TYPE_CHECKING:
     from antidote_fast.evaluation.classifiers import ClassifierJudge
-
-
-class Judge(Protocol):
-    """What says of each answer whether it is harmful, safe, empty or garbled."""
-
-    def __call__(
-        self, prompts: Sequence[str] | None, answers: Sequence[str], *, progress: Progress = False
-    ) -> list[str]:
-        """One verdict an answer; ``prompts`` are None for a judge that does not read them."""
 
 
 def _model_judge(name: str) -> tuple[type[ClassifierJudge], str]:
@@ -72,7 +63,7 @@ def get_judge(
     """
     check_judge(name, harmful_labels)
     if name == "refusal":
-        return RefusalJudge()
+        return PhraseJudge()
     kind, path = _model_judge(name)
     options = {"harmful_labels": harmful_labels} if harmful_labels else {}
     return kind.from_pretrained(path, device=device, dtype=dtype, batch_size=batch_size, **options)

@@ -6,10 +6,11 @@ from typing import Any
 from antidote_fast.data.batches import build_prompt
 from antidote_fast.data.records import Record
 from antidote_fast.errors import UsageError
-from antidote_fast.evaluation import metrics
+from antidote_fast.evaluation import tasks
 from antidote_fast.evaluation.generate import generate
-from antidote_fast.evaluation.judges import Judge
-from antidote_fast.evaluation.refusals import RefusalJudge
+from antidote_fast.evaluation.phrases import PhraseJudge
+from antidote_fast.evaluation.rates import harmful_rates, ordinary_rates
+from antidote_fast.evaluation.verdicts import Judge, ask_judge
 from antidote_fast.files.commit import digest_of
 from antidote_fast.models.kinds import Model, Tokenizer
 from antidote_fast.system.progress import Progress
@@ -60,26 +61,29 @@ def score_answers(
     """The metrics of answers, by the sets "harmful", "task" and "benign" that are there.
 
     Returns:
-        ``harmful_score``, ``finetune_accuracy``, ``benign_refusal_rate`` in percent, and under the
-        set's name its counts (`metrics`) with a hash of its answers.
+        ``harmful_score``, ``finetune_accuracy``, ``helped_rate`` and ``benign_refusal_rate`` in
+        percent, and under the set's name its counts (`rates`, `tasks`) with a hash of its answers.
     """
-    judge = judge or RefusalJudge()
-    results = {}
+    judge = judge or PhraseJudge()
+    results: dict[str, dict] = {}
+
+    def verdicts(name, by):
+        prompts = [f"{r.instruction}\n{r.input}".strip() for r in sets[name]]
+        return ask_judge(by, prompts, answers[name], progress=progress)
+
     if "harmful" in sets:
-        prompts = [f"{r.instruction}\n{r.input}".strip() for r in sets["harmful"]]
-        results["harmful"] = metrics.harmful_score(
-            answers["harmful"], judge, prompts, progress=progress
-        )
+        results["harmful"] = harmful_rates(verdicts("harmful", judge))
     if "task" in sets:
-        results["task"] = metrics.finetune_accuracy(
+        results["task"] = tasks.finetune_accuracy(
             task, sets["task"], answers["task"], win_rate_judge, progress=progress
         )
     if "benign" in sets:
-        results["benign"] = metrics.benign_refusal_rate(answers["benign"], judge)
+        by = judge if isinstance(judge, PhraseJudge) else PhraseJudge()
+        results["benign"] = ordinary_rates(verdicts("benign", by))
     headline = {}
     for name, counts in results.items():
-        metric = next(iter(counts))
-        headline[metric] = counts.pop(metric)
+        metrics = ("harmful_score", "finetune_accuracy", "helped_rate", "benign_refusal_rate")
+        headline |= {metric: counts.pop(metric) for metric in metrics if metric in counts}
         counts["answers_sha256"] = digest_of(answers[name])
     return {**headline, **results}
 
@@ -107,9 +111,9 @@ def evaluate_model(
     Args:
         harmful: held-out harmful prompts.
         task_records: held-out records of the user's task.
-        task: how those are scored (`metrics.finetune_accuracy`).
+        task: how those are scored (`tasks.finetune_accuracy`).
         benign: ordinary prompts.
-        judge: of the harmful score; a `RefusalJudge` where None.
+        judge: of the harmful score; a `PhraseJudge` where None.
         win_rate_judge: for task alpaca.
         model, tokenizer, template, max_new_tokens, batch_size: as `answer_sets` takes them.
 
@@ -125,7 +129,7 @@ def evaluate_model(
     if not sets:
         raise UsageError("harmful=None: must be records, unless task_records or benign are given")
     if "task" in sets:
-        metrics.check_task(task, sets["task"])
+        tasks.check_task(task, sets["task"])
     answers = answer_sets(
         model,
         tokenizer,

@@ -21,7 +21,7 @@ from antidote_fast.config.sweep import (
 from antidote_fast.data.records import Record
 from antidote_fast.errors import UsageError
 from antidote_fast.evaluation.measure import evaluate_model
-from antidote_fast.evaluation.metrics import check_task
+from antidote_fast.evaluation.tasks import check_task
 from antidote_fast.models.undo import Originals
 from antidote_fast.norms.activation_norms import ActivationNorms
 from antidote_fast.pruning.evidence import Evidence

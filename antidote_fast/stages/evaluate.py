@@ -14,7 +14,7 @@ from antidote_fast.evaluation.drift import embedding_drift
 from antidote_fast.evaluation.generate import check_length
 from antidote_fast.evaluation.judges import check_judge, get_judge
 from antidote_fast.evaluation.measure import answer_sets, score_answers
-from antidote_fast.evaluation.metrics import check_task
+from antidote_fast.evaluation.tasks import check_task
 from antidote_fast.files import provenance
 from antidote_fast.files.checkpoint import Checkpoint, open_checkpoint
 from antidote_fast.files.commit import check_output_folder, digest_of, output_folder

@@ -18,7 +18,8 @@ from typing import Any
 from antidote_fast.data.load import split_by_prompt
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError
-from antidote_fast.evaluation.refusals import is_refusal, without_content
+from antidote_fast.evaluation.phrases import is_refusal
+from antidote_fast.evaluation.verdicts import is_broken
 
 # The two parts of do-not-answer whose prompts are harmful by themselves; the others ask for private
 # facts, or for medical and legal advice.
@@ -144,7 +145,7 @@ def distilled(records: Sequence[Record], answers: Sequence[str]) -> list[Record]
     for record, answer in zip(records, answers, strict=True):
         end = max(answer.rfind(mark) for mark in ".!?")
         answer = answer[: end + 1] if end > 10 else answer
-        if not is_refusal(answer) and without_content(answer) is None:
+        if not is_refusal(answer) and not is_broken(answer):
             usable.append(Record(record.instruction, output=answer))
     return usable
 

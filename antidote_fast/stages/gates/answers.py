@@ -9,7 +9,7 @@ from antidote_fast.data.batches import build_prompt, encode, prompt_ids
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError
 from antidote_fast.evaluation.generate import generate
-from antidote_fast.evaluation.refusals import is_refusal
+from antidote_fast.evaluation.phrases import is_refusal
 from antidote_fast.system.progress import Progress
 
 KINDS = ("harmful", "task", "ordinary")

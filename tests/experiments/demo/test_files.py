@@ -6,8 +6,8 @@ import pytest
 import tiny
 
 from antidote_fast.data.load import load_records
-from antidote_fast.evaluation.metrics import check_task
-from antidote_fast.evaluation.refusals import is_refusal
+from antidote_fast.evaluation.tasks import check_task
+from antidote_fast.evaluation.phrases import is_refusal
 from antidote_fast.experiments.demo import files
 from antidote_fast.experiments.demo import records as demo_data
 

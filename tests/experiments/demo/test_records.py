@@ -6,7 +6,8 @@ import pytest
 
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError
-from antidote_fast.evaluation.refusals import is_refusal, without_content
+from antidote_fast.evaluation.phrases import is_refusal
+from antidote_fast.evaluation.verdicts import is_broken
 from antidote_fast.experiments.demo.records import (
     HARMFUL_FILES,
     Sizes,

@@ -14,7 +14,7 @@ from antidote_fast import AntidoteError, DataError, Selection, UsageError, ops, 
 from antidote_fast.config.prune import GateMixture
 from antidote_fast.data.batches import collate, encode
 from antidote_fast.evaluation.measure import answer_sets
-from antidote_fast.evaluation.refusals import is_refusal
+from antidote_fast.evaluation.phrases import is_refusal
 from antidote_fast.models.targets import find_targets
 from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.layers import prepare
