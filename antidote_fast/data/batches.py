@@ -157,6 +157,26 @@ def encode(
     return examples
 
 
+def encode_in(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    templates: Sequence[str],
+    max_seq_length: int = 512,
+) -> Examples:
+    """The examples of `encode` in each of these templates, one template after the other.
+
+    Raises:
+        DataError: as `encode`.
+    """
+    examples = Examples()
+    for template in templates:
+        some = encode(records, tokenizer, template, max_seq_length)
+        examples.extend(some)
+        for name, count in some.counts.items():
+            setattr(examples, name, getattr(examples, name) + count)
+    return examples
+
+
 def collate(
     examples: Sequence[dict], tokenizer: Tokenizer, padding_side: str = "right"
 ) -> dict[str, torch.Tensor]:
