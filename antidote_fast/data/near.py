@@ -133,7 +133,7 @@ def _near_pairs(texts: Sequence[set[_Gram]], progress: Progress) -> Iterator[tup
     sets = [{rank[gram] for gram in grams} for grams in texts]
     holders: dict[int, list[int]] = defaultdict(list)
     for j, ranks in enumerate(track(sets, "compare prompts", progress)):
-        # In whole numbers: 0.55 * 20 is a hair above 11.
+        # In whole numbers: 0.55 * 100 is a hair above 55.
         needed = -(-NEAR_PERCENT * len(ranks) // 100)
         met: set[int] = set()
         for each in sorted(ranks)[: len(ranks) - needed + 1]:
