@@ -92,6 +92,8 @@ def load_records(
         if role in ("train", "test"):
             roles = ", ".join(BEAVERTAILS_ROLES)
             raise UsageError(f"dataset={name_or_path}: role must be one of {roles} for a file")
+        if find_prompt_set(name) and os.path.isdir(name):
+            raise DataError(f"{name}: is a directory, which hides the prompt set; rename it")
         if re.fullmatch(r"[\w-]{1,40}", name) and not os.path.exists(name):
             known = ", ".join(PROMPT_SETS)
             raise DataError(f"{name}: no such file, and none of the prompt sets {known}")

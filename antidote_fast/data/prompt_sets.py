@@ -222,12 +222,12 @@ def _installed(known):
     try:
         return f"{distribution}=={importlib.metadata.version(distribution)}"
     except importlib.metadata.PackageNotFoundError:
-        return f"the package {known.package}, of no known version,"
+        return f"{known.package} without a version"
 
 
 def _read(known, path) -> list[str]:
     """The prompts of one file, without blanks around them; empty ones are left out."""
-    why = f"{_installed(known)} differs from {known.requirement}: {known.pip}"
+    why = f"{_installed(known)} is there, and {known.requirement} is known: {known.pip}"
     if not path.is_file():
         raise DataError(f"{known.name}: {path}: no such file; {why}")
     if path.suffix == ".prompt" and importlib.util.find_spec("yaml") is None:

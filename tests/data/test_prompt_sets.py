@@ -143,6 +143,9 @@ def test_what_lies_there_comes_first(package, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="role 'safe' needs the column"):
         load_records("harmbench:safe")
     assert len(load_records("HARMBENCH")) == 1 + len(TEXTS)
+    (tmp_path / "advbench").mkdir()
+    with pytest.raises(DataError, match="advbench: is a directory, which hides the prompt set"):
+        load_records("advbench")
 
 
 def test_a_name_that_is_none():
@@ -213,7 +216,9 @@ def test_another_layout_is_one_line(package, name, content, told):
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError, match=f"{name}: {path}: {told}; .*{known.requirement}") as error:
+    with pytest.raises(
+        DataError, match=f"{name}: {path}: {told}; .*is there, and {known.requirement}"
+    ) as error:
         load_prompt_set(name)
     assert "\n" not in str(error.value)
 
