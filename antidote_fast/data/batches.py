@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from antidote_fast.data.records import Record
-from antidote_fast.errors import DataError, UsageError
+from antidote_fast.errors import DataError, UsageError, first_line
 from antidote_fast.models.kinds import Tokenizer
 from antidote_fast.models.tokens import check_ids, fitted, tokenize, vocab_size
 
@@ -33,7 +33,10 @@ def filled(form: str, **values: str) -> str:
 
 
 def build_prompt(
-    record: Record, template: str = "alpaca", tokenizer: Tokenizer | None = None
+    record: Record,
+    template: str = "alpaca",
+    tokenizer: Tokenizer | None = None,
+    system_prompt: str = "",
 ) -> str:
     """The prompt of a record: the very text used in training and in evaluation.
 
@@ -41,13 +44,17 @@ def build_prompt(
         record: its output is not used.
         template: "alpaca", or "chat" for the tokenizer's chat template.
         tokenizer: needed for "chat".
+        system_prompt: what stands before it: the system's message of "chat", a paragraph in front
+            of "alpaca", which has no place for one.
 
     Raises:
-        UsageError: an unknown template, or "chat" with a tokenizer that has no chat template.
+        UsageError: an unknown template, "chat" with a tokenizer that has no chat template, or a
+            system prompt for a chat template that takes none.
     """
     if template == "alpaca":
         form = ALPACA_WITH_INPUT if record.input.strip() else ALPACA_WITHOUT_INPUT
-        return filled(form, instruction=record.instruction, input=record.input)
+        text = filled(form, instruction=record.instruction, input=record.input)
+        return f"{system_prompt}\n\n{text}" if system_prompt else text
     if template != "chat":
         raise UsageError(f"template={template!r}: must be alpaca or chat")
     if not getattr(tokenizer, "chat_template", None):
@@ -55,9 +62,18 @@ def build_prompt(
     content = record.instruction
     if record.input.strip():
         content += f"\n\n{record.input}"
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    messages = [{"role": "user", "content": content}]
+    if not system_prompt:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    messages.insert(0, {"role": "system", "content": system_prompt})
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever the template of somebody's tokenizer raises
+        reason = first_line(error)
+        raise UsageError(
+            f"system_prompt={system_prompt!r:.80}: must be left out with template chat: the "
+            f"tokenizer's chat template takes none: {reason}"
+        ) from None
 
 
 def prompt_ids(
