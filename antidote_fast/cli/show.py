@@ -107,7 +107,7 @@ def _evaluate_lines(report, took, output_dir):
     conditions = report["conditions"]
     heads = ("", "HS", "refused", "off-task", "broken", "helped", "BR", "FA")
     rows = [heads, *((name, *_rates(told)) for name, told in conditions.items())]
-    lines = [table(rows), *_headline(report)] if conditions else []
+    lines = [table(rows), *_headline(report)] if any(conditions.values()) else []
     for kind, name in (("harmful", "harmful_score"), ("benign", "helped_rate")):
         if (worst := report["worst"].get(kind)) is not None:
             where = f"{worst['condition']}, {worst['set']}"

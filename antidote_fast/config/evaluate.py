@@ -117,10 +117,8 @@ class EvaluateConfig(StageConfig):
             once = len({*self.templates}) == len(self.templates)
             accepted = f"a list, each once, that begins with template={self.template!r}"
             check(first and once, "templates", self.templates, accepted)
-        accepted = "a text that is not empty"
-        check(
-            self.system_prompt is None or self.system_prompt.strip(), "system_prompt", "", accepted
-        )
+        said = self.system_prompt is None or self.system_prompt.strip()
+        check(said, "system_prompt", self.system_prompt, "a text that is not empty")
         together = (self.reference_model is None) == (self.drift_dataset is None)
         accepted = "given together with drift_dataset"
         check(together, "reference_model", self.reference_model, accepted)
