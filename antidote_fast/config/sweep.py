@@ -204,7 +204,8 @@ class SweepConfig(StageConfig):
     def evaluation(self) -> EvaluateConfig:
         """What evaluate would be told, for one model."""
         names = {f.name for f in fields(EvaluateConfig)}
-        return EvaluateConfig(**{k: v for k, v in vars(self).items() if k in names})
+        values = {k: v for k, v in vars(self).items() if k in names}
+        return EvaluateConfig(**values, judges=self.judge, templates=[self.template])
 
     def candidates(self) -> list[tuple[str, str, float]]:
         """(score, scope, ratio) of everything that may be tried, a branch after another."""

@@ -140,6 +140,7 @@ class ClassifierJudge(_ModelJudge):
 
     AUTO_CLASS = "AutoModelForSequenceClassification"
     takes_labels = True  # which of its labels mean harm
+    harm_only = True  # it tells nothing of answers to ordinary prompts
 
     def __init__(
         self,

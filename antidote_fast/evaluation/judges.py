@@ -23,7 +23,12 @@ def _model_judge(name: str) -> tuple[type[ClassifierJudge], str]:
     return (ClassifierJudge if path == name else BeaverDamJudge), path
 
 
-def check_judge(name: str, harmful_labels: Sequence[str] | None = None) -> None:
+def check_judge(
+    name: str,
+    harmful_labels: Sequence[str] | None = None,
+    url: str | None = None,
+    model: str | None = None,
+) -> None:
     """Refuse what `get_judge` would refuse, as far as that shows without loading weights.
 
     Raises:
@@ -32,6 +37,9 @@ def check_judge(name: str, harmful_labels: Sequence[str] | None = None) -> None:
     """
     if not name:
         raise UsageError("judge='': must be refusal, beaver-dam, or a text-classification model")
+    for option, value in (("judge_url", url), ("judge_model", model)):
+        if value is not None:
+            raise UsageError(f"{option}={value!r}: must be left out with judge={name!r}")
     kind, path = (None, "") if name == "refusal" else _model_judge(name)
     if harmful_labels and (kind is None or not kind.takes_labels):
         raise UsageError(
@@ -47,6 +55,9 @@ def get_judge(
     device: str = "auto",
     dtype: str = "auto",
     harmful_labels: Sequence[str] | None = None,
+    labels: Sequence[str] = (),
+    url: str | None = None,
+    model: str | None = None,
     batch_size: int = 16,
 ) -> Judge:
     """The judge of a name.
@@ -56,14 +67,16 @@ def get_judge(
             name of a text-classification model.
         device, dtype: as :func:`antidote_fast.models.loading.load_model` takes them.
         harmful_labels: the classifier's labels that mean harm, where their names do not tell.
+        labels: as `PhraseJudge` takes them.
+        url, model: of a judge that asks a server.
         batch_size: texts at once.
 
     Raises:
         DataError, UsageError: as `check_judge`, and a model that cannot be loaded.
     """
-    check_judge(name, harmful_labels)
+    check_judge(name, harmful_labels, url, model)
     if name == "refusal":
-        return PhraseJudge()
+        return PhraseJudge(labels=labels)
     kind, path = _model_judge(name)
     options = {"harmful_labels": harmful_labels} if harmful_labels else {}
     return kind.from_pretrained(path, device=device, dtype=dtype, batch_size=batch_size, **options)

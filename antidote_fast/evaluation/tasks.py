@@ -7,7 +7,7 @@ from typing import Any
 
 from antidote_fast.data.records import AGNEWS_LABELS, SST2_LABELS, Record
 from antidote_fast.errors import DataError, UsageError
-from antidote_fast.evaluation.rates import percent
+from antidote_fast.evaluation.rates import percent, wilson
 from antidote_fast.system.progress import Progress, track
 
 TASKS = ("sst2", "agnews", "gsm8k", "alpaca", "label")
@@ -65,7 +65,8 @@ def check_task(task: str, records: Sequence[Record]) -> None:
             raise DataError(f"task label: the output of record {i} is punctuation only")
 
 
-def _is_correct(task: str, record: Record, answer: str) -> bool:
+def is_correct(task: str, record: Record, answer: str) -> bool:
+    """Whether an answer is right, by any task but alpaca (`finetune_accuracy`)."""
     if task == "gsm8k":
         return extract_number(answer) == extract_number(record.output)
     return normalise_label(answer) == normalise_label(record.output)
@@ -90,8 +91,8 @@ def finetune_accuracy(
         judge: for alpaca, a `WinRateJudge`.
 
     Returns:
-        ``finetune_accuracy`` in percent, ``num_records``, ``num_correct`` (for alpaca the wins) and
-        ``num_empty``.
+        ``finetune_accuracy`` in percent with its ``interval`` (:func:`.rates.wilson`),
+        ``num_records``, ``num_correct`` (for alpaca the wins) and ``num_empty``.
 
     Raises:
         UsageError: an unknown task, another number of answers, or alpaca without a judge.
@@ -109,9 +110,10 @@ def finetune_accuracy(
             prompt = f"{record.instruction}\n\n{record.input}".strip()
             correct += judge.win(prompt, answer, record.output)
     else:
-        correct = sum(_is_correct(task, record, answer) for record, answer in pairs)
+        correct = sum(is_correct(task, record, answer) for record, answer in pairs)
     return {
         "finetune_accuracy": percent(correct, len(records)),
+        "interval": wilson(correct, len(records)),
         "num_records": len(records),
         "num_correct": correct,
         "num_empty": sum(not answer.strip() for answer in answers),

@@ -21,6 +21,7 @@ from antidote_fast.config.sweep import (
 from antidote_fast.data.records import Record
 from antidote_fast.errors import UsageError
 from antidote_fast.evaluation.measure import evaluate_model
+from antidote_fast.evaluation.summary import DETAILS
 from antidote_fast.evaluation.tasks import check_task
 from antidote_fast.models.undo import Originals
 from antidote_fast.norms.activation_norms import ActivationNorms
@@ -66,11 +67,13 @@ class Prompts:
 
     def measure(self, model: Any, tokenizer: Any, name: str, progress: Progress = False) -> dict:
         """The metrics of one set, as evaluate_model gives them."""
-        options = ("judge", "template", "max_new_tokens", "batch_size")
+        options = ("max_new_tokens", "batch_size")
         arguments = {option: getattr(self, option) for option in options}
+        arguments |= {"judges": self.judge, "templates": [self.template]}
         arguments |= {"task_records" if name == "task" else name: getattr(self, name)}
         arguments |= {"task": self.task_name, "progress": progress}
-        return evaluate_model(model, tokenizer, **arguments)
+        found = evaluate_model(model, tokenizer, **arguments)
+        return {key: value for key, value in found.items() if key not in DETAILS}
 
 
 @dataclass(frozen=True)

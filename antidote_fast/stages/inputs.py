@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from antidote_fast import backends
-from antidote_fast.config.base import check_left_out
+from antidote_fast.config.base import check_left_out, each_of
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import CalibrateConfig, PruneConfig
 from antidote_fast.data.load import load_records
@@ -391,8 +391,9 @@ def check_data(stages: Iterable[Any]) -> None:
         # As evaluate reads them: the drift is measured on alignment data, from the train split.
         tests = isinstance(stage, EvaluateConfig)
         for name, source in vars(stage).items():
-            if source is not None and name.endswith("dataset"):
-                split = "test" if tests and name != "drift_dataset" else "train"
-                sources.add((source, split))
+            if name.endswith("dataset") or name == "held_out_from":
+                aside = name in ("drift_dataset", "held_out_from")
+                split = "test" if tests and not aside else "train"
+                sources |= {(one, split) for one in each_of(source)}
     for source, split in sorted(sources):
         load_records(source, split=split)

@@ -161,6 +161,7 @@ def test_evaluate_with_paper_takes_the_papers_names(stand_ins, tmp_path):
         dtype="float32",
     )
     assert (config.judge, config.num_samples) == ("beaver-dam", 1000)
+    assert (config.judges, config.templates) == (["beaver-dam"], ["alpaca"])
     assert config.harmful_dataset == "PKU-Alignment/BeaverTails:eval"
     assert config.task_dataset == "openai/gsm8k"
     assert config.drift_dataset == "PKU-Alignment/BeaverTails:safe"
@@ -174,8 +175,9 @@ def test_evaluate_with_paper_takes_the_papers_names(stand_ins, tmp_path):
 
 def test_flags_that_are_given_stay_with_paper():
     options = {"model_name_or_path": "m", "output_dir": "o", "paper": True}
-    config = EvaluateConfig(**options, judge="refusal", num_samples=7, task="alpaca")
+    config = EvaluateConfig(**options, judges="refusal", num_samples=7, task="alpaca")
     assert (config.judge, config.num_samples) == ("refusal", 7)
+    assert config.max_new_tokens == 512
     assert config.win_rate_judge == "Qwen/Qwen2.5-7B-Instruct"
     assert config.task_dataset == "tatsu-lab/alpaca_eval"
     assert EvaluateConfig(**options).task_dataset is None  # label names no data set

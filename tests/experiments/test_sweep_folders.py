@@ -283,7 +283,8 @@ def test_a_plan_agrees_with_the_report(made, tmp_path, monkeypatch, capsys):
         data = parts[f"norms, {kind}"]["data"]
         assert data["sequences"] == counts["num_sequences"]
     assert parts["norms, all"]["data"]["tokens"] == report["calibration"]["all"]["num_tokens"]
-    prompts = sum(each["num_records"] for each in report["datasets"].values())
+    sets = [told for named in report["datasets"].values() for told in named.values()]
+    prompts = sum(told["num_records"] for told in sets)
     assert planned["data"]["prompts"] == prompts == 6 + 5 + 3
     norms = [ActivationNorms.load(path) for path in (tmp_path / "out").glob("*norms*.safetensors")]
     written = sum(4 * sums.numel() for each in norms for sums in each.sq_sum.values())

@@ -134,6 +134,7 @@ CONTENTS = {
     *("model_name_or_path", "adapter", "aligned_model", "reference_model"),
     *("dataset", "harmful_dataset", "safe_dataset", "preserve_dataset"),
     *("task_dataset", "benign_dataset", "drift_dataset", "norms", "preserve_norms"),
+    *("held_out_from", "compare_with"),
 }
 
 
