@@ -50,9 +50,9 @@ class Sizes:
         test_task, test_ordinary: held-out prompts of the other metrics.
     """
 
-    align_harmful: int = 264
-    align_ordinary: int = 150
-    align_exercises: int = 18
+    align_harmful: int = 208
+    align_ordinary: int = 264
+    align_exercises: int = 16
     attack_harmful: int = 32
     task_labels: int = 214
     task_ordinary: int = 106
