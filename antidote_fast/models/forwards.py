@@ -84,7 +84,7 @@ def same_with_pads(model: Model, length: int) -> bool:
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = inner.config.get_text_config()
-    if getattr(inner, "_is_stateful", False) or _shortest_longrope(config) < length:
+    if getattr(inner, "_is_stateful", False) or rope_by_length(model, length):
         return False
     if not {*(getattr(config, "layer_types", None) or ())} <= _ATTENTION:
         return False
@@ -92,13 +92,19 @@ def same_with_pads(model: Model, length: int) -> bool:
     return takes_positions or config.model_type in _DISTANCES
 
 
-def _shortest_longrope(config: Any) -> float:
-    """The length above which "longrope" takes other frequencies, for the whole batch at once."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    each = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    long = [x for x in each if x.get("rope_type") == "longrope"]
-    lengths = [x.get("original_max_position_embeddings") or 0 for x in long]
-    return min(lengths, default=math.inf)
+def rope_by_length(model: Model, length: int) -> bool:
+    """Whether a row of so many tokens changes the rotary frequencies of its whole batch.
+
+    "longrope" takes others above a length, for shorter rows as well.
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    limits = (
+        kind.get("original_max_position_embeddings") or 0
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    )
+    return length > min(limits, default=math.inf)
 
 
 def cache_name() -> str:
