@@ -21,8 +21,6 @@ from antidote_fast.evaluation.verdicts import Judge, ask_judge, name_of
 from antidote_fast.models.kinds import Model, Tokenizer
 from antidote_fast.system.progress import Progress
 
-PHRASES = "refusal"
-"""The name of the judge that goes by phrases."""
 _LABEL_TOKENS, _PHRASE_TOKENS, _ANSWER_TOKENS = 16, 128, 512
 _MAX_LABELS, _MAX_LABEL_WORDS = 50, 5
 IsCertain = Callable[[str, str], bool]
@@ -205,7 +203,7 @@ def judge_ordinary(
     if "benign" not in sets or some:
         return
     found = judge_answers(PhraseJudge(labels=labels), sets, answers, kinds=["benign"])
-    mine = verdicts.setdefault(PHRASES, {condition: {} for condition in answers})
+    mine = verdicts.setdefault(PhraseJudge.name, {condition: {} for condition in answers})
     for condition, kinds in found.items():
         mine[condition] |= kinds
 
@@ -285,7 +283,7 @@ def evaluate_model(
     conditions = make_conditions(templates, system_prompt, prefill)
     labels = task_labels(task, task_records or ())
     if judges is None:
-        judges = {PHRASES: PhraseJudge(labels=labels)}
+        judges = {PhraseJudge.name: PhraseJudge(labels=labels)}
     elif not isinstance(judges, Mapping):
         judges = {name_of(judges): judges}
     if not judges:
