@@ -126,8 +126,8 @@ def get_judge(
         labels: of the user's task: the judge refusal calls an answer that is one of them off-task.
         url: the base of an OpenAI-compatible server that a chat judge's model is behind.
         model: the name it has there, where it is not that of the hub.
-        cache: a JSONL file that a chat judge keeps its readings in, so that an interrupted run goes
-            on; it holds hashes and no text.
+        cache: a JSONL file that keeps what an endpoint said, by hashes and without text, so that an
+            interrupted run goes on. A model that runs here is asked anew.
         batch_size: texts at once, of a model that runs here.
 
     Returns:
@@ -153,4 +153,4 @@ def get_judge(
     form, path = chat
     if url is not None:
         return ChatJudge(form, Endpoint(url, path), cache=cache)
-    return ChatJudge(form, LocalModel.from_pretrained(path, CHAT_JUDGES[form], **how), cache=cache)
+    return ChatJudge(form, LocalModel.from_pretrained(path, CHAT_JUDGES[form], **how))

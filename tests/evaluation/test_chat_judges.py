@@ -6,6 +6,7 @@ import json
 import chat_server
 import pytest
 import texts
+import torch
 from texts import one_line
 
 from antidote_fast.errors import AntidoteError, DataError, NotWritable
@@ -370,6 +371,25 @@ def test_a_template_of_parts():
     [(_, reply)] = LocalModel(model, tokenizer, parts=True, name="m").replies([messages], 6)
     text = "[user text p][assistant text a]"
     assert reply == texts.greedy_ref(model, tokenizer, text, 6)
+
+
+def test_a_whole_llama_4_is_asked_without_its_eyes(tmp_path):
+    import transformers as tf
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"vocab_size": texts.VOCAB, "num_key_value_heads": 2, "head_dim": 8, "moe_layers": []}
+    text |= {"intermediate_size": 48, "intermediate_size_mlp": 48, "num_local_experts": 0}
+    text |= {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+    eyes = {"intermediate_size": 128, "image_size": 28, "patch_size": 14}
+    eyes |= dict.fromkeys(("projector_input_dim", "projector_output_dim", "vision_output_dim"), 32)
+    config = tf.Llama4Config(text_config={**shape, **text}, vision_config={**shape, **eyes})
+    whole = tf.Llama4ForConditionalGeneration(config).eval()
+    folder = texts.save(whole, tmp_path / "whole", texts.byte_tokenizer(chat=True))
+    judge = get_judge(f"llama-guard-4:{folder}", device="cpu")
+    ids = judge.asked.tokenizer("a text")["input_ids"]
+    ids = torch.tensor([ids])
+    found = judge.asked.live(input_ids=ids).logits
+    torch.testing.assert_close(found, whole.language_model(input_ids=ids).logits)
 
 
 def test_models_that_cannot_be_asked(tmp_path):

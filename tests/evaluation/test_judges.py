@@ -368,7 +368,11 @@ URL = "http://127.0.0.1:9/v1"  # where nobody is; all of these are refused befor
         ("some/classifier", {"url": URL, "model": "m"}, r"judge='some/classifier': must be one of"),
         ("refusal", {"model": "m"}, r"judge_model='m': must be left out without judge_url"),
         ("llama-guard", {"model": "m"}, r"judge_model='m': must be left out without judge_url"),
-        ("llama-guard:a", {"url": URL, "model": "m"}, r"judge_model='m': must be left out with jud"),
+        (
+            "llama-guard:a",
+            {"url": URL, "model": "m"},
+            r"judge_model='m': must be left out with jud",
+        ),
         ("llama-guard:", {"url": URL}, r"judge_model=None: must name a model for judge='llama-g"),
         ("strongreject", {"url": URL}, r"judge_model=None: must name a model for judge='strongrej"),
         ("strongreject", {}, r"judge='strongreject': must name a model, as strongreject:FOLDER"),

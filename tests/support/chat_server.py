@@ -100,7 +100,7 @@ def transformers_serve(folder):
     process = forked.Process(code, *words, environment={"HF_HUB_OFFLINE": "1"})
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(1200):
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
                 break
             assert process.poll() is None, process.communicate()
