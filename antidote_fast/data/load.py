@@ -51,7 +51,10 @@ def load_records(
     A file holds objects with ``instruction``, ``output`` and optionally ``input``, or has the
     columns of a hub data set: ``prompt, response, is_safe`` (BeaverTails), ``sentence, label``
     (SST2), ``text, label`` (AGNEWS, so only for labels of that meaning), ``question, answer``
-    (GSM8K), or plain ``prompt, response``.
+    (GSM8K). The prompt may also be in ``prompt``, ``question`` or ``query``, its context in
+    ``context`` in place of ``input``, the answer in ``response``, ``completion`` or ``answer``. A
+    chat of one exchange may be in ``messages`` or ``conversations``; there a system message becomes
+    the instruction and the user's its input. An answer in any other column is refused.
 
     A role may follow a colon. For BeaverTails, on the hub or as a local file, one is needed:
     ``:safe`` (alignment), ``:unsafe`` (attack, the first 5000 unsafe rows), ``:realign`` (the

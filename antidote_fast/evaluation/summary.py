@@ -136,14 +136,8 @@ def verdict_rows(
                 records = sets[kind][name]
                 where = {"condition": condition, "kind": kind, "set": name}
                 if kind == "task":
-                    told: list[dict] = (
-                        []
-                        if task == "alpaca"
-                        else [
-                            {"correct": tasks.is_correct(task, record, text)}
-                            for record, text in zip(records, texts, strict=True)
-                        ]
-                    )
+                    right = [] if task == "alpaca" else tasks.right_answers(task, records, texts)
+                    told: list[dict] = [{"correct": each} for each in right]
                 else:
                     by_judge = {
                         judge: found[condition][kind][name]
