@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, check, contents, number, path, set_field
+from antidote_fast.config.base import (
+    StageConfig,
+    Template,
+    check,
+    contents,
+    number,
+    path,
+    set_field,
+)
 
 Task = Literal["sst2", "agnews", "gsm8k", "alpaca", "label"]
 # The paper's evaluation: held-out harmful prompts, their judge, and the test data of each task.
@@ -43,7 +51,8 @@ class EvaluateConfig(StageConfig):
         reference_model: the aligned model, for the embedding drift against drift_dataset.
         drift_dataset: alignment records on which the drift is measured.
         num_samples: prompts used of each data set; all if null.
-        max_new_tokens: tokens generated an answer.
+        templates: prompt templates that are asked; default the training's alone.
+        max_new_tokens: tokens generated an answer; default 128, and 16 of a label.
         save_outputs: also write every prompt and answer, as outputs.jsonl (harmful text!).
         paper: the paper's protocol in flags not given: 1000 unsafe prompts of BeaverTails, judged
             by beaver-dam; the hub's test data of task; for alpaca a win_rate_judge; with
@@ -61,7 +70,8 @@ class EvaluateConfig(StageConfig):
     reference_model: str | None = contents(None)
     drift_dataset: str | None = contents(None)
     num_samples: int | None = number(None)
-    max_new_tokens: int = number(512)
+    templates: list[Template] | None = None
+    max_new_tokens: int | None = number(None)
     save_outputs: bool = False
     paper: bool = False
 

@@ -1,6 +1,6 @@
 """A model is asked; its answers are judged and counted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from antidote_fast.data.batches import build_prompt
@@ -47,6 +47,16 @@ def answer_sets(
         flat = iter(generate(model, tokenizer, prompts, progress=progress, **options))
         answers.update({name: [next(flat) for _ in sets[name]] for name in names})
     return answers
+
+
+def limits_of(
+    max_new_tokens: int | Mapping[str, int] | None, task: str, names: Iterable[str]
+) -> int | Mapping[str, int]:
+    """Tokens of an answer by set; where None is given 128, and 16 of a task of labels."""
+    if max_new_tokens is not None:
+        return max_new_tokens
+    is_label = task in ("sst2", "agnews", "label")
+    return {name: 16 if is_label and name == "task" else 128 for name in names}
 
 
 def score_answers(
@@ -96,10 +106,10 @@ def evaluate_model(
     task_records: Sequence[Record] | None = None,
     task: str = "label",
     benign: Sequence[Record] | None = None,
-    judge: Judge | None = None,
+    judges: Judge | Mapping[str, Judge] | None = None,
     win_rate_judge: Any = None,
-    template: str = "alpaca",
-    max_new_tokens: int | Mapping[str, int] = 512,
+    templates: Sequence[str] = ("alpaca",),
+    max_new_tokens: int | Mapping[str, int] | None = None,
     batch_size: int = 8,
     progress: Progress = False,
 ) -> dict:
@@ -113,9 +123,11 @@ def evaluate_model(
         task_records: held-out records of the user's task.
         task: how those are scored (`tasks.finetune_accuracy`).
         benign: ordinary prompts.
-        judge: of the harmful score; a `PhraseJudge` where None.
+        judges: of the harmful score; a `PhraseJudge` where None.
         win_rate_judge: for task alpaca.
-        model, tokenizer, template, max_new_tokens, batch_size: as `answer_sets` takes them.
+        templates: alpaca or chat; the first one counts.
+        max_new_tokens: as `limits_of` takes it.
+        model, tokenizer, batch_size: as `answer_sets` takes them.
 
     Returns:
         As `score_answers`.
@@ -134,11 +146,12 @@ def evaluate_model(
         model,
         tokenizer,
         sets,
-        template=template,
-        max_new_tokens=max_new_tokens,
+        template=templates[0],
+        max_new_tokens=limits_of(max_new_tokens, task, sets),
         batch_size=batch_size,
         progress=progress,
     )
+    judge = next(iter(judges.values())) if isinstance(judges, Mapping) else judges
     return score_answers(
         sets, answers, task=task, judge=judge, win_rate_judge=win_rate_judge, progress=progress
     )

@@ -64,7 +64,7 @@ def plan_train(config: TrainConfig) -> Plan:
 def plan_evaluate(config: EvaluateConfig, adapt: Callable | None = None) -> Plan:
     """As :func:`antidote_fast.stages.evaluate.run` would go; ``adapt``: as :class:`Plan`."""
     inputs = evaluate.open_inputs(config)
-    base, tokenizer, new = inputs.base, inputs.tokenizer, config.max_new_tokens
+    base, tokenizer, new = inputs.base, inputs.tokenizer, config.max_new_tokens or 128
     plan = Plan("evaluate", config, base, inputs.adapter, adapt)
     cost = plan.load()
     records = [record for some in inputs.sets.values() for record in some]

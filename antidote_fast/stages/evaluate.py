@@ -13,7 +13,7 @@ from antidote_fast.errors import DataError
 from antidote_fast.evaluation.drift import embedding_drift
 from antidote_fast.evaluation.generate import check_length
 from antidote_fast.evaluation.judges import check_judge, get_judge
-from antidote_fast.evaluation.measure import answer_sets, score_answers
+from antidote_fast.evaluation.measure import answer_sets, limits_of, score_answers
 from antidote_fast.evaluation.tasks import check_task
 from antidote_fast.files import provenance
 from antidote_fast.files.checkpoint import Checkpoint, open_checkpoint
@@ -55,8 +55,9 @@ def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
     with output_folder(config.output_dir, overwrite=config.overwrite) as folder:
         model = load_folders(config, inputs.base, inputs.adapter)
         clock.lap("load")
-        how = config.picked("template", "max_new_tokens", "batch_size")
-        answers = answer_sets(model, inputs.tokenizer, sets, **how, progress=progress)
+        how = config.picked("template", "batch_size") | {"progress": progress}
+        limits = limits_of(config.max_new_tokens, config.task, sets)
+        answers = answer_sets(model, inputs.tokenizer, sets, max_new_tokens=limits, **how)
         clock.lap("generate")
         metrics = {}
         if drift_batches:
@@ -182,7 +183,7 @@ def _drop_long(sets, tokenizer, config, model_config):
         }
     positions = model_config.get("max_position_embeddings", model_config.get("n_positions"))
     if fitting and isinstance(positions, int):
-        check_length(positions, longest, config.max_new_tokens)
+        check_length(positions, longest, config.max_new_tokens or 128)
     return fitting, described
 
 
