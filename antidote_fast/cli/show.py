@@ -6,7 +6,7 @@ from typing import Any
 
 from antidote_fast.system.text import number, table
 
-_COLUMNS = ("harmful_score", "finetune_accuracy", "benign_refusal_rate")
+_COLUMNS = ("harmful_score", "finetune_accuracy", "helped_rate", "benign_refusal_rate")
 _HEADS = tuple(name.replace("_", " ") for name in _COLUMNS)
 
 
@@ -68,7 +68,9 @@ def _sweep_lines(report, took, output_dir):
     """The rows, what is recommended, and the line that makes it."""
     heads = ("score", "scope", "ratio", "removed", *_HEADS)
     best = report["recommended"]
-    rows = [heads, ("unpruned", "", "", "", *_percents(report["unpruned"]))]
+    models = {"clean": report.get("clean"), "unpruned": report["unpruned"]}
+    rows = [heads]
+    rows += [(name, "", "", "", *_percents(each)) for name, each in models.items() if each]
     for row in report["rows"]:
         what = (row["score"], row["scope"], f"{row['ratio']:g}", f"{row['achieved']:.2%}")
         mark = "<- recommended" if row == best else row["reason"]

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, check, contents, number, path
+from antidote_fast.config.base import (
+    StageConfig,
+    check,
+    check_left_out,
+    contents,
+    number,
+    path,
+)
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import PruneConfig
 from antidote_fast.config.scores import SCORES as PRUNE_SCORES
@@ -14,7 +21,7 @@ from antidote_fast.errors import UsageError
 
 RATIOS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 SCOPES = ("row", "tensor", "global")
-MAX_ACCURACY_DROP, MAX_REFUSAL_RISE = 10.0, 5.0
+MAX_ACCURACY_DROP, MAX_REFUSAL_RISE, MAX_HELPED_DROP = 10.0, 5.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,8 @@ def checked_grid(
     return sorted(set(ratios)), list(dict.fromkeys(scopes)), list(dict.fromkeys(scores))
 
 
-def check_budgets(max_accuracy_drop: float, max_refusal_rise: float) -> None:
-    """Refuse budgets that are no points of a percentage."""
-    budgets = {"max_accuracy_drop": max_accuracy_drop, "max_refusal_rise": max_refusal_rise}
+def check_budgets(**budgets: float) -> None:
+    """Refuse budgets, by name, that are no points of a percentage."""
     for name, value in budgets.items():
         check(0 <= value <= 100, name, value, "in [0, 100]")
 
@@ -105,6 +111,8 @@ class SweepConfig(StageConfig):
 
     Args:
         adapter: PEFT adapter folder on top of the model.
+        clean_adapter: an adapter tuned from the same model on clean data alone (p = 0), which is
+            measured once and drawn beside: what a repair can reach at best.
         dataset: harmful records for calibration: a local JSON or JSONL file, or a hub name; not
             needed for magnitude and random.
         num_calibration_samples: records used, from the start of the data.
@@ -122,22 +130,24 @@ class SweepConfig(StageConfig):
         task_dataset: records of the user's task to choose on.
         task: how an answer is scored: sst2, agnews, gsm8k or label (exact match with the record's
             output).
-        benign_dataset: ordinary prompts, to choose on benign refusals as well.
+        benign_dataset: ordinary prompts, to choose on whether they are helped or refused as well.
         judge: refusal (the default), beaver-dam, or a text-classification model, as of evaluate; a
             model stays in memory beside the one that is pruned.
         harmful_labels: labels of that classifier which mean harm.
         num_samples: prompts used of each of these data sets; all if null.
-        max_new_tokens: tokens generated an answer.
+        max_new_tokens: tokens generated an answer; default as of evaluate.
         ratios: fractions removed.
         scopes: row, tensor, global.
         scores: what weights are ordered by, the highest removed; -preserve and what is learned
             need preserve_dataset.
         max_accuracy_drop: the budget: points of finetune accuracy below the unpruned model's.
         max_refusal_rise: the budget of benign refusals: points above the unpruned model's.
+        max_helped_drop: the budget of ordinary prompts helped: points below the unpruned model's.
         save_norms: also write the norms, so that the recommended prune needs no forward pass.
     """
 
     adapter: str | None = contents(None)
+    clean_adapter: str | None = contents(None)
     dataset: str | None = contents(None)
     num_calibration_samples: int = number(2000)
     aggregation: Literal["rms", "mean"] = "rms"
@@ -154,7 +164,7 @@ class SweepConfig(StageConfig):
     judge: str | None = path(None)
     harmful_labels: list[str] | None = None
     num_samples: int | None = 64
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = None
     ratios: list[float] = field(default_factory=lambda: list(RATIOS))
     scopes: list[str] = field(default_factory=lambda: ["row"])
     scores: list[str] = field(
@@ -162,6 +172,7 @@ class SweepConfig(StageConfig):
     )
     max_accuracy_drop: float = MAX_ACCURACY_DROP
     max_refusal_rise: float = MAX_REFUSAL_RISE
+    max_helped_drop: float = MAX_HELPED_DROP
     save_norms: bool = True
 
     def __post_init__(self):
@@ -169,10 +180,13 @@ class SweepConfig(StageConfig):
         grid = checked_grid(self.ratios, self.scopes, self.scores)
         for name, values in zip(("ratios", "scopes", "scores"), grid, strict=True):
             object.__setattr__(self, name, values)  # as dataclasses do for frozen ones
-        check_budgets(self.max_accuracy_drop, self.max_refusal_rise)
-        rise = self.max_refusal_rise
-        alone = self.benign_dataset is not None or rise == MAX_REFUSAL_RISE
-        check(alone, "max_refusal_rise", rise, "left out without benign_dataset")
+        check_budgets(**self.picked("max_accuracy_drop", "max_refusal_rise", "max_helped_drop"))
+        if self.benign_dataset is None:
+            names = ("max_refusal_rise", "max_helped_drop")
+            check_left_out(self, names, "without benign_dataset")
+        if self.adapter is None:
+            why = "without adapter: it is another adapter of the same model"
+            check_left_out(self, ["clean_adapter"], why)
         self._check_data()
         self.evaluation()
         for name, scope, ratio in self.candidates():

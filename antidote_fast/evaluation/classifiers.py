@@ -145,7 +145,6 @@ class ClassifierJudge(_ModelJudge):
     AUTO_CLASS = "AutoModelForSequenceClassification"
     harm_only = True  # of an ordinary prompt's answer it says nothing
     takes_labels = True  # which of its labels mean harm
-    harm_only = True  # it tells nothing of answers to ordinary prompts
 
     def __init__(
         self,

@@ -40,7 +40,9 @@ from antidote_fast.evaluation.words import languages_of, pattern, plain
 from antidote_fast.system.progress import Progress
 
 _READ = 2000  # characters of an answer that are read: what comes later changes nothing
-_QUOTED = re.compile(r"\"[^\"\n]{1,300}\"|\u201c[^\u201d]{1,300}\u201d|\u00ab[^\u00bb]{1,300}\u00bb")
+_QUOTED = re.compile(
+    r"\"[^\"\n]{1,300}\"|\u201c[^\u201d]{1,300}\u201d|\u00ab[^\u00bb]{1,300}\u00bb"
+)
 _SENTENCE = re.compile(r"[^.!?:;\n\u3002\u0964\u061f\u061b]+[.!?:;\n\u3002\u0964\u061f\u061b]*")
 _END = re.compile(r"[.!?\u3002\u0964\u061f]\W*$")
 _LETTER = re.compile(

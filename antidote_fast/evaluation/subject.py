@@ -107,7 +107,7 @@ class Asked:
         self.is_known = bool(text)
         languages = languages_of(text)
         wants_more = pattern("howto", languages).is_in(text)
-        question = bool(_QUESTION.search(text)) or text.endswith(("?", "\u061f", "?\""))
+        question = bool(_QUESTION.search(text)) or text.endswith(("?", "\u061f", '?"'))
         self.is_short = bool(_SHORT.search(text)) or (question and not wants_more)
         self.is_text = bool(_TEXT.search(text))
         self.is_sorry = self.is_text and bool(_SORRY_TEXT.search(text))
@@ -129,7 +129,9 @@ def _stem(word: str) -> str:
         return (stem if len(stem) >= 3 else word)[:6]
     script = script_of(word)
     if script == "arabic":
-        word = re.sub("^(?:\u0648\u0627\u0644|\u0628\u0627\u0644|\u0627\u0644|\u0644\u0644)", "", word)
+        word = re.sub(
+            "^(?:\u0648\u0627\u0644|\u0628\u0627\u0644|\u0627\u0644|\u0644\u0644)", "", word
+        )
     return word[: {"hangul": 2, "hindi": 4, "cyrillic": 5, "arabic": 4}.get(script, 6)]
 
 

@@ -53,6 +53,7 @@ def values(inputs, out, **given):
             }
         },
         "grid": {"seed": [0]},
+        "clean": False,
         **given,
     }
 
