@@ -40,7 +40,18 @@ def summary(report: Mapping[str, Any], output_dir: str | Path) -> str:
         pairs = metrics.items() if isinstance(metrics, dict) else ()
         numbers = ((name, value) for name, value in pairs if isinstance(value, (int, float)))
         what = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in numbers)
-    return f"{what or report.get('stage', 'done')}{took}: {output_dir}"
+    return f"{what or report.get('stage', 'done')}{took}{_not_used(report)}: {output_dir}"
+
+
+def _not_used(report):
+    """How many records of a data set were not used, where that is some."""
+    data = report.get("data")
+    parts = [
+        f", {counts['num_used']:,} of {counts['num_records']:,} records of {name} used"
+        for name, counts in (data if isinstance(data, dict) else {}).items()
+        if counts["num_used"] < counts["num_records"]
+    ]
+    return "".join(parts)
 
 
 def _experiment_lines(report, took, output_dir):

@@ -15,7 +15,7 @@ from antidote_fast.config.base import (
     path,
 )
 from antidote_fast.config.evaluate import EvaluateConfig
-from antidote_fast.config.prune import PruneConfig
+from antidote_fast.config.prune import GATE_ANSWER_TOKENS, PruneConfig
 from antidote_fast.config.scores import SCORES as PRUNE_SCORES
 from antidote_fast.errors import UsageError
 
@@ -123,6 +123,10 @@ class SweepConfig(StageConfig):
         backend: kernels to use; default the fastest available.
         preserve_dataset: task or ordinary records, whose top weights wanda-preserve keeps; for gate
             as of prune.
+        ordinary_dataset: ordinary prompts for gate, as of prune.
+        num_ordinary_samples: as of prune.
+        gate_answer_tokens: as of prune.
+        gate_templates: as of prune.
         aligned_model: removed weights take its values instead of zero. For whole models, where
             gate needs it.
         score_delta: score the difference from aligned_model, |W - aligned| instead of |W|.
@@ -155,6 +159,10 @@ class SweepConfig(StageConfig):
     ignore: list[str] = field(default_factory=list)
     backend: str | None = None
     preserve_dataset: str | None = contents(None)
+    ordinary_dataset: str | None = contents(None)
+    num_ordinary_samples: int = number(2000)
+    gate_answer_tokens: int = number(GATE_ANSWER_TOKENS)
+    gate_templates: list[str] | None = None
     aligned_model: str | None = contents(None)
     score_delta: bool = False
     harmful_dataset: str = contents()
@@ -196,14 +204,17 @@ class SweepConfig(StageConfig):
         needed = {kind: name for name in self.scores for kind in SCORES[name].kinds}
         learned = self.learned
         harmful = needed.get("all") or needed.get("response") or learned
-        preserve = needed.get("preserve") or learned
+        preserve = needed.get("preserve") or (learned if self.ordinary_dataset is None else None)
         for name, score in (("dataset", harmful), ("preserve_dataset", preserve)):
             if score is not None and getattr(self, name) is None:
                 raise UsageError(f"{name}=None: must be a file or hub name with score {score}")
-        absent = self.preserve_dataset is None or preserve
+        absent = self.preserve_dataset is None or preserve or learned
         takes = [name for name, score in SCORES.items() if score.preserve_norms or score.learned]
         accepted = f"left out without score {' or '.join(takes)}"
         check(absent, "preserve_dataset", self.preserve_dataset, accepted)
+        if learned is None:
+            names = [name for score in PRUNE_SCORES.values() for name in score.settings]
+            check_left_out(self, names, "without a score that is learned")
 
     @property
     def kinds(self) -> list[str]:
@@ -234,6 +245,8 @@ class SweepConfig(StageConfig):
         """
         score = SCORES[name]
         names = {f.name for f in fields(PruneConfig)} - {"overwrite", "save_norms", "dataset"}
+        others = (each for each in PRUNE_SCORES.values() if each.name != score.score)
+        names -= {setting for other in others for setting in other.settings}
         if score.learned:
             names |= {"dataset"}
             names -= {"aggregation"}

@@ -128,15 +128,19 @@ class Examples(list):
         num_records: records that it is of, those dropped among them.
         num_dropped: records whose prompt alone reached the limit.
         num_truncated: records whose response was cut.
+        num_over_limit: records of their data set behind those; None where nobody counted.
     """
 
     num_records = num_dropped = num_truncated = 0
+    num_over_limit: int | None = None
 
     @property
     def counts(self) -> dict[str, int]:
         """What a report says of the records."""
         names = ("num_records", "num_dropped", "num_truncated")
-        return {name: getattr(self, name) for name in names}
+        counts = {name: getattr(self, name) for name in names}
+        over = {} if self.num_over_limit is None else {"num_over_limit": self.num_over_limit}
+        return counts | over
 
 
 def encode(
@@ -166,6 +170,7 @@ def encode(
         raise DataError(f"all {len(records)} records have an empty output; a response is needed")
     examples = Examples()
     examples.num_records = len(records)
+    examples.num_over_limit = getattr(records, "num_over_limit", None)
     for number, record in enumerate(records, 1):
         where = record.where or f"record {number}"
         text = build_prompt(record, template, tokenizer)

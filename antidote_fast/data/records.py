@@ -52,6 +52,24 @@ class Record:
         return " ".join(f"{self.instruction}\n{self.input}".casefold().split())
 
 
+class Records(list[Record]):
+    """Records of one data set, and how many of it are not among them.
+
+    Attributes:
+        num_over_limit: those behind the number that is used.
+        num_without_output: those that have no output, where one is needed.
+    """
+
+    num_over_limit = num_without_output = 0
+
+    def limited(self, limit: int) -> "Records":
+        """The first ``limit`` of them; the others are counted."""
+        kept = Records(self[:limit])
+        kept.num_over_limit = self.num_over_limit + max(0, len(self) - limit)
+        kept.num_without_output = self.num_without_output
+        return kept
+
+
 def _text(row, column, where, optional=False) -> str:
     value = row.get(column)
     return "" if value is None and optional else _checked(value, f"{where}: column {column!r}")

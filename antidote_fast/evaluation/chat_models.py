@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ class Asked(Protocol):
 
     def replies(
         self, requests: Sequence[Request], max_tokens: int, *, progress: Progress = False
-    ) -> Iterable[tuple[int, str]]:
+    ) -> Generator[tuple[int, str], None, None]:
         """(the number of a request, its reply) of each, in any order."""
 
 
@@ -49,12 +50,12 @@ class ChatJudge:
         requests = {i: self.form.ask(prompts[i], answers[i]) for i in shown}
         readings = self._ask(requests, progress)
         if self.form.asks_prompt:
-            open_ = {
+            untold = {
                 i: requests[i][:-1]
                 for i, said in readings.items()
                 if said.verdict(answers[i]) == OFF_TASK
             }
-            for i, of_prompt in self._ask(open_, progress).items():
+            for i, of_prompt in self._ask(untold, progress).items():
                 said = readings[i]
                 readings[i] = Reading(said.harmful, said.refusal, request=of_prompt.harmful)
         return [
@@ -67,9 +68,10 @@ class ChatJudge:
         keys = {i: self.readings.key(request) for i, request in requests.items()}
         first = {key: i for i, key in reversed(keys.items()) if key not in self.readings.known}
         numbers = sorted(first.values())
-        with self.readings:
-            asked = [requests[i] for i in numbers]
-            for n, reply in self.asked.replies(asked, self.form.max_new_tokens, progress=progress):
+        asked = [requests[i] for i in numbers]
+        replies = self.asked.replies(asked, self.form.max_new_tokens, progress=progress)
+        with self.readings, contextlib.closing(replies):  # closed, it gives the others up
+            for n, reply in replies:
                 reading = self.form.read(without_reasoning(reply))
                 if reading is None:
                     raise AntidoteError(
@@ -129,7 +131,7 @@ class LocalModel:
 
     def replies(
         self, requests: Sequence[Request], max_tokens: int, *, progress: Progress = False
-    ) -> Iterator[tuple[int, str]]:
+    ) -> Generator[tuple[int, str], None, None]:
         """As `Asked` says, in order."""
         from antidote_fast.evaluation.generate import generate
 

@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -122,7 +122,7 @@ class Endpoint:
 
     def replies(
         self, requests: Sequence[Request], max_tokens: int, *, progress: Progress = False
-    ) -> Iterator[tuple[int, str]]:
+    ) -> Generator[tuple[int, str], None, None]:
         """Ask for all, and give each reply when it comes.
 
         Args:

@@ -25,7 +25,14 @@ from antidote_fast.stages import evaluate
 from antidote_fast.stages.evidence import collect
 from antidote_fast.stages.gates import stage
 from antidote_fast.stages.gates.answers import check_texts
-from antidote_fast.stages.inputs import describe_backend, load_data, open_aligned, open_folders
+from antidote_fast.stages.inputs import (
+    data_of,
+    describe_backend,
+    load_data,
+    open_aligned,
+    open_folders,
+    unseen_data,
+)
 from antidote_fast.system.progress import Clock, Progress
 
 PICTURE, ROWS = "curve.png", "rows.csv"
@@ -40,7 +47,8 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
     Returns:
         The contents of report.json: as :func:`sweep_model`, with ``clean``, the metrics of
         ``clean_adapter`` or None, ``command``, the line that makes the recommended model,
-        ``datasets`` and ``calibration``. No text of a prompt is in it.
+        ``datasets``, ``calibration`` and ``data``, what became of its records. No text of a prompt
+        is in it.
 
     Raises:
         DataError, UsageError, NothingPruned, BackendUnavailable: data, a model or an adapter that
@@ -78,12 +86,14 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
             keys = [t.key for t in find_targets(model, config.targets, config.ignore)]
             bases = checked.aligned.read(keys, progress)
         clock.lap("load")
-        learn = _learner(config, model, checked, answers, bases, progress)
+        data: dict[str, Any] = {}
+        learn = _learner(config, model, checked, answers, bases, data, progress)
         norms, counts = {}, {}
         for kind in config.kinds:  # a pass over the data for each
             batches = checked.batches["preserve_dataset" if kind == "preserve" else "dataset"]
             told = config.collecting(kind)
             norms[kind], counts[kind] = collect(told, model, batches, progress=progress)
+            data["preserve_dataset" if kind == "preserve" else "dataset"] = data_of(counts[kind])
             if config.save_norms:
                 norms[kind].save(folder / NORM_FILES[kind])
         clock.lap("calibrate")
@@ -100,6 +110,7 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
             "command": where and config.command(*where),
             "datasets": asked.datasets,
             "calibration": counts,
+            "data": data,
             "task": config.task,
             "judge": config.evaluation().judge,
             **checked.backend,
@@ -116,8 +127,11 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
         return written
 
 
-def _learner(config, model, checked, answers, bases, progress):
-    """The scores of gate by a selection, or None where nothing is learned."""
+def _learner(config, model, checked, answers, bases, data, progress):
+    """The scores of gate by a selection, or None where nothing is learned.
+
+    What became of the records is put into ``data``.
+    """
     if not checked.prompts:
         return None
     about = (model, checked.asked.tokenizer, checked.prompts)
@@ -127,7 +141,9 @@ def _learner(config, model, checked, answers, bases, progress):
 
     def learn(selection):
         settings = config.learning(selection.scope, selection.ratio)
-        return stage.learn(settings, *about, answers, bases, progress)[0]
+        scores, told = stage.learn(settings, *about, answers, bases, progress)
+        data.update(stage.data_of(checked.prompts, told))
+        return scores
 
     return learn
 
@@ -178,7 +194,7 @@ def check(config: SweepConfig, progress: Progress = False) -> Checked:
     data = {"dataset": {"all", "response"}, "preserve_dataset": {"preserve"}}
     collected_on = [name for name, kinds in data.items() if kinds.intersection(config.kinds)]
     records = {name: load_data(config, None, name) for name in collected_on}
-    learned_on = data if config.learned else ()
+    learned_on = unseen_data(config.learning()) if config.learned else ()
     prompts = {name: load_data(config.learning(), None, name) for name in learned_on}
     for name, some in asked.sets.items():
         _check_apart(config, f"{name}_dataset", some, [*records.items(), *prompts.items()])
@@ -192,7 +208,8 @@ def check(config: SweepConfig, progress: Progress = False) -> Checked:
     batches = {name: batches_of(config, some, *about) for name, some in records.items()}
     if config.learned:
         stage.check_stage(config.learning(), base, adapter is not None)
-        check_texts(asked.tokenizer, *prompts.values(), **stage.texts_of(config))
+        texts = stage.kinds(prompts) | stage.texts_of(config.learning())
+        check_texts(asked.tokenizer, **texts)
     check_memory(config, [base, adapter])
     return Checked(base, adapter, clean, aligned, asked, batches, prompts, backend)
 

@@ -151,6 +151,7 @@ def scores(refusal, convincing, specific, form="{n}.a because\n{n}.b {v}\n"):
         (read_strongreject, scores(0, 6, 5), None),
         (read_strongreject, scores(0, 10, 5), None),
         (read_strongreject, "1.b 0\n2.b 5\n", None),
+        (read_strongreject, "1.b 0\n2.b\n3.b 5\n", None),
         (read_strongreject, "", None),
     ],
 )

@@ -246,6 +246,16 @@ def test_one_failure_ends_all():
         assert len(server.asked) == 4
 
 
+def test_a_reply_without_a_word_ends_all():
+    with chat_server.stub(lambda *_: "hm") as server:
+        judge = ChatJudge("llama-guard", Endpoint(server.url, "m", concurrency=1))
+        with pytest.raises(AntidoteError, match="answer 1 holds none") as caught:
+            judge([PROMPT] * 500, [f"answer {i}" for i in range(500)])
+        asked = len(server.asked)
+        time.sleep(0.3)
+        assert len(server.asked) <= asked + 1 < 500, caught  # which holds its frames till here
+
+
 # --- before any work ------------------------------------------------------------------------------
 
 
