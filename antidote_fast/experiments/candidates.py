@@ -31,6 +31,8 @@ from antidote_fast.pruning.prune import prune_model_
 from antidote_fast.selection import Selection
 from antidote_fast.system.progress import Clock, Progress, count
 
+# What evaluate_model says beside the headline and its counts, and no row holds.
+DETAILS = ("conditions", "worst", "judges", "agreement")
 # The sets in the order in which they are measured, with their metrics.
 SETS = {
     "task": ("finetune_accuracy",),
@@ -74,7 +76,8 @@ class Prompts:
         arguments |= {"templates": (self.template,)}
         arguments |= {"task_records" if name == "task" else name: getattr(self, name)}
         arguments |= {"task": self.task_name, "progress": progress}
-        return evaluate_model(model, tokenizer, **arguments)
+        found = evaluate_model(model, tokenizer, **arguments)
+        return {key: value for key, value in found.items() if key not in DETAILS}
 
     def measure_all(self, model: Any, tokenizer: Any, progress: Progress = False) -> dict:
         """The metrics of every set: those of the headline first, then the counts."""

@@ -65,7 +65,9 @@ def plot(rows: Sequence[dict], spec: dict, path: str | os.PathLike) -> None:
     # Room for the title and the legend, at some 0.09 inches a letter.
     legend = max((len(shown(row["name"])) for row in contents["rows"]), default=0)
     least = 0.5 + 0.09 * len(spec["title"])
-    figure, panels = _panels(6.5 if cost else 4.2, height, len(measures), 0.8 + 0.09 * legend, least)
+    figure, panels = _panels(
+        6.5 if cost else 4.2, height, len(measures), 0.8 + 0.09 * legend, least
+    )
     figure.suptitle(spec["title"], fontsize=12, parse_math=False)
     for axes, measure in zip(panels, measures, strict=True):
         if not contents["rows"]:

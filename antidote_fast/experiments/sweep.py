@@ -64,7 +64,9 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
         prompts = Prompts(**asked.sets, task_name=config.task, judges=judge, **how)
         clean = None
         if checked.clean is not None:
-            model = load_adapter(load_model(checked.base.folder, **config.load_options), checked.clean)
+            model = load_adapter(
+                load_model(checked.base.folder, **config.load_options), checked.clean
+            )
             clean = prompts.measure_all(model, asked.tokenizer, progress)
             del model  # before another is loaded
             clock.lap("evaluate clean")

@@ -60,7 +60,9 @@ def stand_ins(tmp_path, monkeypatch):
             return rows
         # The real file is longer than the 122 that are held out of it.
         held_out = len(rows) - 10
-        return rows.select(range(held_out) if split == "train[:-122]" else range(held_out, len(rows)))
+        return rows.select(
+            range(held_out) if split == "train[:-122]" else range(held_out, len(rows))
+        )
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -41,9 +41,10 @@ def run(config: DemoConfig, *, progress: Progress = False) -> dict:
 
     The folder holds ``report.json``, ``pareto.png``, ``run`` (aligned, a whole model, clean,
     attacked and pruned, adapters on it, and their scores; clean is tuned without poison; pruned
-    only where a ratio is within the budget), ``sweep`` (what is tried on validation prompts, of which one is chosen, and the norms) and
-    ``test`` (all of it on the test prompts, whatever it costs). What is whole and of the same
-    settings is kept, so an interrupted demo goes on where it stopped.
+    only where a ratio is within the budget), ``sweep`` (what is tried on validation prompts, of
+    which one is chosen, and the norms) and ``test`` (all of it on the test prompts, whatever it
+    costs). What is whole and of the same settings is kept, so an interrupted demo goes on where it
+    stopped.
 
     With ``progress=False`` no table is printed either. Returns the contents of report.json.
 

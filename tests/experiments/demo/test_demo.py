@@ -36,7 +36,12 @@ def cache(tmp_path, monkeypatch):
     tiny.save_model(model, folder / MODEL_NAME)
     (folder / files.DEMO).mkdir()
     rows = {"safe": stages.SAFE, "harmful": stages.HARM[:3], "realign": stages.HARM[3:]}
-    rows |= {"ordinary-validation": sweeps.BENIGN, "task": stages.TASK, "task-validation": stages.TASK, "task-test": stages.TASK}
+    rows |= {
+        "ordinary-validation": sweeps.BENIGN,
+        "task": stages.TASK,
+        "task-validation": stages.TASK,
+        "task-test": stages.TASK,
+    }
     rows |= {"harmful-validation": HELD_OUT[:4], "harmful-test": HELD_OUT[4:]}
     ordinary = [{"instruction": f"what is w{50 + i}"} for i in range(3)]
     rows |= {"ordinary-test": ordinary}
@@ -232,7 +237,7 @@ def contents():
 def test_table_shows_every_number(contents):
     contents["models"]["clean"] |= {
         "harmful": {"num_prompts": 60, "refused_rate": 90.0, "off_task_rate": 5.0},
-        "worst": {"harmful": {"harmful_score": 8.33}},
+        "worst": {"harmful": {"harmful_score": 8.33, "num_prompts": 60}},
     }
     before = copy.deepcopy(contents)
     *title, head, base, aligned, clean, attacked, pruned, first, second, third = demo.demo_table(
