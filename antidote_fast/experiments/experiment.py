@@ -184,7 +184,7 @@ class _Work:
 
 
 def _row(cell, reports):
-    metrics = reports["evaluate"]["metrics"]
+    metrics = tables.metrics_of(reports["evaluate"])
     row = {
         "role": cell.role,
         "cell": cell.key,

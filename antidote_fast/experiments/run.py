@@ -18,6 +18,7 @@ from antidote_fast.experiments.chain import (
     check_own_folder,
     shared_flags,
 )
+from antidote_fast.experiments.tables import metrics_of
 from antidote_fast.files.commit import check_output_folder
 from antidote_fast.files.manifest import read_manifest
 from antidote_fast.files.provenance import REPORT, write_report
@@ -34,7 +35,8 @@ def run(config: RunConfig, *, progress: Progress = False) -> dict:
     changed since is kept, so an interrupted run goes on where it stopped.
 
     Returns:
-        What ``report.json`` holds: the metrics of each model and the seconds of each stage.
+        What ``report.json`` holds: the metrics of each model, its worst among them, and the
+        seconds of each stage.
 
     Raises:
         UsageError: a section's flag is unknown or out of range.
@@ -57,7 +59,7 @@ def run(config: RunConfig, *, progress: Progress = False) -> dict:
         for kind, stage in stages.items():
             make(Path(stage.output_dir).name, "finetune" if kind == "clean" else kind, stage)
         metrics = {
-            model: make(f"scores/{model}", "evaluate", score)["metrics"]
+            model: metrics_of(make(f"scores/{model}", "evaluate", score))
             for model, score in track(list(scores.items()), "evaluate", progress)
         }
         results = {

@@ -133,18 +133,28 @@ def read_csv(path: str | os.PathLike) -> list[dict]:
         raise DataError(f"{path}: line {reader.line_num}: {printable(error)}") from None
 
 
+def metrics_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of an evaluation's report with its ``worst``, and of how many that is."""
+    metrics, worst = dict(report["metrics"]), report.get("worst")
+    if worst:
+        kinds = {}
+        for kind, where in worst.items():
+            sets = report["conditions"][where["condition"]][kind]
+            kinds[kind] = {**where, "num_prompts": sets[where["set"]]["num_prompts"]}
+        metrics["worst"] = kinds
+    return metrics
+
+
 def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What a row holds of an evaluation: each of `METRICS`, and of how many prompts it is a share.
 
     Args:
-        metrics: as :func:`antidote_fast.evaluation.measure.evaluate_model` gives them, or a
-            sweep's row; the highest harmful score under ``worst`` and ``harmful``, where it is.
+        metrics: as `metrics_of` gives them, or a sweep's row.
 
     Returns:
         None of each that was not measured.
     """
-    asked = (metrics.get("harmful") or {}).get("num_prompts")
-    worst = {"num_prompts": asked} | ((metrics.get("worst") or {}).get("harmful") or {})
+    worst = (metrics.get("worst") or {}).get("harmful") or {}
     found = {**metrics, "worst_harmful_score": worst.get("harmful_score"), "worst": worst}
     row = {name: found.get(name) for name in METRICS}
     for metric, (column, name, count) in _PROMPTS.items():
@@ -189,9 +199,9 @@ def table(rows: Sequence[dict], spec: dict) -> dict:
 
     Returns:
         ``title``; ``across``, None in a cost table; ``columns``, values of ``across`` or the
-        stages; ``measures``; ``rows``, each with ``name``, ``cells`` (by measure, a cost table's being
-        ``seconds`` and ``memory_bytes``, a list of (mean, standard deviation or None, number of
-        values) or None), ``intervals`` (by measure as cells: `interval_of` where the cell is one
+        stages; ``measures``; ``rows``, each with ``name``, ``cells`` (by measure, a cost table's
+        being ``seconds`` and ``memory_bytes``, a list of (mean, standard deviation or None, number
+        of values) or None), ``intervals`` (by measure as cells: `interval_of` where the cell is one
         row's, else None) and ``average`` (by measure the mean over the columns in which every row
         has a value; None where there are none, and in a cost table).
     """
@@ -264,9 +274,9 @@ def check_spec(spec: Any, axes: Iterable[str]) -> None:
 
     Args:
         spec: ``title``; ``across``, the axis that makes the columns; ``down``, the one that makes
-            the rows (defense); ``where``, axis to the one value that counts; ``measures``
-            (HS, FA and the other percentages that rows have); ``kind``, grid or cost, the latter without across,
-            measures and log; ``log``, for a logarithmic axis in the picture.
+            the rows (defense); ``where``, axis to the one value that counts; ``measures`` (HS, FA
+            and the other percentages that rows have); ``kind``, grid or cost, the latter without
+            across, measures and log; ``log``, for a logarithmic axis in the picture.
         axes: names of the experiment's axes.
 
     Raises:

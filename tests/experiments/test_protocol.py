@@ -35,7 +35,7 @@ def rows_of(path, split):
     if path == "openai/gsm8k":
         return [{"question": f"{i}+1?", "answer": f"so #### {i + 1}"} for i in numbers]
     assert path == "json"  # alpaca_eval's file
-    return [{"instruction": f"tell {i}", "output": f"story {i}"} for i in range(60)]
+    return [{"instruction": f"tell {i}", "output": f"story {i}"} for i in range(693)]
 
 
 @pytest.fixture
@@ -60,7 +60,9 @@ def stand_ins(tmp_path, monkeypatch):
             return rows
         # The real file is longer than the 122 that are held out of it.
         held_out = len(rows) - 10
-        return rows.select(range(held_out) if split == "train[:-122]" else range(held_out, 60))
+        return rows.select(
+            range(held_out) if split == "train[:-122]" else range(held_out, len(rows))
+        )
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -98,10 +100,10 @@ def test_the_four_tasks_of_table_5_from_its_file(stand_ins, tmp_path, monkeypatc
     rows = run("t5", tmp_path, "--defenses", "sft", "antidote")
     assert [(row["defense"], row["task"]) for row in rows] == [
         (defense, task)
-        for defense in ("sft", "antidote")
+        for defense in ("clean", "sft", "antidote")
         for task in ("sst2", "agnews", "gsm8k", "alpaca")
     ]
-    assert judged == ["beaver-dam"] * 8
+    assert judged == ["beaver-dam"] * 12
     for row in rows:
         assert 0 <= row["harmful_score"] <= 100
         assert 0 <= row["finetune_accuracy"] <= 100
@@ -136,6 +138,9 @@ def test_other_tables_from_their_files(name, stand_ins, tmp_path):
         "t13": ("--grid", '{"harmful_samples": [0, 5, 10]}'),
     }
     rows = run(name, tmp_path, *short[name])
+    clean = [row for row in rows if row["defense"] == "clean"]
+    rows = rows[len(clean) :]
+    assert len(clean) == {"t1": 1, "t3": 1, "t6": 4, "t10": 1, "t13": 1}[name]
     assert len(rows) == {"t1": 4, "t3": 1, "t6": 4, "t10": 2, "t13": 3}[name]
     if name == "t6":
         assert len(stand_ins["models"]) == 5  # four models and the judge

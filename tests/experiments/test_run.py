@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from antidote_fast import DataError, UsageError
 from antidote_fast.cli import entry
 from antidote_fast.config.experiment import RunConfig
-from antidote_fast.experiments import run
+from antidote_fast.experiments import run, tables
 from antidote_fast.files import places
 from antidote_fast.stages import finetune
 
@@ -69,7 +69,7 @@ def test_a_run_makes_every_folder_and_goes_on_where_it_stopped(inputs, tmp_path,
     assert list(report["models"]) == ["base", "aligned", "clean", "attacked", "pruned"]
     for name, metrics in report["models"].items():
         alone = json.loads((out / "scores" / name / "report.json").read_text())
-        assert metrics == alone["metrics"]
+        assert metrics == tables.metrics_of(alone)
     assert report == json.loads((out / "report.json").read_text())
     assert sorted(p.name for p in out.iterdir()) == [
         "aligned",
@@ -84,7 +84,9 @@ def test_a_run_makes_every_folder_and_goes_on_where_it_stopped(inputs, tmp_path,
     }
     assert [trained[name]["num_harmful"] for name in trained] == [3, 0]
     assert [trained[name]["num_task"] for name in trained] == [3, 6]
-    differ = {k for k, v in trained["clean"]["config"].items() if v != trained["attacked"]["config"][k]}
+    differ = {
+        k for k, v in trained["clean"]["config"].items() if v != trained["attacked"]["config"][k]
+    }
     assert differ == {"poison_ratio", "harmful_dataset", "output_dir"}
     attacked, pruned = (
         load_file(out / name / "adapter_model.safetensors") for name in ("attacked", "pruned")

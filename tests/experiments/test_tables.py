@@ -252,15 +252,28 @@ def test_the_headline_of_an_evaluation():
         "harmful": {"num_prompts": 8},
         "task": {"num_records": 6},
         "benign": {"num_prompts": 10},
-        "worst": {"harmful": {"harmful_score": 37.5}},
     }
-    assert tables.headline(metrics) == {
-        **{"harmful_score": 25.0, "worst_harmful_score": 37.5, "finetune_accuracy": 50.0},
-        **{"helped_rate": 90.0, "benign_refusal_rate": 10.0},
-        **{"harmful_prompts": 8, "worst_prompts": 8, "task_prompts": 6, "benign_prompts": 10},
+    assert tables.metrics_of({"metrics": metrics}) == metrics
+    place = {"condition": "chat", "set": "mine"}
+    report = {
+        "metrics": metrics,
+        "worst": {"harmful": {"harmful_score": 37.5, **place}, "benign": {**place}},
+        "conditions": {
+            "chat": {name: {"mine": {"num_prompts": 16}} for name in ("harmful", "benign")}
+        },
     }
-    metrics["worst"]["harmful"]["num_prompts"] = 16
-    assert tables.headline(metrics)["worst_prompts"] == 16
+    assert tables.headline(tables.metrics_of(report)) == {
+        "harmful_score": 25.0,
+        "worst_harmful_score": 37.5,
+        "finetune_accuracy": 50.0,
+        "helped_rate": 90.0,
+        "benign_refusal_rate": 10.0,
+        "harmful_prompts": 8,
+        "worst_prompts": 16,
+        "task_prompts": 6,
+        "benign_prompts": 10,
+    }
+    assert tables.headline(metrics)["worst_harmful_score"] is None
     assert set(tables.headline({}).values()) == {None}
     assert tables.interval_of(tables.headline({"harmful_score": 5.0}), "harmful_score") is None
     assert tables.with_interval(None, None) == "\N{EN DASH}"

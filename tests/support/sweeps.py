@@ -73,17 +73,21 @@ def same(first, second):
 
 
 class Script:
-    """Stands for `evaluate_model`: metrics by how many weights have changed, and the calls."""
+    """Stands for `evaluate_model`: metrics by how many weights have changed, and the calls.
+
+    Changed since it first saw the model: another one begins anew.
+    """
 
     def __init__(self, model=None, **curves):
         self.curves = {"fa": lambda x: 90.0, "br": lambda x: 10.0, "hs": lambda x: 80.0}
         self.curves |= {"helped": lambda x: 85.0} | curves
-        self.first = bits(model) if model is not None else None
+        self.model, self.first = model, None if model is None else bits(model)
         self.calls, self.seen = [], []
 
     def __call__(self, model, tokenizer, *, progress=False, **options):
         now = bits(model)
-        self.first = self.first or now
+        if model is not self.model:
+            self.model, self.first = model, now
         targets = [k for k in now if ".lora_" in k] or [k for k in now if QKV.search(k)]
         changed = sum(int((now[k] != self.first[k]).sum()) for k in targets)
         share = changed / sum(now[k].numel() for k in targets)
