@@ -10,6 +10,7 @@ import antidote_fast
 from antidote_fast.cli.show import summary
 from antidote_fast.config import flags
 from antidote_fast.config.evaluate import EvaluateConfig
+from antidote_fast.config.sweep import SweepConfig
 from antidote_fast.data.batches import build_prompt
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError
@@ -21,6 +22,7 @@ from antidote_fast.evaluation.phrases import PhraseJudge
 from antidote_fast.evaluation.rates import harmful_rates, ordinary_rates
 from antidote_fast.files.commit import digest_of
 from antidote_fast.files.provenance import is_done
+from antidote_fast.planning.dry_run import plan
 from antidote_fast.stages import evaluate, inputs
 
 
@@ -414,3 +416,27 @@ def test_config_refuses_options_that_do_not_go_together(files, tmp_path):
             config_of(files, tmp_path, **changes)
     with pytest.raises(UsageError, match="must be a data set"):
         EvaluateConfig(model_name_or_path="m", output_dir="o")
+
+
+def test_a_sweep_keeps_its_one_judge(tmp_path):
+    words = ["--model_name_or_path", "m", "--output_dir", "o", "--scores", "random"]
+    words += ["--harmful_dataset", "a", "--task_dataset", "b", "--judge", "x"]
+    path = tmp_path / "sweep.yaml"
+    path.write_text("judge: x\nbase_model: y\n")
+    for given in (words, [*words[:-2], "--config", str(path)]):
+        config, notices = flags.from_words(SweepConfig, given, "sweep")
+        assert config.judge == "x"
+        assert not any("judge" in notice for notice in notices)
+        assert (config.evaluation().judges, config.evaluation().templates) == (["x"], ["alpaca"])
+
+
+def test_a_plan_counts_every_condition(files, tmp_path):
+    model = texts.save(texts.llama(seed=1), tmp_path / "chat", texts.byte_tokenizer(chat=True))
+    changes = {"model_name_or_path": model, "max_seq_length": 400, "prefill": True}
+    config = config_of(files, tmp_path, save_outputs=True, **changes)
+    planned = plan(config).data
+    evaluate.run(config)
+    rows = read_rows(tmp_path / "out", "outputs.jsonl")
+    assert planned["conditions"] == len({row["condition"] for row in rows}) == 4
+    assert planned["prompts"] == planned["different ones"] == len(rows)
+    assert planned["answer tokens at most"] == 6 * len(rows)
