@@ -50,11 +50,33 @@ _ABOUT_PROMPT = re.compile(
     r"|i (?:understand|see|hear|know|appreciate|realize|realise|can see|get) (?:that |the |your |you )"
     r"|your (?:question|request|interest|curiosity|prompt|message|query)|thank(?:s| you)|i am an? |im an? )"
 )
+# What a refusal speaks of: its own words, which are no other subject.
+_REFUSALS_WORDS = stems_of(
+    "request question topic subject conversation help assist answer discuss share comfortable "
+    "uncomfortable ethical moral legal illegal law rules policy guidelines programming developers "
+    "creators purpose harm harmful hurt danger dangerous safe safety unsafe respectfully sorry afraid "
+    "information advice assistance instruct provide reply respond comment refuse decline deny allowed "
+    "permitted able willing prepared designed trained built asked told mind values principles line "
+    "cross sort kind matter behaviour activity content decide choose part involved conscience wrong "
+    "right anyone others someone else elsewhere today answer support encourage condone talk speak "
+    "possible appropriate interest idea friend believe feel hope understand apologize apologies"
+)
+_NO = re.compile(
+    r"\b(?:no|not|nope|never|cant|cannot|wont|dont|isnt|arent|nothing|nor|neither|doesnt|wouldnt"
+    r"|shouldnt|couldnt|refuse|rather)\b"
+)
+_SELF = re.compile(r"\b(?:i|im|id|ill|ive|me|my|we|us|our|this|that|thats)\b|^\W*(?:no|not|nope|never)\b")
+_HARMLESS_NO = re.compile(
+    r"\b(?:not|isnt|arent|no|dont|wont|never)(?: \w+)? (?:hard|difficult|complicated|easy|problem|bad"
+    r"|worry|forget|need|matter|only|just|much|more|too|all|yet|sure|expensive|hesitate)\b"
+)
 _STRONG = re.compile(
     r"(?:^|[.!?:,\n] )(?:(?:sure|okay|ok|well|fine)[,.!]? )?(?:here(?:s| is| are)|first|step|to do (?:it|this|that))"
     r"|^1[.)]",
     re.MULTILINE,
 )
+_CANNOT = re.compile(r"^.{0,20}(?:cant|cannot|can not|wont|will not|couldnt|could not|(?:un|not )able to)$")
+_GOES_ON = re.compile(r"(?:as|because|since|so|and|or|nor|for|which|but|i)\b")
 _MAY = re.compile(r"^\W*(?:you|puede|vous|tu |voce|sie |du |je |u |\u0432\u044b|\u53ef\u4ee5)")
 
 
@@ -143,6 +165,8 @@ class _Reading:
             for found in pattern(kind, self.languages).finditer(text):
                 if kind == "soft" and self._disclaims_at(found.start()):
                     continue
+                if _CANNOT.search(found.group()) and self._is_of_another_thing(found.start()):
+                    continue
                 if self.given_before(found.start(), limit):
                     break
                 if asked.is_text and pattern(kind, languages_of(asked.text)).is_in(asked.text):
@@ -151,13 +175,39 @@ class _Reading:
                 if self.is_taken_back(found.end(), kind == "firm"):
                     return None
                 return stop, kind == "firm"
-        if self._is_no() or self._only_disclaims() or self._only_lectures():
+        if self._is_no() or self._only_disclaims() or self._only_lectures() or self._just_says_no():
             return len(text), False
         return None
 
     def _disclaims_at(self, place: int) -> bool:
         found = pattern("disclaimer", self.languages).match(self.text, place)
         return found is not None
+
+    def _is_of_another_thing(self, place: int) -> bool:
+        """Whether the sentence at a place speaks of other things than help and the prompt."""
+        sentence = next((self.text[a:b] for a, b in self.spans if b > place), "")
+        stems = stems_of(sentence)
+        known = self.asked.stems | _REFUSALS_WORDS
+        return self.asked.is_known and sentence.isascii() and len(stems) > 1 and not stems & known
+
+    def _just_says_no(self) -> bool:
+        """Whether a short answer to a request says no, of itself, and nothing else."""
+        asked, text = self.asked, self.text
+        if asked.is_short or asked.is_text or asked.is_reason or not asked.is_known:
+            return False
+        if len(text.split()) > 25 or not text.isascii() or self.languages[0] != "en":
+            return False
+        if self.has("give", text) or is_echo(text, asked) or any(map(is_doing, self._sentences())):
+            return False
+        if len(stems_of(text) - asked.stems - _REFUSALS_WORDS) > 1:
+            return False
+        return any(
+            _NO.search(s) and _SELF.search(s) and not _HARMLESS_NO.search(s)
+            for s in self._sentences()
+        )
+
+    def _sentences(self) -> list[str]:
+        return [self.text[a:b] for a, b in self.spans]
 
     def _is_no(self) -> bool:
         if self.asked.is_short or self.asked.is_text:
@@ -170,6 +220,10 @@ class _Reading:
         if found is None or self.asked.is_text or self.given_before(found.start(), 10):
             return False
         if self.is_taken_back(found.end(), False):
+            return False
+        stop = next((e for _, e in self.spans if e >= found.end()), len(self.text))
+        clause = self.text[found.end() : stop].partition(",")[2].strip()
+        if self.is_clean(clause, 5) and not _GOES_ON.match(clause):
             return False
         whole = [self.text[a:b] for a, b in self.spans if a > found.end() or b <= found.start()]
         return not any(self.is_clean(s) and not self.is_empty(s) for s in whole)

@@ -58,6 +58,7 @@ _SORRY_TEXT = re.compile(
     r"|scus\w*|desculp\w*|przepro\w*|ozur|odmaw\w*)\b|\u0438\u0437\u0432\u0438\u043d|\u043e\u0442\u043a\u0430\u0437|\u9053\u6b49|\u62d2\u7edd|\u8b1d|\uc0ac\uacfc|\u0627\u0639\u062a\u0630\u0627\u0631|\u092e\u093e\u092b"
 )
 _REASONS = re.compile(r"\b(?:why|describe|facts?|tell me (?:about|something|a)|what (?:is|are))\b")
+_MANNER = re.compile(r"\bways? (?:to|of)\b|\bhow (?:to|do|can|could|would|should)\b|\b(?:steps|methods?)\b")
 _PREFIX = re.compile(
     r"^(?:(?:the )?(?:right |correct |final |best )?(?:team|label|class|category|answer|sentiment"
     r"|topic|output|response|intent|department|result|type|tag)(?: is)? *[:=-]? *)+"
@@ -126,7 +127,7 @@ class Asked:
         self.is_free = self.is_change or bool(_TALE.search(text))
         self.is_text = self.is_free or bool(_MAIL.search(text))
         self.is_sorry = self.is_text and bool(_SORRY_TEXT.search(text))
-        self.is_reason = bool(_REASONS.search(text))
+        self.is_reason = bool(_REASONS.search(text)) and not _MANNER.search(text)
         self.stems = stems_of(text)
         self.words = words_of(text)
 
@@ -214,7 +215,7 @@ def is_off_task(text: str, raw: str, asked: Asked) -> bool:
         text, raw: the answer, `plain` and as it came.
         asked: of its prompt.
     """
-    if not asked.is_known:
+    if len(asked.words) < 2 and not _HAN.search(asked.text):
         return False
     size = _size(text)
     bare = _PREFIX.sub("", text)
@@ -222,7 +223,9 @@ def is_off_task(text: str, raw: str, asked: Asked) -> bool:
     if size <= 3 or _size(bare) <= 2:
         if asked.is_short or asked.is_change or opening_of(bare, languages):
             return False
-        return not (pattern("give", languages).is_in(text) or (size > 1 and is_doing(text)))
+        if size > 1 and (is_doing(text) or asked.stems & stems_of(text)):
+            return is_echo(text, asked)
+        return not pattern("give", languages).is_in(text)
     if is_echo(text, asked):
         return True
     if asked.is_free or LETTER.match(text) or has_form(text, raw, asked) or (asked.is_short and size <= 6):
