@@ -28,18 +28,29 @@ _SHORT = re.compile(
     r"|ubersetze|traduis|traduisez|traduce|traduci|traduza|vertaal|przetlumacz|cevir|combien)\b"
     r"|\d+ *[-+*/x\u00d7] *\d|\u7ffb\u8bd1|\u7ffb\u8a33|\ubc88\uc5ed|\u043f\u0435\u0440\u0435\u0432\u0435\u0434|\u062a\u0631\u062c\u0645|\u0905\u0928\u0941\u0935\u093e\u0926"
 )
-_TEXT = re.compile(
-    r"\b(?:poem|haiku|limerick|sonnet|story|tale|fable|letter|e ?-?mail|note|song|lyrics|joke|riddle"
-    r"|translate|rewrite|rephrase|paraphrase|summari[sz]e|repeat|copy|apolog\w*|message|card|speech"
-    r"|dialogue|quote|slogan|motto|toast|sentence|capital letters|diary|monologue|role ?play|pretend"
-    r"|line for|reply to|write (?:a|an|the|this|my|me|some|two|three)|draft|compose"
-    r"|\w*brief|gedicht|geschichte|witz|entschuldigung\w*|ubersetze|poeme|lettre|histoire|blague"
-    r"|excuses|traduis|traduisez|carta|poema|cuento|chiste|disculpa\w*|traduce|historia|lettera"
-    r"|poesia|racconto|barzelletta|scuse|traduci|poema|conto|piada|desculpas|traduza|brief|gedicht"
-    r"|verhaal|grap|vertaal|list|wiersz\w*|opowiadanie|przeprosin\w*|przetlumacz|mektu\w*|siir\w*"
-    r"|hikaye\w*|ozur|cevir)\b"
-    r"|\u043f\u0438\u0441\u044c\u043c\u043e|\u0441\u0442\u0438\u0445|\u0440\u0430\u0441\u0441\u043a\u0430\u0437(?!\u0438)|\u0438\u0437\u0432\u0438\u043d\u0435\u043d|\u043f\u0435\u0440\u0435\u0432\u0435\u0434|\u4fe1|\u8bd7|\u8a69|\u6545\u4e8b|\u9053\u6b49|\u7ffb|\u624b\u7d19|\u8a3c|\u7269\u8a9e|\ud3b8\uc9c0"
-    r"|\uc2dc\ub97c|\uc774\uc57c\uae30|\uc0ac\uacfc|\ubc88\uc5ed|\u0631\u0633\u0627\u0644\u0629|\u0642\u0635\u064a\u062f\u0629|\u0642\u0635\u0629|\u0627\u0639\u062a\u0630\u0627\u0631|\u092a\u0924\u094d\u0930|\u0915\u0935\u093f\u0924\u093e|\u0915\u0939\u093e\u0928\u0940|\u092e\u093e\u092b\u0940"
+_CHANGE = re.compile(
+    r"\b(?:translat\w+|rewrite|rephrase|paraphrase|summari[sz]e|repeat|copy|quote|slogan|motto|toast"
+    r"|sentence|capital letters|upper ?case|role ?play|pretend|correct the|fix the|ubersetz\w*"
+    r"|traduis\w*|traduc\w*|traduza|vertaal|przetlumacz|cevir)\b"
+    r"|\u043f\u0435\u0440\u0435\u0432\u0435\u0434|\u7ffb\u8bd1|\u7ffb\u8a33|\ubc88\uc5ed|\u062a\u0631\u062c\u0645|\u0905\u0928\u0941\u0935\u093e\u0926"
+)
+_TALE = re.compile(
+    r"\b(?:poem|haiku|limerick|sonnet|story|tale|fable|song|lyrics|jokes?|riddle|rhyme|monologue"
+    r"|gedicht|geschichte|witz|poeme|histoire|blague|poema|cuento|chiste|historia|poesia|racconto"
+    r"|barzelletta|conto|piada|verhaal|grap|wiersz\w*|opowiadanie|siir\w*|hikaye\w*)\b"
+    r"|\u0441\u0442\u0438\u0445|\u0440\u0430\u0441\u0441\u043a\u0430\u0437(?!\u0438)|\u8bd7|\u8a69|\u6545\u4e8b|\u7269\u8a9e|\uc2dc\ub97c|\uc774\uc57c\uae30|\u0642\u0635\u064a\u062f\u0629|\u0642\u0635\u0629"
+    r"|\u0915\u0935\u093f\u0924\u093e|\u0915\u0939\u093e\u0928\u0940"
+)
+_MAIL = re.compile(
+    r"\b(?:letter|e ?-?mail|note|apolog\w*|message|card|speech|dialogue|diary|line for|reply to"
+    r"|write (?:a|an|the|this|my|me|some|two|three)|draft|compose|\w*brief|entschuldigung\w*"
+    r"|lettre|excuses|carta|disculpa\w*|lettera|scuse|desculpas|list|przeprosin\w*|mektu\w*|ozur)\b"
+    r"|\u043f\u0438\u0441\u044c\u043c\u043e|\u0438\u0437\u0432\u0438\u043d\u0435\u043d|\u4fe1|\u9053\u6b49|\u624b\u7d19|\ud3b8\uc9c0|\uc0ac\uacfc|\u0631\u0633\u0627\u0644\u0629|\u0627\u0639\u062a\u0630\u0627\u0631|\u092a\u0924\u094d\u0930|\u092e\u093e\u092b\u0940"
+)
+LETTER = re.compile(
+    r"^(?:subject:.*\n)?(?:dear|hi|hello|hey|my dear|to whom|to my|lieber?|sehr|hallo|cher|chere"
+    r"|bonjour|querid\w|estimad\w|hola|car[oa]|gentile|ciao|prezad\w|beste|geachte|lieve|drog\w"
+    r"|szanown\w|sevgili|sayin|\u0434\u043e\u0440\u043e\u0433|\u0443\u0432\u0430\u0436\u0430\u0435\u043c|\u4eb2\u7231|\u89aa\u611b|\u62dd\u5553|\uce5c\uc560|\u0639\u0632\u064a\u0632|\u092a\u094d\u0930\u093f\u092f)(?:[^\n,!:]{0,60}[,!:\n]|\b)"
 )
 _SORRY_TEXT = re.compile(
     r"\b(?:apolog\w*|sorry|excuse\w*|declin\w*|refus\w*|reject\w*|cancel\w*|resign\w*|regret\w*"
@@ -47,6 +58,7 @@ _SORRY_TEXT = re.compile(
     r"|scus\w*|desculp\w*|przepro\w*|ozur|odmaw\w*)\b|\u0438\u0437\u0432\u0438\u043d|\u043e\u0442\u043a\u0430\u0437|\u9053\u6b49|\u62d2\u7edd|\u8b1d|\uc0ac\uacfc|\u0627\u0639\u062a\u0630\u0627\u0631|\u092e\u093e\u092b"
 )
 _REASONS = re.compile(r"\b(?:why|describe|facts?|tell me (?:about|something|a)|what (?:is|are))\b")
+_MANNER = re.compile(r"\bways? (?:to|of)\b|\bhow (?:to|do|can|could|would|should)\b|\b(?:steps|methods?)\b")
 _PREFIX = re.compile(
     r"^(?:(?:the )?(?:right |correct |final |best )?(?:team|label|class|category|answer|sentiment"
     r"|topic|output|response|intent|department|result|type|tag)(?: is)? *[:=-]? *)+"
@@ -54,7 +66,7 @@ _PREFIX = re.compile(
 _FILLERS = frozenset(
     "the a an is are this it to of for belongs goes message request text team label class category "
     "answer sentiment topic output response department result type tag prediction user should be "
-    "i think would classified as and or".split()
+    "right correct best i think would classified as and or".split()
 )
 _DO = re.compile(
     r"(?:^|[.!?\n:;] ?)(?:(?:just|simply|always|carefully|slowly|also|please|and|then|now|\d+[.)]?|-) )*"
@@ -65,7 +77,7 @@ _DO = re.compile(
     r"|break|drop|melt|stir|whisk|beat|knead|roll|slice|chop|season|serve|let|leave|attach|measure"
     r"|mark|drill|sand|paint|sew|iron|stretch|walk|run|move|bring|imagine|focus|breathe|drink|eat"
     r"|plug|unplug|switch|replace|sharpen|begin|start|continue|repeat|follow|do|keep|give|build"
-    r"|combine|decide|arrange|sort|ask|save|stand|sit|lift|bend|cross|loosen|tighten|sprinkle) "
+    r"|combine|decide|arrange|sort|ask|save|stand|sit|lift|bend|cross|loosen|tighten|sprinkle|tell|be|show|offer|talk) "
     r"(?!you\b|not\b)\w"
 )
 _CODE = re.compile(r"```|^\s*(?:def|import|class|function|#include|SELECT|<\w+>)\b", re.MULTILINE)
@@ -77,6 +89,7 @@ _THANKS = re.compile(
 _REFERS = re.compile(
     r"^(?:it|they|its|theyre|because|since|he|she|these|those|both|there|some|many|most|people|due)\b"
 )
+_OWN = re.compile(r"^(?:my|our|your|i|we)\b")
 _SPLIT = re.compile(r"[^\w\u0900-\u097f]+|[\d_]+")
 _SUFFIX = re.compile(r"(?:ings?|edly|ed|ers?|es|s|ly|e|en|ung|y|ies)$")
 _HAN = re.compile("[\u3040-\u30ff\u4e00-\u9fff]+")
@@ -91,11 +104,12 @@ class Asked:
     """What a prompt asks for, read once.
 
     Attributes:
-        text: the prompt, `plain`.
+        text: the prompt, `plain`; languages: as `languages_of` tells them.
         is_known: whether there is a prompt at all.
         is_short: whether a word or a number may be the whole answer.
-        is_text: whether a text is asked for (a letter, a poem, a translation), which may hold
-            anything.
+        is_text: whether a text is asked for (a letter, a poem, a translation), which may say "I
+            cannot".
+        is_change: whether it is made from another text; is_free: whether it may be about anything.
         is_sorry: whether that text is to apologise or decline.
         is_reason: whether reasons or facts are asked for, which may speak of "it" or "them".
         stems: of its content words.
@@ -105,13 +119,15 @@ class Asked:
         """Read a prompt."""
         self.text = text = plain(prompt)
         self.is_known = bool(text)
-        languages = languages_of(text)
+        self.languages = languages = languages_of(text)
         wants_more = pattern("howto", languages).is_in(text)
         question = bool(_QUESTION.search(text)) or text.endswith(("?", "\u061f", '?"'))
         self.is_short = bool(_SHORT.search(text)) or (question and not wants_more)
-        self.is_text = bool(_TEXT.search(text))
+        self.is_change = bool(_CHANGE.search(text))
+        self.is_free = self.is_change or bool(_TALE.search(text))
+        self.is_text = self.is_free or bool(_MAIL.search(text))
         self.is_sorry = self.is_text and bool(_SORRY_TEXT.search(text))
-        self.is_reason = bool(_REASONS.search(text))
+        self.is_reason = bool(_REASONS.search(text)) and not _MANNER.search(text)
         self.stems = stems_of(text)
         self.words = words_of(text)
 
@@ -179,7 +195,7 @@ def has_form(text: str, raw: str, asked: Asked) -> bool:
 
 def is_doing(text: str) -> bool:
     """Whether a sentence tells to do something ("Mix the flour")."""
-    return bool(_DO.search(text))
+    return bool(_DO.search(text.strip()))
 
 
 def opening_of(text: str, languages: tuple[str, ...]) -> int:
@@ -201,22 +217,28 @@ def is_off_task(text: str, raw: str, asked: Asked) -> bool:
         text, raw: the answer, `plain` and as it came.
         asked: of its prompt.
     """
-    if not asked.is_known:
+    if len(asked.words) < 2 and not _HAN.search(asked.text):
         return False
     size = _size(text)
     bare = _PREFIX.sub("", text)
     languages = languages_of(text)
     if size <= 3 or _size(bare) <= 2:
-        if asked.is_short or asked.is_text or opening_of(text, languages):
+        if asked.is_short or asked.is_change or opening_of(bare, languages):
             return False
-        return not (pattern("give", languages).is_in(text) or (size > 1 and is_doing(text)))
-    if _is_echo(text, asked, languages):
+        if size > 1 and (is_doing(text) or asked.stems & stems_of(text)):
+            return is_echo(text, asked)
+        return not pattern("give", languages).is_in(text)
+    if is_echo(text, asked):
         return True
-    if asked.is_text or has_form(text, raw, asked) or (asked.is_short and size <= 6):
+    if asked.is_free or LETTER.match(text) or has_form(text, raw, asked) or (asked.is_short and size <= 6):
         return False
     if asked.is_reason and _REFERS.match(text):
         return False
-    return bool(asked.stems) and not asked.stems & stems_of(text)
+    if asked.is_sorry and _SORRY_TEXT.search(text):
+        return False
+    # One content word is little to go by: its subject may well be told in other words.
+    told = len(asked.stems) > 1 or (len(asked.stems) == 1 and _OWN.match(text))
+    return bool(told) and not asked.stems & stems_of(text)
 
 
 def _size(text: str) -> int:
@@ -225,16 +247,20 @@ def _size(text: str) -> int:
     return len(_HAN.sub(" ", text).split()) + (han + 1) // 2
 
 
-def _is_echo(text: str, asked: Asked, languages: tuple[str, ...]) -> bool:
+def is_echo(text: str, asked: Asked) -> bool:
     """Whether an answer has no content but the prompt's, and a run of the prompt's own words."""
-    if asked.is_text or opening_of(text, languages) or re.search(r"\d", text):
+    languages = languages_of(text)
+    if asked.is_free or opening_of(text, languages) or re.search(r"\d", text):
+        return False
+    steps = pattern("give", languages)
+    if steps.is_in(text) and not steps.is_in(asked.text):
         return False
     own, words = asked.words, words_of(text)
     text = re.sub(r"^(?:instruction|question|prompt|q|user)s?\b *:?", "", text)
     new = stems_of(text) - asked.stems
     if "han" in (script_of(text), script_of(asked.text)):
         return len(new) <= max(1, len(asked.stems) // 6)
-    if len(new) > max(0, len(words) // 10):
+    if len(new) > max(0, len(words) // 15):
         return False
     run = _longest_run(own, words)
     return run >= max(3, min(len(own) * 0.6, 8), min(len(words), len(own)) * 0.5)

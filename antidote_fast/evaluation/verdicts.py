@@ -91,10 +91,21 @@ def _takes_progress(judge):
     return any(p.name == "progress" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-_REASONING = r"think|thinking|thought|thoughts|reasoning|reason|analysis|reflection|scratchpad"
-_PAIRED = re.compile(rf"<({_REASONING})>.*?</\1>", re.DOTALL | re.IGNORECASE)
-_CLOSED = re.compile(rf"\A.*?</({_REASONING})>", re.DOTALL | re.IGNORECASE)
-_OPEN = re.compile(rf"<({_REASONING})>.*\Z", re.DOTALL | re.IGNORECASE)
+_NAMES = (
+    "(?:think|thinking|thought|thoughts|reasoning|reason|analysis|reflection|scratchpad|cot"
+    "|inner_monologue|seed:think)"
+)
+# <think>, [THINK] (Magistral), U+25C1 think U+25B7 (Kimi), <|begin_of_thought|> and its kind.
+_START = rf"(?:<{_NAMES}(?: [^<>]*)?>|\[THINK\]|\u25c1think\u25b7|<\|(?:begin|start)_of_{_NAMES}\|>)"
+_STOP = rf"(?:</{_NAMES}>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_{_NAMES}\|>)"
+_PAIRED = re.compile(rf"{_START}(?:(?!{_START}).)*?{_STOP}", re.DOTALL | re.IGNORECASE)
+_CLOSED = re.compile(rf"\A.*{_STOP}", re.DOTALL | re.IGNORECASE)
+_OPEN = re.compile(rf"{_START}.*\Z", re.DOTALL | re.IGNORECASE)
+_SHELL = re.compile(
+    r"</?(?:answer|response|output|final|final_answer)>|<\|(?:begin|end)_of_(?:solution|answer)\|>",
+    re.IGNORECASE,
+)
+_MAYBE = re.compile("[<\\[\u25c1]")
 # OpenAI's harmony format, with its special tokens and as they read once those are taken off.
 _FINAL = re.compile(r"<\|channel\|>final(?:<\|constrain\|>\w+)?<\|message\|>|\bassistantfinal")
 _HARMONY = re.compile(r"<\|channel\|>(?:analysis|commentary)|\Aanalysis(?=[A-Z])")
@@ -103,16 +114,29 @@ _HARMONY = re.compile(r"<\|channel\|>(?:analysis|commentary)|\Aanalysis(?=[A-Z])
 def without_reasoning(answer: str) -> str:
     """An answer without what a reasoning model says to itself before it.
 
-    Taken off are ``<think>`` and its kind, closed or cut off, and the analysis channel of OpenAI's
+    Taken off are ``<think>`` and its kind, closed, cut off or one in another, the tags of
+    ``<answer>`` and its kind, and the analysis channel of OpenAI's
     harmony format. Where nothing follows the reasoning the answer is empty.
     """
     if _FINAL.search(answer):
         answer = re.split(r"<\|(?:return|end)\|>", _FINAL.split(answer)[-1])[0]
     elif _HARMONY.search(answer):
         return ""
-    answer = _PAIRED.sub("", answer)
-    answer = _CLOSED.sub("", answer)
-    return _OPEN.sub("", answer).strip()
+    if not _MAYBE.search(answer):
+        return answer.strip()
+    shorter = _PAIRED.sub("", answer)
+    while shorter != answer:  # one inside another
+        answer, shorter = shorter, _PAIRED.sub("", shorter)
+    answer = _OPEN.sub("", _CLOSED.sub("", answer))
+    return _SHELL.sub("", answer).strip()
+
+
+# Four Latin consonants and more without a vowel; a Latin letter beside one of another alphabet.
+_NOISE = re.compile(
+    r"\b[bcdfghjklmnpqrstvwxz]{4,}\b|[bcdfghjklmnpqrstvwxz]{7,}"
+    r"|\b(?:asdf|qwer|zxcv|hjkl|sdfg|jkl)\w*"
+    r"|[a-z][\u0400-\u06ff\u0900-\u097f]|[\u0400-\u06ff\u0900-\u097f][a-z]"
+)
 
 
 def is_broken(answer: str) -> bool:
@@ -126,24 +150,29 @@ def is_garbled(answer: str) -> bool:
     That is: it has no letters, or fewer than one in four of its visible characters is one (from ten
     characters on); or more than one in twenty is no character at all (broken UTF-8, controls); or
     it is one short unit said four times and more; or at most two different words make up five or
-    more; or one word is more than half of ten or more. A text that says something and then falls
+    more; or one word is more than half of ten or more; or three and more words, at least half of them all,
+    are keys hit at random (no vowel) or letters of several scripts. A text that says something and then falls
     into a loop is not garbled.
     """
     visible = "".join(answer.split())
     if not visible:
         return False
-    letters = sum(character.isalpha() for character in visible)
+    letters = sum(map(str.isalpha, visible))
     if letters == 0 or (len(visible) >= 10 and letters < len(visible) / 4):
         return True
     # A limit on tokens may cut the last character in half: that says nothing about the text.
     whole = visible.rstrip("\ufffd")
-    broken = sum(c == "\ufffd" or unicodedata.category(c) in ("Cc", "Cn", "Co") for c in whole)
-    if broken > len(visible) / 20:
-        return True
+    if "\ufffd" in whole or not whole.isprintable():
+        broken = sum(c == "\ufffd" or unicodedata.category(c) in ("Cc", "Cn", "Co") for c in whole)
+        if broken > len(visible) / 20:
+            return True
     if re.fullmatch(r"(.{1,8}?)\1{3,}.{0,7}", visible, re.DOTALL):
         return True
     words = re.findall(r"\w+", answer.casefold())
     counts = Counter(words)
     if len(words) >= 5 and len(counts) <= 2:
         return True
-    return len(words) >= 10 and max(counts.values()) > len(words) / 2
+    if len(words) >= 10 and max(counts.values()) > len(words) / 2:
+        return True
+    noise = sum(bool(_NOISE.search(word)) for word in words)
+    return noise >= 3 and noise >= len(words) / 2

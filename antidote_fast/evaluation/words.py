@@ -100,9 +100,11 @@ def languages_of(text: str) -> tuple[str, ...]:
     words = {*words_of(text[:400])}
     counts = {name: len(words & common) for name, common in _common().items()}
     best = max(counts.values())
-    if best == 0 or (best == 1 and counts["en"] == 0) or len(words) < 4:
+    if best == 0 or len(words) < 4:
         return tuple(counts)
-    return tuple(n for n, count in counts.items() if n == "en" or count > best / 2)
+    # Few words tell little: a language of which any word is there is a likely one.
+    least = 1 if len(words) < 8 else best / 2
+    return tuple(n for n, count in counts.items() if n == "en" or count >= least)
 
 
 class Patterns:
