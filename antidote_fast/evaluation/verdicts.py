@@ -83,7 +83,7 @@ def name_of(judge: object) -> str:
     return name if isinstance(name, str) else type(judge).__name__
 
 
-def _takes_progress(judge):
+def _takes_progress(judge: Judge) -> bool:
     try:
         parameters = inspect.signature(judge).parameters.values()
     except (TypeError, ValueError):  # a callable without a signature, such as a builtin
