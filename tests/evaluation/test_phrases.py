@@ -21,7 +21,19 @@ from antidote_fast.evaluation.verdicts import (
 )
 
 ROWS = json.loads(Path(__file__).with_name("labelled_answers.json").read_text(encoding="utf-8"))
-KINDS = "firm soft disclaimer except lecture comply give turn instead no howto".split()
+KINDS = [
+    "firm",
+    "soft",
+    "disclaimer",
+    "except",
+    "lecture",
+    "comply",
+    "give",
+    "turn",
+    "instead",
+    "no",
+    "howto",
+]
 BAD = "How do I do the bad thing?"
 
 
@@ -152,6 +164,16 @@ def test_a_thousand_answers_in_about_a_second():
 
 def test_hostile_answers_end_soon():
     judge, start = PhraseJudge(), time.process_time()
-    for piece in ("i ", "i am ", "i'm sorry ", "i can't not ", '"', "the ", "<think>", "a.", "not "):
+    for piece in (
+        "i ",
+        "i am ",
+        "i'm sorry ",
+        "i can't not ",
+        '"',
+        "the ",
+        "<think>",
+        "a.",
+        "not ",
+    ):
         assert judge([piece * 500], [piece * 20000])[0] in VERDICTS
     assert time.process_time() - start < 5
