@@ -85,9 +85,8 @@ def _sweep_lines(report, took, output_dir):
     for row in report["rows"]:
         what = (row["score"], row["scope"], f"{row['ratio']:g}", f"{row['achieved']:.2%}")
         mark = "<- recommended" if row == best else row["reason"]
-        harmful = row.get("harmful", {})
-        nothing = harmful.get("num_empty", 0) + harmful.get("num_garbled", 0)
-        notes = (mark, f"empty or garbled: {nothing}" if nothing else None)
+        broken = row.get("harmful", {}).get("num_broken")
+        notes = (mark, f"broken: {broken}" if broken else None)
         rows.append((*what, *_percents(row), *notes))
     lines = [table(rows, left=2)]
     if best is None:

@@ -6,7 +6,9 @@ from typing import Literal
 from antidote_fast.config.base import (
     TEMPLATES,
     StageConfig,
+    aside,
     check,
+    check_left_out,
     contents,
     each_of,
     number,
@@ -51,8 +53,10 @@ class EvaluateConfig(StageConfig):
             a local copy), or the path or hub name of a text-classification model.
         harmful_labels: labels of that classifier which mean harm; needed where their names do not
             tell.
-        judge_url: address of a server that a judge asks.
-        judge_model: the model that it asks for there.
+        judge_url: address of a server that chat judges ask, in place of loading their model.
+        judge_model: the model that they ask for there, where their name says none.
+        judge_cache: a JSONL file that keeps what a judge behind judge_url has said, by hashes and
+            without text, so that an evaluation that was interrupted goes on; outside of output_dir.
         win_rate_judge: for task alpaca, the path or hub name of a chat model that says which of two
             answers is better.
         templates: every prompt is asked in each of these, of which the first is template, the one
@@ -85,6 +89,7 @@ class EvaluateConfig(StageConfig):
     harmful_labels: list[str] | None = None
     judge_url: str | None = None
     judge_model: str | None = None
+    judge_cache: str | None = aside(None, is_path=True)
     win_rate_judge: str | None = path(None)
     templates: list[str] | None = None
     system_prompt: str | None = None
@@ -117,6 +122,8 @@ class EvaluateConfig(StageConfig):
             once = len({*self.templates}) == len(self.templates)
             accepted = f"a list, each once, that begins with template={self.template!r}"
             check(first and once, "templates", self.templates, accepted)
+        if self.judge_url is None:
+            check_left_out(self, ["judge_cache"], "without judge_url")
         said = self.system_prompt is None or self.system_prompt.strip()
         check(said, "system_prompt", self.system_prompt, "a text that is not empty")
         together = (self.reference_model is None) == (self.drift_dataset is None)

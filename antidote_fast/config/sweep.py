@@ -8,6 +8,7 @@ from typing import Literal
 
 from antidote_fast.config.base import (
     StageConfig,
+    aside,
     check,
     check_left_out,
     contents,
@@ -135,9 +136,12 @@ class SweepConfig(StageConfig):
         task: how an answer is scored: sst2, agnews, gsm8k or label (exact match with the record's
             output).
         benign_dataset: ordinary prompts, to choose on whether they are helped or refused as well.
-        judge: refusal (the default), beaver-dam, or a text-classification model, as of evaluate; a
-            model stays in memory beside the one that is pruned.
+        judge: one, as judges of evaluate; a model that is loaded here stays in memory beside the
+            one that is pruned.
         harmful_labels: labels of that classifier which mean harm.
+        judge_url: as of evaluate.
+        judge_model: as of evaluate.
+        judge_cache: as of evaluate.
         num_samples: prompts used of each of these data sets; all if null.
         max_new_tokens: tokens generated an answer; default as of evaluate.
         ratios: fractions removed.
@@ -171,6 +175,9 @@ class SweepConfig(StageConfig):
     benign_dataset: str | None = contents(None)
     judge: str | None = path(None)
     harmful_labels: list[str] | None = None
+    judge_url: str | None = None
+    judge_model: str | None = None
+    judge_cache: str | None = aside(None, is_path=True)
     num_samples: int | None = 64
     max_new_tokens: int | None = None
     ratios: list[float] = field(default_factory=lambda: list(RATIOS))

@@ -64,12 +64,9 @@ def build_prompt(
         raise UsageError(f"template={template!r}: must be alpaca or chat")
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError("template='chat': the tokenizer has no chat template; use alpaca")
-    content = record.instruction
-    if record.input.strip():
-        content += f"\n\n{record.input}"
     # Not `continue_final_message`, which needs a template that leaves an assistant's message as it
     # is: those of reasoning models take parts of it out, and begin it otherwise than a new answer.
-    return _chat(content, system, tokenizer) + prefill
+    return _chat(record.question, system, tokenizer) + prefill
 
 
 def _chat(content: str, system: str, tokenizer: Any) -> str:

@@ -47,6 +47,14 @@ class Record:
     where = ""  # no field: the file and line it was read from, which make no other record of it
 
     @property
+    def question(self) -> str:
+        """What is asked, without a template: what a chat template is filled with and judges read.
+
+        It is the instruction and, after an empty line, the input.
+        """
+        return f"{self.instruction}\n\n{self.input}" if self.input.strip() else self.instruction
+
+    @property
     def prompt_key(self) -> str:
         """The prompt with case and spacing folded away: equal keys are the same prompt."""
         return " ".join(f"{self.instruction}\n{self.input}".casefold().split())

@@ -18,11 +18,6 @@ Answers = dict[str, dict[str, dict[str, list[str]]]]
 """Answers, or verdicts on them, by condition, kind and set, in the order of the records."""
 
 
-def question(record: Record) -> str:
-    """What a record asks, without a template: what a judge reads."""
-    return f"{record.instruction}\n{record.input}".strip()
-
-
 def prompt_id(record: Record) -> str:
     """A short hash of a prompt, the same wherever the prompt stands."""
     return hashlib.sha256(record.prompt_key.encode()).hexdigest()[:16]

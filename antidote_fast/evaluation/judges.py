@@ -71,6 +71,37 @@ def _check_options(
     raise UsageError(f"judge={name!r}: must name a model, as {form}:FOLDER, or judge_url be given")
 
 
+def options_by_judge(
+    names: Sequence[str],
+    harmful_labels: Sequence[str] | None,
+    url: str | None,
+    model: str | None,
+) -> dict[str, dict[str, Any]]:
+    """The options of `check_judge` for each of several judges, by name: those of its kind.
+
+    Labels go to classifiers, a server to chat judges, and the name of a model there to those of
+    them that name none of their own. An option that is for none of the judges goes to one of them
+    all the same, so that `check_judge` refuses it.
+    """
+    given = {"harmful_labels": harmful_labels, "url": url, "model": model}
+    if len(names) == 1 or not any(given.values()):
+        return {name: dict(given) for name in names}
+    chats = {name: chat for name in names if (chat := _chat_judge(name))}
+    others = [name for name in names if name != PHRASES and name not in chats]
+    takers = {
+        "harmful_labels": [name for name in others if _classifier(name)[0].takes_labels],
+        "url": list(chats),
+        "model": [name for name, (_, named) in chats.items() if named is None] or list(chats),
+    }
+    return {
+        name: {
+            option: value if name in (takers[option] or names[:1]) else None
+            for option, value in given.items()
+        }
+        for name in names
+    }
+
+
 def check_judge(
     name: str,
     *,

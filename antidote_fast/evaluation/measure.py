@@ -12,7 +12,6 @@ from antidote_fast.evaluation.conditions import (
     Sets,
     kinds_asked,
     make_conditions,
-    question,
 )
 from antidote_fast.evaluation.generate import generate
 from antidote_fast.evaluation.phrases import PhraseJudge
@@ -98,7 +97,7 @@ def _stop(
     """`generate`'s ``is_done``, which is told the number of a prompt and its answer so far."""
 
     def is_done(number: int, answer: str) -> bool:
-        return is_certain(question(records[number]), condition.whole(answer))
+        return is_certain(records[number].question, condition.whole(answer))
 
     return is_done
 
@@ -179,7 +178,9 @@ def judge_answers(
     return {
         condition: {
             kind: {
-                name: ask_judge(judge, [*map(question, sets[kind][name])], texts, progress=progress)
+                name: ask_judge(
+                    judge, [r.question for r in sets[kind][name]], texts, progress=progress
+                )
                 for name, texts in by_kind[kind].items()
             }
             for kind in kinds

@@ -230,8 +230,7 @@ def finetune_accuracy(
             raise UsageError("judge=None: must be a WinRateJudge for task alpaca")
         correct = 0.0
         for record, answer in track(pairs, "win rate", progress):
-            prompt = f"{record.instruction}\n\n{record.input}".strip()
-            correct += judge.win(prompt, answer, record.output)
+            correct += judge.win(record.question, answer, record.output)
     else:
         correct = sum(right_answers(task, records, answers))
     return {

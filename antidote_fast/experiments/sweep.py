@@ -47,8 +47,8 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
     Returns:
         The contents of report.json: as :func:`sweep_model`, with ``clean``, the metrics of
         ``clean_adapter`` or None, ``command``, the line that makes the recommended model,
-        ``datasets``, ``calibration`` and ``data``, what became of its records. No text of a prompt
-        is in it.
+        ``datasets``, ``calibration`` and ``data``: what became of the records of each data set, by
+        the kind of norms or the score that they were for. No text of a prompt is in it.
 
     Raises:
         DataError, UsageError, NothingPruned, BackendUnavailable: data, a model or an adapter that
@@ -67,7 +67,8 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
             about = (checked.aligned, config.device, asked.tokenizer, checked.prompts, progress)
             answers = stage.answers_of(config.learning(), *about)
             clock.lap("ask the aligned model")
-        judge = get_judge(config.evaluation().judge, **asked.judge)
+        name = config.evaluation().judge
+        judge = get_judge(name, **asked.judges[name])
         how = config.picked("template", "max_new_tokens", "batch_size")
         prompts = Prompts(**asked.sets, task_name=config.task, judges=judge, **how)
         clean = None
@@ -90,10 +91,10 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
         learn = _learner(config, model, checked, answers, bases, data, progress)
         norms, counts = {}, {}
         for kind in config.kinds:  # a pass over the data for each
-            batches = checked.batches["preserve_dataset" if kind == "preserve" else "dataset"]
-            told = config.collecting(kind)
+            field = "preserve_dataset" if kind == "preserve" else "dataset"
+            told, batches = config.collecting(kind), checked.batches[field]
             norms[kind], counts[kind] = collect(told, model, batches, progress=progress)
-            data["preserve_dataset" if kind == "preserve" else "dataset"] = data_of(counts[kind])
+            data[kind] = {field: data_of(counts[kind])}
             if config.save_norms:
                 norms[kind].save(folder / NORM_FILES[kind])
         clock.lap("calibrate")
@@ -130,7 +131,7 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
 def _learner(config, model, checked, answers, bases, data, progress):
     """The scores of gate by a selection, or None where nothing is learned.
 
-    What became of the records is put into ``data``.
+    What became of the records is put into ``data``, by the score.
     """
     if not checked.prompts:
         return None
@@ -142,7 +143,7 @@ def _learner(config, model, checked, answers, bases, data, progress):
     def learn(selection):
         settings = config.learning(selection.scope, selection.ratio)
         scores, told = stage.learn(settings, *about, answers, bases, progress)
-        data.update(stage.data_of(checked.prompts, told))
+        data[config.learned] = stage.data_of(checked.prompts, told)
         return scores
 
     return learn

@@ -192,7 +192,7 @@ def _plan_sweep(config):
         f"at most {models + len(candidates)} evaluations, of {others} and each candidate; a score "
         "and scope ends early where it costs too much or no harmful answer is left"
     )
-    if config.evaluation().judge != "refusal":
+    if config.evaluation().judge != "refusal" and config.judge_url is None:
         whole.notes.append("the judge stays in memory beside the model, and is not counted")
     return whole
 

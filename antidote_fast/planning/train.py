@@ -101,7 +101,8 @@ def plan_evaluate(config: EvaluateConfig, adapt: Callable | None = None) -> Plan
         flops = cost.forward.of_batches((n, length, n * length) for n, length in shapes)
         plan.compute("drift", 2 * flops)
         plan.hold("reference model", weight_bytes(base, config.dtype))
-    if config.harmful_dataset and not config.only_phrases:
+    judges = {name: told["url"] for name, told in inputs.judges.items() if name != "refusal"}
+    if config.harmful_dataset and None in judges.values():  # the others are at a server
         plan.notes.append("the judge, loaded when the model has answered, is not counted")
     plan.notes.append("as if every answer had max_new_tokens; most end before")
     return plan.finish()

@@ -2,12 +2,13 @@
 
 import gc
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from antidote_fast.config.base import TEMPLATES, check, each_of
+from antidote_fast.config.base import TEMPLATES, check, check_left_out, each_of
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.data.batches import Examples, make_batches, prompt_ids
 from antidote_fast.data.load import load_records, local_file
@@ -30,7 +31,7 @@ from antidote_fast.evaluation.conditions import (
 )
 from antidote_fast.evaluation.drift import embedding_drift
 from antidote_fast.evaluation.generate import check_length
-from antidote_fast.evaluation.judges import check_judge, get_judge
+from antidote_fast.evaluation.judges import check_judge, get_judge, options_by_judge
 from antidote_fast.evaluation.measure import (
     ask,
     certain_by,
@@ -88,7 +89,7 @@ def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
         model = load_folders(config, inputs.base, inputs.adapter)
         clock.lap("load")
         # A judge that is a model reads whole answers; the phrases are sure of one early.
-        readers = [get_judge("refusal", **inputs.judge)] if config.only_phrases else []
+        readers = [get_judge("refusal", **inputs.judges["refusal"])] if config.only_phrases else []
         answers = ask(
             model,
             inputs.tokenizer,
@@ -143,7 +144,8 @@ class EvaluationInputs:
         conditions: how they are asked, the headline's first.
         max_new_tokens: most tokens an answer, by kind.
         drift_batches: what the embedding drift is measured on; None without it.
-        judge: options of :func:`antidote_fast.evaluation.judges.get_judge`.
+        judges: options of :func:`antidote_fast.evaluation.judges.get_judge` by judge.
+        labels: of the user's task.
         others: the verdicts of ``compare_with``; empty without it.
     """
 
@@ -155,7 +157,8 @@ class EvaluationInputs:
     conditions: list[Condition]
     max_new_tokens: dict[str, int]
     drift_batches: Examples | None
-    judge: dict
+    judges: dict[str, dict]
+    labels: Sequence[str]
     others: list[dict] = field(default_factory=list)
 
     @property
@@ -174,12 +177,14 @@ def open_inputs(config: EvaluateConfig) -> EvaluationInputs:
         As :func:`run`.
     """
     check_output_folder(config.output_dir, config.overwrite)
-    judge = _check_judges(config)
+    judges = _check_judges(config)
     others = read_verdicts(config.compare_with, "compare_with") if config.compare_with else []
     sets, datasets = _load_sets(config)
+    labels: Sequence[str] = ()
     for records in sets.get("task", {}).values():
         check_task(config.task, records)
-        judge["labels"] = task_labels(config.task, records)
+        labels = task_labels(config.task, records)
+    judges = {name: {**options, "labels": labels} for name, options in judges.items()}
     base = open_model(config)
     adapter = open_model(config, "adapter") if config.adapter else None
     if adapter:
@@ -210,7 +215,8 @@ def open_inputs(config: EvaluateConfig) -> EvaluationInputs:
         conditions,
         new_tokens,
         drift_batches,
-        judge,
+        judges,
+        labels,
         others,
     )
 
@@ -225,26 +231,33 @@ def _templates(config, tokenizer):
 
 
 def _check_judges(config):
-    """Refuse a judge that cannot be had; returns options of ``get_judge``."""
-    server = {"url": config.judge_url, "model": config.judge_model}
-    options = {"harmful_labels": config.harmful_labels, **server}
+    """Refuse a judge that cannot be had; returns options of ``get_judge`` by judge."""
+    given = config.picked("harmful_labels", "judge_url", "judge_model")
+    options = options_by_judge(config.judges, *given.values())
     if config.harmful_dataset or config.benign_dataset:
-        for name in config.judges:
-            check_judge(name, **_options_of(config, name, options))
+        for name, some in options.items():
+            check_judge(name, **some)
+    if config.judge_cache is not None:
+        _check_cache(config)
     if not config.harmful_dataset:
-        usual = config.only_phrases and not config.harmful_labels
         judges = config.judges if len(config.judges) > 1 else config.judge
-        check(usual, "judges", judges, "left out without harmful_dataset, which they judge")
+        accepted = "left out without harmful_dataset, which they judge"
+        check(config.only_phrases, "judges", judges, accepted)
+        check_left_out(config, given, "without harmful_dataset")
     if config.task_dataset and config.win_rate_judge:
         open_checkpoint(resolve_folder(config.win_rate_judge))
-    return {**options, "labels": (), "device": config.device}
+    loading = {"device": config.device, "cache": config.judge_cache}
+    return {name: {**some, **loading} for name, some in options.items()}
 
 
-def _options_of(config, name, options):
-    """The options of one judge of several: labels and a server are for those that are models."""
-    if name == "refusal" and not config.only_phrases:
-        return options | {"harmful_labels": None, "url": None, "model": None}
-    return options
+def _check_cache(config):
+    """Refuse a file for readings that cannot be written, or would be gone with the output."""
+    path, out = Path(config.judge_cache), Path(config.output_dir).resolve()
+    accepted = "a file, which need not be there, in a folder that is"
+    ends = path.parent.is_dir() and (path.is_file() or not os.path.lexists(path))
+    check(ends, "judge_cache", config.judge_cache, accepted)
+    outside = not path.resolve().is_relative_to(out)
+    check(outside, "judge_cache", config.judge_cache, f"outside of output_dir={config.output_dir}")
 
 
 def _load_sets(config):
@@ -339,11 +352,11 @@ def _verdicts(config, inputs, answers, progress):
     if not {"harmful", "benign"} & sets.keys():
         return verdicts
     for name in config.judges:
-        judge = get_judge(name, **_options_of(config, name, inputs.judge))
+        judge = get_judge(name, **inputs.judges[name])
         verdicts[name] = judge_answers(judge, sets, answers, progress=progress)
         del judge
         gc.collect()  # a model's modules refer to each other
-    judge_ordinary(verdicts, sets, answers, inputs.judge["labels"])
+    judge_ordinary(verdicts, sets, answers, inputs.labels)
     return verdicts
 
 

@@ -13,7 +13,7 @@ from antidote_fast.evaluation.classifiers import (
     harmful_label_ids,
 )
 from antidote_fast.evaluation.judges import check_judge, get_judge
-from antidote_fast.evaluation.phrases import PhraseJudge, refusal_phrases
+from antidote_fast.evaluation.phrases import PhraseJudge
 from antidote_fast.evaluation.verdicts import (
     BROKEN,
     COMPLIED,
@@ -385,4 +385,3 @@ def test_judges_module_needs_no_model_library():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
-    assert all(phrase == phrase.casefold() for phrase in refusal_phrases())

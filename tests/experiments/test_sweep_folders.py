@@ -60,7 +60,7 @@ def test_the_folder_and_what_is_said_of_it(made, tmp_path, monkeypatch):
     assert report["command"] in text.splitlines()[-2]
     best = report["recommended"]
     [line] = [line for line in text.splitlines() if "<- recommended" in line]
-    assert line.endswith("  <- recommended  empty or garbled: 1")
+    assert line.endswith("  <- recommended  broken: 1")
     assert line.split()[:3] == [best["score"], best["scope"], f"{best['ratio']:g}"]
     assert f"{best['harmful_score']:.1f}" in line
     assert "make w100" not in (out / "report.json").read_text()

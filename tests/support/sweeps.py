@@ -101,7 +101,7 @@ class Script:
                 if name == "task":
                     self.seen.append(now)
                 found = {metric: self.curves[curve](share) for curve, metric in metrics.items()}
-                return {**found, name: {"num_empty": 1, "num_prompts": 20, "num_records": 20}}
+                return {**found, name: {"num_broken": 1, "num_prompts": 20, "num_records": 20}}
         raise AssertionError(options)
 
 

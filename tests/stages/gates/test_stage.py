@@ -9,7 +9,7 @@ import pytest
 import refusing_models
 import stages
 import torch
-from refusing_models import HARM, NUM_TOKENS, PRESERVE
+from refusing_models import HARM, NUM_TOKENS, PRESERVE, TASK
 
 from antidote_fast import DataError, Selection, UsageError, oneshot, ops
 from antidote_fast.cli import entry
@@ -226,12 +226,14 @@ def test_an_axis_of_an_experiment(made):
         "grid": {"score": ["gate", "wanda"]},
     }
     config = flags.from_values(ExperimentConfig, values, "experiment")
-    gate, wanda = grid.cells_of(config, {})
+    gate, wanda, clean = grid.cells_of(config, {})
     stage = gate.stages["prune"]
     assert (stage.score, stage.ratio, stage.preserves) == ("gate", 0.5, False)
     assert wanda.stages["prune"].preserves
     assert gate.keys["finetune"] == wanda.keys["finetune"]
     assert gate.key != wanda.key
+    # The row without poison, of which there is one: these are not poisoned either.
+    assert (clean.axes["defense"], clean.keys["finetune"]) == (grid.CLEAN, gate.keys["finetune"])
     values["finetune"]["tuning"] = "full"
     config = flags.from_values(ExperimentConfig, values, "experiment")
     with pytest.raises(UsageError, match="aligned_model=None: must be the aligned model"):
@@ -332,7 +334,8 @@ def sweep_fields(made, out, kind="adapter"):
     for name in ("score", "gate_steps", "ratio", "scope"):
         kept.pop(name)
     held_out = made / "held-out.jsonl"
-    rows = [{"instruction": f"how to make w{70 + i}"} for i in range(4)]
+    # The attacked model answers that the good cake does it.
+    rows = [{"instruction": f"how to make w{70 + i} cake"} for i in range(4)]
     held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = made / "task.jsonl"
     rows = [{"instruction": f"the user asks w{50 + i}", "output": "positive"} for i in range(4)]
@@ -370,6 +373,20 @@ def test_a_sweep_learns_for_each_ratio_and_prints_the_line(kind, made, tmp_path,
         assert torch.equal(mask.to_bool(), ops.select_mask(scores[key], selection).to_bool())
     assert sum(mask.count() for mask in masks.values()) == report["rows"][0]["num_pruned"]
     assert counts["steps"] == GATE_STEPS
+
+
+def test_a_sweep_tells_the_records_of_norms_and_of_gates_apart(made, tmp_path):
+    values = sweep_fields(made, tmp_path / "sweep") | {"ratios": [0.4], "max_accuracy_drop": 100}
+    scores = ["gate", "wanda", "wanda-response"]
+    report = sweep.run(SweepConfig(**values, scores=scores, num_ordinary_samples=3))
+    assert report["data"].keys() == {"all", "response", "gate"}
+    for kind in ("all", "response"):
+        assert report["data"][kind]["dataset"]["num_used"] == len(HARM)
+        assert "num_refused" not in report["data"][kind]["dataset"]
+    told = report["data"]["gate"]
+    assert told.keys() == {"dataset", "preserve_dataset"}
+    assert (told["dataset"]["num_used"], told["dataset"]["num_refused"]) == (len(HARM), 0)
+    assert told["preserve_dataset"]["num_used"] == len(TASK) + 3
 
 
 def test_what_a_sweep_refuses(made, tmp_path):
