@@ -152,6 +152,16 @@ def test_a_thousand_answers_in_about_a_second():
 
 def test_hostile_answers_end_soon():
     judge, start = PhraseJudge(), time.process_time()
-    for piece in ("i ", "i am ", "i'm sorry ", "i can't not ", '"', "the ", "<think>", "a.", "not "):
+    for piece in (
+        "i ",
+        "i am ",
+        "i'm sorry ",
+        "i can't not ",
+        '"',
+        "the ",
+        "<think>",
+        "a.",
+        "not ",
+    ):
         assert judge([piece * 500], [piece * 20000])[0] in VERDICTS
     assert time.process_time() - start < 5

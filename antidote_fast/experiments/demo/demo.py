@@ -13,7 +13,7 @@ from antidote_fast.config.experiment import DemoConfig, RunConfig
 from antidote_fast.config.sweep import MAX_HELPED_DROP, MAX_REFUSAL_RISE, SweepConfig
 from antidote_fast.experiments import pictures, sweep
 from antidote_fast.experiments.chain import Maker, at_work, check_own_folder
-from antidote_fast.experiments.demo.files import DEMO, prepare
+from antidote_fast.experiments.demo.files import DATA, prepare
 from antidote_fast.experiments.demo.model import MODEL_NAME
 from antidote_fast.experiments.run import run as run_stages
 from antidote_fast.experiments.tables import headline, interval_of, with_interval
@@ -54,7 +54,7 @@ def run(config: DemoConfig, *, progress: Progress = False) -> dict:
     out = Path(config.output_dir)
     check_own_folder(config.output_dir, ("run", "sweep", "test", PICTURE, REPORT), "demo")
     clock = Clock()
-    cache = prepare(out.absolute().parent, DEMO, progress=progress)
+    cache = prepare(out.absolute().parent, progress=progress)
     clock.lap("data and model")
     with at_work(config.output_dir, "demo"):
         report = _run(config, cache, out, clock, progress)
@@ -66,7 +66,7 @@ def run(config: DemoConfig, *, progress: Progress = False) -> dict:
 
 
 def _run(config, cache, out, clock, progress):
-    data = {path.stem: str(path) for path in (cache / DEMO).glob("*.jsonl")}
+    data = {path.stem: str(path) for path in (cache / DATA).glob("*.jsonl")}
     model = str(cache / MODEL_NAME)
     shared = {"overwrite": config.overwrite, "seed": config.seed, "batch_size": 64}
     shared |= {"dtype": fast_dtype(), "device": "cpu"}
