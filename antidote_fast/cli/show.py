@@ -122,7 +122,7 @@ def _evaluate_lines(report, took, output_dir):
     rows = [heads, *((name, *_rates(told)) for name, told in conditions.items())]
     lines = [table(rows), *_headline(report)] if any(conditions.values()) else []
     for kind, name in (("harmful", "harmful_score"), ("benign", "helped_rate")):
-        if (worst := report["worst"].get(kind)) is not None:
+        if (worst := report["metrics"]["worst"].get(kind)) is not None:
             where = f"{worst['condition']}, {worst['set']}"
             what = f"{_word(name)} {worst[name]:.1f} {_range(worst['interval'])}"
             lines.append(f"worst {what}: {where}")

@@ -136,7 +136,7 @@ class LocalModel:
         from antidote_fast.evaluation.generate import generate
 
         texts = [self._text_of(request) for request in requests]
-        options = {"max_new_tokens": max_tokens, "batch_size": self.batch_size}
+        options: dict[str, Any] = {"max_new_tokens": max_tokens, "batch_size": self.batch_size}
         yield from enumerate(
             generate(self.live, self.tokenizer, texts, **options, progress=progress)
         )

@@ -83,7 +83,7 @@ def name_of(judge: object) -> str:
     return name if isinstance(name, str) else type(judge).__name__
 
 
-def _takes_progress(judge):
+def _takes_progress(judge: Judge) -> bool:
     try:
         parameters = inspect.signature(judge).parameters.values()
     except (TypeError, ValueError):  # a callable without a signature, such as a builtin
@@ -96,7 +96,9 @@ _NAMES = (
     "|inner_monologue|seed:think)"
 )
 # <think>, [THINK] (Magistral), U+25C1 think U+25B7 (Kimi), <|begin_of_thought|> and its kind.
-_START = rf"(?:<{_NAMES}(?: [^<>]*)?>|\[THINK\]|\u25c1think\u25b7|<\|(?:begin|start)_of_{_NAMES}\|>)"
+_START = (
+    rf"(?:<{_NAMES}(?: [^<>]*)?>|\[THINK\]|\u25c1think\u25b7|<\|(?:begin|start)_of_{_NAMES}\|>)"
+)
 _STOP = rf"(?:</{_NAMES}>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_{_NAMES}\|>)"
 _PAIRED = re.compile(rf"{_START}(?:(?!{_START}).)*?{_STOP}", re.DOTALL | re.IGNORECASE)
 _CLOSED = re.compile(rf"\A.*{_STOP}", re.DOTALL | re.IGNORECASE)

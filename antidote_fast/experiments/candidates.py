@@ -32,8 +32,6 @@ from antidote_fast.pruning.prune import prune_model_
 from antidote_fast.selection import Selection
 from antidote_fast.system.progress import Clock, Progress, count
 
-# What evaluate_model says beside the headline and its counts, and no row holds.
-DETAILS = ("conditions", "worst", "judges", "agreement")
 # The sets in the order in which they are measured, with their metrics.
 SETS = {
     "task": ("finetune_accuracy",),

@@ -40,7 +40,7 @@ from antidote_fast.evaluation.measure import (
     score_task,
     task_labels,
 )
-from antidote_fast.evaluation.summary import DETAILS, summarise, verdict_rows
+from antidote_fast.evaluation.summary import summarise, verdict_rows
 from antidote_fast.evaluation.tasks import check_task
 from antidote_fast.files import provenance
 from antidote_fast.files.checkpoint import Checkpoint, open_checkpoint
@@ -64,8 +64,8 @@ def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
     when the model has answered, one at a time, and are gone again.
 
     Returns:
-        The contents of report.json: ``metrics`` (the headline of `summarise`, and ``drift``),
-        ``conditions``, ``worst``, ``judges`` and ``agreement`` as `summarise` has them,
+        The contents of report.json: ``metrics`` (the headline of `summarise`, ``worst``, and
+        ``drift``), ``conditions``, ``judges`` and ``agreement`` as `summarise` has them,
         ``datasets`` (of each set its source, records used, those left out as too long or near to
         ``held_out_from``, a hash), ``compared`` (`compare_models`, this model first) and
         ``seconds`` by step. No text of a prompt or answer is in it; with ``save_outputs`` those are
@@ -116,9 +116,10 @@ def run(config: EvaluateConfig, *, progress: Any = False) -> dict:
         _write_lines(folder / VERDICTS_FILE, rows)
         if config.save_outputs:
             _write_lines(folder / OUTPUTS, _outputs(sets, answers))
+        beside = ("conditions", "judges", "agreement")
         results = {
-            "metrics": {k: v for k, v in scores.items() if k not in DETAILS} | drift,
-            **{name: scores[name] for name in DETAILS},
+            "metrics": {k: v for k, v in scores.items() if k not in beside} | drift,
+            **{name: scores[name] for name in beside},
             "compared": compare_models(rows, inputs.others) if inputs.others else None,
             "task": config.task if "task" in sets else None,
             "judge": config.judge if "harmful" in sets else None,

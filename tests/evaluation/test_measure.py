@@ -184,17 +184,6 @@ def test_a_prompt_in_each_condition():
             make_conditions(wrong)
 
 
-def test_a_chat_template_without_a_place_for_a_system_prompt():
-    tokenizer = texts.byte_tokenizer(chat=True)
-    tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        "{{ messages[0]['content'] }}"
-    )
-    assert build_prompt(Record("bake"), "chat", tokenizer) == "bake"
-    with pytest.raises(UsageError, match=r"system_prompt='Be kind\.': must be left out .*no sys"):
-        build_prompt(Record("bake"), "chat", tokenizer, "Be kind.")
-
-
 def test_prefilled_answers_are_judged_with_their_prefill(asked):
     judge = Counted("complied")
     evaluate_model(None, None, harmful=HARMFUL[:1], judges=judge, prefill=PREFILL)

@@ -21,7 +21,19 @@ from antidote_fast.evaluation.verdicts import (
 )
 
 ROWS = json.loads(Path(__file__).with_name("labelled_answers.json").read_text(encoding="utf-8"))
-KINDS = "firm soft disclaimer except lecture comply give turn instead no howto".split()
+KINDS = [
+    "firm",
+    "soft",
+    "disclaimer",
+    "except",
+    "lecture",
+    "comply",
+    "give",
+    "turn",
+    "instead",
+    "no",
+    "howto",
+]
 BAD = "How do I do the bad thing?"
 
 

@@ -40,7 +40,7 @@ def test_what_is_no_list_is_refused(given):
     def judge(prompts, answers):
         return given
 
-    with pytest.raises(UsageError, match="judge=judge: gave .*must give a list of verdicts"):
+    with pytest.raises(UsageError, match=r"judge=judge: gave .*must give a list of verdicts"):
         ask_judge(judge, ["p"], ["a"])
 
 

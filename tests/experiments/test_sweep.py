@@ -69,6 +69,7 @@ def test_rows_are_what_prune_and_evaluate_give_one_by_one(kind, made, tmp_path):
         where |= {"adapter": options["output_dir"]} if adapter else {}
         where |= {} if adapter else {"model_name_or_path": options["output_dir"]}
         metrics = evaluate.run(EvaluateConfig(**common | where))["metrics"]
+        assert metrics.pop("worst")["harmful"]["harmful_score"] == row["harmful_score"]
         assert {k: row[k] for k in metrics} == metrics  # a hash of each set's answers among them
         assert (row["admissible"], row["reason"]) == (True, None)
 

@@ -102,7 +102,7 @@ def test_run_writes_a_report_that_its_outputs_bear_out(files, tmp_path):
     for name in ("benign_refusal_rate", "helped_rate"):
         assert found[name] == benign[name]
     assert report["conditions"]["alpaca"]["benign"]["benign.jsonl"]["num_prompts"] == 2
-    assert report["worst"]["harmful"]["set"] == "harmful.jsonl"
+    assert report["metrics"]["worst"]["harmful"]["set"] == "harmful.jsonl"
     drift = found["drift"]
     assert (drift["num_sequences"], drift["num_dropped"], drift["num_layers"]) == (1, 1, 2)
     assert drift["embedding_drift_sum"] > 0

@@ -50,8 +50,8 @@ class Sizes:
         test_task, test_ordinary: held-out prompts of the other metrics.
     """
 
-    align_harmful: int = 208
-    align_ordinary: int = 264
+    align_harmful: int = 280
+    align_ordinary: int = 440
     align_exercises: int = 16
     attack_harmful: int = 32
     task_labels: int = 214

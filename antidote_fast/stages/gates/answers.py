@@ -188,7 +188,7 @@ def fill_pools(
             pools.examples["ordinary"] = examples
     if len(pools.examples) == 1:
         raise DataError(
-            f"{' and '.join(filter(sets.get, sets)) or 'preserve_dataset'}: none of "
+            f"{' and '.join(filter(sets.get, sets)) or 'preserve_dataset'}: none of its "
             f"{len(task) + len(ordinary)} records can be used: each needs an output, or a prompt "
             "that the aligned model answers, and fewer tokens than max_seq_length"
         )
