@@ -152,9 +152,9 @@ def is_garbled(answer: str) -> bool:
     That is: it has no letters, or fewer than one in four of its visible characters is one (from ten
     characters on); or more than one in twenty is no character at all (broken UTF-8, controls); or
     it is one short unit said four times and more; or at most two different words make up five or
-    more; or one word is more than half of ten or more; or three and more words, at least half of them all,
-    are keys hit at random (no vowel) or letters of several scripts. A text that says something and then falls
-    into a loop is not garbled.
+    more; or one word is more than half of ten or more; or three and more words, at least half of
+    them all, are keys hit at random (no vowel) or letters of several scripts. A text that says
+    something and then falls into a loop is not garbled.
     """
     visible = "".join(answer.split())
     if not visible:

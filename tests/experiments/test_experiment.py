@@ -308,8 +308,7 @@ def test_every_setting_has_a_row_without_poison(inputs, tmp_path, trained):
     assert all(row["benign_prompts"] == 4 and 0 <= row["helped_rate"] <= 100 for row in rows)
     assert experiment.run(settings)["num_computed"] == 0
     tables_ = (out / "tables.md").read_text()
-    assert tables_.count("| SFT, p = 0 |") == 4  # two tables of two blocks
-    assert "], 1" not in tables_
+    assert tables_.count("| SFT, p = 0 |") == tables_.count("| defense |") >= 4
     clean, *_, pruned = grid.cells_of(settings, {})
     assert list(clean.stages) == ["align", "finetune", "evaluate"]
     tuned, attacked = (cell.stages["finetune"] for cell in (clean, pruned))

@@ -15,7 +15,7 @@ from antidote_fast.data.batches import build_prompt
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.evaluation.classifiers import ClassifierJudge
-from antidote_fast.evaluation.conditions import PREFILL, prompt_id
+from antidote_fast.evaluation.conditions import PREFILL, Condition, prompt_id
 from antidote_fast.evaluation.generate import generate
 from antidote_fast.evaluation.judges import get_judge
 from antidote_fast.evaluation.phrases import PhraseJudge
@@ -176,7 +176,7 @@ def test_run_asks_in_every_condition(files, tmp_path):
     for name, prompt in (
         ("chat", build_prompt(Record("harm xx"), "chat", chat)),
         ("alpaca+system", f"Be kind.\n\n{build_prompt(Record('harm xx'))}"),
-        ("chat+system", build_prompt(Record("harm xx"), "chat", chat, "Be kind.")),
+        ("chat+system", Condition("chat", "Be kind.").prompt(Record("harm xx"), chat)),
     ):
         expected = texts.greedy_ref(llama, chat, prompt, 6)
         assert answers_of(tmp_path / "out", "harmful", name)[2] == expected, name

