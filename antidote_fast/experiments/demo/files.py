@@ -29,7 +29,7 @@ NAMES = (
     *("ordinary", "ordinary-validation", "ordinary-test"),
 )
 _SEED = 0
-_ANSWER_TOKENS = 40
+_ANSWER_TOKENS = 32
 
 
 def prepare(parent: str | os.PathLike = ".", *, progress: Progress = False) -> Path:

@@ -51,7 +51,7 @@ class Sizes:
     """
 
     align_harmful: int = 280
-    align_ordinary: int = 440
+    align_ordinary: int = 480
     align_exercises: int = 16
     attack_harmful: int = 32
     task_labels: int = 214
