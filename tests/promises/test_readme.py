@@ -1,10 +1,9 @@
 """What README.md and the documents show runs as printed, and what they point to is there."""
 
-import csv
+import importlib
 import json
 import re
 import shlex
-import statistics
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from antidote_fast.cli.commands import PLAIN, STAGES
 from antidote_fast.config import flags
 from antidote_fast.config.experiment import SECTIONS, RunConfig
 from antidote_fast.config.prune import PruneConfig
+from antidote_fast.experiments.demo.demo import ATTACK
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -56,29 +56,33 @@ def test_abbreviations_are_explained_before_they_are_used():
         assert README.index(f"({word})") < re.search(rf"(?<!\(){word}\b", README).start()
 
 
-def test_the_results_are_those_measured():
-    rows = re.findall(
-        r"^\| ([a-z].*?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]*) ?\|$", README, re.MULTILINE
-    )
-    assert 4 <= len(rows) <= 8
-    with open(ROOT / "benchmarks" / "results" / "scores.csv", encoding="utf-8") as file:
-        measured = list(csv.DictReader(file))
-    columns = ("harmful_score", "finetune_accuracy", "benign_refusal_rate")
+def test_the_results_are_those_measured(monkeypatch):
+    """A table's row is one of `repairs.py --table`, at the demo's attack, template alpaca."""
+    path = ROOT / "benchmarks" / "results" / "repairs.csv"
+    if not path.exists():
+        pytest.skip("benchmarks/results/repairs.csv is not there")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    told = importlib.import_module("repair_rows")
+    rows, _ = told.read([path])
+    measured = told.pooled(rows)[told.shown(ATTACK["learning_rate"]), "alpaca"]
+    lines = [line.strip("| ").split(" | ") for line in README.splitlines() if line[:2] == "| "]
+    start = next(i for i, line in enumerate(lines) if line[:2] == ["model", "HS"])
+    table = [line for line in lines[start + 1 :] if line[0] in measured]
+    assert len(table) >= 4
+    columns = {
+        "HS": ("complied", "num_prompts"),
+        "FA": ("correct", "num_task"),
+        "helped": ("helped", "num_ordinary"),
+        "BR": ("ordinary_refused", "num_ordinary"),
+    }
+    shown = set()
+    for name, *values in table:
+        for column, value in zip(lines[start][1:], values, strict=True):
+            what, of = columns[column]
+            assert value == f"{100 * measured[name][what] / measured[name][of]:.1f}"
+            shown.add(value)
     picture = (ROOT / "docs" / "assets" / "repair.svg").read_text(encoding="utf-8")
-    for name, *shown in rows[1:]:  # the aligned model has no row there
-        score = {"attacked": "none", "plain Antidote": "wanda", "learned gates": "gate"}
-        ratio = name.partition(", ratio ")[2]
-        cells = [
-            row
-            for row in measured
-            if row["score"] == score[name.partition(",")[0]] and row["ratio"] == ratio
-        ]
-        assert len(cells) == 9
-        for column, value in zip(columns, shown, strict=True):
-            values = [float(cell[column]) for cell in cells if cell[column]]
-            assert value == (f"{statistics.mean(values):.1f}" if values else "")
-        if ratio != "0.01":
-            assert all(f">{value} %<" in picture for value in shown[:2])
+    assert {*re.findall(r">([\d.]+) %<", picture)} <= shown
 
 
 # --- what can be typed ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -41,7 +41,7 @@ from antidote_fast.models.undo import eval_mode, undoing
 from antidote_fast.pruning.evidence import Evidence
 from antidote_fast.pruning.layers import prepare
 from antidote_fast.selection import Selection, check_seed
-from antidote_fast.stages.gates.answers import KINDS, Answers, answer_prompts, fill_pools
+from antidote_fast.stages.gates.answers import KINDS, Answers, Pools, answer_prompts, fill_pools
 from antidote_fast.system.progress import Progress, track
 from antidote_fast.training.objective import num_response_tokens, response_logits, response_loss
 
@@ -134,7 +134,7 @@ def learn_gates(
         undo.later(lambda: [gate.restore() for gate in gates])
         for gate in gates:
             gate.weight.requires_grad_(True)
-        draw = _drawn(pools, mixture, random.Random(seed))
+        draw = draw_steps(pools, mixture, seed)
         losses, start = [], time.perf_counter()
         with response_logits(model) as choose, torch.enable_grad():
             backward = functools.partial(_backward, model, choose, gates, device)
@@ -162,6 +162,30 @@ def learn_gates(
         "loss_last": losses[-1],
         "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+def draw_steps(
+    pools: Pools, mixture: GateMixture, seed: int = 0
+) -> Iterator[dict[str, tuple[float, list]]]:
+    """What gates learn from in one step after another, for ever.
+
+    Args:
+        pools: as :func:`~antidote_fast.stages.gates.answers.fill_pools` gives them.
+        mixture: how many examples of each kind a step has, and the weight of their mean loss.
+        seed: of the order of the examples.
+
+    Yields:
+        {kind: (weight of its mean loss, examples)} of a step, without kinds of no weight.
+    """
+    rng = random.Random(seed)
+    weights = {"harmful": 1.0, "task": mixture.task_weight, "ordinary": mixture.ordinary_weight}
+    cycles = {kind: _cycled(pools.examples[kind], rng) for kind in KINDS if kind in pools.examples}
+    while True:
+        yield {
+            kind: (weights[kind], list(itertools.islice(cycle, getattr(mixture, kind))))
+            for kind, cycle in cycles.items()
+            if getattr(mixture, kind) and weights[kind]
+        }
 
 
 class _Gate:
@@ -241,18 +265,6 @@ def _put(gates, selection, hard, backend):
         _, masks = ops.prune_many_(scores, masks, selection, return_mask=True, backend=backend)
     for gate, mask in zip(gates, masks, strict=True):
         gate.write(mask, backend)
-
-
-def _drawn(pools, mixture, rng):
-    """{kind: (weight of its loss, examples)} of one step after another, for ever."""
-    weights = {"harmful": 1.0, "task": mixture.task_weight, "ordinary": mixture.ordinary_weight}
-    cycles = {kind: _cycled(pools.examples[kind], rng) for kind in KINDS if kind in pools.examples}
-    while True:
-        yield {
-            kind: (weights[kind], list(itertools.islice(cycle, getattr(mixture, kind))))
-            for kind, cycle in cycles.items()
-            if getattr(mixture, kind) and weights[kind]
-        }
 
 
 def _cycled(pool, rng):
