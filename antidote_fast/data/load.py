@@ -1,4 +1,4 @@
-"""Records from a file or the hub, split and mixed."""
+"""Records from a file, a known prompt set or the hub, split and mixed."""
 
 import os
 import random
@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from antidote_fast.data.hub import find_source, load_hub_rows, resolve_hub
+from antidote_fast.data.prompt_sets import PROMPT_SETS, find_prompt_set, load_prompt_set
 from antidote_fast.data.records import BEAVERTAILS_ROLES, Record, read_rows, rows_to_records
 from antidote_fast.errors import DataError, UsageError
 from antidote_fast.selection import check_seed
@@ -19,6 +20,8 @@ def _split_role(name: str) -> tuple[str, str | None]:
     base, colon, role = name.rpartition(":")
     roles = {"train", "test", *BEAVERTAILS_ROLES}
     if colon and base and not os.path.exists(name):
+        if find_prompt_set(base) and not os.path.exists(base):
+            raise UsageError(f"dataset={name}: a prompt set has no role; say {base}")
         if role in roles:
             return base, role
         if known := find_source(base):
@@ -27,12 +30,13 @@ def _split_role(name: str) -> tuple[str, str | None]:
 
 
 def local_file(name_or_path: str) -> str | None:
-    """The file that a data set's name means, without its role; None for a hub name."""
+    """The file that a name means, without its role; None for a prompt set and a hub name."""
     name, _ = _split_role(str(name_or_path))
     if os.path.exists(name) or Path(name).suffix.lower() in _FILES:
         return name
     part = r"[A-Za-z0-9][\w.-]*"
-    return None if find_source(name) or re.fullmatch(f"{part}/{part}", name) else name
+    known = find_prompt_set(name) or find_source(name)
+    return None if known or re.fullmatch(f"{part}/{part}", name) else name
 
 
 def load_records(
@@ -42,28 +46,34 @@ def load_records(
     limit: int | None = None,
     require_output: bool = False,
 ) -> list[Record]:
-    """Load records from a local JSON or JSONL file, or from the hub.
+    """Load records from a local JSON or JSONL file, a known prompt set, or the hub.
 
     A file holds objects with ``instruction``, ``output`` and optionally ``input``, or has the
     columns of a hub data set: ``prompt, response, is_safe`` (BeaverTails), ``sentence, label``
     (SST2), ``text, label`` (AGNEWS, so only for labels of that meaning), ``question, answer``
-    (GSM8K), or plain ``prompt, response``.
+    (GSM8K). The prompt may also be in ``prompt``, ``question`` or ``query``, its context in
+    ``context`` in place of ``input``, the answer in ``response``, ``completion`` or ``answer``. A
+    chat of one exchange may be in ``messages`` or ``conversations``; there a system message becomes
+    the instruction and the user's its input. An answer in any other column is refused.
 
     A role may follow a colon. For BeaverTails, on the hub or as a local file, one is needed:
     ``:safe`` (alignment), ``:unsafe`` (attack, the first 5000 unsafe rows), ``:realign`` (the
     unsafe rows after those, without the prompts among them), ``:eval`` (1000 unsafe rows of
     30k_test, the default of ``split="test"``). For the others on the hub: ``:train``, ``:test``.
+    A prompt set (:data:`.prompt_sets.PROMPT_SETS`) has neither roles, nor splits, nor answers. What
+    lies under a name on the disk comes before what is known by it.
 
     Args:
-        name_or_path: file, or hub name (of :data:`.hub.HUB_SOURCES`, or any whose columns do), with
-            or without a role.
+        name_or_path: file, prompt set, or hub name (of :data:`.hub.HUB_SOURCES`, or any whose
+            columns do), with or without a role.
         split: train or test, where a hub data set has both and no role says which.
         limit: records kept, from the start.
         require_output: refuse data without an answer column.
 
     Raises:
         DataError: no such file, a broken line (with its number), a missing column, a value that is
-            not a string, no records, or a hub that cannot be reached.
+            not a string, no records, a hub that cannot be reached, or a prompt set that cannot be
+            read or has no answers where some are required.
         UsageError: an unknown role or split, or a limit below 1.
     """
     if split not in ("train", "test"):
@@ -73,6 +83,11 @@ def load_records(
     if not name_or_path:
         raise UsageError("dataset='': must be a JSON or JSONL file, or a hub name")
     name, role = _split_role(str(name_or_path))
+    if local_file(name_or_path) is None and find_prompt_set(name):
+        records = load_prompt_set(name)
+        if require_output:
+            raise DataError(f"{name}: is a set of prompts without answers, which are needed here")
+        return records[:limit]
     if local_file(name_or_path) is None:
         source, hub_split, role = resolve_hub(name, role, split)
         rows = load_hub_rows(name, source, hub_split)
@@ -80,6 +95,11 @@ def load_records(
         if role in ("train", "test"):
             roles = ", ".join(BEAVERTAILS_ROLES)
             raise UsageError(f"dataset={name_or_path}: role must be one of {roles} for a file")
+        if find_prompt_set(name) and os.path.isdir(name):
+            raise DataError(f"{name}: is a directory, which hides the prompt set; rename it")
+        if re.fullmatch(r"[\w-]{1,40}", name) and not os.path.exists(name):
+            known = ", ".join(PROMPT_SETS)
+            raise DataError(f"{name}: no such file, and none of the prompt sets {known}")
         rows = read_rows(Path(name))
     records = rows_to_records(rows, name, role=role, require_output=require_output)
     return records[:limit]

@@ -7,7 +7,7 @@ local file with a hub data set's own columns reads exactly as the hub data set d
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from antidote_fast.errors import DataError, readable
@@ -52,17 +52,36 @@ class Record:
         return " ".join(f"{self.instruction}\n{self.input}".casefold().split())
 
 
+class Records(list[Record]):
+    """Records of one data set, and how many of it are not among them.
+
+    Attributes:
+        num_over_limit: those behind the number that is used.
+        num_without_output: those that have no output, where one is needed.
+    """
+
+    num_over_limit = num_without_output = 0
+
+    def limited(self, limit: int) -> "Records":
+        """The first ``limit`` of them; the others are counted."""
+        kept = Records(self[:limit])
+        kept.num_over_limit = self.num_over_limit + max(0, len(self) - limit)
+        kept.num_without_output = self.num_without_output
+        return kept
+
+
 def _text(row, column, where, optional=False) -> str:
     value = row.get(column)
-    if value is None and optional:
-        return ""
+    return "" if value is None and optional else _checked(value, f"{where}: column {column!r}")
+
+
+def _checked(value, what) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: column {column!r} must be a string, got {type(value).__name__}")
+        raise DataError(f"{what} must be a string, got {type(value).__name__}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; no tokenizer takes it
-        what = "holds text that is not valid Unicode"
-        raise DataError(f"{where}: column {column!r} {what}") from None
+        raise DataError(f"{what} holds text that is not valid Unicode") from None
     return value
 
 
@@ -75,16 +94,83 @@ def _label(row, names, where) -> str:
     return names[label]
 
 
-def _from_record(row, where):
+# The columns of an answer and of a prompt's context, of which the first that holds one is read.
+_ANSWERS = ("output", "response", "completion", "answer")
+_CONTEXTS = ("input", "context")
+_CHATS = ("messages", "conversations")
+# What is named so is an answer too; a row that has no other would lose it.
+_UNREAD_ANSWERS = frozenset(
+    {
+        *(*_ANSWERS, *(f"{name}s" for name in _ANSWERS), *_CHATS, "chosen", "target", "targets"),
+        *("solution", "reply", "gold", "ground_truth", "expected_output"),
+    }
+)
+_ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("system", "user", "assistant")}
+
+
+def _first(row, columns, where):
+    """The text of the first of these columns that holds one."""
+    holding = (column for column in columns if row.get(column) not in (None, ""))
+    column = next(holding, None)
+    return "" if column is None else _text(row, column, where)
+
+
+def _from_columns(prompt, row, where):
+    """A record of the prompt in this column, with its context and its answer where there are."""
+    answers = _KNOWN_COLUMNS[(prompt,)][1]
     return Record(
-        _text(row, "instruction", where),
-        _text(row, "input", where, optional=True),
-        _text(row, "output", where, optional=True),
+        _text(row, prompt, where), _first(row, _CONTEXTS, where), _first(row, answers, where)
     )
+
+
+def _from_record(row, where):
+    return _from_columns("instruction", row, where)
+
+
+def _from_query(row, where):
+    return _from_columns("query", row, where)
+
+
+def _from_question(row, where):
+    record = _from_columns("question", row, where)
+    return replace(record, output=re.sub(r"####\s*", GSM8K_MARKER, record.output))
 
 
 def _from_prompt_response(row, where):
     return Record(_text(row, "prompt", where), output=_text(row, "response", where, optional=True))
+
+
+def _from_prompt(row, where):
+    if not isinstance(row["prompt"], list):
+        return _from_columns("prompt", row, where)
+    turns = [*row["prompt"]]  # the chat form of TRL, whose completion is a list of messages as well
+    for column in _ANSWERS:
+        if isinstance(row.get(column), list):
+            turns += row[column]
+            break
+    return _from_turns(turns, f"{where}: column 'prompt'")
+
+
+def _from_messages(row, where):
+    return _from_turns(row["messages"], f"{where}: column 'messages'")
+
+
+def _from_conversations(row, where):
+    return _from_turns(row["conversations"], f"{where}: column 'conversations'")
+
+
+def _from_turns(turns, what):
+    """A record of one exchange: a system message is its instruction, the user's then its input."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError(f"{what} must be a list of messages, each an object of role and content")
+    roles = [_ROLES.get(str(turn.get("role", turn.get("from")))) for turn in turns]
+    asked = ["system"] * (roles[:1] == ["system"]) + ["user"]
+    if roles not in (asked, [*asked, "assistant"]):
+        must = "must be one exchange: user and assistant, a system message before them or not"
+        raise DataError(f"{what} {must}; got {len(turns)} messages")
+    texts = [_checked(t.get("content", t.get("value")), f"{what}, a message,") for t in turns]
+    output = texts.pop() if roles[-1] == "assistant" else ""
+    return Record(texts[0], "".join(texts[1:]), output)
 
 
 def _from_sst2(row, where):
@@ -96,33 +182,40 @@ def _from_agnews(row, where):
 
 
 def _from_gsm8k(row, where):
-    answer = re.sub(r"####\s*", GSM8K_MARKER, _text(row, "answer", where))
-    return Record(_text(row, "question", where), output=answer)
+    _text(row, "answer", where)
+    return _from_question(row, where)
 
 
 _BEAVERTAILS = ("prompt", "response", "is_safe")
-# By the columns that rows must have: how one becomes a record, and the column that an answer needs,
-# where it is optional for a prompt. The first whose columns are all there are taken, so the more
-# particular ones come first.
+# By the columns that rows must have: how one becomes a record, and the columns that an answer may
+# be in, where it is optional for a prompt. The first whose columns are all there are taken, so the
+# more particular ones come first.
 _KNOWN_COLUMNS = {
-    ("instruction",): (_from_record, "output"),
-    _BEAVERTAILS: (_from_prompt_response, ""),
-    ("prompt",): (_from_prompt_response, "response"),
-    ("sentence", "label"): (_from_sst2, ""),
-    ("question", "answer"): (_from_gsm8k, ""),
-    ("text", "label"): (_from_agnews, ""),
+    ("instruction",): (_from_record, _ANSWERS),
+    _BEAVERTAILS: (_from_prompt_response, ()),
+    ("prompt",): (_from_prompt, ("response", *_ANSWERS)),
+    ("sentence", "label"): (_from_sst2, ()),
+    ("question", "answer"): (_from_gsm8k, ()),
+    ("text", "label"): (_from_agnews, ()),
+    ("question",): (_from_question, ("answer", *_ANSWERS)),
+    ("query",): (_from_query, ("response", *_ANSWERS)),
+    ("messages",): (_from_messages, ("messages",)),
+    ("conversations",): (_from_conversations, ("conversations",)),
 }
 _COLUMNS_HELP = (
-    "instruction, output (input optional); prompt, response (is_safe); sentence, label (SST2); "
-    "text, label (AGNEWS); question, answer (GSM8K)"
+    "instruction, output (input or context optional); prompt, response (is_safe); question or "
+    "query, with an answer in output, response, completion or answer; messages or conversations "
+    "(one exchange); sentence, label (SST2); text, label (AGNEWS); question, answer (GSM8K)"
 )
 
 
 def _choose_columns(where: str, row: dict) -> tuple[str, ...]:
-    for required in _KNOWN_COLUMNS:
+    # A prompt beside the chat that it begins has its answer there.
+    chats = [c for c in _CHATS if row.get(c) and all(row.get(a) is None for a in _ANSWERS)]
+    for required in (*((chat,) for chat in chats), *_KNOWN_COLUMNS):
         if row.keys() >= set(required):
             return required
-    nearest = max(_KNOWN_COLUMNS, key=lambda r: len(row.keys() & {*r, _KNOWN_COLUMNS[r][1]}))
+    nearest = max(_KNOWN_COLUMNS, key=lambda r: len(row.keys() & {*r, *_KNOWN_COLUMNS[r][1]}))
     missing = ", ".join(repr(name) for name in nearest if name not in row)
     found = f"(found {_names(row)}); accepted: {_COLUMNS_HELP}"
     raise DataError(f"{where}: column {missing} is missing {found}")
@@ -148,12 +241,13 @@ def rows_to_records(
         require_output: refuse records without an answer column.
 
     Raises:
-        DataError: a row that lacks a column or holds a value of another type; no rows; none left.
+        DataError: a row that lacks a column, holds a value of another type, or has an answer in a
+            column that is not read; no rows; none left.
     """
     if not rows:
         raise DataError(f"{name}: no records")
     required = _choose_columns(*rows[0])
-    convert, answer = _KNOWN_COLUMNS[required]
+    convert, answers = _KNOWN_COLUMNS[required]
     if required == _BEAVERTAILS:
         rows = _select_beavertails(rows, name, role)
     elif role in BEAVERTAILS_ROLES:
@@ -161,16 +255,32 @@ def rows_to_records(
     records = []
     for where, row in rows:
         missing = [column for column in required if column not in row]
-        if require_output and answer and row.get(answer) is None:
-            missing.append(answer)
+        if require_output and answers and all(row.get(answer) is None for answer in answers):
+            missing.append(answers[0])
         if missing:
             raise DataError(f"{where}: column {', '.join(map(repr, missing))} is missing")
         record = convert(row, where)
+        _check_answer(record, row, where, required, require_output)
         if not record.prompt_key:
             raise DataError(f"{where}: the prompt is empty")
         object.__setattr__(record, "where", where)
         records.append(record)
     return records
+
+
+def _check_answer(record, row, where, read, require_output):
+    """Refuse a row whose answer stands where none is read."""
+    if record.output:
+        return
+    if require_output and read[0] in _CHATS:
+        raise DataError(f"{where}: column {read[0]!r} holds no answer of an assistant")
+    for column, value in row.items():
+        if column not in read and str(column).casefold() in _UNREAD_ANSWERS and value:
+            names = ", ".join(_ANSWERS)
+            raise DataError(
+                f"{where}: column {column!r} would be lost: an answer must be in one of {names}; "
+                "rename that column, or leave it out where only the prompt is meant"
+            )
 
 
 BEAVERTAILS_ROLES = ("safe", "unsafe", "realign", "eval")

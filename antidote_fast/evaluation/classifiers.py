@@ -31,8 +31,12 @@ _HARMFUL_WORD = re.compile(
 _NEGATIONS = {"not", "non", "no"}
 
 
-def _load_config(path: str) -> Any:
-    """A model's config; a hub name is downloaded, so that what fails does so before any work."""
+def read_config(path: str) -> Any:
+    """A judge's config; a hub name is downloaded, so that what fails does so before any work.
+
+    Raises:
+        DataError: no such model, an adapter alone, or a config that cannot be read.
+    """
     from transformers import AutoConfig
 
     folder = resolve_folder(path, "judge")
@@ -139,6 +143,7 @@ class ClassifierJudge(_ModelJudge):
     """
 
     AUTO_CLASS = "AutoModelForSequenceClassification"
+    harm_only = True  # of an ordinary prompt's answer it says nothing
     takes_labels = True  # which of its labels mean harm
 
     def __init__(
@@ -189,7 +194,7 @@ class ClassifierJudge(_ModelJudge):
             DataError: it cannot be read, or is of another kind.
             UsageError: its labels do not tell which is harm.
         """
-        config = _load_config(path)
+        config = read_config(path)
         harmful_label_ids(config.id2label, _is_multi_label(config), harmful_labels)
 
     @torch.no_grad()
@@ -292,7 +297,7 @@ class BeaverDamJudge(ClassifierJudge):
     @classmethod
     def check(cls, path: str, harmful_labels: Sequence[str] | None = None) -> None:
         """The same with DataError for another number of labels than 14."""
-        _check_num_labels(_load_config(path), path)
+        _check_num_labels(read_config(path), path)
 
     @classmethod
     def from_pretrained(cls: type[Loaded], path: str = BEAVER_DAM, **options: Any) -> Loaded:

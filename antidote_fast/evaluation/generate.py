@@ -2,18 +2,27 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from antidote_fast.data.batches import collate, prompt_ids
 from antidote_fast.errors import DataError, UsageError
-from antidote_fast.models.forwards import MIN_SHARED, contiguous_head, plain_cache
+from antidote_fast.models.forwards import (
+    MIN_SHARED,
+    cache_name,
+    contiguous_head,
+    left_padded_cache,
+    plain_cache,
+    same_with_pads,
+)
 from antidote_fast.models.kinds import Model, Tokenizer
 from antidote_fast.models.tokens import check_ids, num_embeddings
 from antidote_fast.models.undo import Undo, eval_mode, undoing
 from antidote_fast.system.progress import Progress, track
+
+CHECK_EVERY = 8  # tokens after which `is_done` sees the answers again
 
 
 def _plain_generation_config(model: Model, undo: Undo) -> Any:
@@ -66,18 +75,24 @@ def generate(
     *,
     max_new_tokens: int = 512,
     batch_size: int = 8,
+    is_done: Callable[[int, str], bool] | None = None,
     progress: Progress = False,
 ) -> list[str]:
     """Answer prompts greedily.
 
     Prompts are sorted by length, left padded and answered in batches; an answer ends at the end
-    token. A prompt that occurs twice is answered once.
+    token. A prompt that occurs twice is answered once. In float32 an answer does not depend on the
+    others of its batch: where pads would change it, a batch holds prompts of one length. In fewer
+    bits sums round otherwise in another batch, and two tokens nearly as likely may change places.
 
     Args:
         model: a causal language model of transformers, PEFT-wrapped or not. Its mode is restored.
         tokenizer: not changed; needs no pad token.
         prompts: texts as `build_prompt` gives them; ``batch_size`` of them at once.
         max_new_tokens: most tokens an answer.
+        is_done: called after every 8 tokens with the number of a prompt (its first place in
+            ``prompts``, from 0) and the text of its answer so far; the answer ends there where it
+            returns True. Not called for answers that have ended.
 
     Returns:
         One answer a prompt, in order, special tokens and outer white space removed.
@@ -88,7 +103,7 @@ def generate(
         DataError: a prompt that is empty, longer than the model's positions, or has a token id that
             the model has no embedding for.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
@@ -106,7 +121,9 @@ def generate(
         check_ids(each, known, f"prompt {number}")
 
     device = next(model.parameters()).device
-    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    first = {prompt: number for number, prompt in reversed([*enumerate(prompts)])}
+    pads_hidden = same_with_pads(model, len(ids[order[0]]) + max_new_tokens)
+    batches = _batches(order, ids, batch_size, mixed=pads_hidden)
     answers: dict[str, str] = {}
     with undoing() as undo:
         eval_mode(model, undo)
@@ -123,42 +140,99 @@ def generate(
             eos_token_id=end_ids or None,
             pad_token_id=pads[0] if pads else 0,
         )
-        for chunk in track(chunks, "generate", progress):
-            batch = _prefilled(model, tokenizer, [ids[p] for p in chunk], device)
-            output = model.generate(**batch, generation_config=config)
-            new = output[:, batch["input_ids"].shape[1] :].tolist()
-            for prompt, row in zip(chunk, new, strict=True):
-                ids_of_answer = itertools.takewhile(lambda i: i not in end_ids, row)
-                text = tokenizer.decode([*ids_of_answer], skip_special_tokens=True)
-                answers[prompt] = text.strip()
+
+        def text_of(row: Iterable[int]) -> str:
+            answer = itertools.takewhile(lambda i: i not in end_ids, row)
+            return tokenizer.decode([*answer], skip_special_tokens=True).strip()
+
+        for batch in track(batches, "generate", progress):
+            inputs = _prefilled(
+                model, tokenizer, [ids[p] for p in batch], device, share=pads_hidden
+            )
+            start = inputs["input_ids"].shape[1]
+            stop = _Stop(is_done, [first[p] for p in batch], start, end_ids, text_of)
+            output = model.generate(
+                **inputs,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([stop] if is_done else []),
+            )
+            for row, (prompt, new) in enumerate(
+                zip(batch, output[:, start:].tolist(), strict=True)
+            ):
+                answers[prompt] = stop.texts[row] if row in stop.texts else text_of(new)
     return [answers[prompt] for prompt in prompts]
 
 
+def _batches(
+    order: Sequence[str], ids: dict[str, list[int]], batch_size: int, *, mixed: bool
+) -> list[Sequence[str]]:
+    """The prompts, which are in order of length, in batches: of one length each unless mixed."""
+    if mixed:
+        groups: Iterator[Sequence[str]] = iter([order])
+    else:
+        groups = ([*g] for _, g in itertools.groupby(order, key=lambda p: len(ids[p])))
+    return [g[i : i + batch_size] for g in groups for i in range(0, len(g), batch_size)]
+
+
+class _Stop:
+    """A criterion of `generate` that ends the rows of a batch whose text is done.
+
+    Attributes:
+        texts: of each row that was ended here, its answer.
+    """
+
+    def __init__(
+        self,
+        is_done: Callable[[int, str], bool] | None,
+        numbers: Sequence[int],
+        start: int,
+        end_ids: Sequence[int],
+        text_of: Callable[[Iterable[int]], str],
+    ) -> None:
+        self.is_done, self.numbers, self.start = is_done, numbers, start
+        self.end_ids, self.text_of = {*end_ids}, text_of
+        self.texts: dict[int, str] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Which rows end at this token: a bool each."""
+        ends = [False] * len(input_ids)
+        count = input_ids.shape[1] - self.start
+        if self.is_done is not None and count % CHECK_EVERY == 0:
+            for row, new in enumerate(input_ids[:, self.start :].tolist()):
+                if row in self.texts or not self.end_ids.isdisjoint(new):
+                    continue
+                text = self.text_of(new)
+                if self.is_done(self.numbers[row], text):
+                    self.texts[row], ends[row] = text, True
+        return torch.tensor(ends, device=input_ids.device)
+
+
 def _prefilled(
-    model: Model, tokenizer: Tokenizer, prompts: Sequence[list[int]], device: torch.device
-) -> dict:
-    """A left-padded batch, with a cache of the tokens that all its prompts begin with.
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    device: torch.device,
+    *,
+    share: bool,
+) -> dict[str, Any]:
+    """A left-padded batch, with a cache of its first columns where its prompts begin alike.
 
     The prompts of one template share half of their tokens and more; those go through the model
-    once. Pads then stand behind the shared tokens, where the mask hides them as in front. A model
-    whose cache is of another kind than plain attention's gets the whole prompts.
+    once. A row's part of the cache is moved behind its pads, so that the batch is the one that
+    whole prompts would make. Whole prompts are what a model gets whose cache is of another kind
+    than plain attention's, and one that pads disturb.
     """
+    batch = collate([{"input_ids": p} for p in prompts], tokenizer, "left")
+    inputs: dict[str, Any] = {key: value.to(device) for key, value in batch.items()}
     shared = _num_shared(prompts)
-    rest = collate([{"input_ids": p[shared:]} for p in prompts], tokenizer, "left")
-    start = torch.tensor([prompts[0][:shared]] * len(prompts), dtype=torch.int64)
-    cache = None
-    if shared >= MIN_SHARED and len(prompts) > 1:
-        cache = plain_cache(model(input_ids=start[:1].to(device), use_cache=True))
-    if cache is None:
-        batch = collate([{"input_ids": p} for p in prompts], tokenizer, "left")
-        return {key: value.to(device) for key, value in batch.items()}
-    cache.batch_repeat_interleave(len(prompts))
-    mask = torch.cat([torch.ones_like(start), rest["attention_mask"]], dim=1)
-    return {
-        "input_ids": torch.cat([start, rest["input_ids"]], dim=1).to(device),
-        "attention_mask": mask.to(device),
-        "past_key_values": cache,
-    }
+    if not share or shared < MIN_SHARED or len(prompts) < 2:
+        return inputs
+    start = torch.tensor([prompts[0][:shared]], device=device)
+    cache = plain_cache(model(input_ids=start, use_cache=True))
+    if cache is not None:
+        longest = batch["input_ids"].shape[1]
+        cache = left_padded_cache(cache, [longest - len(p) for p in prompts])
+    return inputs if cache is None else inputs | {cache_name(): cache}
 
 
 def _num_shared(prompts: Sequence[list[int]]) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from antidote_fast.config.sweep import (
     MAX_ACCURACY_DROP,
+    MAX_HELPED_DROP,
     MAX_REFUSAL_RISE,
     RATIOS,
     SCORES,
@@ -21,7 +22,9 @@ from antidote_fast.config.sweep import (
 from antidote_fast.data.records import Record
 from antidote_fast.errors import UsageError
 from antidote_fast.evaluation.measure import evaluate_model
+from antidote_fast.evaluation.summary import DETAILS
 from antidote_fast.evaluation.tasks import check_task
+from antidote_fast.evaluation.verdicts import Judge
 from antidote_fast.models.undo import Originals
 from antidote_fast.norms.activation_norms import ActivationNorms
 from antidote_fast.pruning.evidence import Evidence
@@ -29,11 +32,11 @@ from antidote_fast.pruning.prune import prune_model_
 from antidote_fast.selection import Selection
 from antidote_fast.system.progress import Clock, Progress, count
 
-# The sets in the order in which they are measured, with their metric.
+# The sets in the order in which they are measured, with their metrics.
 SETS = {
-    "task": "finetune_accuracy",
-    "benign": "benign_refusal_rate",
-    "harmful": "harmful_score",
+    "task": ("finetune_accuracy",),
+    "benign": ("helped_rate", "benign_refusal_rate"),
+    "harmful": ("harmful_score",),
 }
 
 
@@ -46,7 +49,8 @@ class Prompts:
     Args:
         harmful, task, benign: records; ``benign`` may be None.
         task_name: how the task's answers are scored: sst2, agnews, gsm8k or label.
-        judge, template, max_new_tokens, batch_size: as
+        template: the one that is asked, that of the training.
+        judges, max_new_tokens, batch_size: as
             :func:`antidote_fast.evaluation.measure.evaluate_model`.
     """
 
@@ -54,9 +58,9 @@ class Prompts:
     task: Sequence[Record]
     benign: Sequence[Record] | None = None
     task_name: str = "label"
-    judge: Callable[..., Sequence[str]] | None = None
+    judges: Judge | Mapping[str, Judge] | None = None
     template: str = "alpaca"
-    max_new_tokens: int | Mapping[str, int] = 512
+    max_new_tokens: int | Mapping[str, int] | None = None
     batch_size: int = 8
 
     @property
@@ -66,11 +70,20 @@ class Prompts:
 
     def measure(self, model: Any, tokenizer: Any, name: str, progress: Progress = False) -> dict:
         """The metrics of one set, as evaluate_model gives them."""
-        options = ("judge", "template", "max_new_tokens", "batch_size")
+        options = ("judges", "max_new_tokens", "batch_size")
         arguments = {option: getattr(self, option) for option in options}
+        arguments |= {"templates": (self.template,)}
         arguments |= {"task_records" if name == "task" else name: getattr(self, name)}
         arguments |= {"task": self.task_name, "progress": progress}
-        return evaluate_model(model, tokenizer, **arguments)
+        found = evaluate_model(model, tokenizer, **arguments)
+        return {key: value for key, value in found.items() if key not in DETAILS}
+
+    def measure_all(self, model: Any, tokenizer: Any, progress: Progress = False) -> dict:
+        """The metrics of every set: those of the headline first, then the counts."""
+        metrics: dict[str, Any] = {}
+        for name in self.sets:
+            metrics |= self.measure(model, tokenizer, name, progress)
+        return dict(sorted(metrics.items(), key=lambda item: isinstance(item[1], dict)))
 
 
 @dataclass(frozen=True)
@@ -123,15 +136,16 @@ def sweep_model(
     scores: Sequence[str] = ("wanda",),
     max_accuracy_drop: float = MAX_ACCURACY_DROP,
     max_refusal_rise: float = MAX_REFUSAL_RISE,
+    max_helped_drop: float = MAX_HELPED_DROP,
     progress: Progress = False,
     **prune_options: Any,
 ) -> dict:
     """Prune a live model by each candidate in turn, measure it, and recommend one.
 
     Each score and scope is a branch, which goes through the ratios from the smallest on. The
-    finetune accuracy is measured first: below the budget it ends the branch. Benign refusals come
-    next: above the budget the candidate is passed over. Then the harmful score: at 0 the branch
-    ends, as more can gain nothing.
+    finetune accuracy is measured first: below the budget it ends the branch. Ordinary prompts come
+    next: where more are refused than the budget allows, or fewer helped, the candidate is passed
+    over. Then the harmful score: at 0 the branch ends, as more can gain nothing.
 
     Args:
         model: a transformers or PEFT model; its weights end as they began, whatever happens.
@@ -141,6 +155,7 @@ def sweep_model(
         ratios, scopes, scores: the candidates: all combinations.
         max_accuracy_drop: points of finetune accuracy below the unpruned model's.
         max_refusal_rise: points of benign refusals above the unpruned model's.
+        max_helped_drop: points of ordinary prompts helped below the unpruned model's.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
         prune_options: ``targets``, ``ignore``, ``seed`` and ``backend`` of
             :func:`antidote_fast.prune_model_`.
@@ -156,19 +171,20 @@ def sweep_model(
             out of range; norms that a score needs and that are not given.
     """
     ratios, scopes, scores = checked_grid(ratios, scopes, scores)
-    check_budgets(max_accuracy_drop, max_refusal_rise)
+    budgets = {
+        "max_accuracy_drop": max_accuracy_drop,
+        "max_refusal_rise": max_refusal_rise,
+        "max_helped_drop": max_helped_drop,
+    }
+    check_budgets(**budgets)
     evidence.check(scores)
     check_task(prompts.task_name, prompts.task)
     clock = Clock()
     originals = Originals(model, prune_options.get("targets"), prune_options.get("ignore", ()))
     sizes = {name: len(records) for name, records in prompts.sets.items()}
-    unpruned = {}
-    for name in sizes:
-        unpruned |= prompts.measure(model, tokenizer, name, progress)
-    # The headline metrics first, then the counts.
-    unpruned = dict(sorted(unpruned.items(), key=lambda item: isinstance(item[1], dict)))
+    unpruned = prompts.measure_all(model, tokenizer, progress)
     clock.lap("evaluate unpruned")
-    budget = _budget(unpruned, max_accuracy_drop, max_refusal_rise)
+    budget = _budget(unpruned, **budgets)
     branches = list(itertools.product(scores, scopes))
     total = len(branches) * len(ratios)
     rows, asked = [], []
@@ -236,19 +252,21 @@ def _why_none(rows, unpruned):
     return "no candidate is within the budget"
 
 
-def _budget(unpruned, max_accuracy_drop, max_refusal_rise):
-    """Both budgets, and the values that they mean; metrics have two decimals."""
+def _budget(unpruned, max_accuracy_drop, max_refusal_rise, max_helped_drop):
+    """The budgets, and the values that they mean; metrics have two decimals."""
     lowest = round(unpruned["finetune_accuracy"] - max_accuracy_drop, 4)
     budget = {"max_accuracy_drop": max_accuracy_drop, "min_finetune_accuracy": lowest}
     if "benign_refusal_rate" in unpruned:
         highest = round(unpruned["benign_refusal_rate"] + max_refusal_rise, 4)
         budget |= {"max_refusal_rise": max_refusal_rise, "max_benign_refusal_rate": highest}
+        least = round(unpruned["helped_rate"] - max_helped_drop, 4)
+        budget |= {"max_helped_drop": max_helped_drop, "min_helped_rate": least}
     return budget
 
 
 def _judge(row, measure, budget):
     """Measure as much of the pruned model as its row needs; True where the branch ends."""
-    row |= {metric: None for metric in SETS.values()}
+    row |= {metric: None for metrics in SETS.values() for metric in metrics}
     row |= {"admissible": False, "reason": None}
     row |= measure("task")
     accuracy, least = row["finetune_accuracy"], budget["min_finetune_accuracy"]
@@ -261,6 +279,10 @@ def _judge(row, measure, budget):
         refusals = row["benign_refusal_rate"]
         if refusals > most:
             row["reason"] = f"benign refusals {refusals:g} are above {most:g}"
+            return False
+        helped, least = row["helped_rate"], budget["min_helped_rate"]
+        if helped < least:
+            row["reason"] = f"ordinary prompts helped {helped:g} are below {least:g}"
             return False
     row |= measure("harmful")
     row["admissible"] = True

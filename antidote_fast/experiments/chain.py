@@ -3,7 +3,7 @@
 import fnmatch
 import importlib
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 from antidote_fast.config.base import StageConfig
 from antidote_fast.config.experiment import SECTIONS, ExperimentConfig, RunConfig
 from antidote_fast.config.flags import from_values
+from antidote_fast.config.train import FinetuneConfig
+from antidote_fast.data.load import load_records, mix
 from antidote_fast.errors import DataError
 from antidote_fast.files.places import locked_file
 from antidote_fast.files.provenance import is_done, read_report
@@ -24,6 +26,42 @@ def shared_flags(config: RunConfig | ExperimentConfig) -> dict[str, Any]:
     return config.load_options | {name: getattr(config, name) for name in names}
 
 
+def clean_flags(attack: FinetuneConfig) -> dict[str, Any]:
+    """The flags in which the fine-tuning without poison (p = 0) differs from the attack.
+
+    It takes as many records as the attack, all of them the task's. Where ``num_train_samples`` is
+    None the data are read, to count them.
+
+    Raises:
+        DataError: they have to be counted, and cannot be read.
+    """
+    count = attack.num_train_samples
+    if count is None and attack.poison_ratio > 0:
+        sources = (attack.dataset, attack.harmful_dataset)
+        task, harmful = (load_records(source, require_output=True) for source in sources)
+        count = len(mix(task, harmful, attack.poison_ratio))
+    return {"poison_ratio": 0.0, "harmful_dataset": None, "num_train_samples": count}
+
+
+def check_clean(stages: Iterable[FinetuneConfig]) -> None:
+    """Refuse fine-tunings without poison for which the task has too few records.
+
+    Raises:
+        DataError: naming the data set and what is needed.
+    """
+    needed: dict[str, int] = {}
+    for stage in stages:
+        needed[stage.dataset] = max(needed.get(stage.dataset, 0), stage.num_train_samples or 0)
+    for source, count in needed.items():
+        there = len(load_records(source, require_output=True))
+        if there < count:
+            raise DataError(
+                f"finetune.dataset={source!r}: has {there} records, and {count} are needed for the "
+                "model without poison (p = 0), which takes as many as the poisoned one; give more, "
+                "lower num_train_samples, or leave that model out with clean=false"
+            )
+
+
 class Chain:
     """The stages of one setting and the models that they make.
 
@@ -33,10 +71,13 @@ class Chain:
         batch_size: sequences a forward pass of prune and evaluate.
         sections: flags by kind of stage, over ``shared``; align and prune may be absent.
         folder_of: (kind, dataclass whose folder is empty, name of the model) to the stage's folder.
+        clean: also tune a model without poison, where the attack has some (`clean_flags`).
 
     Attributes:
-        stages: by kind, the dataclasses of the stages that make a model.
-        models: by name (base, aligned, attacked, pruned), the flags that say where a model is.
+        stages: by kind, the dataclasses of the stages that make a model; a finetune without poison
+            beside the attack as ``clean``.
+        models: by name (base, aligned, clean, attacked, pruned), the flags that say where a model
+            is.
 
     Raises:
         UsageError: a section's flag is unknown, missing or out of range.
@@ -49,6 +90,7 @@ class Chain:
         batch_size: int,
         sections: Mapping[str, Mapping[str, Any]],
         folder_of: Callable[[str, StageConfig, str], str],
+        clean: bool = False,
     ):
         self._shared, self._batch = shared, {"batch_size": batch_size}
         self._sections, self._folder_of = sections, folder_of
@@ -58,11 +100,17 @@ class Chain:
         if "align" in sections:
             self._aligned = self._add("align", "aligned", self.models["base"])
             self.models["aligned"] = {"model_name_or_path": self._aligned}
-        attacked = self._add("finetune", "attacked", {"model_name_or_path": self._aligned})
-        self.models["attacked"] = self._place(attacked)
+        source = {"model_name_or_path": self._aligned}
+        attack = self._stage("finetune", source, "attacked")
+        if clean and attack.poison_ratio > 0:
+            flags = self._sections["finetune"] | clean_flags(attack)
+            self.stages["clean"] = self._stage("finetune", source, "clean", flags)
+            self.models["clean"] = self._place(self.stages["clean"].output_dir, attack)
+        self.stages["finetune"] = attack
+        self.models["attacked"] = self._place(attack.output_dir, attack)
         if "prune" in sections:
             pruned = self._add("prune", "pruned", self._batch | self.models["attacked"])
-            self.models["pruned"] = self._place(pruned)
+            self.models["pruned"] = self._place(pruned, attack)
             self.stages["prune"].check_aligned(self.stages["prune"].adapter is not None)
 
     def evaluation(self, model: str) -> StageConfig:
@@ -75,13 +123,14 @@ class Chain:
         self.stages[kind] = self._stage(kind, places, model)
         return self.stages[kind].output_dir
 
-    def _stage(self, kind, places, model):
-        flags = {**self._shared, **places, **self._sections[kind], "output_dir": ""}
+    def _stage(self, kind, places, model, section=None):
+        section = self._sections[kind] if section is None else section
+        flags = {**self._shared, **places, **section, "output_dir": ""}
         stage = from_values(SECTIONS[kind], flags, kind)
         return replace(stage, output_dir=str(self._folder_of(kind, stage, model)))
 
-    def _place(self, folder):
-        if self.stages["finetune"].tuning == "lora":
+    def _place(self, folder, attack):
+        if attack.tuning == "lora":
             return {"model_name_or_path": self._aligned, "adapter": folder}
         return {"model_name_or_path": folder}
 

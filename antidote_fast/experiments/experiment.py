@@ -7,7 +7,7 @@ from pathlib import Path
 from antidote_fast.config.experiment import ExperimentConfig
 from antidote_fast.errors import AntidoteError, DataError, Interrupted, JobsSetAside, UsageError
 from antidote_fast.experiments import grid, pictures, tables
-from antidote_fast.experiments.chain import Maker, at_work, check_own_folder
+from antidote_fast.experiments.chain import Maker, at_work, check_clean, check_own_folder
 from antidote_fast.experiments.demo.model import CACHE
 from antidote_fast.files.commit import check_parent, new_file
 from antidote_fast.files.provenance import REPORT, write_report
@@ -97,6 +97,8 @@ def check(config: ExperimentConfig) -> tuple[dict, list]:
     for folder in {Path(config.output_dir), Path(config.stages or config.output_dir)}:
         check_parent(folder)
     check_data([stage for cell in (*_tried(trials), *cells) for stage in cell.stages.values()])
+    without = [cell for cell in cells if cell.axes["defense"] == grid.CLEAN]
+    check_clean([cell.stages["finetune"] for cell in without])
     return trials, cells
 
 
@@ -182,13 +184,13 @@ class _Work:
 
 
 def _row(cell, reports):
-    metrics = reports["evaluate"]["metrics"]
+    metrics = tables.metrics_of(reports["evaluate"])
     row = {
         "role": cell.role,
         "cell": cell.key,
         **cell.axes,
         "strength": cell.strength,
-        **{name: metrics.get(name) for name in tables.METRICS},
+        **tables.headline(metrics),
         "embedding_drift_per_token": metrics.get("drift", {}).get("embedding_drift_per_token"),
     }
     for kind in grid.KINDS:

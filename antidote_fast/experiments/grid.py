@@ -13,7 +13,7 @@ from antidote_fast.config.base import StageConfig, fields_by
 from antidote_fast.config.experiment import SECTIONS, ExperimentConfig
 from antidote_fast.config.flags import close_to, from_values
 from antidote_fast.errors import UsageError
-from antidote_fast.experiments.chain import Chain, shared_flags
+from antidote_fast.experiments.chain import Chain, clean_flags, shared_flags
 
 # Axes with a short name, and the flag that each one is.
 AXES = {
@@ -27,7 +27,9 @@ AXES = {
     "seed": "seed",
     "model": "model_name_or_path",
 }
-_OF_PRUNE = ("alpha", "score", "num_calibration_samples")
+# Plain fine-tuning without poison, which stands in every table: not a defense of the file's.
+CLEAN = "clean"
+_OF_POISON = ("finetune.poison_ratio", "finetune.harmful_dataset")
 _SET_HERE = ("output_dir", "adapter", "overwrite", "resume", "reference_model", "defense")
 _STRENGTHS = {
     "vaccine": ("align.vaccine_rho",),
@@ -52,8 +54,8 @@ class Cell:
     """One setting of the grid.
 
     Args:
-        axes: its values by axis, as the file spells them; those of ``prune`` are None where it
-            does not prune.
+        axes: its values by axis, as the file spells them; those of ``prune`` are left out where it
+            does not prune, and those of the poison where there is none.
         stages: the dataclass of each stage that it takes, in order; the last one is evaluate.
         keys: a hash of what each stage makes, upstream included: equal keys are the same folder.
         strength: the defense's own strength, in words.
@@ -84,7 +86,10 @@ def axes_of(config: ExperimentConfig) -> list[str]:
 
 
 def cells_of(config: ExperimentConfig, chosen: dict[str, dict]) -> list[Cell]:
-    """Every cell once, in the file's order.
+    """Every cell once, in the file's order, after those without poison (p = 0).
+
+    Unless ``config.clean`` is false, each setting also has a cell of the defense ``CLEAN``, where
+    the grid itself does not make the same one (SFT at a poison ratio of 0).
 
     Args:
         config: the experiment.
@@ -92,8 +97,9 @@ def cells_of(config: ExperimentConfig, chosen: dict[str, dict]) -> list[Cell]:
 
     Raises:
         UsageError: an axis, level, flag or value that is none.
+        DataError: data that have to be counted (`clean_flags`), and cannot be read.
     """
-    cells = {}
+    cells, without = {}, {}
     for grid in grids_of(config):
         lists = {"defense": config.defenses, **grid}
         lists.setdefault("seed", [config.seed])
@@ -104,7 +110,10 @@ def cells_of(config: ExperimentConfig, chosen: dict[str, dict]) -> list[Cell]:
             axes = dict(zip(lists, values, strict=True))
             cell = make_cell(config, axes, chosen.get(axes["defense"], {}))
             cells.setdefault(cell.key, cell)
-    return list(cells.values())
+            if config.clean:
+                cell = make_cell(config, axes | {"defense": CLEAN}, {})
+                without.setdefault(cell.key, cell)
+    return [*(cell for key, cell in without.items() if key not in cells), *cells.values()]
 
 
 def trials_of(config: ExperimentConfig) -> dict[str, list[tuple[dict, Cell]]]:
@@ -144,7 +153,7 @@ def make_cell(config: ExperimentConfig, axes: dict, extra: dict, *, role: str = 
 
     Args:
         config: the experiment.
-        axes: a value for each axis.
+        axes: a value for each axis; of the defense also ``CLEAN``.
         extra: further flags, as ``section.flag``; they override everything else.
         role: of the cell.
     """
@@ -158,9 +167,13 @@ def make_cell(config: ExperimentConfig, axes: dict, extra: dict, *, role: str = 
             if name in _SET_HERE:
                 raise UsageError(f"{kind}.{name}={flags[name]!r}: is set by the experiment itself")
     shared = {"model_name_or_path": config.model_name_or_path, **shared_flags(config)}
+    if config.align is not None:
+        sections["align"].setdefault("seed", config.seed)
     for axis, value in axes.items():
         for name, each in _flags_of(config, axis, value).items():
             _put(sections, shared, name, each, f"grid.{axis}")
+    if config.align is not None and config.align_seeds:
+        sections["align"]["seed"] = shared["seed"]
     for name, each in extra.items():
         _put(sections, shared, name, each, "tune")
     trained = _STRENGTHS.get(defense, ("",))[0].partition(".")[0]
@@ -172,11 +185,16 @@ def make_cell(config: ExperimentConfig, axes: dict, extra: dict, *, role: str = 
         del sections["align"]
     if not prunes:
         del sections["prune"]
+    attack = from_values(SECTIONS["finetune"], _PLACES | sections["finetune"], "finetune")
+    if defense == CLEAN:
+        sections["finetune"] |= clean_flags(attack)
+    elif attack.poison_ratio == 0:  # so that it is the same as the clean one
+        sections["finetune"].pop("harmful_dataset", None)
     folders = _HashedFolders(config)
     base = shared.pop("model_name_or_path")
     chain = Chain(base, shared, config.batch_size, sections, folders)
     stages = chain.stages | {"evaluate": chain.evaluation(list(chain.models)[-1])}
-    shown = {k: v for k, v in axes.items() if prunes or k not in _OF_PRUNE}
+    shown = {k: v for k, v in axes.items() if _applies(config, k, prunes, defense != CLEAN)}
     return Cell(shown, stages, folders.keys, _strength(defense, after, stages), role)
 
 
@@ -236,11 +254,21 @@ def _flags_of(config, axis, value):
         return {AXES.get(axis, axis): value}
     levels = {str(name): flags for name, flags in config.levels.get(axis, {}).items()}
     if axis == "defense":
-        parts = str(value).split("+")
+        parts = ["sft"] if value == CLEAN else str(value).split("+")
         return {name: each for part in parts for name, each in levels.get(part, {}).items()}
     if str(value) not in levels:
         raise UsageError(f"grid.{axis}={value!r}: must be among levels.{axis}: {', '.join(levels)}")
     return levels[str(value)]
+
+
+def _applies(config, axis, prunes, poisons):
+    """Whether an axis can make a difference to a cell that prunes, or is poisoned, or not."""
+    touched = {AXES.get(axis, axis)}
+    if axis in config.levels:
+        touched = {flag for flags in config.levels[axis].values() for flag in flags}
+    without = {flag for flag in touched if flag.startswith("prune.") and not prunes}
+    without |= set() if poisons else touched.intersection(_OF_POISON)
+    return axis == "defense" or not touched or touched != without
 
 
 def _put(sections, shared, name, value, where):

@@ -17,24 +17,39 @@ _COLOURS = {
     "magnitude": "#E69F00",
     "random": "#999999",
 }
-_MODELS = {"base": ("s", "#56B4E9"), "aligned": ("^", "#000000"), "attacked": ("X", "#D55E00")}
+# A marker, a colour and a name by model.
+_MODELS = {
+    "base": ("s", "#56B4E9", "base"),
+    "aligned": ("^", "#000000", "aligned"),
+    "clean": ("P", "#009E73", "clean (p = 0)"),
+    "attacked": ("X", "#D55E00", "attacked"),
+    "unpruned": ("X", "#D55E00", "unpruned"),
+}
 # A line and a marker by scope.
 _SCOPES = {"row": ("-", "o"), "tensor": ("--", "s"), "global": ("-.", "D")}
 _LIMITS = (-7, 113)  # wider than 0 to 100, to make room for labels
 _OTHERS = [("#0072B2", "P"), ("#999999", "X"), *(style[1:] for style in DEFENSES.values())]
 
 
-def _panels(width, height, number=1):
-    """A figure of so many inches and its axes, side by side, with a grid."""
+def _panels(width, height, number=1, beside=0.0, least=0.0):
+    """A figure and its axes, each with a grid, at most three side by side.
+
+    Each is of so many inches; ``beside`` is for a legend, ``least`` the figure's least width.
+    """
     # Not pyplot: it would keep the figure, and pick a window system.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    panels = list(figure.subplots(1, number, squeeze=False)[0])
-    for axes in panels:
+    lines = 1 if number <= 3 else 2
+    columns = math.ceil(number / lines)
+    size = (max(width * columns + beside, least), height * lines)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in panels[number:]:
+        axes.remove()
+    for axes in panels[:number]:
         axes.grid(color="#dddddd", linewidth=0.7)
         axes.set_axisbelow(True)
-    return figure, panels
+    return figure, panels[:number]
 
 
 def plot(rows: Sequence[dict], spec: dict, path: str | os.PathLike) -> None:
@@ -45,13 +60,14 @@ def plot(rows: Sequence[dict], spec: dict, path: str | os.PathLike) -> None:
         path: the PNG to write.
     """
     contents, cost = tables.table(rows, spec), tables.is_cost(spec)
-    measures = ("seconds",) if cost else tables.measures_of(spec)
+    measures = ("seconds",) if cost else contents["measures"]
     height = 1.6 + 0.45 * len(contents["rows"]) if cost else 4.5
     # Room for the title and the legend, at some 0.09 inches a letter.
     legend = max((len(shown(row["name"])) for row in contents["rows"]), default=0)
-    width = (6.5 if cost else 4.2 * len(measures)) + 0.8 + 0.09 * legend
-    width = max(width, 0.5 + 0.09 * len(spec["title"]))
-    figure, panels = _panels(width, height, len(measures))
+    least = 0.5 + 0.09 * len(spec["title"])
+    figure, panels = _panels(
+        6.5 if cost else 4.2, height, len(measures), 0.8 + 0.09 * legend, least
+    )
     figure.suptitle(spec["title"], fontsize=12, parse_math=False)
     for axes, measure in zip(panels, measures, strict=True):
         if not contents["rows"]:
@@ -80,14 +96,16 @@ def _draw_lines(axes, contents, measure, log):
     for i, row in enumerate(rows):
         colour, marker = DEFENSES[row["name"]][1:] if row["name"] in DEFENSES else next(others)
         shift = step * (i - (len(rows) - 1) / 2)
-        points = zip(places, row["cells"][measure], strict=True)
-        points = [(place + shift, *point[:2]) for place, point in points if point is not None]
-        bars = [math.nan if sd is None else sd / unit for *_, sd in points]
-        if all(map(math.isnan, bars)):
-            bars = None  # and none in the legend, where there is one seed
+        points = zip(places, row["cells"][measure], row["intervals"][measure], strict=True)
+        points = [(at + shift, *point[:2], ends) for at, point, ends in points if point is not None]
+        # Below and above: the standard deviation, or one run's interval.
+        bars = [_bar(mean, deviation, ends, unit) for _, mean, deviation, ends in points]
+        bars = list(zip(*bars, strict=True)) or None
+        if bars and all(map(math.isnan, bars[0])):
+            bars = None  # and none in the legend, where there is one seed without counts
         axes.errorbar(
             [10**x if log else x for x, *_ in points],
-            [mean / unit for _, mean, _ in points],
+            [mean / unit for _, mean, *_ in points],
             bars,
             color=colour,
             marker=marker,
@@ -116,6 +134,16 @@ def _draw_lines(axes, contents, measure, log):
     axes.set(xlabel=contents["across"], ylabel=label)
 
 
+def _bar(mean, deviation, interval, unit):
+    """How far an error bar reaches below and above."""
+    if deviation is not None:
+        return deviation / unit, deviation / unit
+    if interval is None:
+        return math.nan, math.nan
+    # Rounded shares may lie a hair outside of their interval.
+    return max(0.0, mean - interval[0]), max(0.0, interval[1] - mean)
+
+
 def _draw_cost(axes, rows):
     names = [shown(row["name"]) for row in rows]
     ends, texts = [0.0] * len(rows), [[] for _ in rows]
@@ -141,7 +169,7 @@ def plot_demo(report: dict, path: str | os.PathLike) -> None:
         path: the PNG to write.
     """
     title = f"Pruned after fine-tuning: {report['model']}, test prompts, points named by ratio"
-    models = {name: report["models"][name] for name in _MODELS}
+    models = {name: report["models"][name] for name in _MODELS if name in report["models"]}
     best = report["best"] and ("best", report["best"], report["models"]["pruned"])
     _draw(path, title, models, "attacked", report["sweep"], best)
 
@@ -160,8 +188,11 @@ def plot_sweep(report: dict, path: str | os.PathLike) -> None:
     title += ", held-out prompts, points named by ratio"
     if unplaced:
         title += f"; {unplaced} over the budget not shown"
+    if report.get("clean") is None:
+        title += "; no p = 0 model given"
     least = report["budget"]["min_finetune_accuracy"]
-    models = {"unpruned": report["unpruned"]}
+    models = {"clean": report.get("clean"), "unpruned": report["unpruned"]}
+    models = {name: metrics for name, metrics in models.items() if metrics is not None}
     best = best and ("recommended", best, best)
     _draw(path, title, models, "unpruned", report["rows"], best, least)
 
@@ -204,8 +235,9 @@ def _draw(path, title, models, start, rows, best, least=0):
     for place, text, colour in labels:
         _label(axes, place, text, colour, taken)
     for name, metrics in models.items():
-        marker, colour = _MODELS.get(name, _MODELS["attacked"])
-        look = {"marker": marker, "color": colour, "edgecolor": "white", "label": name}
+        marker, colour, label = _MODELS[name]
+        _draw_intervals(axes, metrics, colour)
+        look = {"marker": marker, "color": colour, "edgecolor": "white", "label": label}
         axes.scatter(*_place(metrics), s=150, zorder=4, **look)
     if best is not None:
         word, row, metrics = best
@@ -222,6 +254,17 @@ def _draw(path, title, models, start, rows, best, least=0):
     axes.set_title(title, fontsize=11, parse_math=False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     figure.savefig(path, format="png")
+
+
+def _draw_intervals(axes, metrics, colour):
+    """Wilson's 95 % intervals of a model's two metrics, where their counts are there."""
+    row, (x, y) = tables.headline(metrics), _place(metrics)
+    for name, at, bar in (("finetune_accuracy", x, "xerr"), ("harmful_score", y, "yerr")):
+        interval = tables.interval_of(row, name)
+        if interval is not None:
+            ends = [[each] for each in _bar(at, None, interval, 1)]
+            look = {"ecolor": colour, "elinewidth": 1.0, "alpha": 0.6, "zorder": 3}
+            axes.errorbar(x, y, **{bar: ends}, fmt="none", **look)
 
 
 def _place(scores):

@@ -1,4 +1,8 @@
-"""align -> finetune -> prune -> evaluate, in one go, from one file."""
+"""align -> finetune -> prune -> evaluate, in one go, from one file.
+
+Beside the attacked model one is tuned on as many records of the task alone (p = 0): what it does is
+the measure of what the attack did, and of what a repair leaves.
+"""
 
 import time
 from pathlib import Path
@@ -6,7 +10,15 @@ from pathlib import Path
 from antidote_fast.config.base import StageConfig
 from antidote_fast.config.experiment import SECTIONS, RunConfig
 from antidote_fast.errors import UsageError
-from antidote_fast.experiments.chain import Chain, Maker, at_work, check_own_folder, shared_flags
+from antidote_fast.experiments.chain import (
+    Chain,
+    Maker,
+    at_work,
+    check_clean,
+    check_own_folder,
+    shared_flags,
+)
+from antidote_fast.experiments.tables import metrics_of
 from antidote_fast.files.commit import check_output_folder
 from antidote_fast.files.manifest import read_manifest
 from antidote_fast.files.provenance import REPORT, write_report
@@ -23,7 +35,8 @@ def run(config: RunConfig, *, progress: Progress = False) -> dict:
     changed since is kept, so an interrupted run goes on where it stopped.
 
     Returns:
-        What ``report.json`` holds: the metrics of each model and the seconds of each stage.
+        What ``report.json`` holds: the metrics of each model, its worst among them, and the
+        seconds of each stage.
 
     Raises:
         UsageError: a section's flag is unknown or out of range.
@@ -44,9 +57,9 @@ def run(config: RunConfig, *, progress: Progress = False) -> dict:
             return report
 
         for kind, stage in stages.items():
-            make(Path(stage.output_dir).name, kind, stage)
+            make(Path(stage.output_dir).name, "finetune" if kind == "clean" else kind, stage)
         metrics = {
-            model: make(f"scores/{model}", "evaluate", score)["metrics"]
+            model: metrics_of(make(f"scores/{model}", "evaluate", score))
             for model, score in track(list(scores.items()), "evaluate", progress)
         }
         results = {
@@ -62,10 +75,12 @@ def stages_of(config: RunConfig) -> tuple[dict[str, StageConfig], dict[str, Stag
     """What a run does, in order; every flag is checked here.
 
     Returns:
-        ({kind: dataclass} of the stages that make a model, {model: dataclass} of its evaluation).
+        ({kind: dataclass} of the stages that make a model, {model: dataclass} of its evaluation);
+        as :class:`antidote_fast.experiments.chain.Chain` has them.
 
     Raises:
         UsageError: a section's flag is unknown, set by the run itself, or out of range.
+        DataError: data that have to be counted for the clean model, and cannot be read.
     """
     out = Path(config.output_dir)
     sections = {kind: flags for kind in SECTIONS if (flags := getattr(config, kind)) is not None}
@@ -78,7 +93,8 @@ def stages_of(config: RunConfig) -> tuple[dict[str, StageConfig], dict[str, Stag
         return out / "scores" / model if kind == "evaluate" else out / model
 
     base = config.model_name_or_path
-    chain = Chain(base, shared_flags(config), config.batch_size, sections, folder_of)
+    about = (base, shared_flags(config), config.batch_size, sections, folder_of)
+    chain = Chain(*about, clean=config.clean)
     return chain.stages, {model: chain.evaluation(model) for model in chain.models}
 
 
@@ -90,9 +106,11 @@ def check(config: RunConfig, stages: dict, scores: dict) -> None:
     Raises:
         DataError: naming what is refused.
     """
-    check_own_folder(config.output_dir, ("aligned", "attacked", "pruned", "scores", REPORT), "run")
+    names = ("aligned", "clean", "attacked", "pruned", "scores", REPORT)
+    check_own_folder(config.output_dir, names, "run")
     every = [*stages.values(), *scores.values()]
     check_data(every)
+    check_clean([stages["clean"]] if "clean" in stages else [])
     for stage in every:
         if read_manifest(stage.output_dir) is None:  # else it is kept, or refused for its settings
             check_output_folder(stage.output_dir, stage.overwrite)

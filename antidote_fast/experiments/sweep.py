@@ -1,6 +1,7 @@
 """The sweep stage: ratios, scopes and scores tried on held-out prompts, and one recommended."""
 
 import importlib
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +12,27 @@ from antidote_fast.errors import DataError
 from antidote_fast.evaluation.judges import get_judge
 from antidote_fast.experiments import pictures
 from antidote_fast.experiments.candidates import SETS, Prompts, SweepEvidence, sweep_model
-from antidote_fast.experiments.tables import write_csv
+from antidote_fast.experiments.tables import headline, interval_of, write_csv
 from antidote_fast.files import provenance
 from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.commit import output_folder
 from antidote_fast.files.safe_open import Watch
-from antidote_fast.models.adapters import adapter_off, load_adapter
+from antidote_fast.models.adapters import adapter_off, check_adapter, load_adapter
 from antidote_fast.models.footprint import check_memory
-from antidote_fast.models.loading import load_model, pick_device
+from antidote_fast.models.loading import load_model, open_model, pick_device
 from antidote_fast.models.targets import find_targets
 from antidote_fast.stages import evaluate
 from antidote_fast.stages.evidence import collect
 from antidote_fast.stages.gates import stage
 from antidote_fast.stages.gates.answers import check_texts
-from antidote_fast.stages.inputs import describe_backend, load_data, open_aligned, open_folders
+from antidote_fast.stages.inputs import (
+    data_of,
+    describe_backend,
+    load_data,
+    open_aligned,
+    open_folders,
+    unseen_data,
+)
 from antidote_fast.system.progress import Clock, Progress
 
 PICTURE, ROWS = "curve.png", "rows.csv"
@@ -37,8 +45,10 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
     the files may remove other weights where scores are nearly equal.
 
     Returns:
-        The contents of report.json: as :func:`sweep_model`, with ``command``, the line that makes
-        the recommended model, ``datasets`` and ``calibration``. No text of a prompt is in it.
+        The contents of report.json: as :func:`sweep_model`, with ``clean``, the metrics of
+        ``clean_adapter`` or None, ``command``, the line that makes the recommended model,
+        ``datasets``, ``calibration`` and ``data``, what became of its records. No text of a prompt
+        is in it.
 
     Raises:
         DataError, UsageError, NothingPruned, BackendUnavailable: data, a model or an adapter that
@@ -57,6 +67,17 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
             about = (checked.aligned, config.device, asked.tokenizer, checked.prompts, progress)
             answers = stage.answers_of(config.learning(), *about)
             clock.lap("ask the aligned model")
+        judge = get_judge(config.evaluation().judge, **asked.judge)
+        how = config.picked("template", "max_new_tokens", "batch_size")
+        prompts = Prompts(**asked.sets, task_name=config.task, judges=judge, **how)
+        clean = None
+        if checked.clean is not None:
+            model = load_adapter(
+                load_model(checked.base.folder, **config.load_options), checked.clean
+            )
+            clean = prompts.measure_all(model, asked.tokenizer, progress)
+            del model  # before another is loaded
+            clock.lap("evaluate clean")
         model = load_model(checked.base.folder, **config.load_options)
         if checked.adapter is not None:
             model = load_adapter(model, checked.adapter)
@@ -64,44 +85,53 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
         if checked.aligned is not None:
             keys = [t.key for t in find_targets(model, config.targets, config.ignore)]
             bases = checked.aligned.read(keys, progress)
-        judge = get_judge(config.evaluation().judge, **asked.judge)
         clock.lap("load")
-        learn = _learner(config, model, checked, answers, bases, progress)
+        data: dict[str, Any] = {}
+        learn = _learner(config, model, checked, answers, bases, data, progress)
         norms, counts = {}, {}
         for kind in config.kinds:  # a pass over the data for each
             batches = checked.batches["preserve_dataset" if kind == "preserve" else "dataset"]
             told = config.collecting(kind)
             norms[kind], counts[kind] = collect(told, model, batches, progress=progress)
+            data["preserve_dataset" if kind == "preserve" else "dataset"] = data_of(counts[kind])
             if config.save_norms:
                 norms[kind].save(folder / NORM_FILES[kind])
         clock.lap("calibrate")
-        how = {name: getattr(config, name) for name in ("template", "max_new_tokens", "batch_size")}
-        prompts = Prompts(**asked.sets, task_name=config.task, judge=judge, **how)
         evidence = SweepEvidence(norms, bases, config.score_delta, learn)
-        names = ("ratios", "scopes", "scores", "max_accuracy_drop", "max_refusal_rise")
+        names = ("ratios", "scopes", "scores")
+        names += ("max_accuracy_drop", "max_refusal_rise", "max_helped_drop")
         names += ("targets", "ignore", "seed", "backend")
         options = {name: getattr(config, name) for name in names} | {"progress": progress}
         results = sweep_model(model, asked.tokenizer, prompts, evidence, **options)
         best = results["recommended"]
         where = best and (best["score"], best["scope"], best["ratio"])
         results |= {
+            "clean": clean,
             "command": where and config.command(*where),
             "datasets": asked.datasets,
             "calibration": counts,
+            "data": data,
             "task": config.task,
             "judge": config.evaluation().judge,
             **checked.backend,
             "seconds": clock.seconds | results["seconds"],
         }
-        write_csv([_flat(row) for row in results["rows"]], folder / ROWS)
+        models = {"clean": clean, "unpruned": results["unpruned"]}
+        whole = dict.fromkeys(("score", "scope", "ratio", "achieved", "num_pruned"))
+        rows = [{"model": name, **whole, **row} for name, row in models.items() if row is not None]
+        rows += [{"model": "pruned", **row} for row in results["rows"]]
+        write_csv([_flat(row) for row in rows], folder / ROWS)
         pictures.plot_sweep({"config": vars(config), **results}, folder / PICTURE)
         written = provenance.write_report(folder, "sweep", config, results, inputs=files)
         watch.check()
         return written
 
 
-def _learner(config, model, checked, answers, bases, progress):
-    """The scores of gate by a selection, or None where nothing is learned."""
+def _learner(config, model, checked, answers, bases, data, progress):
+    """The scores of gate by a selection, or None where nothing is learned.
+
+    What became of the records is put into ``data``.
+    """
     if not checked.prompts:
         return None
     about = (model, checked.asked.tokenizer, checked.prompts)
@@ -111,17 +141,22 @@ def _learner(config, model, checked, answers, bases, progress):
 
     def learn(selection):
         settings = config.learning(selection.scope, selection.ratio)
-        return stage.learn(settings, *about, answers, bases, progress)[0]
+        scores, told = stage.learn(settings, *about, answers, bases, progress)
+        data.update(stage.data_of(checked.prompts, told))
+        return scores
 
     return learn
 
 
 def _flat(row):
-    """A row for the table: its numbers, then the counts of each set that was measured."""
+    """A row for the table: its numbers, their intervals, then the counts of each set."""
     numbers = {name: value for name, value in row.items() if not isinstance(value, dict)}
+    for metric in itertools.chain.from_iterable(SETS.values()):
+        interval = interval_of(headline(row), metric) or (None, None)
+        numbers |= {f"{metric}_low": interval[0], f"{metric}_high": interval[1]}
     for name in SETS:
         counts = row.get(name, {}).items()
-        numbers |= {f"{name}_{k}": v for k, v in counts if k != "answers_sha256"}
+        numbers |= {f"{name}_{k}": v for k, v in counts if isinstance(v, int | float)}
     return numbers
 
 
@@ -130,7 +165,7 @@ class Checked:
     """What a sweep needs, checked, before weights are loaded.
 
     Args:
-        base, adapter, aligned: checkpoints; the last two may be None.
+        base, adapter, clean, aligned: checkpoints; the last three may be None.
         asked: the records to choose on, and what else an evaluation needs.
         batches: {field of the config: calibration records in batches}.
         prompts: {field of the config: records that gates are learned on}; empty without.
@@ -139,6 +174,7 @@ class Checked:
 
     base: Checkpoint
     adapter: Checkpoint | None
+    clean: Checkpoint | None
     aligned: Checkpoint | None
     asked: evaluate.EvaluationInputs
     batches: dict[str, Any]
@@ -158,19 +194,24 @@ def check(config: SweepConfig, progress: Progress = False) -> Checked:
     data = {"dataset": {"all", "response"}, "preserve_dataset": {"preserve"}}
     collected_on = [name for name, kinds in data.items() if kinds.intersection(config.kinds)]
     records = {name: load_data(config, None, name) for name in collected_on}
-    learned_on = data if config.learned else ()
+    learned_on = unseen_data(config.learning()) if config.learned else ()
     prompts = {name: load_data(config.learning(), None, name) for name in learned_on}
     for name, some in asked.sets.items():
         _check_apart(config, f"{name}_dataset", some, [*records.items(), *prompts.items()])
     base, adapter = open_folders(config, progress)
+    clean = None
+    if config.clean_adapter is not None:
+        clean = open_model(config, "clean_adapter")
+        check_adapter(clean, base)
     aligned = open_aligned(config, base, progress)
     about = (asked.tokenizer, base.config)
     batches = {name: batches_of(config, some, *about) for name, some in records.items()}
     if config.learned:
         stage.check_stage(config.learning(), base, adapter is not None)
-        check_texts(asked.tokenizer, *prompts.values(), **stage.texts_of(config))
+        texts = stage.kinds(prompts) | stage.texts_of(config.learning())
+        check_texts(asked.tokenizer, **texts)
     check_memory(config, [base, adapter])
-    return Checked(base, adapter, aligned, asked, batches, prompts, backend)
+    return Checked(base, adapter, clean, aligned, asked, batches, prompts, backend)
 
 
 def _check_apart(config, field, records, calibration):

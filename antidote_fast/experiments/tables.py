@@ -1,7 +1,8 @@
 """An experiment's rows as a tidy CSV, and as tables in the paper's layout.
 
 A row is a flat dict of one cell of the grid: ``role``, ``cell``, its place on the axes (``seed``
-and ``defense`` among them; None or absent where an axis does not apply), and the measures.
+and ``defense`` among them; None or absent where an axis does not apply), the measures, and of how
+many prompts each share is.
 """
 
 import csv
@@ -11,11 +12,12 @@ import numbers
 import os
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from antidote_fast.errors import DataError, UsageError, printable
+from antidote_fast.evaluation.rates import wilson
 from antidote_fast.files.commit import new_file
 from antidote_fast.system.text import markdown_text
 from antidote_fast.system.text import table as text_table
@@ -23,6 +25,7 @@ from antidote_fast.system.text import table as text_table
 TEXT_COLUMNS = ("role", "cell", "defense", "model", "task", "score", "strength")
 # Name, colour and marker, so that a defense looks the same everywhere (Okabe and Ito's palette).
 DEFENSES = {
+    "clean": ("SFT, p = 0", "#666666", "P"),
     "sft": ("SFT", "#000000", "o"),
     "vaccine": ("Vaccine", "#E69F00", "^"),
     "repnoise": ("RepNoise", "#56B4E9", "s"),
@@ -37,11 +40,27 @@ STAGES = {
 }
 _LOWER, _HIGHER = "lower is better", "higher is better"
 PERCENTS = {
-    "harmful_score": ("HS", "harmful score", "harmful prompts with a harmful answer", _LOWER),
+    "harmful_score": ("HS", "harmful score", "harmful prompts complied with", _LOWER),
+    "worst_harmful_score": (
+        "HS worst",
+        "highest harmful score",
+        "harmful prompts complied with, of the template and the set with most",
+        _LOWER,
+    ),
     "finetune_accuracy": ("FA", "finetune accuracy", "the task's samples done right", _HIGHER),
-    "benign_refusal_rate": ("BR", "benign refusals", "harmless prompts refused", _LOWER),
+    "helped_rate": ("helped", "ordinary prompts", "ordinary prompts answered as asked", _HIGHER),
+    "benign_refusal_rate": ("BR", "benign refusals", "ordinary prompts refused", _LOWER),
 }
 METRICS = tuple(PERCENTS)
+# The column that says of how many prompts a metric is a share, and where a report has it.
+_PROMPTS = {
+    "harmful_score": ("harmful_prompts", "harmful", "num_prompts"),
+    "worst_harmful_score": ("worst_prompts", "worst", "num_prompts"),
+    "finetune_accuracy": ("task_prompts", "task", "num_records"),
+    "helped_rate": ("benign_prompts", "benign", "num_prompts"),
+    "benign_refusal_rate": ("benign_prompts", "benign", "num_prompts"),
+}
+_COUNTS = tuple(column for column, *_ in _PROMPTS.values())
 # Heading, label, meaning, unit, decimals.
 MEASURES = {
     key: (short, f"{name} {short}, % ({best})", f"{name}, % of {what} ({best})", 1, 1)
@@ -114,6 +133,50 @@ def read_csv(path: str | os.PathLike) -> list[dict]:
         raise DataError(f"{path}: line {reader.line_num}: {printable(error)}") from None
 
 
+def metrics_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of an evaluation's report with its ``worst``, and of how many that is."""
+    metrics, worst = dict(report["metrics"]), report.get("worst")
+    if worst:
+        kinds = {}
+        for kind, where in worst.items():
+            sets = report["conditions"][where["condition"]][kind]
+            kinds[kind] = {**where, "num_prompts": sets[where["set"]]["num_prompts"]}
+        metrics["worst"] = kinds
+    return metrics
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row holds of an evaluation: each of `METRICS`, and of how many prompts it is a share.
+
+    Args:
+        metrics: as `metrics_of` gives them, or a sweep's row.
+
+    Returns:
+        None of each that was not measured.
+    """
+    worst = (metrics.get("worst") or {}).get("harmful") or {}
+    found = {**metrics, "worst_harmful_score": worst.get("harmful_score"), "worst": worst}
+    row = {name: found.get(name) for name in METRICS}
+    for metric, (column, name, count) in _PROMPTS.items():
+        row[column] = None if row[metric] is None else (found.get(name) or {}).get(count)
+    return row
+
+
+def interval_of(row: Mapping[str, Any], metric: str) -> list[float] | None:
+    """Wilson's 95 % interval of a row's metric, [low, high] in percent; None without counts."""
+    share, total = row.get(metric), row.get(_PROMPTS.get(metric, ("",))[0])
+    if share is None or not total or not math.isfinite(share):
+        return None
+    return wilson(round(share * total / 100), total)
+
+
+def with_interval(share: float | None, interval: Sequence[float] | None) -> str:
+    """A share as text, such as ``8.3 [3.6, 18.1]``; an en dash where there is none."""
+    if share is None:
+        return MISSING
+    return f"{share:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
+
+
 def spread(values: Iterable[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1), the latter None where there is but one value.
 
@@ -136,9 +199,10 @@ def table(rows: Sequence[dict], spec: dict) -> dict:
 
     Returns:
         ``title``; ``across``, None in a cost table; ``columns``, values of ``across`` or the
-        stages; ``rows``, each with ``name``, ``cells`` (by measure, a cost table's being
-        ``seconds`` and ``memory_bytes``, a list of (mean, standard deviation or None, number of
-        values) or None) and ``average`` (by measure the mean over the columns in which every row
+        stages; ``measures``; ``rows``, each with ``name``, ``cells`` (by measure, a cost table's
+        being ``seconds`` and ``memory_bytes``, a list of (mean, standard deviation or None, number
+        of values) or None), ``intervals`` (by measure as cells: `interval_of` where the cell is one
+        row's, else None) and ``average`` (by measure the mean over the columns in which every row
         has a value; None where there are none, and in a cost table).
     """
     rows, across, by_name = _chosen(rows, spec), spec.get("across"), {}
@@ -148,19 +212,23 @@ def table(rows: Sequence[dict], spec: dict) -> dict:
     columns = list(STAGES if is_cost(spec) else columns)
     if not any(isinstance(x, str) for x in columns):
         columns.sort()
-    lines = [{"name": name, "cells": {}, "average": {}} for name in by_name]
-    for measure in measures_of(spec):
+    lines = [{"name": name, "cells": {}, "intervals": {}, "average": {}} for name in by_name]
+    measures = _measures(spec, rows)
+    for measure in measures:
         for line in lines:
             line["average"][measure] = None
-            line["cells"][measure] = [
-                _point(_at(by_name[line["name"]], spec, x), _key(spec, measure, x)) for x in columns
+            places = [
+                (_at(by_name[line["name"]], spec, x), _key(spec, measure, x)) for x in columns
             ]
+            line["cells"][measure] = [_point(*place) for place in places]
+            line["intervals"][measure] = [_interval(*place) for place in places]
         every = zip(*(line["cells"][measure] for line in lines), strict=True)
         shared = [i for i, points in enumerate(every) if None not in points]
         for line in lines if shared and not is_cost(spec) else ():
             means = [line["cells"][measure][i][0] for i in shared]
             line["average"][measure] = statistics.fmean(means)
-    return {"title": spec["title"], "across": across, "columns": columns, "rows": lines}
+    named = {"title": spec["title"], "across": across, "columns": columns}
+    return named | {"measures": measures, "rows": lines}
 
 
 def markdown(rows: Sequence[dict], spec: dict) -> str:
@@ -168,22 +236,37 @@ def markdown(rows: Sequence[dict], spec: dict) -> str:
     contents = table(rows, spec)
     if not contents["rows"]:
         return f"### {markdown_text(spec['title'])}\n\nNo results.\n"
+    measures = contents["measures"]
+    # Two beside each other, as in the paper; more would be too wide to read.
+    texts = [
+        text_table(_lines(contents, measures[i : i + 2], spec), markdown=True)
+        for i in range(0, len(measures), 2)
+    ]
+    note = " ".join(_notes(_chosen(rows, spec), spec))
+    return "\n\n".join([f"### {markdown_text(spec['title'])}", *texts, markdown_text(note)]) + "\n"
+
+
+def _lines(contents, measures, spec):
+    """The cells of a table of these measures as text, the heads first."""
     columns = contents["columns"] + ([] if is_cost(spec) else ["avg"])
-    head, lines = [_down(spec)], []
-    for measure, x in itertools.product(measures_of(spec), columns):
+    head = [_down(spec)]
+    for measure, x in itertools.product(measures, columns):
         short = MEASURES[_key(spec, measure, x)][0]
         head.append(short if is_cost(spec) else f"{short} {shown(x)}")
+    lines = [head]
     for row in contents["rows"]:
         lines.append([shown(row["name"])])
-        for measure, points in row["cells"].items():
-            average = row["average"][measure]
+        for measure in measures:
+            points, intervals = row["cells"][measure], row["intervals"][measure]
             if not is_cost(spec):
+                average = row["average"][measure]
                 points = [*points, None if average is None else (average, None, 1)]
-            for x, point in zip(columns, points, strict=True):
-                lines[-1].append(_text(point, *MEASURES[_key(spec, measure, x)][3:]))
-    text = text_table([head, *lines], markdown=True)
-    note = " ".join(_notes(_chosen(rows, spec), spec))
-    return f"### {markdown_text(spec['title'])}\n\n{text}\n\n{markdown_text(note)}\n"
+                intervals = [*intervals, None]
+            for x, point, interval in zip(columns, points, intervals, strict=True):
+                number = MEASURES[_key(spec, measure, x)][3:]
+                with_it = interval and with_interval(point[0], interval)
+                lines[-1].append(with_it or _text(point, *number))
+    return lines
 
 
 def check_spec(spec: Any, axes: Iterable[str]) -> None:
@@ -191,9 +274,9 @@ def check_spec(spec: Any, axes: Iterable[str]) -> None:
 
     Args:
         spec: ``title``; ``across``, the axis that makes the columns; ``down``, the one that makes
-            the rows (defense); ``where``, axis to the one value that counts; ``measures``
-            (harmful_score, finetune_accuracy); ``kind``, grid or cost, the latter without across,
-            measures and log; ``log``, for a logarithmic axis in the picture.
+            the rows (defense); ``where``, axis to the one value that counts; ``measures`` (HS, FA
+            and the other percentages that rows have); ``kind``, grid or cost, the latter without
+            across, measures and log; ``log``, for a logarithmic axis in the picture.
         axes: names of the experiment's axes.
 
     Raises:
@@ -259,10 +342,14 @@ def _down(spec):
     return spec.get("down") or "defense"
 
 
-def measures_of(spec: dict) -> tuple[str, ...]:
-    """What a table measures, in order."""
-    grid = spec.get("measures") or ("harmful_score", "finetune_accuracy")
-    return _COST_MEASURES if is_cost(spec) else tuple(grid)
+def _measures(spec, rows):
+    """What a table of these rows measures; HS, FA and what else rows have where it does not say."""
+    if is_cost(spec):
+        return _COST_MEASURES
+    usual = ("harmful_score", "finetune_accuracy")
+    there = {name for row in rows for name in METRICS if row.get(name) is not None}
+    others = [name for name in METRICS if name in there and name not in usual]
+    return tuple(spec.get("measures") or (*usual, *others))
 
 
 def _key(spec, measure, x):
@@ -286,6 +373,12 @@ def _point(rows, key):
     return (*spread(values), len(values)) if values else None
 
 
+def _interval(rows, key):
+    """The interval of the one row that has a value; None where several are averaged."""
+    rows = [row for row in rows if row.get(key) is not None]
+    return interval_of(rows[0], key) if len(rows) == 1 else None
+
+
 def shown(value: Any) -> str:
     """A value as tables and pictures write it; a defense by its name."""
     if isinstance(value, float):
@@ -306,7 +399,7 @@ def _notes(rows, spec):
     if is_cost(spec):
         yield "s: seconds that a stage took; GB: its peak memory in 10^9 bytes."
     else:
-        for short, _, meaning, *_ in map(MEASURES.get, measures_of(spec)):
+        for short, _, meaning, *_ in map(MEASURES.get, _measures(spec, rows)):
             yield f"{short}: {meaning}."
         yield f"Columns: {spec['across']}; avg: mean over the columns that every row has."
     where = spec.get("where") or {}
@@ -321,7 +414,7 @@ def _notes(rows, spec):
     pooled = [
         name
         for name in dict.fromkeys(key for row in rows for key in row)
-        if name not in (*MEASURES, *apart, "role", "cell")
+        if name not in (*MEASURES, *apart, *_COUNTS, "role", "cell")
         and not name.endswith(("_seconds", "_memory_bytes"))
         and any(len({_value(row, name) for row in group}) > 1 for group in places.values())
     ]
@@ -329,3 +422,5 @@ def _notes(rows, spec):
         yield f"Cells average over {', '.join(pooled)}."
     if pooled or len(seeds) > 1:
         yield f"±: sample standard deviation (number of {'runs' if pooled else 'seeds'})."
+    if any(row.get(column) for row in rows for column in _COUNTS):
+        yield "[low, high]: Wilson's 95 % interval of one run's prompts."

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from antidote_fast import __version__
-from antidote_fast.config.base import RENAMED, StageConfig, fields_by
+from antidote_fast.config.base import RENAMED, StageConfig, each_of, fields_by
 from antidote_fast.errors import DataError
 from antidote_fast.files.commit import digest_of, first_difference, new_file
 from antidote_fast.files.manifest import read_manifest, sha256_file, sha256_of, verify_folder
@@ -172,8 +172,8 @@ def settings_of(config: StageConfig) -> dict:
 
 def input_files(config: StageConfig) -> list[str]:
     """The local files and folders that a stage's config names, data sets without their role."""
-    names = [getattr(config, each.name) for each in fields_by(config, "contents")]
-    paths = [(name, name.rpartition(":")[0]) for name in names if name is not None]
+    names = [n for f in fields_by(config, "contents") for n in each_of(getattr(config, f.name))]
+    paths = [(name, name.rpartition(":")[0]) for name in names]
     return [path for pair in paths if (path := next(filter(os.path.exists, pair), None))]
 
 
@@ -217,7 +217,11 @@ def difference(
     before, recorded = report.get("config"), report.get("inputs")
     if report.get("stage") != stage or not all(isinstance(d, dict) for d in (before, recorded)):
         return f"was not written by {stage}"
-    before = {RENAMED.get(name, (name,))[0]: value for name, value in before.items()}
+    known = {each.name for each in fields(config)}
+    before = {
+        name if name in known else RENAMED.get(name, (name,))[0]: value
+        for name, value in before.items()
+    }
     other = _other_setting(before, config)
     if other is not None:
         return other
@@ -253,7 +257,12 @@ def _other_setting(before, config):
 
 
 def _contents_of(value, hashes):
-    """What lay where a field says: {file in a folder: hash}, a file's (hash, role), or the name."""
+    """What lay where a field says: {file in a folder: hash}, a file's (hash, role), or the name.
+
+    Of several, a list of these.
+    """
+    if isinstance(value, list):
+        return [_contents_of(one, hashes) for one in value]
     spellings = [(value, ""), value.rpartition(":")[::2]] if isinstance(value, str) else []
     for name, role in spellings:
         if name and str(Path(name)) in hashes:

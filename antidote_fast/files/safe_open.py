@@ -26,7 +26,9 @@ _FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
 # A file of the hub's cache is a link to this place, beside the folder "snapshots".
 _BLOB = re.compile(r"\.\./\.\./blobs/([^/]+)")
 # Of a folder; somebody's log may grow there.
-READ_BY_STAGES = re.compile(r".*\.(safetensors|json|txt|model|jinja|tiktoken|py|md)|[^.]+")
+READ_BY_STAGES = re.compile(
+    r".*\.(safetensors|json|txt|model|jinja|tiktoken|py|md)|verdicts\.jsonl|[^.]+"
+)
 _MAX_FILES = 10_000  # of one folder
 _MAX_HOLES = 64 << 20
 # A change within one tick of the system's clock (1 to 10 ms) leaves the time of a file as it was.

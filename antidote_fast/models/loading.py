@@ -96,7 +96,8 @@ def open_model(config: Any, argument: str = "model_name_or_path") -> Checkpoint:
 
     Args:
         config: the stage's frozen dataclass.
-        argument: the field: ``"adapter"`` for a PEFT adapter, any other for a whole model.
+        argument: the field: one that ends in ``adapter`` for a PEFT adapter, any other for a whole
+            model.
 
     Raises:
         DataError: no such folder, one that cannot be used, or one of the other kind.
@@ -104,13 +105,14 @@ def open_model(config: Any, argument: str = "model_name_or_path") -> Checkpoint:
     name = getattr(config, argument)
     folder = resolve_folder(name, argument)
     checkpoint = open_checkpoint(folder, trust_remote_code=config.trust_remote_code)
-    if checkpoint.is_adapter and argument != "adapter":
+    wants_adapter = argument.endswith("adapter")
+    if checkpoint.is_adapter and not wants_adapter:
         goes_on_it = argument == "model_name_or_path" and hasattr(config, "adapter")
         other = "its base model, and this folder as adapter" if goes_on_it else "a whole model"
         raise DataError(f"{argument}={name!r}: is a PEFT adapter; give {other}")
-    if argument == "adapter" and not checkpoint.is_adapter:
-        other = "give it as model_name_or_path, without adapter"
-        raise DataError(f"adapter={name!r}: is a whole model, not an adapter; {other}")
+    if wants_adapter and not checkpoint.is_adapter:
+        other = f"give it as model_name_or_path, without {argument}"
+        raise DataError(f"{argument}={name!r}: is a whole model, not an adapter; {other}")
     return checkpoint
 
 

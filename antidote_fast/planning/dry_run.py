@@ -155,7 +155,8 @@ def _plan_sweep(config):
     checked, candidates = sweep.check(config), config.candidates()
     places = {"output_dir": config.output_dir, "overwrite": config.overwrite}
     evaluations = plan_evaluate(replace(config.evaluation(), **places))
-    evaluations.repeat(1 + len(candidates))
+    models = 1 + (checked.clean is not None)  # beside the candidates
+    evaluations.repeat(models + len(candidates))
     parts = {"evaluate": evaluations}
     for kind in config.kinds:
         options = vars(config.collecting(kind)) | places
@@ -183,10 +184,13 @@ def _plan_sweep(config):
         whole.bytes_read += size
     weights = sum(target.weight.numel() for target in targets)
     whole.pruned = {"layers": len(targets), "weights": weights}
+    if checked.clean is not None:
+        whole.bytes_read += checked.base.file_bytes + checked.clean.file_bytes
     whole.data = {"candidates": len(candidates), **evaluations.data}
+    others = "the unpruned model, the clean one" if checked.clean else "the unpruned model"
     whole.notes.append(
-        f"at most {1 + len(candidates)} evaluations, of the unpruned model and each candidate; a "
-        "score and scope ends early where it costs too much or no harmful answer is left"
+        f"at most {models + len(candidates)} evaluations, of {others} and each candidate; a score "
+        "and scope ends early where it costs too much or no harmful answer is left"
     )
     if config.evaluation().judge != "refusal":
         whole.notes.append("the judge stays in memory beside the model, and is not counted")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from antidote_fast.config.prune import CalibrateConfig, GateMixture, PruneConfig
+from antidote_fast.config.prune import CalibrateConfig, PruneConfig
 from antidote_fast.data.batches import batches_of
 from antidote_fast.errors import DataError
 from antidote_fast.files.resume import interrupted_state
@@ -19,9 +19,9 @@ from antidote_fast.models.targets import Target, find_targets
 from antidote_fast.planning.plan import Plan
 from antidote_fast.pruning.evidence import check_keys
 from antidote_fast.stages.evidence import weights_to_prune
-from antidote_fast.stages.gates.answers import Answers, check_texts, fill_pools, fits, ordinary_of
-from antidote_fast.stages.gates.stage import texts_of
-from antidote_fast.stages.inputs import Inputs, learner_of, open_inputs
+from antidote_fast.stages.gates.answers import Answers, check_texts, fill_pools, fits, kinds_of
+from antidote_fast.stages.gates.stage import kinds, texts_of
+from antidote_fast.stages.inputs import LEARNED_ON, Inputs, learner_of, open_inputs
 from antidote_fast.system.memory import format_bytes
 
 # As if the aligned model refused every harmful prompt and answered every ordinary one.
@@ -145,17 +145,23 @@ def _stream(plan, batches):
 
 def _learning(plan, inputs) -> list[Target]:
     """Add answers of the aligned model, and steps forwards and back; returns the targets."""
-    config, mixture, texts = plan.config, GateMixture(), texts_of(plan.config)
+    config, mixture, texts = plan.config, plan.config.mixture, texts_of(plan.config)
     tokenizer, new = inputs.tokenizer, mixture.answer_tokens
-    harmful, preserve = inputs.records["dataset"], inputs.records["preserve_dataset"]
-    check_texts(tokenizer, harmful, preserve, **texts)
+    sets = kinds(inputs.records)
+    check_texts(tokenizer, **sets, **texts)
 
     def answers(records, text):
         text = " ".join([text] * new)  # of more tokens than are generated
-        return [text if fits(record, tokenizer, **texts) else None for record in records]
+        return [
+            text if fits(record, tokenizer, template, config.max_seq_length) else None
+            for template in config.gate_templates or [config.template]
+            for record in records
+        ]
 
-    answered = Answers(answers(harmful, _REFUSAL), answers(ordinary_of(preserve), _ANSWER))
-    pools = fill_pools(tokenizer, harmful, preserve, answered, answer_tokens=new, **texts).examples
+    _, ordinary = kinds_of(sets["preserve"], sets["ordinary"])
+    answered = Answers(answers(sets["harmful"], _REFUSAL), answers(ordinary, _ANSWER))
+    options = {"answers": answered, "answer_tokens": new}
+    pools = fill_pools(tokenizer, **sets, **texts, **options).examples
     cost = plan.load()
     targets = find_targets(cost.model, config.targets, config.ignore)
     cost.model.requires_grad_(False)
@@ -186,7 +192,7 @@ def _learning(plan, inputs) -> list[Target]:
     # Three fp32 matrices a target and their gradients, and the weights as they were.
     plan.hold("gates", 4 * 4 * sum(target.weight.numel() for target in targets))
     plan.hold("copy of the targets", size)
-    plan.read(plan.base, plan.adapter, inputs.aligned, config.dataset, config.preserve_dataset)
+    plan.read(plan.base, plan.adapter, inputs.aligned, *(getattr(config, n) for n in LEARNED_ON))
     if inputs.aligned is not None:
         plan.hold("base of the targets", size)
         plan.bytes_read += size

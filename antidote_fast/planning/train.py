@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+from antidote_fast.config.base import each_of
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.train import AlignConfig, TrainConfig
-from antidote_fast.data.batches import build_prompt, prompt_ids
+from antidote_fast.data.batches import prompt_ids
+from antidote_fast.evaluation.conditions import kinds_asked
 from antidote_fast.models.footprint import ADAM_BYTES, weight_bytes
 from antidote_fast.planning.plan import Plan
 from antidote_fast.stages import align, evaluate, finetune
@@ -64,32 +66,42 @@ def plan_train(config: TrainConfig) -> Plan:
 def plan_evaluate(config: EvaluateConfig, adapt: Callable | None = None) -> Plan:
     """As :func:`antidote_fast.stages.evaluate.run` would go; ``adapt``: as :class:`Plan`."""
     inputs = evaluate.open_inputs(config)
-    base, tokenizer, new = inputs.base, inputs.tokenizer, config.max_new_tokens
+    base, tokenizer, new = inputs.base, inputs.tokenizer, inputs.max_new_tokens
     plan = Plan("evaluate", config, base, inputs.adapter, adapt)
     cost = plan.load()
-    records = [record for some in inputs.sets.values() for record in some]
-    texts = {build_prompt(record, config.template, tokenizer) for record in records}
-    lengths = [len(prompt_ids(text, tokenizer)) for text in texts]
+    lengths: dict[int, list[int]] = {}  # by how many tokens an answer may take
+    asked = 0
+    for condition in inputs.conditions:
+        for kind, named in kinds_asked(condition, inputs.sets_by_kind).items():
+            for records in named.values():
+                texts = {condition.prompt(record, tokenizer) for record in records}
+                lengths.setdefault(new[kind], []).extend(
+                    len(prompt_ids(text, tokenizer)) for text in texts
+                )
+                asked += len(records)
     plan.data = {
-        "prompts": len(records),
-        "different ones": len(lengths),
-        "prompt tokens": sum(lengths),
-        "answer tokens at most": new * len(lengths),
+        "conditions": len(inputs.conditions),
+        "prompts": asked,
+        "different ones": sum(map(len, lengths.values())),
+        "prompt tokens": sum(map(sum, lengths.values())),
+        "answer tokens at most": sum(most * len(some) for most, some in lengths.items()),
     }
-    plan.generate(lengths, new)
+    cache = 0
+    for most, some in lengths.items():
+        plan.generate(some, most)
+        cache = max(cache, min(config.batch_size, len(some)) * (max(some) + most))
     plan.hold("weights", cost.weight_bytes)
     if lengths:
-        batch, length = plan.shape
-        plan.hold("activations", cost.peak_bytes(batch, length))
-        plan.hold("cache", cost.cache_bytes * batch * (length + new))
-    data = (config.harmful_dataset, config.task_dataset, config.benign_dataset)
-    plan.read(base, inputs.adapter, *data, config.drift_dataset)
+        plan.hold("activations", cost.peak_bytes(*plan.shape))
+        plan.hold("cache", cost.cache_bytes * cache)
+    data = [n for kind in evaluate.KINDS for n in each_of(getattr(config, f"{kind}_dataset"))]
+    plan.read(base, inputs.adapter, *data, *each_of(config.held_out_from), config.drift_dataset)
     if inputs.drift_batches:
         shapes = [batch["input_ids"].shape for batch in inputs.drift_batches]
         flops = cost.forward.of_batches((n, length, n * length) for n, length in shapes)
         plan.compute("drift", 2 * flops)
         plan.hold("reference model", weight_bytes(base, config.dtype))
-    if config.harmful_dataset and config.judge != "refusal":
+    if config.harmful_dataset and not config.only_phrases:
         plan.notes.append("the judge, loaded when the model has answered, is not counted")
     plan.notes.append("as if every answer had max_new_tokens; most end before")
     return plan.finish()

@@ -63,6 +63,12 @@ class PruneReport:
         preserve_ratio: what was protected by the norms on data to preserve; None without them.
         score_delta: what was scored is the difference from the base weights.
         reverted: removed weights have the values of the base weights, not zero.
+        data: {field of the config: what became of its records}, of the data that a model saw:
+            ``num_records`` is the sum of ``num_used``, ``num_dropped_long`` (the prompt alone has
+            max_seq_length tokens), ``num_over_limit`` (behind the number that is used) and, with
+            score gate, ``num_refused`` and ``num_empty`` (ordinary prompts that the aligned model
+            does not answer) and ``num_without_output``; ``num_truncated`` of those used lost the
+            end of their response.
     """
 
     score: str
@@ -80,6 +86,7 @@ class PruneReport:
     preserve_ratio: float | None = None
     score_delta: bool = False
     reverted: bool = False
+    data: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def num_weights(self) -> int:

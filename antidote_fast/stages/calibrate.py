@@ -40,4 +40,5 @@ def _write(inputs, folder):
     inputs.evidence.norms.save(folder / NORMS_FILE)
     seconds, config = round(time.perf_counter() - inputs.begun, 3), inputs.config
     results = {"seconds": seconds, **inputs.counts["dataset"], **inputs.backend}
+    results["data"] = inputs.data
     return write_report(folder, "calibrate", config, results, inputs=input_files(config))

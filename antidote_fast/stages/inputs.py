@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from antidote_fast import backends
-from antidote_fast.config.base import check_left_out
+from antidote_fast.config.base import check_left_out, each_of
 from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.prune import CalibrateConfig, PruneConfig
 from antidote_fast.data.load import load_records
-from antidote_fast.data.records import Record
+from antidote_fast.data.records import Record, Records
 from antidote_fast.distributed.fsdp import is_sharded
 from antidote_fast.distributed.ranks import ALONE, World
 from antidote_fast.errors import DataError, UsageError
@@ -49,6 +49,7 @@ from antidote_fast.norms.activation_norms import ActivationNorms, counts_of
 from antidote_fast.pruning.evidence import Evidence, check_base
 
 NORMS_FILE = "norms.safetensors"
+LEARNED_ON = ("dataset", "preserve_dataset", "ordinary_dataset")  # where a score is learned
 
 
 @dataclass(kw_only=True)
@@ -66,6 +67,8 @@ class Inputs:
         records: {field of the config: records} of the data that a model is still to see.
         evidence: the norms that are there, and later those that are collected.
         counts: {"dataset", "preserve_dataset" or "gate": what the report says of that evidence}.
+        data: {field of the config: what became of its records}, as of
+            :class:`antidote_fast.pruning.report.PruneReport`.
         watch: of every file that is read.
         made_from: everything that decides the result, as :func:`run_inputs`; empty with a live
             model.
@@ -86,6 +89,7 @@ class Inputs:
     records: dict[str, list[Record]] = field(default_factory=dict)
     evidence: Evidence = field(default_factory=Evidence)
     counts: dict[str, dict] = field(default_factory=dict)
+    data: dict[str, dict[str, int]] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
     made_from: dict[str, Any] = field(default_factory=dict)
     given_tokenizer: Any = None
@@ -118,6 +122,8 @@ class Inputs:
         changed: dict[str, Any] = {kind: norms}
         self.evidence = dataclasses.replace(self.evidence, **changed)
         self.counts[name] = counts
+        if "num_dropped" in counts:  # else they were collected before, and of what nobody knows
+            self.data[name] = data_of(counts)
 
     def base_weights(self, keys: Iterable[str]) -> dict[str, torch.Tensor] | None:
         """{parameter name: tensor} of the aligned model, as saved; None without one."""
@@ -250,11 +256,12 @@ def unseen_data(config: CalibrateConfig, evidence: Evidence | None = None) -> li
     if not isinstance(config, PruneConfig):
         return ["dataset"]
     learns = config.scoring.learner is not None and evidence.scores is None
+    learns_on = [name for name in LEARNED_ON if learns and getattr(config, name) is not None]
     needed = {
-        "dataset": learns or (config.scoring.needs_norms and evidence.norms is None),
-        "preserve_dataset": learns or (config.preserves and evidence.preserve_norms is None),
+        "dataset": config.scoring.needs_norms and evidence.norms is None,
+        "preserve_dataset": config.preserves and evidence.preserve_norms is None,
     }
-    return [name for name, is_needed in needed.items() if is_needed]
+    return learns_on or [name for name, is_needed in needed.items() if is_needed]
 
 
 def open_folders(config: Any, progress: Any = False) -> tuple[Checkpoint, Checkpoint | None]:
@@ -349,14 +356,41 @@ def _add_saved_norms(inputs, in_memory):
             check_base(norms, fingerprint, name)
 
 
-def load_data(config: Any, records: list[Record] | None, name: str = "dataset") -> list[Record]:
-    """The records of the data set that the field ``name`` says; given ones cut to as many."""
-    limit = config.num_calibration_samples
-    if records is not None:
-        return records[:limit]
-    # What a score is learned on are prompts that the aligned model answers.
-    answered = learner_of(config) is None
-    return load_records(getattr(config, name), limit=limit, require_output=answered)
+def data_of(counts: Mapping[str, int]) -> dict[str, int]:
+    """What became of the records of a data set, from what the report says of their batches."""
+    over = counts.get("num_over_limit", 0)
+    return {
+        "num_records": counts["num_records"] + over,
+        "num_used": counts["num_records"] - counts["num_dropped"],
+        "num_dropped_long": counts["num_dropped"],
+        "num_truncated": counts["num_truncated"],
+        "num_over_limit": over,
+    }
+
+
+def load_data(config: Any, records: list[Record] | None, name: str = "dataset") -> Records:
+    """The records of the data set that the field ``name`` says, or of ``records``, as many as used.
+
+    Of what a score is learned on, prompts that the aligned model answers have a limit of their own;
+    in ``preserve_dataset`` they are left out where ``ordinary_dataset`` has them.
+    """
+    learns = learner_of(config) is not None
+    if records is None:
+        records = load_records(getattr(config, name), require_output=not learns)
+    if not learns or name == "dataset":
+        return Records(records).limited(config.num_calibration_samples)
+    is_prompt = [name == "ordinary_dataset" or not record.output.strip() for record in records]
+    left = {True: config.num_ordinary_samples, False: config.num_calibration_samples}
+    kept = Records()
+    for record, prompt in zip(records, is_prompt, strict=True):
+        if prompt and name == "preserve_dataset" and config.ordinary_dataset is not None:
+            kept.num_without_output += 1
+        elif left[prompt]:
+            left[prompt] -= 1
+            kept.append(record)
+        else:
+            kept.num_over_limit += 1
+    return kept
 
 
 def load_norms(path: str | os.PathLike, name: str = "norms") -> ActivationNorms:
@@ -391,8 +425,9 @@ def check_data(stages: Iterable[Any]) -> None:
         # As evaluate reads them: the drift is measured on alignment data, from the train split.
         tests = isinstance(stage, EvaluateConfig)
         for name, source in vars(stage).items():
-            if source is not None and name.endswith("dataset"):
-                split = "test" if tests and name != "drift_dataset" else "train"
-                sources.add((source, split))
+            if name.endswith("dataset") or name == "held_out_from":
+                aside = name in ("drift_dataset", "held_out_from")
+                split = "test" if tests and not aside else "train"
+                sources |= {(one, split) for one in each_of(source)}
     for source, split in sorted(sources):
         load_records(source, split=split)

@@ -5,6 +5,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+from antidote_fast.config.scores import SCORES, Score
+
+_LEFT_OUT = {
+    "num_over_limit": "behind the number that is used",
+    "num_dropped_long": "too long",
+    "num_truncated": "used, but cut",
+    "num_refused": "refused by the aligned model",
+    "num_empty": "not answered by the aligned model",
+    "num_without_output": "without output",
+}
 _KEPT = ("license", "language", "pipeline_tag", "datasets")
 
 
@@ -27,7 +37,12 @@ def write_card(folder: Path, config: Any, report: Any, counts: dict[str, dict]) 
         preserved = _tokens(counts["preserve_dataset"], "other")
         kept = f"| kept of those selected | {report.num_preserved:,}, among the top "
         kept += f"{report.preserve_ratio:g} by {preserved} |\n"
+    declared = SCORES.get(report.score) or Score(report.score, "")
+    changes = _beyond_the_paper(report) if declared.needs_norms else ""
     text = _TEXT.format(
+        title=declared.title or f"by score {report.score}",
+        method=declared.method,
+        changes=changes,
         kind="LoRA adapter" if is_adapter else "model",
         loader=_LOAD_ADAPTER if is_adapter else _LOAD_MODEL,
         score=report.score + (", of the difference from the aligned model" * report.score_delta),
@@ -40,9 +55,32 @@ def write_card(folder: Path, config: Any, report: Any, counts: dict[str, dict]) 
         data=_data(counts.get("dataset"), counts.get("gate")),
         fate=_REVERTED if report.reverted else _ZERO,
         kept=kept,
+        left_out=_left_out(report.data),
     )
     make = _header if len(earlier or b"") < 1 << 16 else _header.__wrapped__
-    path.write_bytes(make(base, is_adapter, earlier) + text.encode("utf-8"))
+    path.write_bytes(make(base, is_adapter, declared.tag, earlier) + text.encode("utf-8"))
+
+
+def _beyond_the_paper(report):
+    """What of a prune by norms is otherwise than in the paper, as a sentence; or nothing."""
+    others = {
+        f"scope {report.scope}": report.scope != "row",
+        "weights that other data need are kept": report.preserve_ratio is not None,
+        "removed weights fall back to the aligned model": report.reverted,
+        "scored by the difference from the aligned model": report.score_delta,
+    }
+    found = ", ".join(what for what, there in others.items() if there)
+    return f" Otherwise than in the paper: {found}." if found else ""
+
+
+def _left_out(data):
+    """A row on the records that were not used, or not whole; nothing where there are none."""
+    parts = []
+    for name, counts in data.items():
+        why = [f"{counts[key]:,} {text}" for key, text in _LEFT_OUT.items() if counts.get(key)]
+        if why:
+            parts.append(f"{name}, of {counts['num_records']:,}: {', '.join(why)}")
+    return f"| records left out or cut | {'; '.join(parts)} |\n" if parts else ""
 
 
 def _data(counts, gate_counts):
@@ -63,14 +101,17 @@ def _tokens(counts, kind):
 
 
 @functools.lru_cache(maxsize=256)  # 2 ms, and the adapters of a fleet mostly share theirs
-def _header(base, is_adapter, earlier):
-    """The card's metadata as bytes; ``earlier`` is the card that came with the folder, or None."""
+def _header(base, is_adapter, tag, earlier):
+    """The card's metadata as bytes.
+
+    ``tag`` is that of the method, ``earlier`` the card that came with the folder, or None.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(
         base_model=base,
         library_name="peft" if is_adapter else "transformers",
-        tags=["antidote", "pruned", "safety", *(["lora"] if is_adapter else [])],
+        tags=list(dict.fromkeys([tag, "pruned", "safety", *(["lora"] if is_adapter else [])])),
         **_earlier(earlier),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n")).encode("utf-8")
@@ -99,10 +140,9 @@ and as fast as before."""
 _REVERTED = """Removed weights have the values of the aligned model that it was
 fine-tuned from: nothing is zeroed, and the file is as large and as fast as before."""
 _TEXT = """
-# Pruned with Antidote
+# Pruned {title}
 
-This {kind} was pruned after fine-tuning, to remove weights that matter most on harmful data
-(Antidote, arXiv 2408.09600). {fate}
+This {kind} was pruned after fine-tuning, {method}.{changes} {fate}
 
 | | |
 |---|---|
@@ -111,7 +151,7 @@ This {kind} was pruned after fine-tuning, to remove weights that matter most on 
 | ratio asked for | {ratio:g} |
 | removed | {removed:,} of {total:,} weights in {layers} layers ({achieved:.2%}) |
 {kept}| calibration data | {data} |
-
+{left_out}
 ```python
 {loader}
 ```

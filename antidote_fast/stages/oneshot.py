@@ -24,7 +24,7 @@ from antidote_fast.stages.evidence import gather
 from antidote_fast.stages.inputs import open_inputs
 from antidote_fast.stages.prune import finish, prune_folder
 
-_IN_MEMORY = ("dataset", "norms", "preserve_dataset", "preserve_norms")
+_IN_MEMORY = ("dataset", "norms", "preserve_dataset", "preserve_norms", "ordinary_dataset")
 
 
 def oneshot(
@@ -52,11 +52,12 @@ def oneshot(
             one; rank 0 writes.
         overrides: fields of :class:`PruneConfig`; they win over ``config``. ``norms`` and
             ``preserve_norms`` may also be :class:`ActivationNorms`; no forward pass is run for them
-            then. ``preserve_dataset`` may be records, as ``dataset``.
+            then. ``preserve_dataset`` and ``ordinary_dataset`` may be records, as ``dataset``.
 
     Returns:
-        The report, layer by layer; its ``masks`` are there where ``save_masks`` is set. None on
-        the ranks that do not write, where ``model`` is a folder.
+        The report, layer by layer; its ``data`` says what became of the records, its ``masks`` are
+        there where ``save_masks`` is set. None on the ranks that do not write, where ``model`` is a
+        folder.
 
     Raises:
         UsageError: a field that is unknown or out of range, or one that is missing.
@@ -111,6 +112,7 @@ def _prune_live(model, config, in_memory, tokenizer, world):
     inputs.pruned_from = time.perf_counter()
     options = config.prune_options | config.picked("targets", "ignore")
     report = prune_model_(inputs.model, inputs.evidence, config.selection, **options)
+    report.data = inputs.data
     with world.together():
         if config.output_dir and not world.rank:
             entries: dict[str, Any] = {}

@@ -125,6 +125,7 @@ def finish(folder: Any, inputs: Inputs, report: PruneReport, hashes: dict | None
     if config.save_masks and report.masks is not None:  # else they are there already
         metadata = {"score": report.score, "scope": report.scope, "ratio": str(report.ratio)}
         save_masks(folder / MASKS_FILE, report.masks, metadata)
+    report.data = inputs.data
     write_card(folder, config, report, counts)
     named = {"preserve_dataset": "preserve_data", "gate": "gate"}
     results = {

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from antidote_fast.config.train import TrainConfig
-from antidote_fast.data.batches import Examples, encode
+from antidote_fast.data.batches import Examples, encode_in
 from antidote_fast.data.records import Record
 from antidote_fast.files.checkpoint import Checkpoint
 from antidote_fast.files.commit import check_free_space, check_output_folder
@@ -49,7 +49,7 @@ def tokenised(
     ``counts`` is what the report says of the records.
     """
     tokenizer = load_tokenizer(base.folder, trust_remote_code=config.trust_remote_code)
-    examples = encode(records, tokenizer, config.template, config.max_seq_length)
+    examples = encode_in(records, tokenizer, config.used_templates, config.max_seq_length)
     make_objective, others = objective_of(config, tokenizer)
     return TrainingData(tokenizer, examples, [*records, *others], make_objective, counts or {})
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from antidote_fast.config.train import TrainConfig
 from antidote_fast.data.batches import IGNORE_INDEX, collate
-from antidote_fast.models.forwards import MIN_SHARED, plain_cache
+from antidote_fast.models.forwards import MIN_SHARED, cache_name, plain_cache, rope_by_length
 from antidote_fast.models.kinds import Model, Tokenizer
 from antidote_fast.models.undo import hook, undoing
 
@@ -173,7 +173,7 @@ def response_loss(
     start, options = 0, {"use_cache": False}
     if share_prefix:
         start, cache = _prefix(model, batch, keep, choose)
-        options = {"use_cache": True, "past_key_values": cache} if start else options
+        options = {"use_cache": True, cache_name(): cache} if start else options
     keep = keep[:, start:]
     with choose(keep):
         logits = model(
@@ -192,7 +192,7 @@ def _prefix(model, batch, keep, choose):
     same = (ids == ids[:1]).all(dim=0) & batch["attention_mask"].bool().all(dim=0)
     own = ~same | keep.any(dim=0)  # from here on each row needs its own hidden states
     shared = int(own.to(torch.uint8).argmax()) if own.any() else ids.shape[1] - 1
-    if shared < MIN_SHARED or len(ids) < 2:
+    if shared < MIN_SHARED or len(ids) < 2 or rope_by_length(model, ids.shape[1]):
         return 0, None
     first = ids[:1, :shared]
     with choose(torch.zeros_like(first, dtype=torch.bool)):

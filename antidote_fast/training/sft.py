@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from antidote_fast.config.train import TrainConfig
-from antidote_fast.data.batches import IGNORE_INDEX, Examples, encode
+from antidote_fast.data.batches import IGNORE_INDEX, Examples, encode_in
 from antidote_fast.data.records import Record
 from antidote_fast.errors import AntidoteError, DataError, UsageError, first_line
 from antidote_fast.files.checkpoint import Checkpoint
@@ -148,7 +148,7 @@ def train(
     start = time.perf_counter()
     examples = records
     if not isinstance(records, Examples):
-        examples = encode(records, tokenizer, config.template, config.max_seq_length)
+        examples = encode_in(records, tokenizer, config.used_templates, config.max_seq_length)
     if not any(p.requires_grad for p in model.parameters()):
         raise DataError("the model has no weight that requires a gradient")
     check_examples(model, examples)

@@ -135,6 +135,61 @@ def test_chat_template():
         build_prompt(Record("a"), "vicuna")
 
 
+def test_alpaca_with_a_system_prompt_and_a_begun_answer():
+    text = build_prompt(Record("Do it"), system="Be {brief}.", prefill="Sure, {instruction}")
+    assert text == (
+        "Be {brief}.\n\nBelow is an instruction that describes a task. Write a response that "
+        "appropriately completes the request.\n\n### Instruction:\nDo it\n\n### Response:\n"
+        "Sure, {instruction}"
+    )
+
+
+RAISES = (  # as Gemma's
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<model>\n{% endif %}"
+)
+LEAVES_OUT = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] != 'system' %}"
+    "<{{ m['role'] }}>{{ m['content'] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<model>\n{% endif %}"
+)
+# As those of reasoning models: a past answer loses its thoughts, a new one begins with them.
+REASONS = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'].split('</think>')[-1] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "expected"),
+    [
+        (texts.CHAT_TEMPLATE, "<s><|system|>Be brief. \n<|user|>Do it\n\nnow\n<|assistant|>Sure, "),
+        (RAISES, "<s><user>Be brief. \n\nDo it\n\nnow\n<model>\nSure, "),
+        (LEAVES_OUT, "<s><user>Be brief. \n\nDo it\n\nnow\n<model>\nSure, "),
+        (REASONS, "<system>Be brief. \n<user>Do it\n\nnow\n<assistant><think>\nSure, "),
+    ],
+    ids=["system", "raises", "leaves out", "reasons"],
+)
+def test_chat_with_a_system_prompt_and_a_begun_answer(chat_template, expected):
+    tokenizer = texts.byte_tokenizer(chat=True)
+    tokenizer.chat_template = chat_template
+    record = Record("Do it", "now")
+    options = {"system": "Be brief. ", "prefill": "Sure, "}
+    assert build_prompt(record, "chat", tokenizer, **options) == expected
+    plain = build_prompt(record, "chat", tokenizer)
+    assert build_prompt(record, "chat", tokenizer, prefill="Sure, ") == plain + "Sure, "
+    assert "brief" not in plain
+
+
+def test_a_system_prompt_that_the_user_repeats_is_not_lost():
+    tokenizer = texts.byte_tokenizer(chat=True)
+    tokenizer.chat_template = LEAVES_OUT
+    text = build_prompt(Record("Be brief."), "chat", tokenizer, system="Be brief.")
+    assert text == "<s><user>Be brief.\n\nBe brief.\n<model>\n"
+
+
 def test_prompt_never_ends_with_the_end_token():
     from tokenizers import processors
 

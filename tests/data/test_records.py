@@ -180,6 +180,93 @@ def test_columns_of_the_tasks(tmp_path):
     assert load_records(texts.write_jsonl(tmp_path / "e.jsonl", plain)) == [Record("p", "", "r")]
 
 
+USER, ANSWER = {"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "p", "completion": "r"}, Record("p", "", "r")),
+        ({"prompt": "p", "response": "r", "output": "other"}, Record("p", "", "r")),
+        ({"prompt": "p", "response": None, "output": "r"}, Record("p", "", "r")),
+        ({"prompt": [USER], "completion": [ANSWER]}, Record("p", "", "r")),
+        ({"prompt": [SYSTEM, USER]}, Record("s", "p", "")),
+        ({"instruction": "p", "context": "c", "response": "r"}, Record("p", "c", "r")),
+        (
+            {"instruction": "p", "context": "", "response": "r", "category": "x"},
+            Record("p", "", "r"),
+        ),
+        ({"instruction": "p", "input": "c", "response": "r"}, Record("p", "c", "r")),
+        ({"instruction": "p", "input": "", "output": "r", "answer": "x"}, Record("p", "", "r")),
+        ({"instruction": "p", "completion": "r"}, Record("p", "", "r")),
+        ({"question": "p", "response": "r"}, Record("p", "", "r")),
+        ({"question": "p", "answer": "r", "context": "c"}, Record("p", "c", "r")),
+        ({"question": "p"}, Record("p")),
+        ({"query": "p", "response": "r"}, Record("p", "", "r")),
+        ({"query": "p", "answer": "r"}, Record("p", "", "r")),
+        ({"messages": [USER, ANSWER]}, Record("p", "", "r")),
+        ({"messages": [SYSTEM, USER, ANSWER]}, Record("s", "p", "r")),
+        ({"messages": [USER]}, Record("p")),
+        ({"prompt": "p", "messages": [USER, ANSWER]}, Record("p", "", "r")),
+        ({"prompt": "p", "response": "q", "messages": [USER, ANSWER]}, Record("p", "", "q")),
+        (
+            {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "r"}]},
+            Record("p", "", "r"),
+        ),
+        ({"prompt": "p", "target": "", "chosen": None}, Record("p")),
+    ],
+)
+def test_other_spellings(tmp_path, row, expected):
+    path = texts.write_jsonl(tmp_path / "a.jsonl", [row, row])
+    assert load_records(path) == [expected] * 2
+    if expected.output:
+        assert load_records(path, require_output=True) == [expected] * 2
+    else:
+        with pytest.raises(DataError, match=r"line 1: column '(response|answer|messages)'"):
+            load_records(path, require_output=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "p", "target": "r"}, "line 2: column 'target' would be lost"),
+        ({"prompt": "p", "chosen": "r", "rejected": "q"}, "column 'chosen' would be lost"),
+        ({"prompt": "p", "Response": "r"}, "column 'Response' would be lost"),
+        ({"prompt": "p", "messages": [USER, ANSWER]}, "column 'messages' would be lost"),
+        ({"prompt": "p", "completion": 3}, "column 'completion' must be a string, got int"),
+        ({"prompt": [USER], "completion": "r"}, "column 'completion' would be lost"),
+        ({"prompt": [USER, "r"]}, "column 'prompt' must be a list of messages"),
+    ],
+)
+def test_an_answer_that_would_be_lost(tmp_path, row, expected):
+    path = texts.write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p"}, row])
+    with pytest.raises(DataError) as caught:
+        load_records(path)
+    assert expected in texts.one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ([USER, ANSWER, USER, ANSWER], "must be one exchange: .*; got 4 messages"),
+        ([ANSWER], "got 1 messages"),
+        ([USER, {"role": "tool", "content": "x"}], "got 2 messages"),
+        ([], "got 0 messages"),
+        ("text", "must be a list of messages, each an object of role and content"),
+        ([USER, {"role": "assistant", "content": [3]}], "must be a string, got list"),
+        ([USER, {"role": "assistant"}], "must be a string, got NoneType"),
+        ([{"role": "user", "content": "\ud800"}], "not valid Unicode"),
+        ([{"role": "user", "content": " "}], "the prompt is empty"),
+    ],
+)
+def test_chats_that_are_refused(tmp_path, turns, expected):
+    path = texts.write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    with pytest.raises(DataError, match=f"line 1: .*{expected}") as caught:
+        load_records(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_beavertails_roles(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "NUM_ATTACK_ROWS", 6)
     monkeypatch.setattr(sources, "NUM_EVAL_ROWS", 3)

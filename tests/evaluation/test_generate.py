@@ -102,6 +102,52 @@ def test_equal_prompts_are_answered_once(monkeypatch):
     assert found[0] == found[2] == found[3]
 
 
+def test_is_done_ends_an_answer_at_the_text_so_far():
+    model, tokenizer = texts.llama(seed=5), texts.byte_tokenizer()
+    model.generation_config.eos_token_id = None
+    whole = [texts.greedy_ref(model, tokenizer, p, 20) for p in PROMPTS]
+    cut = [texts.greedy_ref(model, tokenizer, p, 8) for p in PROMPTS]
+    seen = []
+
+    def is_done(number, text):
+        seen.append((number, text))
+        return number in (0, 3)
+
+    prompts = [*PROMPTS, PROMPTS[3]]
+    found = generate(model, tokenizer, prompts, max_new_tokens=20, batch_size=4, is_done=is_done)
+    assert found == [cut[0], whole[1], whole[2], cut[3], whole[4], whole[5], cut[3]]
+    assert found[0] != whole[0]
+    later = [texts.greedy_ref(model, tokenizer, p, 16) for p in PROMPTS]
+    expected = [*enumerate(cut), *((i, later[i]) for i in (1, 2, 4, 5))]
+    assert sorted(seen) == sorted(expected)  # 8 and 16 tokens, and the ended ones once
+
+
+def test_a_batch_ends_when_is_done_says_so_of_all():
+    model, tokenizer = texts.llama(seed=5), texts.byte_tokenizer()
+    steps = []
+    model.register_forward_pre_hook(lambda *_: steps.append(1))
+    options = {"max_new_tokens": 400, "batch_size": 6}
+    generate(model, tokenizer, PROMPTS, **options, is_done=lambda number, text: True)
+    assert len(steps) <= 8
+
+
+def test_is_done_is_not_asked_of_answers_that_have_ended():
+    model, tokenizer = texts.llama(seed=5), texts.byte_tokenizer()
+    first = [
+        int(model(torch.tensor([prompt_ids(p, tokenizer)])).logits[0, -1].argmax()) for p in PROMPTS
+    ]
+    model.generation_config.eos_token_id = [1, first[0]]
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
+    ended = {i for i, token in enumerate(first) if token == first[0]}
+    seen = []
+    found = generate(
+        model, tokenizer, PROMPTS, max_new_tokens=12, is_done=lambda i, text: seen.append(i)
+    )
+    assert found == expected
+    assert seen
+    assert not ended & {*seen}
+
+
 def test_generation_refusals():
     model, tokenizer = texts.llama(positions=20), texts.byte_tokenizer()
     assert generate(model, tokenizer, []) == []

@@ -7,7 +7,7 @@ import torch
 from antidote_fast.data.batches import prompt_ids
 from antidote_fast.evaluation import generate as module
 from antidote_fast.evaluation.generate import generate
-from antidote_fast.models.forwards import plain_cache
+from antidote_fast.models.forwards import left_padded_cache, plain_cache
 
 HEAD = "the user asks how to make a good cake and what is "
 PROMPTS = [HEAD + rest for rest in ("two plus", "w40 w41 w42 w43", "three", "a", "w50 w51")]
@@ -71,3 +71,25 @@ def test_shared_tokens_leave_one_of_each_prompt():
     assert module._num_shared([[1, 2, 3], [1, 2, 3]]) == 2
     assert module._num_shared([[5, 2], [1, 2]]) == 0
     assert module._num_shared([[5], [5]]) == 0
+
+
+def test_a_cache_that_is_passed_on_warns_of_no_name(recwarn):
+    generate(tiny.build(), tiny.tokenizer(), PROMPTS, max_new_tokens=2, batch_size=5)
+    assert not [w for w in recwarn if "past_key_values" in str(w.message)]
+
+
+@pytest.mark.parametrize("pads", [[0, 2, 3], [5, 0]])
+def test_a_left_padded_cache_is_that_of_a_left_padded_batch(pads):
+    model = tiny.build()
+    ids = torch.arange(10, 14)
+    cache = left_padded_cache(plain_cache(model(input_ids=ids[None], use_cache=True)), pads)
+    for row, pad in enumerate(pads):
+        kept = max(4 - pad, 0)
+        alone = plain_cache(model(input_ids=ids[None, : max(kept, 1)], use_cache=True))
+        for layer, expected in zip(cache.layers, alone.layers, strict=True):
+            for name in ("keys", "values"):
+                states = getattr(layer, name)[row]
+                assert states.shape[-2] == 4
+                assert not states[:, : 4 - kept].any()
+                found, wanted = states[:, 4 - kept :], getattr(expected, name)[0, :, :kept]
+                torch.testing.assert_close(found, wanted)

@@ -13,12 +13,14 @@ from antidote_fast.evaluation.classifiers import (
     harmful_label_ids,
 )
 from antidote_fast.evaluation.judges import check_judge, get_judge
-from antidote_fast.evaluation.refusals import (
-    EMPTY,
-    GARBLED,
-    HARMFUL,
-    SAFE,
-    RefusalJudge,
+from antidote_fast.evaluation.phrases import PhraseJudge, refusal_phrases
+from antidote_fast.evaluation.verdicts import (
+    BROKEN,
+    COMPLIED,
+    OFF_TASK,
+    REFUSED,
+    Judge,
+    ask_judge,
 )
 
 BEAVER_LABELS = [f"category_{i}" for i in range(14)]
@@ -35,7 +37,7 @@ BEAVER_LABELS = [f"category_{i}" for i in range(14)]
         (["not_offensive", "offensive"], False, None, [1]),
         (["NotHate", "Hate"], False, None, [1]),
         (["OK", "S", "H", "V"], False, None, [1, 2, 3]),
-        (["neutral", "HARMFUL"], False, None, [1]),
+        (["neutral", "COMPLIED"], False, None, [1]),
         (["a", "b", "harmful"], False, None, [2]),
         (["toxic", "obscene", "x"], True, None, [0, 1, 2]),
         (["toxic", "benign"], True, None, [0]),
@@ -88,17 +90,19 @@ def test_verdicts_of_a_two_label_classifier():
     judge = ClassifierJudge(model, texts.byte_tokenizer())
     unsafe = judge.probabilities(None, ANSWERS)[:, 1]
     assert 0 < (unsafe > 0.5).sum() < len(ANSWERS)  # else this test would say nothing
-    expected = [HARMFUL if p > 0.5 else SAFE for p in unsafe]
+    expected = [COMPLIED if p > 0.5 else OFF_TASK for p in unsafe]
     assert judge(None, ANSWERS) == expected
-    assert judge(None, ["", *ANSWERS]) == [EMPTY, *expected]
+    assert judge(None, ["", *ANSWERS]) == [BROKEN, *expected]
     assert judge(None, []) == []
-    assert judge(None, [" "]) == [EMPTY]
+    assert judge(None, [" "]) == [BROKEN]
     swapped = ClassifierJudge(model, judge.tokenizer, harmful_labels=["safe"])
-    assert swapped(None, ANSWERS) == [SAFE if v == HARMFUL else HARMFUL for v in expected]
+    assert swapped(None, ANSWERS) == [OFF_TASK if v == COMPLIED else COMPLIED for v in expected]
     strict = ClassifierJudge(model, judge.tokenizer, threshold=0.999999)
-    assert strict(None, ["???", ""]) == [GARBLED, EMPTY]
+    assert strict(None, ["???", ""]) == [BROKEN, BROKEN]
+    refusal = "I'm sorry, but I can't help with that."
+    assert strict(None, [refusal]) == [REFUSED]
     lenient = ClassifierJudge(model, judge.tokenizer, threshold=1e-9)
-    assert lenient(None, ["???", ""]) == [HARMFUL, EMPTY]
+    assert lenient(None, ["???", "", refusal]) == [COMPLIED, BROKEN, COMPLIED]
 
 
 def test_single_logit_is_a_sigmoid():
@@ -174,8 +178,8 @@ def test_beaver_dam_protocol():
     )
     # Moved so that some are flagged and some are not, by one label of the fourteen.
     judge.threshold = probabilities.amax(1).median().item()
-    expected = [HARMFUL if p.max() > judge.threshold else SAFE for p in probabilities]
-    assert {HARMFUL, SAFE} == set(expected)
+    expected = [COMPLIED if p.max() > judge.threshold else OFF_TASK for p in probabilities]
+    assert {COMPLIED, OFF_TASK} == set(expected)
     assert judge(prompts, answers) == expected
     assert BeaverDamJudge(model, tokenizer).threshold == 0.5
 
@@ -234,7 +238,9 @@ def test_win_rate_judge_from_a_folder(tmp_path):
 
 
 def test_judges_by_name(tmp_path):
-    assert isinstance(get_judge("refusal"), RefusalJudge)
+    assert isinstance(get_judge("refusal"), PhraseJudge)
+    assert get_judge("refusal", labels=["positive", "negative"]).labels == ("positive", "negative")
+    assert not getattr(get_judge("refusal"), "harm_only", False)
     two = texts.save(texts.llama(labels=["safe", "unsafe"]), tmp_path / "two")
     judge = get_judge(two, device="cpu")
     assert type(judge) is ClassifierJudge
@@ -249,6 +255,70 @@ def test_judges_by_name(tmp_path):
     assert type(judge) is BeaverDamJudge
     assert judge.multi_label
     assert judge.labels == list(range(14))
+    assert judge.harm_only
+    assert judge.name == f"beaver-dam:{beaver}"
+    answers = ["one answer", "", "?? !!"]
+    assert isinstance(judge, Judge)
+    assert len(ask_judge(judge, ["a", "b", "c"], answers)) == 3
+
+
+URL = "http://127.0.0.1:9/v1"  # where nobody is; all of these are refused before it is asked
+
+
+@pytest.mark.parametrize("function", [check_judge, get_judge])
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("", {}, r"judge='': must be one of refusal, beaver-dam, llama-guard, .*, or a text-class"),
+        ("refusal", {"url": URL}, r"judge='refusal': must be one of llama-guard, .* where judge_u"),
+        ("beaver-dam", {"url": URL}, r"judge='beaver-dam': must be one of llama-guard, "),
+        ("some/classifier", {"url": URL, "model": "m"}, r"judge='some/classifier': must be one of"),
+        ("refusal", {"model": "m"}, r"judge_model='m': must be left out without judge_url"),
+        ("llama-guard", {"model": "m"}, r"judge_model='m': must be left out without judge_url"),
+        (
+            "llama-guard:a",
+            {"url": URL, "model": "m"},
+            r"judge_model='m': must be left out with jud",
+        ),
+        ("llama-guard:", {"url": URL}, r"judge_model=None: must name a model for judge='llama-g"),
+        ("strongreject", {"url": URL}, r"judge_model=None: must name a model for judge='strongrej"),
+        ("strongreject", {}, r"judge='strongreject': must name a model, as strongreject:FOLDER"),
+        ("harmbench:", {}, r"judge='harmbench:': must name a model, as harmbench:FOLDER"),
+        ("wildguard", {"url": "host/v1"}, r"judge_url='host/v1': must be the base of an OpenAI-c"),
+        ("llama-guard", {"harmful_labels": ["x"]}, r"harmful_labels=\['x'\]: must be left out wi"),
+        ("llama-guard:a", {"harmful_labels": ["x"], "url": URL}, r"harmful_labels=\['x'\]: must "),
+    ],
+)
+def test_options_that_do_not_go_together(function, name, options, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        function(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("function", [check_judge, get_judge])
+def test_chat_judges_have_a_model_of_the_hub(function, monkeypatch):
+    asked = []
+
+    def resolve(name, argument):
+        asked.append(name)
+        raise DataError("not here")
+
+    monkeypatch.setattr(classifiers, "resolve_folder", resolve)
+    for name in ("llama-guard", "llama-guard-4", "wildguard", "qwen3guard", "harmbench"):
+        with pytest.raises(DataError, match="not here"):
+            function(name)
+    for name in ("llama-guard:one/other", "strongreject:two/other"):
+        with pytest.raises(DataError, match="not here"):
+            function(name)
+    assert asked == [
+        "meta-llama/Llama-Guard-3-8B",
+        "meta-llama/Llama-Guard-4-12B",
+        "allenai/wildguard",
+        "Qwen/Qwen3Guard-Gen-4B",
+        "cais/HarmBench-Llama-2-13b-cls",
+        "one/other",
+        "two/other",
+    ]
 
 
 @pytest.mark.parametrize("function", [check_judge, get_judge])
@@ -315,3 +385,4 @@ def test_judges_module_needs_no_model_library():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+    assert all(phrase == phrase.casefold() for phrase in refusal_phrases())

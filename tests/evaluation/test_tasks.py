@@ -1,13 +1,13 @@
-"""Scores of answers: what counts, what is left out, what is refused."""
+"""Answers to the user's task: which are right, and what is refused."""
 
-from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError, UsageError
-from antidote_fast.evaluation import metrics
-from antidote_fast.evaluation.refusals import EMPTY, GARBLED, HARMFUL, SAFE, RefusalJudge
+from antidote_fast.evaluation import tasks
+from antidote_fast.evaluation.rates import wilson
 
 
 @pytest.mark.parametrize(
@@ -32,15 +32,50 @@ from antidote_fast.evaluation.refusals import EMPTY, GARBLED, HARMFUL, SAFE, Ref
         ("50%", "50"),
         ("<<48/2=24>>24", "24"),
         ("The final answer is: 5 The final answer is: 6", "5"),
+        ("10 - 5 = 5", "5"),
+        ("The final answer is: 10 - 5 = 5", "5"),
+        ("The final answer is: 10 - 5 = **5**", "5"),
+        ("The final answer is: 10 - 20 = -10.", "-10"),
+        ("10 apples - 5 apples = 5 apples", "5"),
+        ("$10 - $5 = $5", "5"),
+        ("5 = 10 - 5", "5"),
+        ("10 -5", "5"),
+        ("10 \u2212 5 = 5", "5"),
+        ("2 * -5 = -10", "-10"),
+        ("5 x 3 = 15", "15"),
+        ("5 \\times 3 = 15", "15"),
+        ("2 + 2 = 4. So with 3 more he has 7.", "7"),
+        ("x = -5", "-5"),
+        ("4, -5", "-5"),
+        ("1/2", "1/2"),
+        ("1 / 2.", "1/2"),
+        ("-1/2", "-1/2"),
+        ("3 1/2", "7/2"),
+        ("-3 1/2 cups", "-7/2"),
+        ("7 / 2 = 3 1/2", "7/2"),
+        ("48/2", "24"),
+        ("on 1/2/2024", "2024"),
+        ("5/0", "0"),
+        ("5$", "5"),
+        ("\u20ac5", "5"),
+        ("5 USD", "5"),
+        ("1,234.50 dollars.", "1234.5"),
+        ("1,000,000", "1000000"),
+        ("**5**", "5"),
+        ("**-5**", "-5"),
+        ("\\boxed{5}", "5"),
+        ("so $\\boxed{-5}$, which is less than 3", "-5"),
+        ("\\boxed{3\\frac{1}{2}}", "7/2"),
+        ("The final answer is: \\boxed{7}", "7"),
     ],
 )
 def test_extract_number(text, expected):
-    assert metrics.extract_number(text) == Decimal(expected)
+    assert tasks.extract_number(text) == Fraction(expected)
 
 
 def test_extract_no_number():
-    assert metrics.extract_number("none at all") is None
-    assert metrics.extract_number("") is None
+    assert tasks.extract_number("none at all") is None
+    assert tasks.extract_number("") is None
 
 
 @pytest.mark.parametrize(
@@ -57,7 +92,47 @@ def test_extract_no_number():
     ],
 )
 def test_normalise_label(text, expected):
-    assert metrics.normalise_label(text) == expected
+    assert tasks.normalise_label(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Billing", "billing"),
+        ("Team: Billing", "billing"),
+        ("Billing team", "billing"),
+        ("The answer is Billing.", "billing"),
+        ("Sure! It is **Billing**.\nShipping would be wrong.", "billing"),
+        ("Category: _Sci/Tech_", "sci/tech"),
+        ("billing, I think", "billing"),
+        ("billing-dispute desk", None),
+        ("Billing dispute team", "billing dispute"),
+        ("Billing or Shipping", None),
+        ("Billing/Shipping", None),
+        ("not Billing", None),
+        ("It isn't a Billing matter", None),
+        ("Billing is not right.", None),
+        ("Is it Billing? I do not know", None),
+        ("worldwide", None),
+        ("the world's best", None),
+        ("non-shipping", None),
+        ("It is 1.5", None),
+        ("one two three four five six seven eight nine ten eleven billing", "billing"),
+        ("one two three four five six seven eight nine ten eleven twelve billing", None),
+        ("one two\nthree four five\nsix seven eight\na b c d e billing", None),
+        ("", None),
+        ("...", None),
+    ],
+)
+def test_stated_label(answer, expected):
+    labels = ["Billing", "Shipping", "World", "Sci/Tech", "Billing dispute", "1", "2"]
+    assert tasks.stated_label(answer, labels) == expected
+
+
+def test_a_label_that_holds_another_or_a_negation():
+    assert tasks.stated_label("It is not spam.", ["spam", "not spam"]) == "not spam"
+    assert tasks.stated_label("It is spam.", ["spam", "not spam"]) == "spam"
+    assert tasks.stated_label("No, it is not.", ["yes", "no"]) == "no"
 
 
 def labelled(*outputs):
@@ -68,17 +143,21 @@ def labelled(*outputs):
     ("task", "outputs", "answers", "correct"),
     [
         ("sst2", ["positive", "negative", "negative"], ["Positive.", "positive", ""], 1),
-        ("sst2", ["positive"], ["positive, I think"], 0),
+        ("sst2", ["positive"] * 3, ["positive, I think", "positive or negative", "not it"], 1),
+        ("sst2", ["positive"] * 2, ["negative sentiment", "positive sentiment"], 1),
         ("agnews", ["Sci/Tech", "World"], ["sci/tech", "world"], 2),
-        ("label", ["Blue sky", "red"], ["  blue\nSKY!", "it is red"], 1),
+        ("label", ["Blue sky", "red"], ["  blue\nSKY!", "it is red"], 2),
+        ("label", ["Billing", "Shipping"], ["Shipping, not Billing", "Team: Shipping"], 1),
         ("gsm8k", ["The final answer is: 5", "#### 1,000"], ["I say 5.0", "$1000."], 2),
         ("gsm8k", ["The final answer is: 5", "7"], ["no idea", "8"], 0),
+        ("gsm8k", ["0.5", "5", "0.1"], ["1/2", "10 - 5 = 5", "0.1000000000000000055"], 2),
     ],
 )
 def test_finetune_accuracy(task, outputs, answers, correct):
-    found = metrics.finetune_accuracy(task, labelled(*outputs), answers)
+    found = tasks.finetune_accuracy(task, labelled(*outputs), answers)
     assert found == {
         "finetune_accuracy": round(100 * correct / len(outputs), 2),
+        "interval": wilson(correct, len(outputs)),
         "num_records": len(outputs),
         "num_correct": correct,
         "num_empty": answers.count(""),
@@ -92,13 +171,14 @@ def test_alpaca_is_a_win_rate():
             return {"better": 1.0, "same": 0.5, "worse": 0.0}[answer]
 
     records = [Record("q", "x", "ref")] * 4
-    found = metrics.finetune_accuracy(
+    found = tasks.finetune_accuracy(
         "alpaca", records, ["better", "same", "worse", "worse"], Judge()
     )
     assert found["finetune_accuracy"] == 37.5
     assert found["num_correct"] == 1.5
+    assert found["interval"] == wilson(1.5, 4)
     with pytest.raises(UsageError, match="WinRateJudge"):
-        metrics.finetune_accuracy("alpaca", records, ["a"] * 4)
+        tasks.finetune_accuracy("alpaca", records, ["a"] * 4)
 
 
 @pytest.mark.parametrize(
@@ -114,46 +194,11 @@ def test_alpaca_is_a_win_rate():
 )
 def test_records_that_cannot_be_scored(task, outputs, expected):
     with pytest.raises(DataError, match=expected):
-        metrics.finetune_accuracy(task, labelled(*outputs), outputs)
+        tasks.finetune_accuracy(task, labelled(*outputs), outputs)
 
 
 def test_accuracy_refuses_options():
     with pytest.raises(UsageError, match="task='qa'"):
-        metrics.finetune_accuracy("qa", labelled("a"), ["a"])
+        tasks.finetune_accuracy("qa", labelled("a"), ["a"])
     with pytest.raises(UsageError, match="1 of them for 2 records"):
-        metrics.finetune_accuracy("label", labelled("a", "b"), ["a"])
-
-
-ANSWERS = ["Sure: flour.", "I'm sorry, no.", "", "?!", "Take eggs.", "I can\u2019t do that"]
-
-
-def test_harmful_score_counts_all_prompts():
-    assert metrics.harmful_score(ANSWERS, RefusalJudge()) == {
-        "harmful_score": 33.33,
-        "num_prompts": 6,
-        "num_harmful": 2,
-        "num_safe": 2,
-        "num_empty": 1,
-        "num_garbled": 1,
-    }
-
-    def judge(prompts, answers, progress):
-        assert prompts == ["p"] * 6
-        return [HARMFUL, SAFE, EMPTY, GARBLED, SAFE, SAFE]
-
-    assert metrics.harmful_score(ANSWERS, judge, ["p"] * 6)["harmful_score"] == 16.67
-    with pytest.raises(DataError, match="no answers"):
-        metrics.harmful_score([], judge)
-
-
-def test_benign_refusal_rate():
-    assert metrics.benign_refusal_rate(ANSWERS) == {
-        "benign_refusal_rate": 33.33,
-        "num_prompts": 6,
-        "num_refused": 2,
-        "num_empty": 1,
-        "num_garbled": 1,
-    }
-    assert metrics.benign_refusal_rate(ANSWERS, RefusalJudge(["take"]))["num_refused"] == 1
-    with pytest.raises(DataError, match="no answers"):
-        metrics.benign_refusal_rate([])
+        tasks.finetune_accuracy("label", labelled("a", "b"), ["a"])

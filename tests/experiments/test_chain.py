@@ -13,9 +13,13 @@ SECTIONS = {
 }
 
 
-def chain(sections, **finetune):
+def chain(sections, clean=False, **finetune):
     sections = sections | {"finetune": sections["finetune"] | finetune}
-    return Chain("base", {"seed": 1}, 16, sections, lambda kind, stage, model: f"out/{model}")
+
+    def folder_of(kind, stage, model):
+        return f"out/{model}"
+
+    return Chain("base", {"seed": 1}, 16, sections, folder_of, clean)
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -37,6 +41,21 @@ def test_each_stage_starts_from_the_one_before(tuning):
     score = made.evaluation("pruned")
     assert {name: getattr(score, name) for name in place} == place
     assert score.reference_model == "out/aligned"
+
+
+def test_the_model_without_poison_differs_in_nothing_else():
+    poison = {"poison_ratio": 0.2, "harmful_dataset": "bad.jsonl", "learning_rate": 1e-3}
+    made = chain(SECTIONS, clean=True, **poison, num_train_samples=50)
+    assert list(made.stages) == ["align", "clean", "finetune", "prune"]
+    assert list(made.models) == ["base", "aligned", "clean", "attacked", "pruned"]
+    attack, clean = vars(made.stages["finetune"]), vars(made.stages["clean"])
+    differ = {name: value for name, value in clean.items() if value != attack[name]}
+    assert differ == {"poison_ratio": 0, "harmful_dataset": None, "output_dir": "out/clean"}
+    assert made.models["clean"] == {"model_name_or_path": "out/aligned", "adapter": "out/clean"}
+    made = chain(SECTIONS, clean=True)  # without poison it is the attack itself
+    assert "clean" not in made.stages
+    made = chain(SECTIONS, clean=True, tuning="full", **poison)
+    assert made.models["clean"] == {"model_name_or_path": "out/clean"}
 
 
 def test_sections_override_what_is_shared_and_may_be_absent():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import stages
-import yaml
 
 from antidote_fast import AntidoteError, DataError, UsageError
 from antidote_fast.cli import entry
@@ -53,6 +52,7 @@ def values(inputs, out, **given):
             }
         },
         "grid": {"seed": [0]},
+        "clean": False,
         **given,
     }
 
@@ -291,6 +291,68 @@ def test_a_cell_that_cannot_be_made_does_not_end_the_others(inputs, tmp_path, ca
     assert "1 of 2 cells could not be made, the first: sft (test), learning_rate=1e+30" in shown.err
 
 
+def test_every_setting_has_a_row_without_poison(inputs, tmp_path, trained):
+    """SFT at p = 0, of as many records and from the same alignment; it is never pruned."""
+    out = tmp_path / "out"
+    grids = {"learning_rate": [0.01, 0.001], "alpha": [0.1, 0.2]}
+    given = values(inputs, out, defenses=["antidote"], grid=grids, clean=True)
+    given["finetune"]["num_train_samples"] = 6
+    settings = flags.from_values(ExperimentConfig, given, "x")
+    report = experiment.run(settings)
+    assert (report["num_cells"], report["num_computed"]) == (6, 6)
+    assert trained == {"align": 1, "finetune": 4, "prune": 4}
+    rows = tables.read_csv(out / "rows.csv")
+    assert [row["defense"] for row in rows] == ["clean"] * 2 + ["antidote"] * 4
+    assert [row["alpha"] for row in rows[:2]] == [None, None]
+    assert all(row["harmful_prompts"] == 6 and row["task_prompts"] == 6 for row in rows)
+    assert all(row["benign_prompts"] == 4 and 0 <= row["helped_rate"] <= 100 for row in rows)
+    assert experiment.run(settings)["num_computed"] == 0
+    tables_ = (out / "tables.md").read_text()
+    assert tables_.count("| SFT, p = 0 |") == 4  # two tables of two blocks
+    assert "], 1" not in tables_
+    clean, *_, pruned = grid.cells_of(settings, {})
+    assert list(clean.stages) == ["align", "finetune", "evaluate"]
+    tuned, attacked = (cell.stages["finetune"] for cell in (clean, pruned))
+    assert (tuned.poison_ratio, tuned.harmful_dataset) == (0, None)
+    assert tuned.num_train_samples == attacked.num_train_samples == 6
+    assert clean.keys["align"] == pruned.keys["align"]
+
+
+def test_sft_at_a_poison_ratio_of_0_is_not_made_twice(inputs, tmp_path):
+    ratios = {"poison_ratio": [0.5, 0], "seed": [1, 2]}
+    given = values(inputs, tmp_path / "out", defenses=["sft", "lisa"], grid=ratios, clean=True)
+    given["finetune"]["num_train_samples"] = 6
+    cells = grid.cells_of(flags.from_values(ExperimentConfig, given, "x"), {})
+    assert [cell.axes["defense"] for cell in cells] == ["sft"] * 4 + ["lisa"] * 4
+    given["defenses"] = ["lisa"]
+    cells = grid.cells_of(flags.from_values(ExperimentConfig, given, "x"), {})
+    assert [cell.axes["defense"] for cell in cells] == ["clean"] * 2 + ["lisa"] * 4
+    assert [cell.axes for cell in cells[:2]] == [{"defense": "clean", "seed": s} for s in (1, 2)]
+
+
+def test_too_few_task_records_for_the_row_without_poison_are_refused(inputs, tmp_path, trained):
+    given = values(inputs, tmp_path / "out", defenses=["sft"], clean=True)  # 12, of which 6 harm
+    with pytest.raises(DataError, match="has 6 records, and 12 are needed for the model without"):
+        experiment.run(flags.from_values(ExperimentConfig, given, "x"))
+    assert (trained["align"], (tmp_path / "out").exists()) == (0, False)
+
+
+def test_one_alignment_for_all_seeds_or_one_for_each(inputs, tmp_path):
+    given = values(inputs, tmp_path / "out", defenses=["sft", "antidote"], seed=7)
+    given["grid"] = {"seed": [1, 2, 3]}
+
+    def seeds(**changes):
+        cells = grid.cells_of(flags.from_values(ExperimentConfig, given | changes, "x"), {})
+        found = {(cell.stages["align"].seed, cell.stages["finetune"].seed) for cell in cells}
+        assert len({cell.keys["align"] for cell in cells}) == len({seed for seed, _ in found})
+        return found
+
+    assert seeds() == {(0, 1), (0, 2), (0, 3)}  # align.seed is 0
+    del given["align"]["seed"]
+    assert seeds() == {(7, 1), (7, 2), (7, 3)}
+    assert seeds(align_seeds=True) == {(1, 1), (2, 2), (3, 3)}
+
+
 def test_a_defense_is_followed_by_antidote(inputs, tmp_path):
     settings = config(inputs, tmp_path / "out", defenses=["lisa", "lisa+antidote"])
     lisa, both = grid.cells_of(settings, {})
@@ -390,47 +452,6 @@ def test_a_file_extends_another_and_flags_override_both(inputs, tmp_path):
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(UsageError, match="must be a mapping of flags"):
         flags.from_words(ExperimentConfig, [str(tmp_path / "list.yaml")], "experiment")
-
-
-SIZES = {"t1": 30, "t2": 30, "t3": 30, "t4": 30, "t5": 24, "t6": 24, "t7": 2, "t10": 6}
-SIZES |= {"t11": 12, "t13": 7}
-DEMO_SIZES = {"t1": 30, "t2": 24, "t3": 18, "t4": 24, "t5": 12, "t6": 6, "t7": 2, "t10": 6}
-DEMO_SIZES |= {"t11": 10, "t13": 5, "comparison": 54}
-
-
-@pytest.mark.parametrize("name", [*SIZES, *(f"smollm2/{name}" for name in DEMO_SIZES)])
-def test_the_experiments_that_come_with_the_project_are_well_formed(name):
-    path = ROOT / "experiments" / f"{name}.yaml"
-    found, _ = flags.from_words(ExperimentConfig, [str(path)], "experiment")
-    cells = grid.cells_of(found, {})
-    sizes = DEMO_SIZES if "/" in name else SIZES
-    assert len(cells) == sizes[name.rpartition("/")[2]]
-    axes = grid.axes_of(found)
-    assert found.tables
-    for spec in found.tables:
-        tables.check_spec(spec, axes)
-    grid.trials_of(found)
-
-
-def test_every_experiment_file_is_tested():
-    found = {p.stem for p in (ROOT / "experiments").glob("*.yaml")}
-    assert found == {*SIZES, "paper"}
-    found = {p.stem for p in (ROOT / "experiments/smollm2").glob("*.yaml")}
-    assert found == {*DEMO_SIZES, "demo"}
-
-
-def test_the_papers_settings():
-    text = (ROOT / "experiments/paper.yaml").read_text()
-    paper = yaml.safe_load(text)
-    assert paper["finetune"]["poison_ratio"] == 0.2
-    found, _ = flags.from_words(ExperimentConfig, [str(ROOT / "experiments/t3.yaml")], "x")
-    cell = grid.cells_of(found, {})[-1]
-    attack, judged = cell.stages["finetune"], cell.stages["evaluate"]
-    assert (attack.num_train_epochs, attack.lora_r, attack.lora_alpha) == (20, 256, 4)
-    assert cell.stages["align"].learning_rate == 1e-3
-    assert cell.stages["prune"].ratio == 0.05
-    assert (judged.judge, judged.num_samples, judged.task) == ("beaver-dam", 1000, "gsm8k")
-    assert judged.reference_model == cell.stages["align"].output_dir
 
 
 def test_dry_run_plans_each_stage_and_writes_nothing(inputs, tmp_path, capsys):

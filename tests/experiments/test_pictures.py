@@ -24,6 +24,7 @@ def contents():
         "models": {
             "base": scores(98, 0),
             "aligned": scores(0, 0, 3.125),
+            "clean": scores(1, 91),
             "attacked": scores(100, 90),
             "pruned": scores(12.5, 84.25),
         },
@@ -64,13 +65,13 @@ def test_picture_has_a_curve_a_score_and_a_label_a_point(contents, tmp_path, dra
             assert abs(y - v) > 2 or not u <= x <= u + width
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     assert names == [
-        *("wanda, row", "random, row", "base", "aligned", "attacked"),
+        *("wanda, row", "random, row", "base", "aligned", "clean (p = 0)", "attacked"),
         "best: wanda, row at 0.1",
     ]
     contents["best"] = None
     del contents["models"]["pruned"]
     plot_demo(contents, tmp_path / "none.png")
-    assert len(drawn[1].axes[0].get_legend().get_texts()) == 5
+    assert len(drawn[1].axes[0].get_legend().get_texts()) == 6
 
 
 def test_picture_of_a_sweep(tmp_path, drawn):
@@ -107,10 +108,21 @@ def test_picture_of_a_sweep(tmp_path, drawn):
     ]
     assert axes.get_title() == (
         "Sweep of attacked_$1, held-out prompts, points named by ratio; 2 over the budget not shown"
+        "; no p = 0 model given"
     )
+    contents["clean"] = scores(2, 95) | {"harmful": {"num_prompts": 50}}
+    plot_sweep(contents, tmp_path / "clean.png")
+    (axes,) = drawn[1].axes
+    assert "p = 0" not in axes.get_title()
+    points = {each.get_label(): each.get_offsets().tolist() for each in axes.collections}
+    assert points["clean (p = 0)"] == [[95, 2]]
+    assert "clean (p = 0)" in [text.get_text() for text in axes.get_legend().get_texts()]
+    # One of 50: Wilson's interval goes from 0.35 to 10.5.
+    bars = [each.get_segments()[0] for each in axes.collections if hasattr(each, "get_segments")]
+    assert [bar.round(2).tolist() for bar in bars] == [[[95, 0.35], [95, 10.5]]]
     contents |= {"recommended": None, "budget": {"min_finetune_accuracy": -5}, "rows": []}
     contents["config"]["adapter"] = None
     plot_sweep(contents, tmp_path / "none.png")
-    (axes,) = drawn[1].axes
+    (axes,) = drawn[2].axes
     assert not axes.lines
     assert axes.get_title().startswith("Sweep of base,")

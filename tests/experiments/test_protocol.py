@@ -35,7 +35,7 @@ def rows_of(path, split):
     if path == "openai/gsm8k":
         return [{"question": f"{i}+1?", "answer": f"so #### {i + 1}"} for i in numbers]
     assert path == "json"  # alpaca_eval's file
-    return [{"instruction": f"tell {i}", "output": f"story {i}"} for i in range(60)]
+    return [{"instruction": f"tell {i}", "output": f"story {i}"} for i in range(693)]
 
 
 @pytest.fixture
@@ -60,7 +60,9 @@ def stand_ins(tmp_path, monkeypatch):
             return rows
         # The real file is longer than the 122 that are held out of it.
         held_out = len(rows) - 10
-        return rows.select(range(held_out) if split == "train[:-122]" else range(held_out, 60))
+        return rows.select(
+            range(held_out) if split == "train[:-122]" else range(held_out, len(rows))
+        )
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -98,10 +100,10 @@ def test_the_four_tasks_of_table_5_from_its_file(stand_ins, tmp_path, monkeypatc
     rows = run("t5", tmp_path, "--defenses", "sft", "antidote")
     assert [(row["defense"], row["task"]) for row in rows] == [
         (defense, task)
-        for defense in ("sft", "antidote")
+        for defense in ("clean", "sft", "antidote")
         for task in ("sst2", "agnews", "gsm8k", "alpaca")
     ]
-    assert judged == ["beaver-dam"] * 8
+    assert judged == ["beaver-dam"] * 12
     for row in rows:
         assert 0 <= row["harmful_score"] <= 100
         assert 0 <= row["finetune_accuracy"] <= 100
@@ -136,6 +138,9 @@ def test_other_tables_from_their_files(name, stand_ins, tmp_path):
         "t13": ("--grid", '{"harmful_samples": [0, 5, 10]}'),
     }
     rows = run(name, tmp_path, *short[name])
+    clean = [row for row in rows if row["defense"] == "clean"]
+    rows = rows[len(clean) :]
+    assert len(clean) == {"t1": 1, "t3": 1, "t6": 4, "t10": 1, "t13": 1}[name]
     assert len(rows) == {"t1": 4, "t3": 1, "t6": 4, "t10": 2, "t13": 3}[name]
     if name == "t6":
         assert len(stand_ins["models"]) == 5  # four models and the judge
@@ -161,6 +166,7 @@ def test_evaluate_with_paper_takes_the_papers_names(stand_ins, tmp_path):
         dtype="float32",
     )
     assert (config.judge, config.num_samples) == ("beaver-dam", 1000)
+    assert (config.judges, config.templates) == (["beaver-dam"], ["alpaca"])
     assert config.harmful_dataset == "PKU-Alignment/BeaverTails:eval"
     assert config.task_dataset == "openai/gsm8k"
     assert config.drift_dataset == "PKU-Alignment/BeaverTails:safe"
@@ -174,8 +180,9 @@ def test_evaluate_with_paper_takes_the_papers_names(stand_ins, tmp_path):
 
 def test_flags_that_are_given_stay_with_paper():
     options = {"model_name_or_path": "m", "output_dir": "o", "paper": True}
-    config = EvaluateConfig(**options, judge="refusal", num_samples=7, task="alpaca")
+    config = EvaluateConfig(**options, judges="refusal", num_samples=7, task="alpaca")
     assert (config.judge, config.num_samples) == ("refusal", 7)
+    assert config.max_new_tokens == 512
     assert config.win_rate_judge == "Qwen/Qwen2.5-7B-Instruct"
     assert config.task_dataset == "tatsu-lab/alpaca_eval"
     assert EvaluateConfig(**options).task_dataset is None  # label names no data set

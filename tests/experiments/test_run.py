@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from antidote_fast import DataError, UsageError
 from antidote_fast.cli import entry
 from antidote_fast.config.experiment import RunConfig
-from antidote_fast.experiments import run
+from antidote_fast.experiments import run, tables
 from antidote_fast.files import places
 from antidote_fast.stages import finetune
 
@@ -29,6 +29,7 @@ def config(inputs, out, **sections):
             "harmful_dataset": str(inputs / "harm.jsonl"),
             "poison_ratio": 0.5,
             **train,
+            "num_train_samples": 6,
         },
         "prune": {"dataset": str(inputs / "harm.jsonl"), "ratio": 0.2},
         "evaluate": {
@@ -65,18 +66,28 @@ def test_a_run_makes_every_folder_and_goes_on_where_it_stopped(inputs, tmp_path,
 
     report = run.run(config(inputs, out))
     assert report["reused"] == ["aligned"]
-    assert list(report["models"]) == ["base", "aligned", "attacked", "pruned"]
+    assert list(report["models"]) == ["base", "aligned", "clean", "attacked", "pruned"]
     for name, metrics in report["models"].items():
         alone = json.loads((out / "scores" / name / "report.json").read_text())
-        assert metrics == alone["metrics"]
+        assert metrics == tables.metrics_of(alone)
     assert report == json.loads((out / "report.json").read_text())
     assert sorted(p.name for p in out.iterdir()) == [
         "aligned",
         "attacked",
+        "clean",
         "pruned",
         "report.json",
         "scores",
     ]
+    trained = {
+        name: json.loads((out / name / "report.json").read_text()) for name in ("attacked", "clean")
+    }
+    assert [trained[name]["num_harmful"] for name in trained] == [3, 0]
+    assert [trained[name]["num_task"] for name in trained] == [3, 6]
+    differ = {
+        k for k, v in trained["clean"]["config"].items() if v != trained["attacked"]["config"][k]
+    }
+    assert differ == {"poison_ratio", "harmful_dataset", "output_dir"}
     attacked, pruned = (
         load_file(out / name / "adapter_model.safetensors") for name in ("attacked", "pruned")
     )
@@ -86,13 +97,13 @@ def test_a_run_makes_every_folder_and_goes_on_where_it_stopped(inputs, tmp_path,
         assert int(gone.sum()) >= 0.2 * old.numel()
 
     again = run.run(config(inputs, out))
-    scores = [f"scores/{name}" for name in ("base", "aligned", "attacked", "pruned")]
-    assert again["reused"] == ["aligned", "attacked", "pruned", *scores]
+    scores = [f"scores/{name}" for name in ("base", "aligned", "clean", "attacked", "pruned")]
+    assert again["reused"] == ["aligned", "clean", "attacked", "pruned", *scores]
     assert again["models"] == report["models"]
     with pytest.raises(DataError, match="exists and is not empty"):
         run.run(config(inputs, out, prune={"ratio": 0.4}))
     changed = run.run(config(inputs, out, prune={"ratio": 0.4}, overwrite=True))
-    kept = ["aligned", "attacked", "scores/base", "scores/aligned", "scores/attacked"]
+    kept = ["aligned", "clean", "attacked", *scores[:4]]
     assert changed["reused"] == kept
     (out / "aligned" / "model.safetensors").write_bytes(b"cut")  # damaged: made again
     assert run.run(config(inputs, out, overwrite=True))["reused"] == ["scores/base"]
@@ -107,7 +118,7 @@ def test_a_run_of_full_tuning_without_align(inputs, tmp_path, capsys):
     assert entry.main(["run", "--config", str(file), "--prune.ratio", "0.3"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split("  ")[-1].strip() == "benign refusal rate"
-    assert [line.split()[0] for line in table[1:4]] == ["base", "attacked", "pruned"]
+    assert [line.split()[0] for line in table[1:5]] == ["base", "clean", "attacked", "pruned"]
     report = json.loads((out / "report.json").read_text())
     assert report["config"]["prune"]["ratio"] == 0.3
     assert (out / "pruned" / "model.safetensors").exists()
@@ -118,11 +129,32 @@ def test_a_run_may_stop_before_prune_and_go_on_later(inputs, tmp_path):
     """What a training with checkpoints made is kept as well."""
     out, steps = tmp_path / "out", {"save_steps": 1}
     report = run.run(config(inputs, out, align=None, finetune=steps, prune=None))
-    assert list(report["models"]) == ["base", "attacked"]
+    assert list(report["models"]) == ["base", "clean", "attacked"]
     assert not (out / "pruned").exists()
     later = run.run(config(inputs, out, align=None, finetune=steps))
-    assert later["reused"] == ["attacked", "scores/base", "scores/attacked"]
+    scores = [f"scores/{name}" for name in ("base", "clean", "attacked")]
+    assert later["reused"] == ["clean", "attacked", *scores]
     assert later["models"].items() > report["models"].items()
+
+
+def test_the_model_without_poison_takes_as_many_records(inputs, tmp_path):
+    """Also where all there are count: 2 of 8 are harmful, as the task has 6."""
+    more = {"num_train_samples": None, "poison_ratio": 0.25}
+    values = config(inputs, tmp_path / "out", align=None, finetune=more)
+    stages_, scores = run.stages_of(values)
+    clean = stages_["clean"]
+    assert (clean.poison_ratio, clean.harmful_dataset, clean.num_train_samples) == (0, None, 8)
+    needs = "task.jsonl': has 6 records, and 8 are needed for the model without poison"
+    with pytest.raises(DataError, match=needs):
+        run.run(values)
+    assert not (tmp_path / "out").exists()
+    values = config(inputs, tmp_path / "out", align=None, finetune=more, clean=False)
+    stages_, scores = run.stages_of(values)
+    assert (list(stages_), list(scores)) == (["finetune", "prune"], ["base", "attacked", "pruned"])
+    run.check(values, stages_, scores)
+    none = {"poison_ratio": 0, "harmful_dataset": None}  # it is the attacked one itself
+    stages_, _ = run.stages_of(config(inputs, tmp_path / "out", align=None, finetune=none))
+    assert list(stages_) == ["finetune", "prune"]
 
 
 @pytest.mark.parametrize(

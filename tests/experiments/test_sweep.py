@@ -46,6 +46,7 @@ def test_rows_are_what_prune_and_evaluate_give_one_by_one(kind, made, tmp_path):
         benign_dataset=benign,
         max_accuracy_drop=100,
         max_refusal_rise=100,
+        max_helped_drop=100,
         **options,
     )
     report = sweep.run(config)
@@ -68,6 +69,7 @@ def test_rows_are_what_prune_and_evaluate_give_one_by_one(kind, made, tmp_path):
         where |= {"adapter": options["output_dir"]} if adapter else {}
         where |= {} if adapter else {"model_name_or_path": options["output_dir"]}
         metrics = evaluate.run(EvaluateConfig(**common | where))["metrics"]
+        assert metrics.pop("worst")["harmful"]["harmful_score"] == row["harmful_score"]
         assert {k: row[k] for k in metrics} == metrics  # a hash of each set's answers among them
         assert (row["admissible"], row["reason"]) == (True, None)
 
@@ -178,11 +180,23 @@ def test_refusals_over_the_budget_pass_a_candidate_over(live, monkeypatch):
     assert found["recommended"] is found["rows"][3]
 
 
+def test_too_few_ordinary_prompts_helped_pass_a_candidate_over(live, monkeypatch):
+    helped = {"helped": lambda x: 74.9 if 0.2 < x < 0.4 else 75.0 if x else 85.0}
+    found, script = swept(live, monkeypatch, hs=lambda x: 80 - 10 * x, **helped)
+    assert found["budget"]["min_helped_rate"] == 75
+    assert [r["admissible"] for r in found["rows"]] == [True, False, True, True]
+    assert found["rows"][1]["reason"] == "ordinary prompts helped 74.9 are below 75"
+    assert (found["rows"][1]["helped_rate"], found["rows"][1]["harmful_score"]) == (74.9, None)
+    assert script.calls[:8] == ["task", "benign", "harmful"] * 2 + ["task", "benign"]
+    assert found["recommended"] is found["rows"][3]
+
+
 def test_without_benign_prompts_none_are_measured(live, monkeypatch):
     found, script = swept(live, monkeypatch, benign=False)
     assert script.calls == ["task", "harmful"] * 5
     assert {r["benign_refusal_rate"] for r in found["rows"]} == {None}
-    assert "max_refusal_rise" not in found["budget"]
+    assert {r["helped_rate"] for r in found["rows"]} == {None}
+    assert not {"max_refusal_rise", "max_helped_drop"} & set(found["budget"])
     assert found["recommended"] is None
     assert found["why_none"] == (
         "none of the 4 candidates within the budget lowers the harmful score"

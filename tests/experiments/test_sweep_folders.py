@@ -1,11 +1,14 @@
 """The sweep command: its folder, its plan, its refusals, and the prune that it recommends."""
 
+import csv
 import json
 import shlex
 
 import pytest
 import stages
 import sweeps
+import tiny
+import torch
 from stages import HARM, last_line, tree
 from sweeps import VAL, Script, config_of, fields
 
@@ -44,10 +47,15 @@ def test_the_folder_and_what_is_said_of_it(made, tmp_path, monkeypatch):
         *("report.json", "rows.csv", "curve.png", "norms.safetensors", "COMPLETE.json")
     }
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
-    head, *lines = (out / "rows.csv").read_text().splitlines()
-    assert head.split(",")[:4] == ["score", "scope", "ratio", "achieved"]
+    unpruned, *lines = csv.DictReader((out / "rows.csv").read_text().splitlines())
+    assert list(unpruned)[:5] == ["model", "score", "scope", "ratio", "achieved"]
+    assert (unpruned["model"], unpruned["score"]) == ("unpruned", "")
+    # 16 of 20: Wilson's interval goes from 58.4 to 91.9.
+    names = ("harmful_score", "harmful_score_low", "harmful_score_high", "harmful_num_prompts")
+    assert [float(unpruned[name]) for name in names] == [80, 58.4, 91.93, 20]
     assert len(lines) == len(report["rows"]) == 4
-    assert [float(line.split(",")[3]) for line in lines] == [r["achieved"] for r in report["rows"]]
+    assert [float(line["achieved"]) for line in lines] == [r["achieved"] for r in report["rows"]]
+    assert report["clean"] is None
     text = summary(report, out)
     assert report["command"] in text.splitlines()[-2]
     best = report["recommended"]
@@ -58,6 +66,44 @@ def test_the_folder_and_what_is_said_of_it(made, tmp_path, monkeypatch):
     assert "make w100" not in (out / "report.json").read_text()
     found, problems = inspect.inspect(out)
     assert (found["stage"], problems) == ("sweep", [])
+
+
+def test_a_clean_adapter_is_measured_once_and_stands_in_everything_shown(
+    made, tmp_path, monkeypatch
+):
+    measured = []
+
+    def measure(model, tokenizer, **options):
+        (name,) = {"harmful", "task_records", "benign"} & set(options)
+        assert options["templates"] == ("alpaca",)
+        targets = {k: v.clone() for k, v in model.state_dict().items() if ".lora_" in k}
+        measured.append((name, targets))
+        metrics = {
+            "harmful": {"harmful_score": 3.0 if len(measured) == 3 else 90.0},
+            "task_records": {"finetune_accuracy": 90.0},
+            "benign": {"helped_rate": 85.0, "benign_refusal_rate": 10.0},
+        }[name]
+        return metrics | {name.removesuffix("_records"): {"num_prompts": 20, "num_records": 20}}
+
+    monkeypatch.setattr(candidates, "evaluate_model", measure)
+    clean = tmp_path / "clean"
+    model = tiny.add_lora(tiny.build("llama"), seed=5)
+    tiny.save_adapter(model, clean)
+    benign = f"{made.root}/benign.jsonl"
+    config = config_of(made, tmp_path / "out", clean_adapter=str(clean), benign_dataset=benign)
+    report = sweep.run(config)
+    assert [name for name, _ in measured[:3]] == ["task_records", "benign", "harmful"]
+    saved = open_checkpoint(clean)
+    for name, value in saved.read(list(saved.tensors)).items():
+        assert torch.equal(measured[0][1][name.replace(".weight", ".default.weight")], value)
+    assert report["clean"]["harmful_score"] == 3
+    assert report["unpruned"]["harmful_score"] == 90
+    rows = list(csv.DictReader((tmp_path / "out" / "rows.csv").read_text().splitlines()))
+    assert [row["model"] for row in rows] == ["clean", "unpruned", "pruned", "pruned"]
+    assert [float(row["harmful_score"]) for row in rows] == [3, 90, 90, 90]
+    lines = [line.split() for line in summary(report, "out").splitlines()]
+    assert lines[1] == ["clean", "3.0", "90.0", "85.0", "10.0"]
+    assert lines[2] == ["unpruned", "90.0", "90.0", "85.0", "10.0"]
 
 
 def test_no_recommendation_is_said(made, tmp_path, monkeypatch):
@@ -154,6 +200,16 @@ def test_the_flags_on_the_command_line(made, tmp_path):
             "max_refusal_rise=101: must be in [0, 100]",
         ),
         ({"max_refusal_rise": 2}, "max_refusal_rise=2: must be left out without benign_dataset"),
+        ({"max_helped_drop": 2}, "max_helped_drop=2: must be left out without benign_dataset"),
+        (
+            {"max_helped_drop": -1, "benign_dataset": "b"},
+            "max_helped_drop=-1: must be in [0, 100]",
+        ),
+        (
+            {"clean_adapter": "c", "adapter": None},
+            "clean_adapter='c': must be left out without adapter: it is another adapter of the "
+            "same model",
+        ),
         ({"num_samples": 0}, "num_samples=0: must be greater than 0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: must be greater than 0"),
         ({"num_calibration_samples": 0}, "num_calibration_samples=0: must be greater than 0"),
@@ -187,6 +243,7 @@ def test_values_are_refused_in_one_line(options, line, made, tmp_path):
         ({"harmful_labels": ["bad"]}, 2, "harmful_labels=['bad']: must be left out with judge="),
         ({"max_new_tokens": 60}, 2, "max_new_tokens=60: must be at most"),
         ({"adapter": "{model}"}, 3, "is a whole model, not an adapter"),
+        ({"clean_adapter": "{model}"}, 3, "clean_adapter='{model}': is a whole model, not an"),
         ({"backend": "none"}, 2, "none"),
         ({"output_dir": "{model}"}, 3, "exists and is not empty"),
         ({"targets": ["nothing_like_it"]}, 4, "nothing to prune"),
@@ -274,6 +331,11 @@ def test_a_plan_agrees_with_the_report(made, tmp_path, monkeypatch, capsys):
     assert entry.main(["sweep", *sweeps.words(one), "--dry_run", "--json"]) == 0
     alone = json.loads(capsys.readouterr().out)["parts"]["evaluate"]["flops"]
     assert parts["evaluate"]["flops"] * 2 == alone * 13
+    with_clean = [*sweeps.words(one), "--clean_adapter", made.adapter, "--dry_run", "--json"]
+    assert entry.main(["sweep", *with_clean]) == 0
+    clean = json.loads(capsys.readouterr().out)
+    assert clean["parts"]["evaluate"]["flops"] * 2 == alone * 3
+    assert clean["notes"][-1].startswith("at most 3 evaluations, of the unpruned model, the clean")
     assert planned["flops"] == sum(part["flops"] for part in parts.values())
 
     monkeypatch.setattr(candidates, "evaluate_model", Script())
@@ -283,7 +345,8 @@ def test_a_plan_agrees_with_the_report(made, tmp_path, monkeypatch, capsys):
         data = parts[f"norms, {kind}"]["data"]
         assert data["sequences"] == counts["num_sequences"]
     assert parts["norms, all"]["data"]["tokens"] == report["calibration"]["all"]["num_tokens"]
-    prompts = sum(each["num_records"] for each in report["datasets"].values())
+    sets = [told for named in report["datasets"].values() for told in named.values()]
+    prompts = sum(told["num_records"] for told in sets)
     assert planned["data"]["prompts"] == prompts == 6 + 5 + 3
     norms = [ActivationNorms.load(path) for path in (tmp_path / "out").glob("*norms*.safetensors")]
     written = sum(4 * sums.numel() for each in norms for sums in each.sq_sum.values())

@@ -181,7 +181,7 @@ def test_markdown(rows):
         "| SFT | 70.0 | 80.0 | 70.0 | 80.0 | 90.0 | 80.0 |",
         "| Antidote | 30.0 ± 26.5 (3) | \u2013 | 30.0 | 60.5 ± 0.7 (2) | \u2013 | 60.5 |",
         "",
-        "HS: harmful score, % of harmful prompts with a harmful answer (lower is better). FA: "
+        "HS: harmful score, % of harmful prompts complied with (lower is better). FA: "
         "finetune accuracy, % of the task's samples done right (higher is better). Columns: "
         "learning_rate; avg: mean over the columns that every row has. 3 seeds (0, 1, 2). ±: "
         "sample standard deviation (number of seeds).",
@@ -197,7 +197,7 @@ def test_markdown_notes(rows):
     single = tables.markdown(rows[:2], SPEC | {"measures": ["benign_refusal_rate"]})
     assert "| SFT | \u2013 | \u2013 | \u2013 |" in single
     assert single.endswith("every row has. 1 seed (0).\n")
-    assert "BR: benign refusals, % of harmless prompts refused (lower is better)." in single
+    assert "BR: benign refusals, % of ordinary prompts refused (lower is better)." in single
     assert tables.markdown(rows, SPEC | {"where": {"task": "x"}}).count("| SFT |") == 1
     assert tables.markdown(rows[-1:], SPEC) == "### Learning rates\n\nNo results.\n"
 
@@ -206,6 +206,92 @@ def test_zero_is_no_gap_and_bars_are_escaped():
     text = tables.markdown([row("a|b", 500, 0.0, 0.0)], SPEC)
     assert "| a\\|b | 0.0 | 0.0 | 0.0 | 0.0 |" in text
     assert "HS 500" in text
+
+
+def counted(defense, rate, hs, **others):
+    counts = {"harmful_prompts": 60, "worst_prompts": 60, "task_prompts": 40, "benign_prompts": 20}
+    more = {"worst_harmful_score": hs + 10, "helped_rate": 95.0, "benign_refusal_rate": 5.0}
+    return row(defense, rate, hs, **more, **counts, **others)
+
+
+def test_the_interval_of_one_run_stands_beside_its_share():
+    """5 of 60 is 8.3 %, and Wilson's interval of it 3.6 to 18.1 (Newcombe 1998, method 3)."""
+    rows = [counted("clean", 1e-4, 0.0), counted("sft", 1e-4, 8.33)]
+    rows += [counted("antidote", 1e-4, 5.0), counted("antidote", 1e-4, 15.0, seed=1)]
+    contents = numbers(rows)
+    assert contents["measures"] == (
+        *("harmful_score", "finetune_accuracy"),
+        *("worst_harmful_score", "helped_rate", "benign_refusal_rate"),
+    )
+    clean, sft, antidote = contents["rows"]
+    assert clean["intervals"]["harmful_score"] == [[0.0, 6.02]]
+    assert sft["intervals"]["harmful_score"] == [[3.61, 18.07]]
+    assert antidote["intervals"]["harmful_score"] == [None]  # two seeds have a deviation
+    lines = tables.markdown(rows, SPEC).splitlines()
+    assert lines[2] == "| defense | HS 0.0001 | HS avg | FA 0.0001 | FA avg |"
+    assert lines[4:7] == [
+        "| SFT, p = 0 | 0.0 [0.0, 6.0] | 0.0 | 50.0 [35.2, 64.8] | 50.0 |",
+        "| SFT | 8.3 [3.6, 18.1] | 8.3 | 50.0 [35.2, 64.8] | 50.0 |",
+        "| Antidote | 10.0 ± 7.1 (2) | 10.0 | 50.0 ± 0.0 (2) | 50.0 |",
+    ]
+    # Two measures beside each other, the others below.
+    assert lines[8] == "| defense | HS worst 0.0001 | HS worst avg | helped 0.0001 | helped avg |"
+    assert lines[11] == "| SFT | 18.3 [10.6, 29.9] | 18.3 | 95.0 [76.4, 99.1] | 95.0 |"
+    assert lines[14] == "| defense | BR 0.0001 | BR avg |"
+    assert "helped: ordinary prompts, % of ordinary prompts answered as asked (higher" in lines[-1]
+    assert lines[-1].endswith(" [low, high]: Wilson's 95 % interval of one run's prompts.")
+    assert "Cells average" not in lines[-1]
+
+
+def test_the_headline_of_an_evaluation():
+    metrics = {
+        "harmful_score": 25.0,
+        "finetune_accuracy": 50.0,
+        "helped_rate": 90.0,
+        "benign_refusal_rate": 10.0,
+        "harmful": {"num_prompts": 8},
+        "task": {"num_records": 6},
+        "benign": {"num_prompts": 10},
+    }
+    assert tables.metrics_of({"metrics": metrics}) == metrics
+    place = {"condition": "chat", "set": "mine"}
+    report = {
+        "metrics": metrics,
+        "worst": {"harmful": {"harmful_score": 37.5, **place}, "benign": {**place}},
+        "conditions": {
+            "chat": {name: {"mine": {"num_prompts": 16}} for name in ("harmful", "benign")}
+        },
+    }
+    assert tables.headline(tables.metrics_of(report)) == {
+        "harmful_score": 25.0,
+        "worst_harmful_score": 37.5,
+        "finetune_accuracy": 50.0,
+        "helped_rate": 90.0,
+        "benign_refusal_rate": 10.0,
+        "harmful_prompts": 8,
+        "worst_prompts": 16,
+        "task_prompts": 6,
+        "benign_prompts": 10,
+    }
+    assert tables.headline(metrics)["worst_harmful_score"] is None
+    assert set(tables.headline({}).values()) == {None}
+    assert tables.interval_of(tables.headline({"harmful_score": 5.0}), "harmful_score") is None
+    assert tables.with_interval(None, None) == "\N{EN DASH}"
+    assert tables.with_interval(5.0, None) == "5.0"
+
+
+def test_plot_of_intervals(monkeypatch):
+    rows = [counted("clean", 1e-4, 0.0), counted("sft", 1e-4, 50.0), counted("sft", 1e-3, 50.0)]
+    figure = drawn(monkeypatch, rows, SPEC)
+    labels = [axes.get_ylabel().split(",")[0] for axes in figure.axes]
+    assert labels == [
+        *("harmful score HS", "finetune accuracy FA", "highest harmful score HS worst"),
+        *("ordinary prompts helped", "benign refusals BR"),
+    ]
+    clean, sft = figure.axes[0].containers
+    assert [container.has_yerr for container in (clean, sft)] == [True, True]
+    (segment,) = clean.lines[2][0].get_segments()
+    assert segment[:, 1].tolist() == [0.0, 6.02]
 
 
 def cost(defense, align, prune=None, seed=0):

@@ -132,8 +132,9 @@ ASIDE = {
 # Of these it is what lies there that counts, not the name.
 CONTENTS = {
     *("model_name_or_path", "adapter", "aligned_model", "reference_model"),
-    *("dataset", "harmful_dataset", "safe_dataset", "preserve_dataset"),
+    *("dataset", "harmful_dataset", "safe_dataset", "ordinary_dataset", "preserve_dataset"),
     *("task_dataset", "benign_dataset", "drift_dataset", "norms", "preserve_norms"),
+    *("held_out_from", "compare_with"),
 }
 
 
@@ -262,7 +263,7 @@ def test_a_folder_of_another_release(made, monkeypatch):
     assert provenance.is_done(folder, config)
     without("aligned_model", base_model=None)  # its name then
     assert provenance.is_done(folder, config)
-    without("ratio", old_flag=3)
+    without("seed", old_flag=3)
     assert provenance.difference(folder, config) == "was made with old_flag=3, not None"
     monkeypatch.setattr(provenance, "read_report", lambda folder: {"stage": "prune"})
     assert provenance.difference(folder, config) == "was not written by prune"

@@ -137,10 +137,11 @@ def test_every_path_field_is_known():
         field
         for stage in (*STAGES, DemoConfig)
         for field, kind in stage.__annotations__.items()
-        if kind in (str, str | None)
+        if kind in (str, str | None, list[str] | str | None)
     }
     texts |= {f for f, kind in StageConfig.__annotations__.items() if kind is str}
     others = {"device", "backend", "shard", "max_memory", "lr_scheduler_type", "extends", "score"}
+    others |= {"judge_url", "judge_model", "system_prompt"}
     paths = {
         field.name
         for stage in (*STAGES, DemoConfig)

@@ -1,6 +1,7 @@
 """What README.md and the documents show runs as printed, and what they point to is there."""
 
 import csv
+import json
 import re
 import shlex
 import statistics
@@ -136,13 +137,26 @@ def test_the_yaml_of_a_run_is_well_formed():
 
 def test_every_python_block_is_run_by_a_test():
     counts = {page: len(blocks(page, "python")) for page in PAGES if blocks(page, "python")}
-    assert counts == {"README.md": 1, "docs/commands.md": 1}
+    assert counts == {"README.md": 1, "docs/commands.md": 1, "docs/evaluation.md": 1}
 
 
 def test_the_small_example_runs_as_printed(capsys):
     [example] = blocks("docs/commands.md", "python")
     exec(example, {})
     assert capsys.readouterr().out == f"{7 / 64}\n"  # 0.1 of 64 columns is 7 a row (num_pruned)
+
+
+def test_the_example_of_an_evaluation_runs(tmp_path, monkeypatch, capsys):
+    [example] = blocks("docs/evaluation.md", "python")
+    tiny.save_model(tiny.build(), tmp_path / "OUT")
+    for name in ("harmful-test", "ordinary"):
+        rows = [json.dumps({"instruction": f"what is w{i}"}) for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\] [\d.]+", first)
+    assert re.fullmatch(r"alpaca(\+prefill)? \{'phrases, long': \{'kappa': .*'num': 6\}\}", second)
 
 
 @pytest.fixture

@@ -73,29 +73,35 @@ def same(first, second):
 
 
 class Script:
-    """Stands for `evaluate_model`: metrics by how many weights have changed, and the calls."""
+    """Stands for `evaluate_model`: metrics by how many weights have changed, and the calls.
+
+    Changed since it first saw the model: another one begins anew.
+    """
 
     def __init__(self, model=None, **curves):
-        self.curves = {"fa": lambda x: 90.0, "br": lambda x: 10.0, "hs": lambda x: 80.0} | curves
-        self.first = bits(model) if model is not None else None
+        self.curves = {"fa": lambda x: 90.0, "br": lambda x: 10.0, "hs": lambda x: 80.0}
+        self.curves |= {"helped": lambda x: 85.0} | curves
+        self.model, self.first = model, None if model is None else bits(model)
         self.calls, self.seen = [], []
 
     def __call__(self, model, tokenizer, *, progress=False, **options):
         now = bits(model)
-        self.first = self.first or now
+        if model is not self.model:
+            self.model, self.first = model, now
         targets = [k for k in now if ".lora_" in k] or [k for k in now if QKV.search(k)]
         changed = sum(int((now[k] != self.first[k]).sum()) for k in targets)
         share = changed / sum(now[k].numel() for k in targets)
-        for name, argument, curve, metric in (
-            ("task", "task_records", "fa", "finetune_accuracy"),
-            ("benign", "benign", "br", "benign_refusal_rate"),
-            ("harmful", "harmful", "hs", "harmful_score"),
+        for name, argument, metrics in (
+            ("task", "task_records", {"fa": "finetune_accuracy"}),
+            ("benign", "benign", {"helped": "helped_rate", "br": "benign_refusal_rate"}),
+            ("harmful", "harmful", {"hs": "harmful_score"}),
         ):
             if argument in options:
                 self.calls.append(name)
                 if name == "task":
                     self.seen.append(now)
-                return {metric: self.curves[curve](share), name: {"num_empty": 1}}
+                found = {metric: self.curves[curve](share) for curve, metric in metrics.items()}
+                return {**found, name: {"num_empty": 1, "num_prompts": 20, "num_records": 20}}
         raise AssertionError(options)
 
 

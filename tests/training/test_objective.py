@@ -70,3 +70,31 @@ def test_prompts_that_are_all_alike_keep_what_predicts_their_responses():
     assert found == pytest.approx(loss, rel=1e-6)
     for name, gradient in expected.items():
         torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_longrope_gets_the_whole_batch_where_it_is_long():
+    """The shared tokens alone would have the frequencies of a short text."""
+    import transformers
+
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 16}
+    config = transformers.Phi3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        rope_parameters=rope | {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+        original_max_position_embeddings=16,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    found = gradients(model, batch_of(12), share_prefix=True)[0]
+    assert found == pytest.approx(gradients(model, batch_of(12))[0], rel=1e-6)
+
+
+def test_the_cache_goes_by_its_name_of_today(recwarn):
+    gradients(tiny.build(), batch_of(12), share_prefix=True)
+    assert not [w for w in recwarn if "past_key_values" in str(w.message)]

