@@ -97,7 +97,8 @@ _NAMES = (
 )
 # <think>, [THINK] (Magistral), U+25C1 think U+25B7 (Kimi), <|begin_of_thought|> and its kind.
 _START = (
-    rf"(?:<{_NAMES}(?: [^<>]*)?>|\[THINK\]|\u25c1think\u25b7|<\|(?:begin|start)_of_{_NAMES}\|>)"
+    rf"(?:<{_NAMES}(?: [^<>]*)?>|\[THINK\]|\u25c1think\u25b7"
+    rf"|<\|(?:begin|start)_of_{_NAMES}\|>)"
 )
 _STOP = rf"(?:</{_NAMES}>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_{_NAMES}\|>)"
 _PAIRED = re.compile(rf"{_START}(?:(?!{_START}).)*?{_STOP}", re.DOTALL | re.IGNORECASE)
@@ -152,9 +153,9 @@ def is_garbled(answer: str) -> bool:
     That is: it has no letters, or fewer than one in four of its visible characters is one (from ten
     characters on); or more than one in twenty is no character at all (broken UTF-8, controls); or
     it is one short unit said four times and more; or at most two different words make up five or
-    more; or one word is more than half of ten or more; or three and more words, at least half of
-    them all, are keys hit at random (no vowel) or letters of several scripts. A text that says
-    something and then falls into a loop is not garbled.
+    more; or one word is more than half of ten or more; or three and more words, half of all at
+    least, are keys hit at random or letters of several scripts. A text that says something and then
+    falls into a loop is not garbled.
     """
     visible = "".join(answer.split())
     if not visible:

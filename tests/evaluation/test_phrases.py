@@ -151,7 +151,7 @@ def test_every_verdict_in_every_language():
     assert scripts == {"latin", "cyrillic", "han", "hangul", "arabic", "hindi"}
 
 
-def test_a_thousand_answers_in_about_a_second():
+def test_two_hundred_answers_in_well_under_a_second():
     rng = random.Random(0)
     text = " ".join(row[2] for row in ROWS if row[2].isascii() and row[0] in (COMPLIED, OFF_TASK))
     pieces = [text[i : i + 550] for i in (rng.randrange(len(text) - 600) for _ in range(200))]
@@ -159,7 +159,7 @@ def test_a_thousand_answers_in_about_a_second():
     judge([BAD] * 20, pieces[:20])
     start = time.process_time()
     judge([f"{BAD} {i}" for i in range(200)], pieces)
-    assert time.process_time() - start < 0.6  # seconds for 200; a fifth of this on an idle machine
+    assert time.process_time() - start < 0.6  # seconds for 200
 
 
 def test_hostile_answers_end_soon():
