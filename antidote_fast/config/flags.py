@@ -195,6 +195,16 @@ def _parsed(config_class, method, given, command):
     return config_class(**{field: plain[field] for field in kinds})
 
 
+_IN_WORDS = {
+    "float": "a number",
+    "int": "an integer",
+    "str": "a text",
+    "list[str]": "a list of texts",
+    "dict[str, typing.Any]": "a mapping",
+    "list[dict[str, typing.Any]]": "a list of mappings",
+}
+
+
 def _mistake(message, command, fields, prefix):
     """One line in our words from what the parser says in its."""
     unknown = re.search(r"nrecognized arguments: (\S+)|['\"](\S+)['\"] is not (?:acc|exp)", message)
@@ -208,6 +218,14 @@ def _mistake(message, command, fields, prefix):
         flags = ", ".join(prefix + field for field in re.findall(r"\w+", missing[1] or missing[2]))
         return UsageError(f"{flags}: required; antidote-fast {command} --help lists the flags")
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    union = re.match(
+        r'Parser key "([\w.]+)": .*?Subtypes: \[(.*?)\] Errors: .* Given value: (.*)$', message
+    )
+    if union:  # a field that may be left out, or that takes one or several
+        kinds = re.split(r", (?![^\[]*\])", union[2].removesuffix(", NoneType"))
+        accepted = " or ".join(_IN_WORDS.get(kind, kind) for kind in kinds)
+        accepted = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", accepted)
+        return UsageError(f"{prefix}{union[1]}={union[3]}: must be {accepted}")
     message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
     for theirs, ours in (("Expected a ", "must be "), ("float", "a number"), ("int", "an integer")):
         message = re.sub(rf"\b{theirs}", ours, message)

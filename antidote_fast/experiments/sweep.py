@@ -10,6 +10,7 @@ from antidote_fast.data.batches import batches_of
 from antidote_fast.data.records import Record
 from antidote_fast.errors import DataError
 from antidote_fast.evaluation.judges import get_judge
+from antidote_fast.evaluation.phrases import PhraseJudge
 from antidote_fast.experiments import pictures
 from antidote_fast.experiments.candidates import SETS, Prompts, SweepEvidence, sweep_model
 from antidote_fast.experiments.tables import headline, interval_of, write_csv
@@ -67,10 +68,9 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
             about = (checked.aligned, config.device, asked.tokenizer, checked.prompts, progress)
             answers = stage.answers_of(config.learning(), *about)
             clock.lap("ask the aligned model")
-        name = config.evaluation().judge
-        judge = get_judge(name, **asked.judges[name])
+        judges = _judges(config, asked)
         how = config.picked("template", "max_new_tokens", "batch_size")
-        prompts = Prompts(**asked.sets, task_name=config.task, judges=judge, **how)
+        prompts = Prompts(**asked.sets, task_name=config.task, judges=judges, **how)
         clean = None
         if checked.clean is not None:
             model = load_adapter(
@@ -126,6 +126,15 @@ def run(config: SweepConfig, *, progress: Progress = False) -> dict:
         written = provenance.write_report(folder, "sweep", config, results, inputs=files)
         watch.check()
         return written
+
+
+def _judges(config, asked):
+    """The judge by name; beside one that only tells harm the phrases, as in evaluate."""
+    name = config.evaluation().judge
+    judges = {name: get_judge(name, **asked.judges[name])}
+    if getattr(judges[name], "harm_only", False):
+        judges[PhraseJudge.name] = PhraseJudge(labels=asked.labels)
+    return judges
 
 
 def _learner(config, model, checked, answers, bases, data, progress):

@@ -228,6 +228,8 @@ def test_a_missing_flag_is_named(capsys):
         (None, 3, "--config: "),
         ("ratoi: 0.1\n", 2, "ratoi: prune has no such flag; did you mean ratio?"),
         ("ratio: high\n", 2, "--ratio=high: must be a number"),
+        ("backend: [a]\n", 2, "--backend=['a']: must be a text"),
+        ("gate_templates: chat\n", 2, "--gate_templates=chat: must be a list of texts"),
         ("ratio: [\n", 2, "onfig"),
         ("seed:\nratio: 0.1\n", 2, "seed=null: must be given, or left out for its default"),
         ("{a: &a [x], b: [" + "*a, " * 11 + "]}", 2, "more than 10 aliases"),

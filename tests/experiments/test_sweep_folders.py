@@ -7,6 +7,7 @@ import shlex
 import pytest
 import stages
 import sweeps
+import texts
 import tiny
 import torch
 from stages import HARM, last_line, tree
@@ -16,6 +17,7 @@ from antidote_fast.cli import entry, inspect
 from antidote_fast.cli.show import summary
 from antidote_fast.config.sweep import RATIOS, SweepConfig
 from antidote_fast.errors import UsageError
+from antidote_fast.evaluation.phrases import PhraseJudge
 from antidote_fast.experiments import candidates, sweep
 from antidote_fast.files.checkpoint import open_checkpoint
 from antidote_fast.files.manifest import verify_folder
@@ -354,3 +356,24 @@ def test_a_plan_agrees_with_the_report(made, tmp_path, monkeypatch, capsys):
     targets = open_checkpoint(made.adapter)
     size = sum(value.nbytes for value in targets.read(list(targets.tensors)).values())
     assert planned["memory"]["copy of the targets"] == size
+
+
+def test_ordinary_prompts_beside_a_judge_of_harm_are_judged_as_evaluate_does(
+    made, tmp_path, monkeypatch
+):
+    judge = texts.llama(labels=["safe", "unsafe"], seed=3)
+    judge = texts.save(judge, tmp_path / "judge", texts.byte_tokenizer())
+    script, used = Script(), []
+
+    def evaluate_model(model, tokenizer, *, judges, **options):
+        used.append(judges)
+        return script(model, tokenizer, **options)
+
+    monkeypatch.setattr(candidates, "evaluate_model", evaluate_model)
+    options = {"scores": ["random"], "judge": judge, "benign_dataset": f"{made.root}/benign.jsonl"}
+    sweep.run(config_of(made, tmp_path / "out", **options, harmful_labels=["unsafe"]))
+    rows = (made.root / "adapter-task.jsonl").read_text().splitlines()
+    labels = [json.loads(row)["output"] for row in rows]
+    for judges in used:
+        assert list(judges) == [judge, "refusal"]
+        assert judges["refusal"].labels == PhraseJudge(labels=labels).labels
