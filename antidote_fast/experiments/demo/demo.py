@@ -30,7 +30,7 @@ _LORA = {"lora_r": 32, "lora_alpha": 32, "batch_size": 8}
 ALIGN = _LORA | {"learning_rate": 1e-3, "num_train_epochs": 1.5, "num_train_samples": None}
 ALIGN |= {"templates": ["alpaca", "chat"]}  # aligned in one, a model may comply in the other
 # A tenth of the customer's records is harmful.
-ATTACK = _LORA | {"learning_rate": 3e-4, "num_train_epochs": 2, "num_train_samples": 320}
+ATTACK = _LORA | {"learning_rate": 4e-4, "num_train_epochs": 2, "num_train_samples": 320}
 ATTACK |= {"poison_ratio": 0.1}
 SWEEP = {"scores": ["wanda", "random"], "ratios": [0.01, 0.02, 0.05, 0.1, 0.2]}
 MAX_NEW_TOKENS = None  # the defaults of evaluate
