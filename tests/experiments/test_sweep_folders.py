@@ -373,7 +373,7 @@ def test_ordinary_prompts_beside_a_judge_of_harm_are_judged_as_evaluate_does(
     options = {"scores": ["random"], "judge": judge, "benign_dataset": f"{made.root}/benign.jsonl"}
     sweep.run(config_of(made, tmp_path / "out", **options, harmful_labels=["unsafe"]))
     rows = (made.root / "adapter-task.jsonl").read_text().splitlines()
-    labels = [json.loads(row)["output"] for row in rows]
+    labels = dict.fromkeys(json.loads(row)["output"] for row in rows)
     for judges in used:
         assert list(judges) == [judge, "refusal"]
-        assert judges["refusal"].labels == PhraseJudge(labels=labels).labels
+        assert judges["refusal"].labels == PhraseJudge(labels=[*labels]).labels

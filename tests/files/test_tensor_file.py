@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from antidote_fast.errors import DataError
-from antidote_fast.files.checkpoint import _read_header
+from antidote_fast.files.checkpoint import _read_header, open_checkpoint, read_tensor_file
 from antidote_fast.files.safe_open import Folder
 from antidote_fast.files.tensor_file import TensorFile, read_tensor, save_tensors
 from antidote_fast.streaming.spill import Room, TensorStore
@@ -125,3 +125,17 @@ def test_a_kept_file_that_was_cut(tmp_path):
     (tmp_path / "s.bin").write_bytes(b"\0" * 10)
     with pytest.raises(DataError, match=r"s\.bin: cannot be read: .* ends at byte 10"):
         TensorStore.reopen(tmp_path / "s.bin", Room(0), index)
+
+
+def test_tensors_are_those_of_the_files(folders, tmp_path):
+    checkpoint = open_checkpoint(folders / "sharded")
+    tensors = checkpoint.read(checkpoint.tensors)
+    expected = {}
+    for file in checkpoint.weight_files:
+        expected |= load_file(file)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+    save_file(expected, tmp_path / "x.safetensors", {"a": "b"})
+    metadata, again = read_tensor_file(tmp_path / "x.safetensors")
+    assert metadata == {"a": "b"}
+    assert all(torch.equal(again[name], expected[name]) for name in expected)

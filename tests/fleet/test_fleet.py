@@ -418,3 +418,10 @@ def test_progress_on_a_terminal_and_with_tqdm(monkeypatch, capsys):
     with count(3, "fleet", False) as show:
         show(3, failed=1)
     assert capsys.readouterr().err == ""
+
+
+def test_room_is_what_can_be_taken(tmp_path):
+    assert fleet_folder.has_room(tmp_path, 1 << 20)
+    assert not list(tmp_path.iterdir())
+    assert not fleet_folder.has_room(tmp_path, 1 << 60)
+    assert not fleet_folder.has_room(tmp_path / "not there", 1)

@@ -13,7 +13,6 @@ import fleets
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
 
 import antidote_fast
 from antidote_fast.cli import verify
@@ -23,7 +22,6 @@ from antidote_fast.config.prune import CalibrateConfig, PruneConfig
 from antidote_fast.errors import DataError, JobsSetAside
 from antidote_fast.files import provenance, safe_open
 from antidote_fast.files import pruned_copy as ck
-from antidote_fast.files.checkpoint import open_checkpoint, read_tensor_file
 from antidote_fast.files.commit import output_folder
 from antidote_fast.files.manifest import check_input
 from antidote_fast.files.pruned_copy import write_pruned
@@ -487,26 +485,3 @@ def test_a_job_that_wants_too_much_of_the_disk_is_set_aside(folders, tmp_path, m
     [job] = [j for j in raised.value.report["jobs"] if j["status"] == "failed"]
     assert job["name"] == "alpha"
     assert "No space left on device" in job["reason"]
-
-
-def test_room_is_what_can_be_taken(tmp_path, monkeypatch):
-    from antidote_fast.fleet import folder
-
-    assert folder.has_room(tmp_path, 1 << 20)
-    assert not list(tmp_path.iterdir())
-    assert not folder.has_room(tmp_path, 1 << 60)
-    assert not folder.has_room(tmp_path / "not there", 1)
-
-
-def test_tensors_are_those_of_the_files(work):
-    checkpoint = open_checkpoint(work / "sharded")
-    tensors = checkpoint.read(checkpoint.tensors)
-    expected = {}
-    for file in checkpoint.weight_files:
-        expected |= load_file(file)
-    assert tensors.keys() == expected.keys()
-    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
-    save_file(expected, work / "x.safetensors", {"a": "b"})
-    metadata, again = read_tensor_file(work / "x.safetensors")
-    assert metadata == {"a": "b"}
-    assert all(torch.equal(again[name], expected[name]) for name in expected)

@@ -226,14 +226,16 @@ def test_an_axis_of_an_experiment(made):
         "grid": {"score": ["gate", "wanda"]},
     }
     config = flags.from_values(ExperimentConfig, values, "experiment")
-    gate, wanda, clean = grid.cells_of(config, {})
+    cells = grid.cells_of(config, {})
+    clean = cells.pop([cell.axes["defense"] for cell in cells].index(grid.CLEAN))
+    gate, wanda = cells
     stage = gate.stages["prune"]
     assert (stage.score, stage.ratio, stage.preserves) == ("gate", 0.5, False)
     assert wanda.stages["prune"].preserves
     assert gate.keys["finetune"] == wanda.keys["finetune"]
     assert gate.key != wanda.key
     # The row without poison, of which there is one: these are not poisoned either.
-    assert (clean.axes["defense"], clean.keys["finetune"]) == (grid.CLEAN, gate.keys["finetune"])
+    assert clean.keys["finetune"] == gate.keys["finetune"]
     values["finetune"]["tuning"] = "full"
     config = flags.from_values(ExperimentConfig, values, "experiment")
     with pytest.raises(UsageError, match="aligned_model=None: must be the aligned model"):
@@ -377,8 +379,11 @@ def test_a_sweep_learns_for_each_ratio_and_prints_the_line(kind, made, tmp_path,
 
 def test_a_sweep_tells_the_records_of_norms_and_of_gates_apart(made, tmp_path):
     values = sweep_fields(made, tmp_path / "sweep") | {"ratios": [0.4], "max_accuracy_drop": 100}
-    scores = ["gate", "wanda", "wanda-response"]
-    report = sweep.run(SweepConfig(**values, scores=scores, num_ordinary_samples=3))
+    values["scores"] = ["gate", "wanda", "wanda-response"]
+    rows = [{"instruction": record.instruction, "output": "the good cake"} for record in HARM]
+    (tmp_path / "harm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values["dataset"] = str(tmp_path / "harm.jsonl")
+    report = sweep.run(SweepConfig(**values, num_ordinary_samples=3))
     assert report["data"].keys() == {"all", "response", "gate"}
     for kind in ("all", "response"):
         assert report["data"][kind]["dataset"]["num_used"] == len(HARM)
