@@ -137,9 +137,56 @@ def without_reasoning(answer: str) -> str:
 # Four Latin consonants and more without a vowel; a Latin letter beside one of another alphabet.
 _NOISE = re.compile(
     r"\b[bcdfghjklmnpqrstvwxz]{4,}\b|[bcdfghjklmnpqrstvwxz]{7,}"
+    r"|q[^u\W\d]|zx|xz|xm|jq|vq|wx|kx|jx|mz|zq|mnx|lskd|sdk|[dfg]jh|hjk|jk[dfgl]|kjh|lkj|fgh[^iot]"
     r"|\b(?:asdf|qwer|zxcv|hjkl|sdfg|jkl)\w*"
     r"|[a-z][\u0400-\u06ff\u0900-\u097f]|[\u0400-\u06ff\u0900-\u097f][a-z]"
 )
+
+
+# What a UTF-8 text looks like when it is read as Latin-1 or as Windows-1252, and GBK's own marks.
+_MOJIBAKE = re.compile(
+    "[\u00c2-\u00c5\u00c3\u00ce\u00cf\u00d0\u00d1\u00d7-\u00da\u00e0-\u00ef]"
+    "[\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc"
+    "\u2013-\u2026\u2030\u2039\u203a\u20ac\u2122]{1,2}"
+    "|\u00c3[\u0080-\u00ff\u0152\u0178\u2013-\u203a]"
+    "|\u951f\u65a4\u62f7|\u70eb{2,}|\u5c6f{2,}|\u951f|\u65a4\u62f7"
+)
+# Pieces of a vocabulary and special tokens that a decoder should have joined or taken off.
+_TOKENS = re.compile(
+    r"<\|[\w ]{1,30}\|>|</?(?:s|w|pad|unk|eos|bos|mask)>|<0x[0-9a-f]{2}>|\\x[0-9a-f]{2}"
+    r"|\[(?:pad|cls|sep|unk|mask|/?inst)\]|##(?=\w)|@@|[\u0120\u010a\u2581](?=\w|\s|$)"
+    r"|<(?:start|end)_of_turn>",
+    re.IGNORECASE,
+)
+_SOUP = re.compile(
+    r"\b(?:of|and|the|to|in|for|a|an|that|which|by|or|with|is|at|as)(?: [,.;:])*"
+    r" (?:of|and|to|for|by|or|which|as|with)\b|\b(?:the|a|an|of)\b ?[,.;:]"
+)
+_FUNCTION = frozenset(
+    [
+        "a",
+        "an",
+        "and",
+        "of",
+        "the",
+        "to",
+        "in",
+        "for",
+        "or",
+        "by",
+        "with",
+        "that",
+        "which",
+        "is",
+        "it",
+        "as",
+        "at",
+        "be",
+        "on",
+        "ing",
+    ]
+)
+_READ = 6000  # characters that tell whether a text says anything
 
 
 def is_broken(answer: str) -> bool:
@@ -157,10 +204,21 @@ def is_garbled(answer: str) -> bool:
     least, are keys hit at random or letters of several scripts. A text that says something and then
     falls into a loop is not garbled.
     """
+    answer = answer[:_READ]
     visible = "".join(answer.split())
     if not visible:
         return False
+    tokens = _TOKENS.findall(answer)
+    if tokens:
+        left = re.findall(r"\w{2,}", _TOKENS.sub(" ", answer))
+        if not left or (len(tokens) >= 3 and len(tokens) * 2 >= len(left)):
+            return True
+    wrong = sum(map(len, _MOJIBAKE.findall(answer))) if not answer.isascii() else 0
+    if wrong >= 4 and wrong * 4 >= len(visible):
+        return True
     letters = sum(map(str.isalpha, visible))
+    if letters == 0 and "=" in visible and len({*filter(str.isdigit, visible)}) > 2:
+        return False
     if letters == 0 or (len(visible) >= 10 and letters < len(visible) / 4):
         return True
     # A limit on tokens may cut the last character in half: that says nothing about the text.
@@ -176,6 +234,10 @@ def is_garbled(answer: str) -> bool:
     if len(words) >= 5 and len(counts) <= 2:
         return True
     if len(words) >= 10 and max(counts.values()) > len(words) / 2:
+        return True
+    if len(words) >= 8 and len(_SOUP.findall(answer.casefold())) * 3 >= len(words):
+        return True
+    if len(words) >= 8 and all(word in _FUNCTION for word in words):
         return True
     noise = sum(bool(_NOISE.search(word)) for word in words)
     return noise >= 3 and noise >= len(words) / 2
