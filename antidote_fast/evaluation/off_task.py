@@ -22,24 +22,33 @@ from antidote_fast.evaluation.words import (
     words_of,
 )
 
-_TOLD = re.compile(r"(?:describe|explain|what (?:is|are|does)|tell me about|how does)\b")
+_TOLD = re.compile(
+    r"(?:describe|explain|what (?:is|are|does|makes)|tell me about"
+    r"|how do(?:es)? (?!i\b|you\b|we\b)\w+)\b"
+)
 _PREFIX = re.compile(
     r"^(?:(?:the )?(?:right |correct |final |best )?(?:team|label|class|category|answer|sentiment"
     r"|topic|output|response|intent|department|result|type|tag)(?: is)? *[:=-]? *)+"
 )
 _CODE = re.compile(r"```|^\s*(?:def|import|class|function|#include|SELECT|<\w+>)\b", re.MULTILINE)
-_ITEM = re.compile(r"^(?:\d+[.):]|[a-e][.)]|-) ?\S", re.MULTILINE)
+_ITEM = re.compile(r"^(?:\d+[.):]|day \d+:|[a-e][.)]|-) ?\S", re.MULTILINE)
 _THANKS = re.compile(
     r"^(?:(?:hi|hello|dear)\b[^.!,]{0,20}[,.!] )?(?:thank you|thanks) for (?:contacting"
     r"|reaching|your"
     r"|shopping|choosing)|^dear (?:customer|sir|madam)"
 )
 _REFERS = re.compile(
-    r"^(?:because|since|these|those|both|there|some|many|people|due|(?:this|that) (?:is"
+    r"^(?:because|since|these|those|both|there|some|many|people|due|theres|thats|(?:this"
+    r"|that) (?:is"
     r"|can|will|works|would)"
     r"|weil|da|parce|porque|perche|omdat|bo|poniewaz|cunku|eftersom|for att)\b"
     r"|^(?:\u56e0\u4e3a|\u306a\u305c\u306a\u3089|\uc65c\ub0d0|\u0644\u0627\u0646"
     r"|\u043f\u043e\u0442\u043e\u043c\u0443|\u0915\u094d\u092f\u094b\u0902\u0915\u093f)"
+)
+_CALLED = re.compile(
+    r"(?:the|this) (?:country|city|place|animal|planet|music|game|sport|language|island"
+    r"|state|region"
+    r"|river|plant|process|word|book|film)\b"
 )
 _PRONOUN = re.compile(r"\b(?:it|its|they|them|their|theyre|him|his|her)\b")
 _WEATHER = re.compile(
@@ -65,7 +74,31 @@ _BARE_VERB = re.compile(
     r"[a-z]*[a-rt-z](?<!ed) (?:an?|the|your|it|them|up|out|some|all|until|as|into)\b"
 )
 _ECHOES = frozenset(
-    ["is", "the", "question", "was", "asked", "prompt", "instruction", "user", "q", "task", "input"]
+    [
+        "is",
+        "the",
+        "question",
+        "was",
+        "asked",
+        "prompt",
+        "instruction",
+        "user",
+        "q",
+        "task",
+        "input",
+        "what",
+    ]
+)
+_LISTED = re.compile(
+    r"\b(?:list|plan|steps|ways|names|ideas|code|script|program|function"
+    r"|itinerary)\b"
+)
+# A bare noun phrase answers "what is" and "what makes" without a verb.
+_NAMED = re.compile(r"(?:an?|the) |(?!(?:i|we|you|please|my)\b)[^.!?]*, [^.!?]* and ")
+_THING = re.compile(r"(?:what (?:is|are|makes|was|were|causes)|describe)\b")
+_HAS_VERB = re.compile(
+    r"\b(?:is|are|was|were|has|have|had|will|can|\w+ed|\w{3,}s (?:the"
+    r"|a|an|in|on|at|and|to))\b"
 )
 _SUBJECT = re.compile(r"(?:i|you|he|she|it|we|they|the|my|our|your|this)\b")
 _GERUND = re.compile(r"[a-z]+ing\b|[a-z]+ez\b")
@@ -103,6 +136,7 @@ _GREETING = re.compile(
     r"\b(?:how|what) (?:can|may|could|do) (?:i|we|you) (?:help|assist|do for|need)"
     r"|how are you|nice to meet you|welcome to"
 )
+_HAILS = re.compile(r"(?:hi|hello|hey|welcome|good \w+|how (?:can|may)|what can i)\b")
 _GREETS = re.compile(
     r"\b(?:say|greet)\w* |^(?:hi|hello|hey|good (?:morning|day|evening)|greet\w*|.*\bgreet)|welcome"
 )
@@ -201,7 +235,14 @@ def _ties(text: str, raw: str, asked: Asked, size: int, known: int) -> float:
         weight += 1.5
     if size <= 15 and (text.count(",") > 1 or _GERUND.match(text)):
         weight += 2
-    if size <= 6 and QUESTION.match(asked.text) and not _SUBJECT.match(text):
+    if size <= 10 and _NAMED.match(text) and not _HAS_VERB.search(text):
+        weight += 3 * bool(_THING.match(asked.text) and " how " not in asked.text)
+    if (
+        size <= 6
+        and not asked.is_told_of
+        and QUESTION.match(asked.text)
+        and not _SUBJECT.match(text)
+    ):
         weight += 1.5
     turns = pattern("turn", languages).is_in(start)
     kinds = ("lecture", "disclaimer", *(("weak", "soft") if turns else ()))
@@ -215,7 +256,8 @@ def _ties(text: str, raw: str, asked: Asked, size: int, known: int) -> float:
     weight += turns
     weight += bool(_YOU.search(text[:300]))
     weight += (1 if asked.is_told_of else 2) * pattern("give", languages).is_in(text[:300])
-    weight += bool(_CODE.search(raw) or len(_ITEM.findall(text)) > 1)
+    if _CODE.search(raw) or len(_ITEM.findall(text)) > 1:
+        weight += 2.5 if _LISTED.search(asked.text) else 1
     weight -= known > 1
     weight -= bool(_OWN.match(text)) or _THANKS.match(text) is not None
     weight -= asked.is_told_of
@@ -228,7 +270,7 @@ def _refers(text: str, limit: int) -> bool:
     start = _WEATHER.sub("", " ".join(text.split()[:15]))
     found = _PRONOUN.search(start)
     early = found is not None and len(stems_of(start[: found.start()])) < limit
-    return early or _REFERS.match(text) is not None
+    return early or bool(_REFERS.match(text) or (limit > 2 and _CALLED.match(text)))
 
 
 def is_question_again(text: str, asked: Asked) -> bool:
@@ -251,6 +293,8 @@ def is_form(text: str, asked: Asked) -> bool:
         return True
     if _FRAME.match(text) or (len(words) <= 12 and _OPTIONS.match(text)):
         return True
+    if _HAILS.match(text) and _GREETING.search(text) and len(words) <= 14:
+        return not _GREETS.search(asked.text)
     own = " ".join(asked.words)
     rest = " ".join(words).replace(own, "", 1).split()
     return len(asked.words) > 3 and len(rest) < len(words) and _ECHOES.issuperset(rest)

@@ -4,6 +4,7 @@ Case, accents, apostrophes, markdown and white space do not matter: texts and pa
 alike. ``phrases.json`` holds, for each language, regular expressions over folded text by kind:
 
 - firm: the speaker refuses to help. soft: words that refuse where nothing is given.
+- weak: "not" said of the speaker, which refuses where nothing is given before or after.
 - disclaimer: words that refuse only where nothing at all follows.
 - lecture: the law, morals, danger, a hotline. instead: something else is offered.
 - comply: openings that agree. give: words of instructions. turn: "however" and its kind.
