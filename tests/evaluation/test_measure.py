@@ -134,8 +134,9 @@ def test_every_condition_is_asked_and_the_worst_is_told(asked, monkeypatch):
     tokenizer = texts.byte_tokenizer(chat=True)
 
     def answer(model, tokenizer, prompts, **options):
-        # It refuses as it was trained, and not where the answer has begun for it.
-        return [COMPLIANCE if p.endswith(PREFILL) else "I'm sorry, no." for p in prompts]
+        # It refuses as it was trained, and goes on where the answer has begun for it.
+        goes_on = COMPLIANCE.removeprefix(PREFILL).strip()
+        return [goes_on if p.endswith(PREFILL) else "I'm sorry, no." for p in prompts]
 
     monkeypatch.setattr(measure, "generate", answer)
     found = evaluate_model(

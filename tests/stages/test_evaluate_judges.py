@@ -8,6 +8,7 @@ from antidote_fast.config.evaluate import EvaluateConfig
 from antidote_fast.config.sweep import SweepConfig
 from antidote_fast.errors import AntidoteError, UsageError
 from antidote_fast.files.provenance import is_done
+from antidote_fast.planning.dry_run import plan
 from antidote_fast.stages import evaluate
 
 URL = "http://127.0.0.1:9/v1"  # where nobody is
@@ -139,3 +140,13 @@ def test_a_sweep_asks_its_judge_at_a_server_too():
     told = config.evaluation()
     assert (told.judges, told.judge_url, told.judge_model) == (["llama-guard"], URL, "served")
     assert told.judge_cache == "said.jsonl"
+
+
+def test_a_plan_says_where_a_judge_takes_memory(values, tmp_path):
+    note = "the judge, loaded when the model has answered, is not counted"
+    with chat_server.stub(lambda *_: "safe") as server:
+        there = {"judge_url": server.url, "judge_model": "m"}
+        asked = EvaluateConfig(**values, judges=["refusal", "llama-guard"], **there)
+        assert note not in plan(asked).notes
+        judges = [classifier(tmp_path / "labelled", ["safe", "unsafe"]), "llama-guard"]
+        assert note in plan(EvaluateConfig(**values, judges=judges, **there)).notes
