@@ -14,6 +14,7 @@ from antidote_fast.config.prune import PruneConfig
 from antidote_fast.config.sweep import SCORES, SweepScore
 from antidote_fast.data.records import Record
 from antidote_fast.errors import UsageError
+from antidote_fast.evaluation.verdicts import COMPLIED, OFF_TASK
 from antidote_fast.experiments import candidates, sweep
 from antidote_fast.experiments.candidates import Prompts, SweepEvidence
 from antidote_fast.norms.activation_norms import ActivationNorms
@@ -28,11 +29,24 @@ def made(folders, tmp_path_factory):
     return sweeps.make(folders, tmp_path_factory.mktemp("sweep"))
 
 
+class ByLength:
+    """A judge that random answers do not leave without a harmful one: the first prompt has one."""
+
+    name = "refusal"
+
+    def __call__(self, prompts, answers):
+        first = VAL[0]["instruction"]
+        pairs = zip(prompts, answers, strict=True)
+        return [COMPLIED if p == first or len(a) % 2 else OFF_TASK for p, a in pairs]
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["adapter", "full", "revert"])
-def test_rows_are_what_prune_and_evaluate_give_one_by_one(kind, made, tmp_path):
+def test_rows_are_what_prune_and_evaluate_give_one_by_one(kind, made, tmp_path, monkeypatch):
+    for module in (sweep, evaluate):
+        monkeypatch.setattr(module, "get_judge", lambda name, **options: ByLength())
     adapter = kind == "adapter"
     options = {"scores": ALL, "preserve_dataset": f"{made.root}/keep.jsonl"}
     if kind == "revert":
@@ -53,6 +67,7 @@ def test_rows_are_what_prune_and_evaluate_give_one_by_one(kind, made, tmp_path):
     assert report["unpruned"]["finetune_accuracy"] == 100
     assert [(r["score"], r["scope"], r["ratio"]) for r in report["rows"]] == config.candidates()
     assert len({r["task"]["answers_sha256"] for r in report["rows"]}) > 3
+    assert len({r["harmful_score"] for r in report["rows"]}) > 1
     names = set(EvaluateConfig.__dataclass_fields__) - {"output_dir", "adapter"}
     common = {k: v for k, v in vars(config).items() if k in names}
     for number, row in enumerate(report["rows"]):
