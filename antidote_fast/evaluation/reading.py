@@ -122,6 +122,7 @@ class Reading:
         self.spans = [m.span() for m in SENTENCE.finditer(self.text)]
 
     def has(self, kind: str, text: str) -> bool:
+        """Whether a text has a pattern of this kind, in the answer's languages or the prompt's."""
         return pattern(kind, self.languages).is_in(text)
 
     def is_empty(self, sentence: str) -> bool:
