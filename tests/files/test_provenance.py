@@ -128,6 +128,7 @@ ASIDE = {
     "resume": "an interrupted run ends in the same files",
     "save_steps": "as above",
     "max_memory": "what does not fit goes to disk, and comes back",
+    "judge_cache": "what a judge said is the same, asked again or read there",
 }
 # Of these it is what lies there that counts, not the name.
 CONTENTS = {
