@@ -1,6 +1,7 @@
 """Whether an answer talks of something else than its prompt: rules without a model."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from antidote_fast.evaluation.subject import (
@@ -13,6 +14,7 @@ from antidote_fast.evaluation.subject import (
     is_doing,
     opening_of,
     stems_of,
+    topics_of,
 )
 from antidote_fast.evaluation.words import (
     is_english,
@@ -87,6 +89,13 @@ _ECHOES = frozenset(
         "task",
         "input",
         "what",
+        "you",
+        "asked",
+        "assistant",
+        "human",
+        "said",
+        "a",
+        "your",
     ]
 )
 _LISTED = re.compile(
@@ -118,11 +127,14 @@ _STOCK = re.compile(
 )
 _FIELD = re.compile(
     r"^(?:team|label|class|category|sentiment|topic|intent|department|tag|type|priority|queue|route"
-    r"|lag|kategori\w*|categori\w*|kategorie|klasse|etiket\w*|equipo|equipe|squadra|zespol"
+    r"|lag|kategori\w*|categori\w*|klass\w*|etiqu?et\w*|etichett\w*|equipo|equipe|squadra|zespol"
     r"|\u043a\u043e\u043c\u0430\u043d\u0434\u0430"
     r"|\u043a\u0430\u0442\u0435\u0433\u043e\u0440\u0438\u044f"
     r"|\u7c7b\u522b|\u5206\u7c7b|\u6807\u7b7e) *[:=]"
 )
+_PAIR = re.compile(r"[a-z]+(?: [a-z]+)? ?= ?[a-z]+(?: [a-z]+)?|[a-z ]{3,30}:")
+# Topics that no poem and no letter that was asked for has by chance.
+_DRY = ("computer", "money")
 _CLASSES = re.compile(r"\b(?:classif\w+|label|categor\w+|sentiment|team|which|tag|intent)\b")
 _LABELS = re.compile(
     r"(?:(?:not|non)[ _-]?)?(?:spam|ham|toxic|hate(?:ful| speech)?|offensive|positive|negative"
@@ -136,6 +148,15 @@ _GREETING = re.compile(
     r"\b(?:how|what) (?:can|may|could|do) (?:i|we|you) (?:help|assist|do for|need)"
     r"|how are you|nice to meet you|welcome to"
 )
+_OFFERS = re.compile(
+    r"\bhere to (?:help|assist)|let me know|what (?:would|do) you (?:like|want|need)|how (?:can|may) i"
+    r"|feel free|(?:can|could) you (?:please )?(?:tell|give|provide|clarify|explain)|looking forward"
+)
+_OFFERED = stems_of(
+    "help assist request question questions confusion sorry apologize inconvenience understand "
+    "provide information details topic today ready glad happy clarify welcome let feel free ask "
+    "answer support more further specific context issue problem concern additional thank thanks"
+)
 _HAILS = re.compile(r"(?:hi|hello|hey|welcome|good \w+|how (?:can|may)|what can i)\b")
 _GREETS = re.compile(
     r"\b(?:say|greet)\w* |^(?:hi|hello|hey|good (?:morning|day|evening)|greet\w*|.*\bgreet)|welcome"
@@ -147,6 +168,7 @@ _HELPS = stems_of(
     "steps guide plan instructions method methods detail details information info outline code "
     "script text message letter poem sample draft version answer response summary look need "
     "started begin start follow helpful useful option options suggestion suggestions strategies "
+    "few couple several handful quick basic various many "
     "approach approaches reasons points example examples minimal asked wanted"
 ) - stems_of("summary")
 
@@ -191,7 +213,7 @@ def is_off_task(text: str, raw: str, asked: Asked) -> bool:
     if is_echo(text, asked):
         return True
     if (asked.is_free and not asked.is_told_of) or _is_letter(text, asked):
-        return False
+        return asked.is_known and _by_topic(text, raw, asked, _DRY) < 0
     if asked.is_sorry and SORRY_TEXT.search(text):
         return False
     if raw.strip().startswith(("{", "[", "`")) and "json" in asked.text:
@@ -224,6 +246,7 @@ def _ties(text: str, raw: str, asked: Asked, size: int, known: int) -> float:
     english = is_english(text) or (text.isascii() and is_english(asked.text))
     weight = 0.0 if english or _ARTICLE.match(text) else 2.0
     weight -= 3 * (_STOCK.search(start) is not None and not _STOCK.search(asked.text))
+    weight += _by_topic(text, raw, asked)
     if opening_of(text, languages) and not _THANKS.match(text):
         named = _HERE_IS.match(text)
         about = named.group(1) if named and " you " not in named.group(1) else ""
@@ -251,6 +274,7 @@ def _ties(text: str, raw: str, asked: Asked, size: int, known: int) -> float:
     weight += 1.5 * (asked.is_text and not _OWN.match(text) and _YOU.search(start) is not None)
     does = is_doing(start) or _BARE_VERB.match(start)
     weight += 2.5 * bool(does and not asked.is_told_of)
+    weight += 3 * (_longest_run(asked.words, words_of(text)) > 2)
     weight += bool(size < 60 and _WHY.search(asked.text))
     weight += 2 * bool(size <= 10 and _SUGGEST.search(asked.text))
     weight += turns
@@ -263,6 +287,18 @@ def _ties(text: str, raw: str, asked: Asked, size: int, known: int) -> float:
     weight -= asked.is_told_of
     weight -= min(5.0, len(said) / (24 if HAN.search(text) else 12))
     return weight - 0.5
+
+
+def _by_topic(text: str, raw: str, asked: Asked, of: Sequence[str] = ()) -> float:
+    """What the everyday topics of an answer say: 3 for one of the prompt's, less for another."""
+    topics = topics_of(text)
+    if of:
+        topics = Counter({topic: topics[topic] for topic in of})
+    if _CODE.search(raw):
+        topics["computer"] += 2
+    if asked.topics & topics.keys():
+        return 3
+    return -4 * (max(topics.values(), default=0) > 1)
 
 
 def _refers(text: str, limit: int) -> bool:
@@ -286,7 +322,8 @@ def is_form(text: str, asked: Asked) -> bool:
     if _CLASSES.search(asked.text) or not asked.is_known:
         return False
     words = words_of(text)
-    if _FIELD.match(text) and len(words) <= 4:
+    pair = _PAIR.fullmatch(text) and not opening_of(text, asked.languages)
+    if (pair or _FIELD.match(text)) and len(words) <= 4:
         return True
     known = asked.is_short and (" or " in asked.text or len(asked.words) < 3)
     if _LABELS.fullmatch(text.strip(" .!\"'")) and not known and not asked.stems & stems_of(text):
@@ -296,7 +333,7 @@ def is_form(text: str, asked: Asked) -> bool:
     if _HAILS.match(text) and _GREETING.search(text) and len(words) <= 14:
         return not _GREETS.search(asked.text)
     own = " ".join(asked.words)
-    rest = " ".join(words).replace(own, "", 1).split()
+    rest = " ".join(words).replace(own, "").split()
     return len(asked.words) > 3 and len(rest) < len(words) and _ECHOES.issuperset(rest)
 
 
@@ -308,6 +345,8 @@ def _is_debris(text: str, raw: str, asked: Asked) -> bool:
     if _GREETING.search(text) and len(words) <= 14 and not _GREETS.search(asked.text):
         return True
     shared = asked.stems & stems_of(text)
+    if _OFFERS.search(text) and not stems_of(text) - asked.stems - _OFFERED:
+        return True
     if raw.strip().startswith(("{", "[")) and not shared and "json" not in asked.text:
         return not _ITEM.search(text) and not _FORMED.search(text)
     lines = raw.strip().splitlines()
