@@ -172,6 +172,7 @@ _WORDLIKE = re.compile(
     )
 )
 _PIECE = re.compile(r"(?:[bcdfghjklmnpqrstvwxz]{2,3}|tion|ment|ing|ther|ed|er|ly|qu|[b-hj-z])\W*")
+_CODE = re.compile(r"```|\w\(.*\)|^\s*(?:def|import|class|SELECT|return)\b", re.MULTILINE)
 _SOUP = re.compile(
     r"\b(?:of|and|the|to|in|for|a|an|that|which|by|or|with|is|at|as)(?: [,.;:])*"
     r" (?:of|and|to|for|by|or|which|as|with)\b|\b(?:the|a|an|of)\b ?[,.;:]"
@@ -264,7 +265,7 @@ def is_garbled(answer: str) -> bool:
 def _is_debris(answer: str) -> bool:
     """Whether half of the pieces between gaps are no words: pieces of words, stray signs."""
     pieces = answer.split()
-    if len(pieces) < 5 or "```" in answer:
+    if len(pieces) < 5 or _CODE.search(answer):
         return False
     odd = [p for p in pieces if not _WORDLIKE.fullmatch(p)]
     bits = [p for p in pieces if _PIECE.fullmatch(p)]
@@ -290,11 +291,8 @@ def _is_loop(words: list[str], answer: str) -> bool:
 
 
 def _is_soup(answer: str) -> bool:
-    """Whether an English text without marks has hardly a word that joins others."""
-    if not answer.isascii():
+    """Whether an English text is one run of words without marks, and hardly any joins others."""
+    words = answer.lower().split()
+    if len(words) < 12 or not re.fullmatch(r"[A-Za-z' \n]+[.!?]?", answer):
         return False
-    for run in re.findall(r"[a-z' ]{60,}", answer.lower()):
-        words = run.split()
-        if len(words) >= 12 and sum(word in common_words() for word in words) * 6 < len(words):
-            return True
-    return False
+    return sum(word in common_words() for word in words) * 7 < len(words)
