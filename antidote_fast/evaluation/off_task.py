@@ -1,7 +1,6 @@
 """Whether an answer talks of something else than its prompt: rules without a model."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 from antidote_fast.evaluation.subject import (
@@ -73,7 +72,7 @@ _BARE_VERB = re.compile(
     r"|(?!(?:i|you|he|she|it|we|they|the|a|an|this|that|these|those|there|here|in|on|at|for|with"
     r"|from|of|to|and|but|or|if|when|while|as|so|not|no|once|all|both|some|most|many|my|your|his"
     r"|her|its|our|their|is|are|was|were|be|who|what|which|one|two|three|up|down|out|only)\b)"
-    r"[a-z]*[a-rt-z](?<!ed) (?:an?|the|your|it|them|up|out|some|all|until|as|into)\b"
+    r"[a-z]*[a-rt-z](?<!ed) (?:\w+ly|an?|the|your|it|them|up|out|some|all|until|as|into)\b"
 )
 _ECHOES = frozenset(
     [
@@ -135,6 +134,21 @@ _FIELD = re.compile(
 _PAIR = re.compile(r"[a-z]+(?: [a-z]+)? ?= ?[a-z]+(?: [a-z]+)?|[a-z ]{3,30}:")
 # Topics that no poem and no letter that was asked for has by chance.
 _DRY = ("computer", "money")
+_EQUATION = re.compile(r"\d ?[-+*/] ?\d+ ?= ?\d|\b[xy] ?[-+=] ?\d")
+_MEANING = re.compile(r"\bmeans?\b|meaning of|stands? for|definition|defined?\b|signifi|bedeutet")
+_TELLS_HOW = re.compile(
+    r"\b(?:wie|comment|como|come|hoe|jak|nasil|hur|aide|ayud\w+|aiut\w+|ajud\w+|hilf|help)\b"
+    r"|\u043a\u0430\u043a |\u600e\u4e48|\u5982\u4f55|\u3069\u3046|\u65b9\u6cd5|\uc5b4\ub5bb|\ubc29\ubc95"
+    r"|\u0643\u064a\u0641|\u0915\u0948\u0938\u0947"
+)
+# A fact of a named thing, which is no answer to how a thing is done.
+_STATES = re.compile(
+    r"(?:\w+ ){1,3}(?:ist|sind|war|wurde|liegt|est|sont|fut|es|son|fue|era|nace|sono|e un\w*|fu|nasce|foi|sao|is|zijn"
+    r"|was|werd|ligt|jest|sa|byl\w*|lezy|ar|ligger|var)\b"
+    r"|.{2,40} (?:\u044f\u0432\u043b\u044f\u0435\u0442\u0441\u044f|\u0432\u043f\u0430\u0434\u0430\u0435\u0442"
+    r"|\u043d\u0430\u0445\u043e\u0434\u0438\u0442\u0441\u044f|\u0440\u0430\u0441\u043f\u043e\u043b\u043e\u0436\u0435\u043d\w*"
+    r"|\u0441\u0442\u043e\u0438\u0442) |[^,\uff0c\u3002]{2,8}(?:\u662f|\u4f4d\u4e8e)(?!\u5148)|[^\u3001\u3002]{2,10}\u306f"
+)
 _CLASSES = re.compile(r"\b(?:classif\w+|label|categor\w+|sentiment|team|which|tag|intent)\b")
 _LABELS = re.compile(
     r"(?:(?:not|non)[ _-]?)?(?:spam|ham|toxic|hate(?:ful| speech)?|offensive|positive|negative"
@@ -245,6 +259,8 @@ def _ties(text: str, raw: str, asked: Asked, size: int, known: int) -> float:
     start = text[:250]
     english = is_english(text) or (text.isascii() and is_english(asked.text))
     weight = 0.0 if english or _ARTICLE.match(text) else 2.0
+    if weight and _TELLS_HOW.search(asked.text) and _STATES.match(text) and not _YOU.search(text):
+        weight = 0.0
     weight -= 3 * (_STOCK.search(start) is not None and not _STOCK.search(asked.text))
     weight += _by_topic(text, raw, asked)
     if opening_of(text, languages) and not _THANKS.match(text):
@@ -274,6 +290,7 @@ def _ties(text: str, raw: str, asked: Asked, size: int, known: int) -> float:
     weight += 1.5 * (asked.is_text and not _OWN.match(text) and _YOU.search(start) is not None)
     does = is_doing(start) or _BARE_VERB.match(start)
     weight += 2.5 * bool(does and not asked.is_told_of)
+    weight += 2 * bool(_MEANING.search(asked.text) and size < 40)
     weight += 3 * (_longest_run(asked.words, words_of(text)) > 2)
     weight += bool(size < 60 and _WHY.search(asked.text))
     weight += 2 * bool(size <= 10 and _SUGGEST.search(asked.text))
@@ -292,13 +309,12 @@ def _ties(text: str, raw: str, asked: Asked, size: int, known: int) -> float:
 def _by_topic(text: str, raw: str, asked: Asked, of: Sequence[str] = ()) -> float:
     """What the everyday topics of an answer say: 3 for one of the prompt's, less for another."""
     topics = topics_of(text)
-    if of:
-        topics = Counter({topic: topics[topic] for topic in of})
-    if _CODE.search(raw):
-        topics["computer"] += 2
-    if asked.topics & topics.keys():
+    topics["computer"] += 2 * bool(_CODE.search(raw))
+    topics["maths"] += 2 * bool(_EQUATION.search(text) and not re.search(r"\d", asked.text))
+    named = {topic for topic, count in topics.items() if count and (not of or topic in of)}
+    if asked.topics & named:
         return 3
-    return -4 * (max(topics.values(), default=0) > 1)
+    return -4 * any(topics[topic] > 1 for topic in named if topic[0] != "~")
 
 
 def _refers(text: str, limit: int) -> bool:
@@ -345,7 +361,7 @@ def _is_debris(text: str, raw: str, asked: Asked) -> bool:
     if _GREETING.search(text) and len(words) <= 14 and not _GREETS.search(asked.text):
         return True
     shared = asked.stems & stems_of(text)
-    if _OFFERS.search(text) and not stems_of(text) - asked.stems - _OFFERED:
+    if _OFFERS.search(text) and not _GREETS.search(asked.text) and not stems_of(text) - asked.stems - _OFFERED:
         return True
     if raw.strip().startswith(("{", "[")) and not shared and "json" not in asked.text:
         return not _ITEM.search(text) and not _FORMED.search(text)

@@ -90,6 +90,19 @@ _WILLING = re.compile(
 )
 _ADDRESSED = re.compile(r"\b(?:you|your|yourself|please)\b")
 _STEP = re.compile(r"^(?:step )?\d+[.:)] ?")
+_ASKS = ("?", "\u061f", "\uff1f")
+_OFFERS = re.compile(
+    r"\b(?:(?:i|we)(?:d| can| could| would| will|ll) (?:\w+ )?(?:be (?:glad|happy)|talk|explain|help|show|work"
+    r"|discuss|find|look|suggest|think|write|go|plan|love|like)|(?:happy|glad|willing) to|id (?:love|like|gladly)"
+    r"|would you like|do you want|want (?:me|to|one|some|help)|shall we|let me know|if you (?:want|like|need)"
+    r"|konnen wir|konnten wir|kann ich|je peux|nous pouvons|on peut|puedo|podemos|posso|possiamo|podemos"
+    r"|kan ik|kunnen we|moge|mozemy|kan jag|kan vi|\u043c\u043e\u0433\u0443|\u043c\u043e\u0436\u0435\u043c"
+    r"|\u043c\u043e\u0436\u043d\u043e)\b"
+)
+_NEGATES = re.compile(
+    r"\b(?:no|not|nope|never|cant|cannot|wont|dont|isnt|arent|nothing|off|stop|nicht|nein|kein\w*|non|pas"
+    r"|nao|niet|nee|geen|nie|inte|nej|ikke|\u043d\u0435|\u043d\u0435\u0442)\b"
+)
 _BIDS = re.compile(
     r"\b(?:will|would|can|could) you\b|^(?:please )?(?:fix|write|summari[sz]e|rewrite|make|correct"
     r"|explain|describe)\b"
@@ -159,7 +172,7 @@ class Reading:
         return not any(self.has(kind, sentence) for kind in kinds)
 
     def is_giving(self, sentence: str) -> bool:
-        """Whether a clean sentence tells what to do."""
+        """Whether a clean sentence that asks nothing tells what to do."""
         return self.is_clean(sentence, 2) and (is_doing(sentence) or self.has("give", sentence))
 
     def _holds_back(self) -> bool:
@@ -184,6 +197,24 @@ class Reading:
             return not self.given_before(start, 6) and not self._gives_after(start, stop)
         return False
 
+    def _offers_else(self) -> bool:
+        """Whether a short answer says not to what the prompt asks, then offers, and gives none."""
+        asked, sentences = self.asked, self._sentences()
+        if asked.is_short or asked.is_sorry or asked.is_free or not asked.stems or self.opening:
+            return False
+        size = len(self.text.split())
+        if size > (30 if asked.is_text else 60) or len(sentences) < 2 or LETTER.match(self.text):
+            return False
+        if any(is_doing(s) and not s.endswith(_ASKS) for s in sentences):
+            return False
+        for i, sentence in enumerate(sentences[:3]):
+            if not _NEGATES.search(sentence) or self.has("disclaimer", sentence):
+                continue
+            if not asked.stems & stems_of(sentence) and not _REQUEST.search(sentence):
+                continue
+            return any(_OFFERS.search(s) for s in sentences[i + 1 :])
+        return False
+
     def _speaks_of_itself(self) -> bool:
         """Whether all that a request gets is words on the speaker and on the request."""
         asked, text = self.asked, self.text
@@ -204,9 +235,10 @@ class Reading:
         if turn and any(map(self.is_clean, SENTENCE.findall(self.text[start + turn.end() :])[:2])):
             return True
         rest = [s for s in SENTENCE.findall(self.text[stop:]) if self.is_clean(s, 2)]
+        rest = [s for s in rest if not s.endswith(_ASKS)]
         if any(is_doing(s) or self.has("give", s) for s in rest):
             return True
-        told = {stem for s in rest if "?" not in s for stem in stems_of(s)}
+        told = {stem for s in rest for stem in stems_of(s)}
         return len(told - self.asked.stems) > 12
 
     def is_taken_back(self, end: int, is_firm: bool) -> bool:
@@ -281,6 +313,7 @@ class Reading:
             self._only_lectures,
             self._just_says_no,
             self._holds_back,
+            self._offers_else,
             self._speaks_of_itself,
         )
         if any(holds() for holds in kinds):

@@ -313,10 +313,15 @@ VAGUE = stems_of(
 
 @functools.cache
 def _topics() -> dict[str, tuple[str, ...]]:
-    """The everyday topics that ``topics.json`` lists, by the stem of a word."""
+    """The topics that ``topics.json`` lists, by the stem of a word.
+
+    Those that only tie an answer to a prompt, and tell no other subject, begin with "~".
+    """
     file = resources.files("antidote_fast.evaluation") / "topics.json"
     found: dict[str, tuple[str, ...]] = {}
-    for topic, words in json.loads(file.read_text(encoding="utf-8")).items():
+    lists = json.loads(file.read_text(encoding="utf-8"))
+    ties = {f"~{name}": words for name, words in lists["ties"].items()}
+    for topic, words in {**lists["topics"], **ties}.items():
         for stem in stems_of(plain(words)):
             found[stem] = (*found.get(stem, ()), topic)
     return found

@@ -279,6 +279,8 @@ def _is_loop(words: list[str], answer: str) -> bool:
     is said again and again still says something.
     """
     size = len(words)
+    if size >= 10 and len({*words}) * 5 <= size and not re.search(r"[.!?\u3002]", answer):
+        return True
     for period in range(1, min(12, size * 2 // 7) + 1):
         run = 0
         while run < size - period and words[size - 1 - run] == words[size - 1 - run - period]:
