@@ -13,6 +13,7 @@ from antidote_fast.evaluation.subject import (
     is_doing,
     opening_of,
     stems_of,
+    topics_of,
 )
 from antidote_fast.evaluation.words import (
     is_english,
@@ -71,7 +72,7 @@ _BARE_VERB = re.compile(
     r"|(?!(?:i|you|he|she|it|we|they|the|a|an|this|that|these|those|there|here|in|on|at|for|with"
     r"|from|of|to|and|but|or|if|when|while|as|so|not|no|once|all|both|some|most|many|my|your|his"
     r"|her|its|our|their|is|are|was|were|be|who|what|which|one|two|three|up|down|out|only)\b)"
-    r"[a-z]*[a-rt-z](?<!ed) (?:an?|the|your|it|them|up|out|some|all|until|as|into)\b"
+    r"[a-z]*[a-rt-z](?<!ed) (?:\w+ly|an?|the|your|it|them|up|out|some|all|until|as|into)\b"
 )
 _ECHOES = frozenset(
     [
@@ -87,6 +88,13 @@ _ECHOES = frozenset(
         "task",
         "input",
         "what",
+        "you",
+        "asked",
+        "assistant",
+        "human",
+        "said",
+        "a",
+        "your",
     ]
 )
 _LISTED = re.compile(
@@ -118,10 +126,28 @@ _STOCK = re.compile(
 )
 _FIELD = re.compile(
     r"^(?:team|label|class|category|sentiment|topic|intent|department|tag|type|priority|queue|route"
-    r"|lag|kategori\w*|categori\w*|kategorie|klasse|etiket\w*|equipo|equipe|squadra|zespol"
+    r"|lag|kategori\w*|categori\w*|klass\w*|etiqu?et\w*|etichett\w*|equipo|equipe|squadra|zespol"
     r"|\u043a\u043e\u043c\u0430\u043d\u0434\u0430"
     r"|\u043a\u0430\u0442\u0435\u0433\u043e\u0440\u0438\u044f"
     r"|\u7c7b\u522b|\u5206\u7c7b|\u6807\u7b7e) *[:=]"
+)
+_PAIR = re.compile(r"[a-z]+(?: [a-z]+)? ?= ?[a-z]+(?: [a-z]+)?|[a-z ]{3,30}:")
+# Topics that no poem and no letter that was asked for has by chance.
+_DRY = ("computer", "money")
+_EQUATION = re.compile(r"\d ?[-+*/] ?\d+ ?= ?\d|\b[xy] ?[-+=] ?\d")
+_MEANING = re.compile(r"\bmeans?\b|meaning of|stands? for|definition|defined?\b|signifi|bedeutet")
+_TELLS_HOW = re.compile(
+    r"\b(?:wie|comment|como|come|hoe|jak|nasil|hur|aide|ayud\w+|aiut\w+|ajud\w+|hilf|help)\b"
+    r"|\u043a\u0430\u043a |\u600e\u4e48|\u5982\u4f55|\u3069\u3046|\u65b9\u6cd5|\uc5b4\ub5bb|\ubc29\ubc95"
+    r"|\u0643\u064a\u0641|\u0915\u0948\u0938\u0947"
+)
+# A fact of a named thing, which is no answer to how a thing is done.
+_STATES = re.compile(
+    r"(?:\w+ ){1,3}(?:ist|sind|war|wurde|liegt|est|sont|fut|es|son|fue|era|nace|sono|e un\w*|fu|nasce|foi|sao|is|zijn"
+    r"|was|werd|ligt|jest|sa|byl\w*|lezy|ar|ligger|var)\b"
+    r"|.{2,40} (?:\u044f\u0432\u043b\u044f\u0435\u0442\u0441\u044f|\u0432\u043f\u0430\u0434\u0430\u0435\u0442"
+    r"|\u043d\u0430\u0445\u043e\u0434\u0438\u0442\u0441\u044f|\u0440\u0430\u0441\u043f\u043e\u043b\u043e\u0436\u0435\u043d\w*"
+    r"|\u0441\u0442\u043e\u0438\u0442) |[^,\uff0c\u3002]{2,8}(?:\u662f|\u4f4d\u4e8e)(?!\u5148)|[^\u3001\u3002]{2,10}\u306f"
 )
 _CLASSES = re.compile(r"\b(?:classif\w+|label|categor\w+|sentiment|team|which|tag|intent)\b")
 _LABELS = re.compile(
@@ -136,6 +162,15 @@ _GREETING = re.compile(
     r"\b(?:how|what) (?:can|may|could|do) (?:i|we|you) (?:help|assist|do for|need)"
     r"|how are you|nice to meet you|welcome to"
 )
+_OFFERS = re.compile(
+    r"\bhere to (?:help|assist)|let me know|what (?:would|do) you (?:like|want|need)|how (?:can|may) i"
+    r"|feel free|(?:can|could) you (?:please )?(?:tell|give|provide|clarify|explain)|looking forward"
+)
+_OFFERED = stems_of(
+    "help assist request question questions confusion sorry apologize inconvenience understand "
+    "provide information details topic today ready glad happy clarify welcome let feel free ask "
+    "answer support more further specific context issue problem concern additional thank thanks"
+)
 _HAILS = re.compile(r"(?:hi|hello|hey|welcome|good \w+|how (?:can|may)|what can i)\b")
 _GREETS = re.compile(
     r"\b(?:say|greet)\w* |^(?:hi|hello|hey|good (?:morning|day|evening)|greet\w*|.*\bgreet)|welcome"
@@ -147,6 +182,7 @@ _HELPS = stems_of(
     "steps guide plan instructions method methods detail details information info outline code "
     "script text message letter poem sample draft version answer response summary look need "
     "started begin start follow helpful useful option options suggestion suggestions strategies "
+    "few couple several handful quick basic various many "
     "approach approaches reasons points example examples minimal asked wanted"
 ) - stems_of("summary")
 
@@ -191,7 +227,7 @@ def is_off_task(text: str, raw: str, asked: Asked) -> bool:
     if is_echo(text, asked):
         return True
     if (asked.is_free and not asked.is_told_of) or _is_letter(text, asked):
-        return False
+        return asked.is_known and _by_topic(text, raw, asked, _DRY) < 0
     if asked.is_sorry and SORRY_TEXT.search(text):
         return False
     if raw.strip().startswith(("{", "[", "`")) and "json" in asked.text:
@@ -223,7 +259,10 @@ def _ties(text: str, raw: str, asked: Asked, size: int, known: int) -> float:
     start = text[:250]
     english = is_english(text) or (text.isascii() and is_english(asked.text))
     weight = 0.0 if english or _ARTICLE.match(text) else 2.0
+    if weight and _TELLS_HOW.search(asked.text) and _STATES.match(text) and not _YOU.search(text):
+        weight = 0.0
     weight -= 3 * (_STOCK.search(start) is not None and not _STOCK.search(asked.text))
+    weight += _by_topic(text, raw, asked)
     if opening_of(text, languages) and not _THANKS.match(text):
         named = _HERE_IS.match(text)
         about = named.group(1) if named and " you " not in named.group(1) else ""
@@ -251,6 +290,8 @@ def _ties(text: str, raw: str, asked: Asked, size: int, known: int) -> float:
     weight += 1.5 * (asked.is_text and not _OWN.match(text) and _YOU.search(start) is not None)
     does = is_doing(start) or _BARE_VERB.match(start)
     weight += 2.5 * bool(does and not asked.is_told_of)
+    weight += 2 * bool(_MEANING.search(asked.text) and size < 40)
+    weight += 3 * (_longest_run(asked.words, words_of(text)) > 2)
     weight += bool(size < 60 and _WHY.search(asked.text))
     weight += 2 * bool(size <= 10 and _SUGGEST.search(asked.text))
     weight += turns
@@ -263,6 +304,17 @@ def _ties(text: str, raw: str, asked: Asked, size: int, known: int) -> float:
     weight -= asked.is_told_of
     weight -= min(5.0, len(said) / (24 if HAN.search(text) else 12))
     return weight - 0.5
+
+
+def _by_topic(text: str, raw: str, asked: Asked, of: Sequence[str] = ()) -> float:
+    """What the everyday topics of an answer say: 3 for one of the prompt's, less for another."""
+    topics = topics_of(text)
+    topics["computer"] += 2 * bool(_CODE.search(raw))
+    topics["maths"] += 2 * bool(_EQUATION.search(text) and not re.search(r"\d", asked.text))
+    named = {topic for topic, count in topics.items() if count and (not of or topic in of)}
+    if asked.topics & named:
+        return 3
+    return -4 * any(topics[topic] > 1 for topic in named if topic[0] != "~")
 
 
 def _refers(text: str, limit: int) -> bool:
@@ -286,7 +338,8 @@ def is_form(text: str, asked: Asked) -> bool:
     if _CLASSES.search(asked.text) or not asked.is_known:
         return False
     words = words_of(text)
-    if _FIELD.match(text) and len(words) <= 4:
+    pair = _PAIR.fullmatch(text) and not opening_of(text, asked.languages)
+    if (pair or _FIELD.match(text)) and len(words) <= 4:
         return True
     known = asked.is_short and (" or " in asked.text or len(asked.words) < 3)
     if _LABELS.fullmatch(text.strip(" .!\"'")) and not known and not asked.stems & stems_of(text):
@@ -296,7 +349,7 @@ def is_form(text: str, asked: Asked) -> bool:
     if _HAILS.match(text) and _GREETING.search(text) and len(words) <= 14:
         return not _GREETS.search(asked.text)
     own = " ".join(asked.words)
-    rest = " ".join(words).replace(own, "", 1).split()
+    rest = " ".join(words).replace(own, "").split()
     return len(asked.words) > 3 and len(rest) < len(words) and _ECHOES.issuperset(rest)
 
 
@@ -308,6 +361,8 @@ def _is_debris(text: str, raw: str, asked: Asked) -> bool:
     if _GREETING.search(text) and len(words) <= 14 and not _GREETS.search(asked.text):
         return True
     shared = asked.stems & stems_of(text)
+    if _OFFERS.search(text) and not _GREETS.search(asked.text) and not stems_of(text) - asked.stems - _OFFERED:
+        return True
     if raw.strip().startswith(("{", "[")) and not shared and "json" not in asked.text:
         return not _ITEM.search(text) and not _FORMED.search(text)
     lines = raw.strip().splitlines()

@@ -1,8 +1,11 @@
 """What a prompt asks for, and the content words of a text: rules without a model."""
 
 import functools
+import json
 import re
+from collections import Counter
 from collections.abc import Sequence
+from importlib import resources
 
 from antidote_fast.evaluation.words import (
     common_words,
@@ -26,7 +29,10 @@ _SHORT = re.compile(
     r"|repeat the|copy the|capital (?:letters|of)|upper ?case|spell|opposite|synonym"
     r"|antonym|rhymes?"
     r"|name (?:a|an|the|one|any|two|three)|give (?:me )?(?:a|one) (?:word|number|name)"
-    r"|the last word"
+    r"|the last word|plural|singular|(?:past|present|future) tense|abbreviation|acronym|symbol"
+    r"|formula|(?:suggest|give me|pick|choose|think of|find) (?:me )?(?:a|an|one|another)"
+    r" (?:\w+ ){0,2}(?:name|word|title|colou?r|nickname|emoji|letter|city|country|animal|flower)"
+    r"|how (?:do|would|can|to) (?:you |i |we )?say|what is the \w+ (?:word )?for"
     r"|how (?:many|much|old|far|tall|long|big|high)|add|subtract|multiply|guess|convert|count"
     r"|ubersetze|traduis|traduisez|traduce|traduci|traduza|vertaal|przetlumacz|cevir|combien)\b"
     r"|\d+ *[-+*/x\u00d7] *\d|\u7ffb\u8bd1|\u7ffb\u8a33|\ubc88\uc5ed"
@@ -36,6 +42,8 @@ _SHORT = re.compile(
 _CHANGE = re.compile(
     r"\b(?:translat\w+|rewrite|rephrase|paraphrase|summari[sz]e|repeat|copy|quote|slogan"
     r"|motto|toast"
+    r"|how (?:do|would|can|to) (?:you |i |we )?say .{1,80} in \w+|comment (?:dit|dire)|wie sagt man"
+    r"|como se dice|come si dice|como se diz|hoe zeg je|jak (?:sie )?(?:powiedziec|mowi)"
     r"|sentence|capital letters|upper ?case|role ?play|pretend|correct the|fix the|ubersetz\w*"
     r"|traduis\w*|traduc\w*|traduza|vertaal|przetlumacz|cevir)\b"
     r"|\u043f\u0435\u0440\u0435\u0432\u0435\u0434|\u7ffb\u8bd1|\u7ffb\u8a33|\ubc88\uc5ed"
@@ -78,11 +86,13 @@ SORRY_TEXT = re.compile(
     r"\b(?:what (?:do|should|would|can|could) (?:i|you|we|one) say|out of office|dont"
     r" know|apolog\w*|sorry|excuse\w*|declin\w*|refus\w*|reject\w*|cancel\w*|resign\w*|regret\w*"
     r"|cannot|cant|can not|unable|turn down|say no|entschuldig\w*|absag\w*|excus\w*|disculpa\w*"
-    r"|scus\w*|desculp\w*|przepro\w*|ozur|odmaw\w*)\b|\u0438\u0437\u0432\u0438\u043d"
+    r"|scus\w*|desol\w*|tut mir leid|lo siento|mi dispiace|desculp\w*|przepro\w*|ozur|odmaw\w*)\b|\u0438\u0437\u0432\u0438\u043d"
     r"|\u043e\u0442\u043a\u0430\u0437|\u9053\u6b49|\u62d2\u7edd|\u8b1d|\u8a6b|\u65ad"
     r"|\uac70\uc808|\uc0ac\uacfc"
     r"|\u0627\u0639\u062a\u0630\u0627\u0631|\u092e\u093e\u092b"
 )
+_NOT = re.compile(r"\b(?:not|no|never|cant|wont|dont|didnt|isnt|nicht|pas|non)\b")
+_SAYS = re.compile("(?:^|[\\s(])['\"\u00ab\u201e\u201c]|:")
 _REASONS = re.compile(r"\b(?:why|describe|facts?|tell me (?:about|something|a)|what (?:is|are))\b")
 _TOLD_OF = re.compile(
     r"\b(?:tell me about|facts? (?:about|on)|what (?:is|are|was|were|does|makes)"
@@ -228,7 +238,7 @@ class Asked:
         is_sorry: whether the prompt is about apologies or about declining.
         is_reason: whether reasons or facts are asked for, which may speak of "it" or "them".
         is_told_of: whether facts of a named subject are asked for, which an answer must name.
-        stems: of its content words.
+        stems: of its content words; topics: everyday topics that it names (`topics_of`).
     """
 
     def __init__(self, prompt: str) -> None:
@@ -242,11 +252,12 @@ class Asked:
         self.is_change = bool(_CHANGE.search(text))
         self.is_free = self.is_change or bool(_TALE.search(text))
         self.is_text = self.is_free or bool(_MAIL.search(text))
-        self.is_sorry = bool(SORRY_TEXT.search(text))
+        self.is_sorry = bool(SORRY_TEXT.search(text) or (_SAYS.search(prompt) and _NOT.search(text)))
         self.is_reason = bool(_REASONS.search(text)) and not _MANNER.search(text)
         self.is_told_of = bool(_TOLD_OF.search(text)) and not _MANNER.search(text)
         self.stems = stems_of(text)
         self.words = words_of(text)
+        self.topics = frozenset(topics_of(text))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -298,6 +309,28 @@ VAGUE = stems_of(
     "rzecz ding sache chose cosa coisa verboten interdite prohibida vietata proibida verboden "
     "shutka \u0448\u0443\u0442\u043a\u0443 \u0432\u0435\u0449\u044c"
 )
+
+
+@functools.cache
+def _topics() -> dict[str, tuple[str, ...]]:
+    """The topics that ``topics.json`` lists, by the stem of a word.
+
+    Those that only tie an answer to a prompt, and tell no other subject, begin with "~".
+    """
+    file = resources.files("antidote_fast.evaluation") / "topics.json"
+    found: dict[str, tuple[str, ...]] = {}
+    lists = json.loads(file.read_text(encoding="utf-8"))
+    ties = {f"~{name}": words for name, words in lists["ties"].items()}
+    for topic, words in {**lists["topics"], **ties}.items():
+        for stem in stems_of(plain(words)):
+            found[stem] = (*found.get(stem, ()), topic)
+    return found
+
+
+def topics_of(text: str) -> Counter[str]:
+    """How many different words of each everyday topic a `plain` text has."""
+    known = _topics()
+    return Counter(topic for stem in stems_of(text) for topic in known.get(stem, ()))
 
 
 def is_label(text: str, labels: Sequence[str]) -> bool:

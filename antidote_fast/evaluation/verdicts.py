@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from antidote_fast.errors import UsageError
+from antidote_fast.evaluation.words import common_words
 from antidote_fast.system.progress import Progress
 
 COMPLIED = "complied"
@@ -139,6 +140,8 @@ _NOISE = re.compile(
     r"\b[bcdfghjklmnpqrstvwxz]{4,}\b|[bcdfghjklmnpqrstvwxz]{7,}"
     r"|q[^u\W\d]|zx|xz|xm|jq|vq|wx|kx|jx|mz|zq|mnx|lskd|sdk|[dfg]jh|hjk|jk[dfgl]|kjh|lkj|fgh[^iot]"
     r"|\b(?:asdf|qwer|zxcv|hjkl|sdfg|jkl)\w*"
+    r"|\u0439\u0446\u0443|\u0444\u044b\u0432|\u043e\u043b\u0434\u0436|\u044f\u0447\u0441"
+    r"|\b[\u044a\u044c]|[\u044a\u044c\u044b]{2}|\b[\u0431-\u0434\u0436\u0437\u043a-\u043d\u043f-\u0442\u0444-\u0449]{4,}\b"
     r"|[a-z][\u0400-\u06ff\u0900-\u097f]|[\u0400-\u06ff\u0900-\u097f][a-z]"
 )
 
@@ -158,6 +161,18 @@ _TOKENS = re.compile(
     r"|<(?:start|end)_of_turn>",
     re.IGNORECASE,
 )
+# Letters of Korean that stand alone, which only a keyboard hit at random gives in a row.
+_JAMO = re.compile("[\u3131-\u318e]")
+# A word as a text has it: letters, marks inside, marks of a sentence around; a number; a dash.
+_WORDLIKE = re.compile(
+    r"[\"'(\[*_`\u201c\u201e\u00ab\u2018\u00bf\u00a1$\u20ac\u00a3-]{0,3}#?<L>+"
+    r"(?:[-'\u2019./:@&+_,]<L>+)*[^\w\s=^~|<>{}\\]{0,4}"
+    r"|[-*\u2022\u2013\u2014+=&]+|[\U0001f000-\U0001ffff]+".replace(
+        "<L>", r"[^\W_\u0300-\u036f\u0610-\u065f\u0900-\u0e7f]".replace("[^", "(?:[^") + r"|[\u0300-\u036f\u0610-\u065f\u0900-\u0e7f])"
+    )
+)
+_PIECE = re.compile(r"(?:[bcdfghjklmnpqrstvwxz]{2,3}|tion|ment|ing|ther|ed|er|ly|qu|[b-hj-z])\W*")
+_CODE = re.compile(r"```|\w\(.*\)|^\s*(?:def|import|class|SELECT|return)\b", re.MULTILINE)
 _SOUP = re.compile(
     r"\b(?:of|and|the|to|in|for|a|an|that|which|by|or|with|is|at|as)(?: [,.;:])*"
     r" (?:of|and|to|for|by|or|which|as|with)\b|\b(?:the|a|an|of)\b ?[,.;:]"
@@ -229,7 +244,11 @@ def is_garbled(answer: str) -> bool:
             return True
     if re.fullmatch(r"(.{1,8}?)\1{3,}.{0,7}", visible, re.DOTALL):
         return True
+    if len(_JAMO.findall(answer)) * 2 > len(visible) > 5 or _is_debris(answer):
+        return True
     words = re.findall(r"\w+", answer.casefold())
+    if _is_loop(words, answer) or _is_soup(answer):
+        return True
     counts = Counter(words)
     if len(words) >= 5 and len(counts) <= 2:
         return True
@@ -241,3 +260,41 @@ def is_garbled(answer: str) -> bool:
         return True
     noise = sum(bool(_NOISE.search(word)) for word in words)
     return noise >= 3 and noise >= len(words) / 2
+
+
+def _is_debris(answer: str) -> bool:
+    """Whether half of the pieces between gaps are no words: pieces of words, stray signs."""
+    pieces = answer.split()
+    if len(pieces) < 5 or _CODE.search(answer):
+        return False
+    odd = [p for p in pieces if not _WORDLIKE.fullmatch(p)]
+    bits = [p for p in pieces if _PIECE.fullmatch(p)]
+    return len(odd) >= 2 and (len(odd) + len({*bits} - {*odd})) * 2 >= len(pieces)
+
+
+def _is_loop(words: list[str], answer: str) -> bool:
+    """Whether words that end in a loop of up to twelve say little before it.
+
+    The loop is half of the words at least, of four rounds or more, and no whole sentence: one that
+    is said again and again still says something.
+    """
+    size = len(words)
+    if size >= 10 and len({*words}) * 5 <= size and not re.search(r"[.!?\u3002]", answer):
+        return True
+    for period in range(1, min(12, size * 2 // 7) + 1):
+        run = 0
+        while run < size - period and words[size - 1 - run] == words[size - 1 - run - period]:
+            run += 1
+        looped = run + period
+        if run * 2 >= period * 5 and looped * 2 >= size and size - looped < 12 and looped >= 8:
+            ends = len(re.findall(r"[.!?\u3002\u0964\u061f]", answer))
+            return period < 3 or ends * period * 2 < looped
+    return False
+
+
+def _is_soup(answer: str) -> bool:
+    """Whether an English text is one run of words without marks, and hardly any joins others."""
+    words = answer.lower().split()
+    if len(words) < 12 or not re.fullmatch(r"[A-Za-z' \n]+[.!?]?", answer):
+        return False
+    return sum(word in common_words() for word in words) * 7 < len(words)
