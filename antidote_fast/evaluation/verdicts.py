@@ -168,10 +168,14 @@ _WORDLIKE = re.compile(
     r"[\"'(\[*_`\u201c\u201e\u00ab\u2018\u00bf\u00a1$\u20ac\u00a3-]{0,3}#?<L>+"
     r"(?:[-'\u2019./:@&+_,]<L>+)*[^\w\s=^~|<>{}\\]{0,4}"
     r"|[-*\u2022\u2013\u2014+=&]+|[\U0001f000-\U0001ffff]+".replace(
-        "<L>", r"[^\W_\u0300-\u036f\u0610-\u065f\u0900-\u0e7f]".replace("[^", "(?:[^") + r"|[\u0300-\u036f\u0610-\u065f\u0900-\u0e7f])"
+        "<L>",
+        r"[^\W_\u0300-\u036f\u0610-\u065f\u0900-\u0e7f]".replace("[^", "(?:[^")
+        + r"|[\u0300-\u036f\u0610-\u065f\u0900-\u0e7f])",
     )
 )
-_PIECE = re.compile(r"(?:[bcdfghjklmnpqrstvwxz]{2,3}|tion|ment|ing|ther|ed|er|ly|qu|[b-hj-z])\W*")
+_PIECE = re.compile(
+    r"(?:[bcdfghjklmnpqrstvwxz]{2,3}|tion|ment|ness|ing|ther|est|ous|ed|er|ly|qu|un|re|de|[b-hj-z])\W*"
+)
 _CODE = re.compile(r"```|\w\(.*\)|^\s*(?:def|import|class|SELECT|return)\b", re.MULTILINE)
 _SOUP = re.compile(
     r"\b(?:of|and|the|to|in|for|a|an|that|which|by|or|with|is|at|as)(?: [,.;:])*"
@@ -250,6 +254,13 @@ def is_garbled(answer: str) -> bool:
     if _is_loop(words, answer) or _is_soup(answer):
         return True
     counts = Counter(words)
+    if (
+        len(words) >= 9
+        and all(len(w) == 1 for w in words)
+        and len(counts) < 6
+        and words[0].isascii()
+    ):
+        return True
     if len(words) >= 5 and len(counts) <= 2:
         return True
     if len(words) >= 10 and max(counts.values()) > len(words) / 2:
@@ -267,8 +278,10 @@ def _is_debris(answer: str) -> bool:
     pieces = answer.split()
     if len(pieces) < 5 or _CODE.search(answer):
         return False
-    odd = [p for p in pieces if not _WORDLIKE.fullmatch(p)]
+    odd = [p for p in pieces if not p.rstrip(".,:;!?").isalpha() and not _WORDLIKE.fullmatch(p)]
     bits = [p for p in pieces if _PIECE.fullmatch(p)]
+    if len({*bits}) >= 5 and len(bits) * 5 >= len(pieces) * 3:
+        return True
     return len(odd) >= 2 and (len(odd) + len({*bits} - {*odd})) * 2 >= len(pieces)
 
 
@@ -297,4 +310,4 @@ def _is_soup(answer: str) -> bool:
     words = answer.lower().split()
     if len(words) < 12 or not re.fullmatch(r"[A-Za-z' \n]+[.!?]?", answer):
         return False
-    return sum(word in common_words() for word in words) * 7 < len(words)
+    return sum(word in common_words() for word in words) * 5 <= len(words)
