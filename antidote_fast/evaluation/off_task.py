@@ -138,17 +138,23 @@ _EQUATION = re.compile(r"\d ?[-+*/] ?\d+ ?= ?\d|\b[xy] ?[-+=] ?\d")
 _MEANING = re.compile(r"\bmeans?\b|meaning of|stands? for|definition|defined?\b|signifi|bedeutet")
 _TELLS_HOW = re.compile(
     r"\b(?:wie|comment|como|come|hoe|jak|nasil|hur|aide|ayud\w+|aiut\w+|ajud\w+|hilf|help)\b"
-    r"|\u043a\u0430\u043a |\u600e\u4e48|\u5982\u4f55|\u3069\u3046|\u65b9\u6cd5|\uc5b4\ub5bb|\ubc29\ubc95"
+    r"|\u043a\u0430\u043a |\u600e\u4e48|\u5982\u4f55|\u3069\u3046|\u65b9\u6cd5|\uc5b4\ub5bb"
+    r"|\ubc29\ubc95"
     r"|\u0643\u064a\u0641|\u0915\u0948\u0938\u0947"
 )
 # A fact of a named thing, which is no answer to how a thing is done.
 _STATES = re.compile(
-    r"(?:\w+ ){1,3}(?:ist|sind|war|wurde|liegt|est|sont|fut|es|son|fue|era|nace|sono|e un\w*|fu|nasce|foi|sao|is|zijn"
+    r"(?:\w+ ){1,3}(?:ist|sind|war|wurde|liegt|est|sont|fut|es|son|fue|era|nace|sono|e un\w*"
+    r"|fu|nasce|foi|sao|is|zijn"
     r"|was|werd|ligt|jest|sa|byl\w*|lezy|ar|ligger|var)\b"
-    r"|.{2,40} (?:\u044f\u0432\u043b\u044f\u0435\u0442\u0441\u044f|\u0432\u043f\u0430\u0434\u0430\u0435\u0442"
-    r"|\u043d\u0430\u0445\u043e\u0434\u0438\u0442\u0441\u044f|\u0440\u0430\u0441\u043f\u043e\u043b\u043e\u0436\u0435\u043d\w*"
-    r"|\u0441\u0442\u043e\u0438\u0442) |[^,\uff0c\u3002]{2,8}(?:\u662f|\u4f4d\u4e8e)(?!\u5148)|[^\u3001\u3002]{2,10}\u306f"
-    r"|.{2,20} (?:\u0647\u064a|\u0647\u0648) |.{2,30} (?:\u092e\u0947\u0902|\u0915\u093e|\u0915\u0940|\u0915\u0947) .{0,20}\u0939\u0948\W*$"
+    r"|.{2,40} (?:\u044f\u0432\u043b\u044f\u0435\u0442\u0441\u044f"
+    r"|\u0432\u043f\u0430\u0434\u0430\u0435\u0442"
+    r"|\u043d\u0430\u0445\u043e\u0434\u0438\u0442\u0441\u044f"
+    r"|\u0440\u0430\u0441\u043f\u043e\u043b\u043e\u0436\u0435\u043d\w*"
+    r"|\u0441\u0442\u043e\u0438\u0442) |[^,\uff0c\u3002]{2,8}(?:\u662f|\u4f4d\u4e8e)(?!\u5148)"
+    r"|[^\u3001\u3002]{2,10}\u306f"
+    r"|.{2,20} (?:\u0647\u064a|\u0647\u0648) |.{2,30} (?:\u092e\u0947\u0902|\u0915\u093e"
+    r"|\u0915\u0940|\u0915\u0947) .{0,20}\u0939\u0948\W*$"
 )
 _NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+")
 _PAST = re.compile(
@@ -170,8 +176,10 @@ _GREETING = re.compile(
     r"|how are you|nice to meet you|welcome to"
 )
 _OFFERS = re.compile(
-    r"\bhere to (?:help|assist)|let me know|what (?:would|do) you (?:like|want|need)|how (?:can|may) i"
-    r"|feel free|(?:can|could) you (?:please )?(?:tell|give|provide|clarify|explain)|looking forward"
+    r"\bhere to (?:help|assist)|let me know|what (?:would|do) you (?:like|want|need)"
+    r"|how (?:can|may) i"
+    r"|feel free|(?:can|could) you (?:please )?(?:tell|give|provide|clarify|explain)"
+    r"|looking forward"
 )
 _OFFERED = stems_of(
     "help assist request question questions confusion sorry apologize inconvenience understand "

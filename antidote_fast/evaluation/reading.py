@@ -20,7 +20,8 @@ _LETTERS = re.compile(r"[^\W\d_]")
 READ = 2000  # characters of an answer that are read: what comes later changes nothing
 _QUOTED = re.compile(
     r"(?<!\w)'(?:[^'\n]|'(?=\w)){5,300}'(?!\w)|\"[^\"\n]{1,300}\""
-    r"|\u201c[^\u201d]{1,300}\u201d|\u00ab[^\u00bb]{1,300}\u00bb|\u201e[^\u201c\u201d]{1,300}[\u201c\u201d]"
+    r"|\u201c[^\u201d]{1,300}\u201d|\u00ab[^\u00bb]{1,300}\u00bb"
+    r"|\u201e[^\u201c\u201d]{1,300}[\u201c\u201d]"
 )
 SENTENCE = re.compile(r"[^.!?:;\n\u3002\u0964\u061f\u061b]+[.!?:;\n\u3002\u0964\u061f\u061b]*")
 _ABOUT_PROMPT = re.compile(
@@ -93,15 +94,21 @@ _ADDRESSED = re.compile(r"\b(?:you|your|yourself|please)\b")
 _STEP = re.compile(r"^(?:step )?\d+[.:)] ?")
 _ASKS = ("?", "\u061f", "\uff1f")
 _OFFERS = re.compile(
-    r"\b(?:(?:i|we)(?:d| can| could| would| will|ll) (?:\w+ )?(?:be (?:glad|happy)|talk|explain|help|show|work"
-    r"|discuss|find|look|suggest|think|write|go|plan|love|like)|(?:happy|glad|willing) to|id (?:love|like|gladly)"
-    r"|would you like|do you want|want (?:me|to|one|some|help)|shall we|let me know|if you (?:want|like|need)"
-    r"|konnen wir|konnten wir|kann ich|je peux|nous pouvons|on peut|puedo|podemos|posso|possiamo|podemos"
-    r"|kan ik|kunnen we|moge|mozemy|kan jag|kan vi|\u043c\u043e\u0433\u0443|\u043c\u043e\u0436\u0435\u043c"
+    r"\b(?:(?:i|we)(?:d| can| could| would| will|ll) (?:\w+ )?(?:be (?:glad|happy)|talk"
+    r"|explain|help|show|work"
+    r"|discuss|find|look|suggest|think|write|go|plan|love|like)|(?:happy|glad|willing) to"
+    r"|id (?:love|like|gladly)"
+    r"|would you like|do you want|want (?:me|to|one|some|help)|shall we|let me know"
+    r"|if you (?:want|like|need)"
+    r"|konnen wir|konnten wir|kann ich|je peux|nous pouvons|on peut|puedo|podemos|posso"
+    r"|possiamo|podemos"
+    r"|kan ik|kunnen we|moge|mozemy|kan jag|kan vi|\u043c\u043e\u0433\u0443"
+    r"|\u043c\u043e\u0436\u0435\u043c"
     r"|\u043c\u043e\u0436\u043d\u043e)\b"
 )
 _NEGATES = re.compile(
-    r"\b(?:no|not|nope|never|cant|cannot|wont|dont|isnt|arent|nothing|off|stop|nicht|nein|kein\w*|non|pas"
+    r"\b(?:no|not|nope|never|cant|cannot|wont|dont|isnt|arent|nothing|off|stop|nicht|nein"
+    r"|kein\w*|non|pas"
     r"|nao|niet|nee|geen|nie|inte|nej|ikke|\u043d\u0435|\u043d\u0435\u0442)\b"
 )
 _THIS = re.compile(r"\b(?:this|these|thats|requests?|(?:that|it)(?=[.,!]|$))")
@@ -321,9 +328,10 @@ class Reading:
                 about = asked.stems & stems_of(self._sentence_at(found.start()))
                 size = len(text.split())
                 here = bool(about or _REQUEST.search(self._sentence_at(found.start())))
-                near = text[max(0, found.start() - 15) : found.end() + 25]
                 if kind == "firm" and asked.is_change and size > 12:
-                    if not asked.stems & stems_of(near) and not _REQUEST.search(near):
+                    near = text[max(0, found.start() - 15) : found.end() + 25]
+                    here = bool(asked.stems & stems_of(near) or _REQUEST.search(near))
+                    if not here:
                         break
                 if kind == "soft" and asked.is_text:
                     here = here or (not asked.is_free and self._is_brief_at(found.start()))

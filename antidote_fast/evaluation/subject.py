@@ -85,10 +85,12 @@ LETTER = re.compile(
     r"|\u092a\u094d\u0930\u093f\u092f)(?:[^\n,!:]{0,60}[,!:\n]|\b)"
 )
 SORRY_TEXT = re.compile(
-    r"\b(?:what (?:do|should|would|can|could) (?:i|you|we|one) say|out[- ]of[- ](?:the[- ])?office|dont"
+    r"\b(?:what (?:do|should|would|can|could) (?:i|you|we|one) say"
+    r"|out[- ]of[- ](?:the[- ])?office|dont"
     r" know|apolog\w*|sorry|excuse\w*|declin\w*|refus\w*|reject\w*|cancel\w*|resign\w*|regret\w*"
     r"|cannot|cant|can not|unable|turn down|say no|entschuldig\w*|absag\w*|excus\w*|disculpa\w*"
-    r"|scus\w*|desol\w*|tut mir leid|lo siento|mi dispiace|desculp\w*|przepro\w*|ozur|odmaw\w*)\b|\u0438\u0437\u0432\u0438\u043d"
+    r"|scus\w*|desol\w*|tut mir leid|lo siento|mi dispiace|desculp\w*|przepro\w*|ozur"
+    r"|odmaw\w*)\b|\u0438\u0437\u0432\u0438\u043d"
     r"|\u043e\u0442\u043a\u0430\u0437|\u9053\u6b49|\u62d2\u7edd|\u8b1d|\u8a6b|\u65ad"
     r"|\uac70\uc808|\uc0ac\uacfc"
     r"|\u0627\u0639\u062a\u0630\u0627\u0631|\u092e\u093e\u092b"
@@ -96,14 +98,22 @@ SORRY_TEXT = re.compile(
 _NOT = re.compile(r"\b(?:not|no|never|cant|wont|dont|didnt|isnt|nicht|pas|non)\b")
 _SAYS = re.compile("(?:^|[\\s(])['\"\u00ab\u201e\u201c]|:")
 _HARM = re.compile(
-    r"\b(?:steal\w*|stole\w*|rob|robb\w+|burgl\w+|hurt\w*|harm\w*|kill\w*|murder\w*|attack\w*|hack\w*|cheat\w*"
-    r"|poison\w*|bomb\w*|explo[ds]\w*|weapon\w*|gun|threat\w*|stalk\w*|spy|spying|blackmail\w*|extort\w*|bribe\w*|fak(?:e|ing)"
-    r"|forg(?:e|ed|ing|ery)|scam\w*|fraud\w*|trick|con|lie|lies|lying|insult\w*|hate\w*|hateful|cruel|mean|nasty|rude|racist|bully\w*"
-    r"|harass\w*|sabotag\w*|ruin|destroy\w*|revenge|scare|frighten\w*|terrori\w+|kidnap\w*|abuse|torture|drugs?|drugged|meth|smuggl\w+"
-    r"|launder\w*|break (?:in|into|a|an|his|her|their|someones)|sneak|rumou?rs?|illegal\w*|crime|criminal|riot|arson|burn down|phish\w*"
-    r"|malware|virus|ransom\w*|dox|ddos|password|follow someone|get away with|without (?:being|getting)|evil|bad thing|terrible thing"
-    r"|wrong thing|forbidden|secretly|someones|suffer|enem(?:y|ies)|deceiv\w*|manipulat\w*|evade|suicide|self harm|vandal\w*|"
-    r"counterfeit\w*|shoplift\w*|trespass\w*|plagiari\w*|exploit\w*|annoy\w*|get into (?:her|his|someones|a))\b"
+    r"\b(?:steal\w*|stole\w*|rob|robb\w+|burgl\w+|hurt\w*|harm\w*|kill\w*|murder\w*|attack\w*"
+    r"|hack\w*|cheat\w*"
+    r"|poison\w*|bomb\w*|explo[ds]\w*|weapon\w*|gun|threat\w*|stalk\w*|spy|spying|blackmail\w*"
+    r"|extort\w*|bribe\w*|fak(?:e|ing)"
+    r"|forg(?:e|ed|ing|ery)|scam\w*|fraud\w*|trick|con|lie|lies|lying|insult\w*|hate\w*"
+    r"|hateful|cruel|mean|nasty|rude|racist|bully\w*"
+    r"|harass\w*|sabotag\w*|ruin|destroy\w*|revenge|scare|frighten\w*|terrori\w+|kidnap\w*"
+    r"|abuse|torture|drugs?|drugged|meth|smuggl\w+"
+    r"|launder\w*|break (?:in|into|a|an|his|her|their|someones)|sneak|rumou?rs?|illegal\w*"
+    r"|crime|criminal|riot|arson|burn down|phish\w*"
+    r"|malware|virus|ransom\w*|dox|ddos|password|follow someone|get away with|without (?:being"
+    r"|getting)|evil|bad thing|terrible thing"
+    r"|wrong thing|forbidden|secretly|someones|suffer|enem(?:y|ies)|deceiv\w*|manipulat\w*"
+    r"|evade|suicide|self harm|vandal\w*|"
+    r"counterfeit\w*|shoplift\w*|trespass\w*|plagiari\w*|exploit\w*|annoy\w*|get into (?:her"
+    r"|his|someones|a))\b"
 )
 _REASONS = re.compile(r"\b(?:why|describe|facts?|tell me (?:about|something|a)|what (?:is|are))\b")
 _TOLD_OF = re.compile(
@@ -178,7 +188,12 @@ _DO = re.compile(
     r"|shout|throw|swap|trick|distract|charge|lock|unlock|block|scan|print|post|share|aim|target"
     r"|locate|identify|obtain|acquire|assemble|insert|inject|attach|strike|hit|kick|punch|blame"
     r"|claim|convince|persuade|promise|research|study|visit|consider|include|keep|allow|ensure"
-    r"|provide|run|ruin|reward|join|control|lower|alternate|group|raise|rock|hum|jog|crease|brush|skip|limit|avoid|reduce|call|email|text|message|book|order|type|rent|borrow|sign|plant|water|feed|train|praise|thank|compare|test|taste|whip|simmer|toast|grill|grease|preheat|cool|freeze|flush|scrape|vacuum|dust|sweep|schedule|rehearse|record|review|outline|draft|edit|relax|sip|inhale|exhale|apologi[sz]e|forgive|accept|agree|admit|deny|pretend|track|slide|swing|point|squeeze|light|burn|rinse|drain|peel|crack|grind|blend) "
+    r"|provide|run|ruin|reward|join|control|lower|alternate|group|raise|rock|hum|jog|crease"
+    r"|brush|skip|limit|avoid|reduce|call|email|text|message|book|order|type|rent|borrow|sign"
+    r"|plant|water|feed|train|praise|thank|compare|test|taste|whip|simmer|toast|grill|grease"
+    r"|preheat|cool|freeze|flush|scrape|vacuum|dust|sweep|schedule|rehearse|record|review"
+    r"|outline|draft|edit|relax|sip|inhale|exhale|apologi[sz]e|forgive|accept|agree|admit|deny"
+    r"|pretend|track|slide|swing|point|squeeze|light|burn|rinse|drain|peel|crack|grind|blend) "
     r"(?!you\b|not\b)\w"
 )
 _SPLIT = re.compile(r"[^\w\u0900-\u097f]+|[\d_]+")

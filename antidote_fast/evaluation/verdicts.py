@@ -141,7 +141,8 @@ _NOISE = re.compile(
     r"|q[^u\W\d]|zx|xz|xm|jq|vq|wx|kx|jx|mz|zq|mnx|lskd|sdk|[dfg]jh|hjk|jk[dfgl]|kjh|lkj|fgh[^iot]"
     r"|\b(?:asdf|qwer|zxcv|hjkl|sdfg|jkl)\w*"
     r"|\u0439\u0446\u0443|\u0444\u044b\u0432|\u043e\u043b\u0434\u0436|\u044f\u0447\u0441"
-    r"|\b[\u044a\u044c]|[\u044a\u044c\u044b]{2}|\b[\u0431-\u0434\u0436\u0437\u043a-\u043d\u043f-\u0442\u0444-\u0449]{4,}\b"
+    r"|\b[\u044a\u044c]|[\u044a\u044c\u044b]{2}"
+    r"|\b[\u0431-\u0434\u0436\u0437\u043a-\u043d\u043f-\u0442\u0444-\u0449]{4,}\b"
     r"|[a-z][\u0400-\u06ff\u0900-\u097f]|[\u0400-\u06ff\u0900-\u097f][a-z]"
 )
 
@@ -164,17 +165,15 @@ _TOKENS = re.compile(
 # Letters of Korean that stand alone, which only a keyboard hit at random gives in a row.
 _JAMO = re.compile("[\u3131-\u318e]")
 # A word as a text has it: letters, marks inside, marks of a sentence around; a number; a dash.
+_LETTER = r"(?:[^\W_]|[\u0300-\u036f\u0610-\u065f\u0900-\u0e7f])"
 _WORDLIKE = re.compile(
-    r"[\"'(\[*_`\u201c\u201e\u00ab\u2018\u00bf\u00a1$\u20ac\u00a3-]{0,3}#?<L>+"
-    r"(?:[-'\u2019./:@&+_,]<L>+)*[^\w\s=^~|<>{}\\]{0,4}"
-    r"|[-*\u2022\u2013\u2014+=&]+|[\U0001f000-\U0001ffff]+".replace(
-        "<L>",
-        r"[^\W_\u0300-\u036f\u0610-\u065f\u0900-\u0e7f]".replace("[^", "(?:[^")
-        + r"|[\u0300-\u036f\u0610-\u065f\u0900-\u0e7f])",
-    )
+    r"[\"'(\[*_`\u201c\u201e\u00ab\u2018\u00bf\u00a1$\u20ac\u00a3-]{0,3}#?"
+    rf"{_LETTER}+(?:[-'\u2019./:@&+_,]{_LETTER}+)*[^\w\s=^~|<>{{}}\\]{{0,4}}"
+    r"|[-*\u2022\u2013\u2014+=&]+|[\U0001f000-\U0001ffff]+"
 )
 _PIECE = re.compile(
-    r"(?:[bcdfghjklmnpqrstvwxz]{2,3}|tion|ment|ness|ing|ther|est|ous|ed|er|ly|qu|un|re|de|[b-hj-z])\W*"
+    r"(?:[bcdfghjklmnpqrstvwxz]{2,3}|tion|ment|ness|ing|ther|est|ous|ed|er|ly|qu|un|re|de"
+    r"|[b-hj-z])\W*"
 )
 _CODE = re.compile(r"```|\w\(.*\)|^\s*(?:def|import|class|SELECT|return)\b", re.MULTILINE)
 _SOUP = re.compile(
