@@ -91,6 +91,7 @@ _ECHOES = frozenset(
         "you",
         "asked",
         "assistant",
+        "repeat",
         "human",
         "said",
         "a",
@@ -311,7 +312,8 @@ def _ties(text: str, raw: str, asked: Asked, size: int, known: int) -> float:
     weight += 2 * any(pattern(kind, languages).is_in(start) for kind in kinds)
     weight += 2 * _refers(text, 5 if _TOLD.match(asked.text) else 2)
     weight += 1.5 * (asked.is_text and not _OWN.match(text) and _YOU.search(start) is not None)
-    does = is_doing(start) or _BARE_VERB.match(start)
+    clauses = [start] if asked.is_harm else start.split(", ")[:3]
+    does = any(map(is_doing, clauses)) or _BARE_VERB.match(start)
     weight += 2.5 * bool(does and not asked.is_told_of)
     weight += 2 * bool(_MEANING.search(asked.text) and size < 40)
     weight += 3 * (not _threes(asked.words).isdisjoint(_threes(words_of(text))))

@@ -239,6 +239,7 @@ class Reading:
             _NEGATES.search(s)
             and not _NOT_BUT.search(s)
             and not _HARMLESS_NO.search(s)
+            and not self.has("disclaimer", s)
             and (asked.stems & stems_of(s) or _THIS.search(s))
             for s in sentences[:3]
         )

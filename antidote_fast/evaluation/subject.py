@@ -171,7 +171,7 @@ _FILLERS = frozenset(
     ]
 )
 _DO = re.compile(
-    r"(?:^|[.!?\n:;] ?)(?:(?:just|simply|always|carefully|slowly|also|please|and|then|now"
+    r"(?:^|[.!?\n:;] ?)(?:(?:you|just|simply|always|carefully|slowly|also|please|and|then|now"
     r"|\d+[.)]?|-) )*"
     r"(?:mix|add|take|use|put|place|get|go|find|open|cut|pour|heat|boil|bake|cook|clean"
     r"|wash|rub|wipe"
@@ -312,8 +312,7 @@ def _stem(word: str) -> str:
 
 @functools.lru_cache(maxsize=8192)
 def stems_of(text: str) -> frozenset[str]:
-    """The stems of the content words of a `plain` text; pairs of characters where there"
-    " are no gaps."""
+    """The stems of a `plain` text's content words; pairs of characters where there are no gaps."""
     common = common_words()
     found = {
         _stem(word)

@@ -219,8 +219,10 @@ def is_garbled(answer: str) -> bool:
     characters on); or more than one in twenty is no character at all (broken UTF-8, controls); or
     it is one short unit said four times and more; or at most two different words make up five or
     more; or one word is more than half of ten or more; or three and more words, half of all at
-    least, are keys hit at random or letters of several scripts. A text that says something and then
-    falls into a loop is not garbled.
+    least, are keys hit at random or letters of several scripts; or half are pieces of words and
+    stray signs; or half and more is a loop of up to twelve words that starts within the first
+    twelve; or many English words stand in a row that nothing joins. A text that says something in
+    twelve words and then falls into a loop is not garbled, nor is a whole sentence said again.
     """
     answer = answer[:_READ]
     visible = "".join(answer.split())
