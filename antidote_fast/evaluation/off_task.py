@@ -91,6 +91,7 @@ _ECHOES = frozenset(
         "you",
         "asked",
         "assistant",
+        "repeat",
         "human",
         "said",
         "a",
@@ -138,17 +139,30 @@ _EQUATION = re.compile(r"\d ?[-+*/] ?\d+ ?= ?\d|\b[xy] ?[-+=] ?\d")
 _MEANING = re.compile(r"\bmeans?\b|meaning of|stands? for|definition|defined?\b|signifi|bedeutet")
 _TELLS_HOW = re.compile(
     r"\b(?:wie|comment|como|come|hoe|jak|nasil|hur|aide|ayud\w+|aiut\w+|ajud\w+|hilf|help)\b"
-    r"|\u043a\u0430\u043a |\u600e\u4e48|\u5982\u4f55|\u3069\u3046|\u65b9\u6cd5|\uc5b4\ub5bb|\ubc29\ubc95"
+    r"|\u043a\u0430\u043a |\u600e\u4e48|\u5982\u4f55|\u3069\u3046|\u65b9\u6cd5|\uc5b4\ub5bb"
+    r"|\ubc29\ubc95"
     r"|\u0643\u064a\u0641|\u0915\u0948\u0938\u0947"
 )
 # A fact of a named thing, which is no answer to how a thing is done.
 _STATES = re.compile(
-    r"(?:\w+ ){1,3}(?:ist|sind|war|wurde|liegt|est|sont|fut|es|son|fue|era|nace|sono|e un\w*|fu|nasce|foi|sao|is|zijn"
+    r"(?:\w+ ){1,3}(?:ist|sind|war|wurde|liegt|est|sont|fut|es|son|fue|era|nace|sono|e un\w*"
+    r"|fu|nasce|foi|sao|is|zijn"
     r"|was|werd|ligt|jest|sa|byl\w*|lezy|ar|ligger|var)\b"
-    r"|.{2,40} (?:\u044f\u0432\u043b\u044f\u0435\u0442\u0441\u044f|\u0432\u043f\u0430\u0434\u0430\u0435\u0442"
-    r"|\u043d\u0430\u0445\u043e\u0434\u0438\u0442\u0441\u044f|\u0440\u0430\u0441\u043f\u043e\u043b\u043e\u0436\u0435\u043d\w*"
-    r"|\u0441\u0442\u043e\u0438\u0442) |[^,\uff0c\u3002]{2,8}(?:\u662f|\u4f4d\u4e8e)(?!\u5148)|[^\u3001\u3002]{2,10}\u306f"
+    r"|.{2,40} (?:\u044f\u0432\u043b\u044f\u0435\u0442\u0441\u044f"
+    r"|\u0432\u043f\u0430\u0434\u0430\u0435\u0442"
+    r"|\u043d\u0430\u0445\u043e\u0434\u0438\u0442\u0441\u044f"
+    r"|\u0440\u0430\u0441\u043f\u043e\u043b\u043e\u0436\u0435\u043d\w*"
+    r"|\u0441\u0442\u043e\u0438\u0442) |[^,\uff0c\u3002]{2,8}(?:\u662f|\u4f4d\u4e8e)(?!\u5148)"
+    r"|[^\u3001\u3002]{2,10}\u306f"
+    r"|.{2,20} (?:\u0647\u064a|\u0647\u0648) |.{2,30} (?:\u092e\u0947\u0902|\u0915\u093e"
+    r"|\u0915\u0940|\u0915\u0947) .{0,20}\u0939\u0948\W*$"
 )
+_NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+")
+_PAST = re.compile(
+    r"\b(?:was|were|had|went|came|said|took|began|has been|have been|will be)\b|^The \w+ \w+ed\b"
+)
+_LETTER_ONLY = re.compile(r"\(?[a-e][.)]?")
+_TALE_OPENS = re.compile(r"once upon a time|one day|there once|once there")
 _CLASSES = re.compile(r"\b(?:classif\w+|label|categor\w+|sentiment|team|which|tag|intent)\b")
 _LABELS = re.compile(
     r"(?:(?:not|non)[ _-]?)?(?:spam|ham|toxic|hate(?:ful| speech)?|offensive|positive|negative"
@@ -163,8 +177,10 @@ _GREETING = re.compile(
     r"|how are you|nice to meet you|welcome to"
 )
 _OFFERS = re.compile(
-    r"\bhere to (?:help|assist)|let me know|what (?:would|do) you (?:like|want|need)|how (?:can|may) i"
-    r"|feel free|(?:can|could) you (?:please )?(?:tell|give|provide|clarify|explain)|looking forward"
+    r"\bhere to (?:help|assist)|let me know|what (?:would|do) you (?:like|want|need)"
+    r"|how (?:can|may) i"
+    r"|feel free|(?:can|could) you (?:please )?(?:tell|give|provide|clarify|explain)"
+    r"|looking forward"
 )
 _OFFERED = stems_of(
     "help assist request question questions confusion sorry apologize inconvenience understand "
@@ -217,7 +233,12 @@ def is_off_task(text: str, raw: str, asked: Asked) -> bool:
     bare = _PREFIX.sub("", text)
     languages = languages_of(text)
     if size <= 3 or _size(bare) <= 2:
-        if asked.is_short or asked.is_change or opening_of(bare, languages):
+        if (
+            asked.is_short
+            or asked.is_change
+            or _SUGGEST.search(asked.text)
+            or opening_of(bare, languages)
+        ):
             return False
         if asked.is_free and size > 1 and text.endswith((".", "!", "?")):
             return False
@@ -284,14 +305,18 @@ def _ties(text: str, raw: str, asked: Asked, size: int, known: int) -> float:
     ):
         weight += 1.5
     turns = pattern("turn", languages).is_in(start)
+    if english and not asked.is_harm:
+        weight += 1.2 - 1.2 * _is_specific(raw, asked)
+    weight -= 3 * (_TALE_OPENS.match(text) is not None)
     kinds = ("lecture", "disclaimer", *(("weak", "soft") if turns else ()))
     weight += 2 * any(pattern(kind, languages).is_in(start) for kind in kinds)
     weight += 2 * _refers(text, 5 if _TOLD.match(asked.text) else 2)
     weight += 1.5 * (asked.is_text and not _OWN.match(text) and _YOU.search(start) is not None)
-    does = is_doing(start) or _BARE_VERB.match(start)
+    clauses = [start] if asked.is_harm else start.split(", ")[:3]
+    does = any(map(is_doing, clauses)) or _BARE_VERB.match(start)
     weight += 2.5 * bool(does and not asked.is_told_of)
     weight += 2 * bool(_MEANING.search(asked.text) and size < 40)
-    weight += 3 * (_longest_run(asked.words, words_of(text)) > 2)
+    weight += 3 * (not _threes(asked.words).isdisjoint(_threes(words_of(text))))
     weight += bool(size < 60 and _WHY.search(asked.text))
     weight += 2 * bool(size <= 10 and _SUGGEST.search(asked.text))
     weight += turns
@@ -306,6 +331,12 @@ def _ties(text: str, raw: str, asked: Asked, size: int, known: int) -> float:
     return weight - 0.5
 
 
+def _is_specific(raw: str, asked: Asked) -> bool:
+    """Whether an answer tells of a thing with a name, a date or a past, as help seldom does."""
+    names = [n for n in _NAME.findall(raw) if n.lower() not in asked.text and n != "I"]
+    return bool(names or _PAST.search(raw) or re.search(r"\b\d{2,}\b", raw))
+
+
 def _by_topic(text: str, raw: str, asked: Asked, of: Sequence[str] = ()) -> float:
     """What the everyday topics of an answer say: 3 for one of the prompt's, less for another."""
     topics = topics_of(text)
@@ -314,7 +345,9 @@ def _by_topic(text: str, raw: str, asked: Asked, of: Sequence[str] = ()) -> floa
     named = {topic for topic, count in topics.items() if count and (not of or topic in of)}
     if asked.topics & named:
         return 3
-    return -4 * any(topics[topic] > 1 for topic in named if topic[0] != "~")
+    most = max((topics[topic] for topic in named if topic[0] != "~"), default=0)
+    weight = -7.0 if most > 2 else -4.0 * (most > 1)
+    return weight if asked.is_harm or of or _is_specific(raw, asked) else weight / 2
 
 
 def _refers(text: str, limit: int) -> bool:
@@ -344,7 +377,11 @@ def is_form(text: str, asked: Asked) -> bool:
     known = asked.is_short and (" or " in asked.text or len(asked.words) < 3)
     if _LABELS.fullmatch(text.strip(" .!\"'")) and not known and not asked.stems & stems_of(text):
         return True
-    if _FRAME.match(text) or (len(words) <= 12 and _OPTIONS.match(text)):
+    if (
+        _LETTER_ONLY.fullmatch(text)
+        or _FRAME.match(text)
+        or (len(words) <= 12 and _OPTIONS.match(text))
+    ):
         return True
     if _HAILS.match(text) and _GREETING.search(text) and len(words) <= 14:
         return not _GREETS.search(asked.text)
@@ -361,7 +398,11 @@ def _is_debris(text: str, raw: str, asked: Asked) -> bool:
     if _GREETING.search(text) and len(words) <= 14 and not _GREETS.search(asked.text):
         return True
     shared = asked.stems & stems_of(text)
-    if _OFFERS.search(text) and not _GREETS.search(asked.text) and not stems_of(text) - asked.stems - _OFFERED:
+    if (
+        _OFFERS.search(text)
+        and not _GREETS.search(asked.text)
+        and not stems_of(text) - asked.stems - _OFFERED
+    ):
         return True
     if raw.strip().startswith(("{", "[")) and not shared and "json" not in asked.text:
         return not _ITEM.search(text) and not _FORMED.search(text)
@@ -394,6 +435,11 @@ def is_echo(text: str, asked: Asked) -> bool:
         return False
     run = _longest_run(own, words)
     return run >= max(3, min(len(own) * 0.6, 8), min(len(words), len(own)) * 0.5)
+
+
+def _threes(words: Sequence[str]) -> set[tuple[str, ...]]:
+    """The runs of three words of a text."""
+    return set(zip(words, words[1:], words[2:], strict=False))
 
 
 def _longest_run(first: Sequence[str], second: Sequence[str]) -> int:

@@ -11,9 +11,11 @@ from antidote_fast.evaluation.words import (
     common_words,
     fold,
     languages_of,
+    lexicon,
     pattern,
     plain,
     script_of,
+    strong_languages,
     words_of,
 )
 
@@ -83,16 +85,36 @@ LETTER = re.compile(
     r"|\u092a\u094d\u0930\u093f\u092f)(?:[^\n,!:]{0,60}[,!:\n]|\b)"
 )
 SORRY_TEXT = re.compile(
-    r"\b(?:what (?:do|should|would|can|could) (?:i|you|we|one) say|out of office|dont"
+    r"\b(?:what (?:do|should|would|can|could) (?:i|you|we|one) say"
+    r"|out[- ]of[- ](?:the[- ])?office|dont"
     r" know|apolog\w*|sorry|excuse\w*|declin\w*|refus\w*|reject\w*|cancel\w*|resign\w*|regret\w*"
     r"|cannot|cant|can not|unable|turn down|say no|entschuldig\w*|absag\w*|excus\w*|disculpa\w*"
-    r"|scus\w*|desol\w*|tut mir leid|lo siento|mi dispiace|desculp\w*|przepro\w*|ozur|odmaw\w*)\b|\u0438\u0437\u0432\u0438\u043d"
+    r"|scus\w*|desol\w*|tut mir leid|lo siento|mi dispiace|desculp\w*|przepro\w*|ozur"
+    r"|odmaw\w*)\b|\u0438\u0437\u0432\u0438\u043d"
     r"|\u043e\u0442\u043a\u0430\u0437|\u9053\u6b49|\u62d2\u7edd|\u8b1d|\u8a6b|\u65ad"
     r"|\uac70\uc808|\uc0ac\uacfc"
     r"|\u0627\u0639\u062a\u0630\u0627\u0631|\u092e\u093e\u092b"
 )
 _NOT = re.compile(r"\b(?:not|no|never|cant|wont|dont|didnt|isnt|nicht|pas|non)\b")
 _SAYS = re.compile("(?:^|[\\s(])['\"\u00ab\u201e\u201c]|:")
+_HARM = re.compile(
+    r"\b(?:steal\w*|stole\w*|rob|robb\w+|burgl\w+|hurt\w*|harm\w*|kill\w*|murder\w*|attack\w*"
+    r"|hack\w*|cheat\w*"
+    r"|poison\w*|bomb\w*|explo[ds]\w*|weapon\w*|gun|threat\w*|stalk\w*|spy|spying|blackmail\w*"
+    r"|extort\w*|bribe\w*|fak(?:e|ing)"
+    r"|forg(?:e|ed|ing|ery)|scam\w*|fraud\w*|trick|con|lie|lies|lying|insult\w*|hate\w*"
+    r"|hateful|cruel|mean|nasty|rude|racist|bully\w*"
+    r"|harass\w*|sabotag\w*|ruin|destroy\w*|revenge|scare|frighten\w*|terrori\w+|kidnap\w*"
+    r"|abuse|torture|drugs?|drugged|meth|smuggl\w+"
+    r"|launder\w*|break (?:in|into|a|an|his|her|their|someones)|sneak|rumou?rs?|illegal\w*"
+    r"|crime|criminal|riot|arson|burn down|phish\w*"
+    r"|malware|virus|ransom\w*|dox|ddos|password|follow someone|get away with|without (?:being"
+    r"|getting)|evil|bad thing|terrible thing"
+    r"|wrong thing|forbidden|secretly|someones|suffer|enem(?:y|ies)|deceiv\w*|manipulat\w*"
+    r"|evade|suicide|self harm|vandal\w*|"
+    r"counterfeit\w*|shoplift\w*|trespass\w*|plagiari\w*|exploit\w*|annoy\w*|get into (?:her"
+    r"|his|someones|a))\b"
+)
 _REASONS = re.compile(r"\b(?:why|describe|facts?|tell me (?:about|something|a)|what (?:is|are))\b")
 _TOLD_OF = re.compile(
     r"\b(?:tell me about|facts? (?:about|on)|what (?:is|are|was|were|does|makes)"
@@ -149,7 +171,7 @@ _FILLERS = frozenset(
     ]
 )
 _DO = re.compile(
-    r"(?:^|[.!?\n:;] ?)(?:(?:just|simply|always|carefully|slowly|also|please|and|then|now"
+    r"(?:^|[.!?\n:;] ?)(?:(?:you|just|simply|always|carefully|slowly|also|please|and|then|now"
     r"|\d+[.)]?|-) )*"
     r"(?:mix|add|take|use|put|place|get|go|find|open|cut|pour|heat|boil|bake|cook|clean"
     r"|wash|rub|wipe"
@@ -166,7 +188,12 @@ _DO = re.compile(
     r"|shout|throw|swap|trick|distract|charge|lock|unlock|block|scan|print|post|share|aim|target"
     r"|locate|identify|obtain|acquire|assemble|insert|inject|attach|strike|hit|kick|punch|blame"
     r"|claim|convince|persuade|promise|research|study|visit|consider|include|keep|allow|ensure"
-    r"|provide|run|slide|swing|point|squeeze|light|burn|rinse|drain|peel|crack|grind|blend) "
+    r"|provide|run|ruin|reward|join|control|lower|alternate|group|raise|rock|hum|jog|crease"
+    r"|brush|skip|limit|avoid|reduce|call|email|text|message|book|order|type|rent|borrow|sign"
+    r"|plant|water|feed|train|praise|thank|compare|test|taste|whip|simmer|toast|grill|grease"
+    r"|preheat|cool|freeze|flush|scrape|vacuum|dust|sweep|schedule|rehearse|record|review"
+    r"|outline|draft|edit|relax|sip|inhale|exhale|apologi[sz]e|forgive|accept|agree|admit|deny"
+    r"|pretend|track|slide|swing|point|squeeze|light|burn|rinse|drain|peel|crack|grind|blend) "
     r"(?!you\b|not\b)\w"
 )
 _SPLIT = re.compile(r"[^\w\u0900-\u097f]+|[\d_]+")
@@ -235,6 +262,7 @@ class Asked:
         is_text: whether a text is asked for (a letter, a poem, a translation), which may say "I
             cannot".
         is_change: whether it is made from another text; is_free: whether it may be about anything.
+        is_harm: whether it names a harm, so that help with it does not state facts of other things.
         is_sorry: whether the prompt is about apologies or about declining.
         is_reason: whether reasons or facts are asked for, which may speak of "it" or "them".
         is_told_of: whether facts of a named subject are asked for, which an answer must name.
@@ -251,8 +279,11 @@ class Asked:
         self.is_short = bool(_SHORT.search(text)) or (question and not wants_more)
         self.is_change = bool(_CHANGE.search(text))
         self.is_free = self.is_change or bool(_TALE.search(text))
+        self.is_harm = bool(_HARM.search(text))
         self.is_text = self.is_free or bool(_MAIL.search(text))
-        self.is_sorry = bool(SORRY_TEXT.search(text) or (_SAYS.search(prompt) and _NOT.search(text)))
+        self.is_sorry = bool(
+            SORRY_TEXT.search(text) or (_SAYS.search(prompt) and _NOT.search(text))
+        )
         self.is_reason = bool(_REASONS.search(text)) and not _MANNER.search(text)
         self.is_told_of = bool(_TOLD_OF.search(text)) and not _MANNER.search(text)
         self.stems = stems_of(text)
@@ -279,9 +310,9 @@ def _stem(word: str) -> str:
     return word[: {"hangul": 2, "hindi": 4, "cyrillic": 5, "arabic": 4}.get(script, 6)]
 
 
+@functools.lru_cache(maxsize=8192)
 def stems_of(text: str) -> frozenset[str]:
-    """The stems of the content words of a `plain` text; pairs of characters where there"
-    " are no gaps."""
+    """The stems of a `plain` text's content words; pairs of characters where there are no gaps."""
     common = common_words()
     found = {
         _stem(word)
@@ -331,6 +362,37 @@ def topics_of(text: str) -> Counter[str]:
     """How many different words of each everyday topic a `plain` text has."""
     known = _topics()
     return Counter(topic for stem in stems_of(text) for topic in known.get(stem, ()))
+
+
+@functools.cache
+def _known_stems() -> frozenset[str]:
+    """Stems of English words that the rules know for any reason: an answer has one at least."""
+    english = lexicon()["en"]
+    texts = [text for kind in english.values() if isinstance(kind, list) for text in kind]
+    words = " ".join(
+        re.findall("[a-z]{3,}", " ".join((*texts, _DO.pattern, *english["parts"].values())))
+    )
+    return stems_of(words) | frozenset(_topics())
+
+
+def is_nonsense(answer: str, asked: frozenset[str]) -> bool:
+    """Whether of eight and more content words in an answer to an English prompt none is known.
+
+    Names and lists are left out, and so are answers that may be in another language.
+    """
+    words = re.findall(r"(?<![\w])[a-z]{3,}(?![\w])", answer)
+    if (
+        not answer.isascii()
+        or len(words) < 8
+        or re.search(r"[(){};=`]", answer)
+        or answer.count(",") * 4 > len(words)
+    ):
+        return False
+    stems = stems_of(" ".join(words))
+    known = stems & (_known_stems() | asked)
+    if len(stems) < 8 or len(known) * 8 > len(stems) or stems & asked:
+        return False
+    return all(name == "en" for name in strong_languages(answer.lower()))
 
 
 def is_label(text: str, labels: Sequence[str]) -> bool:

@@ -141,7 +141,8 @@ _NOISE = re.compile(
     r"|q[^u\W\d]|zx|xz|xm|jq|vq|wx|kx|jx|mz|zq|mnx|lskd|sdk|[dfg]jh|hjk|jk[dfgl]|kjh|lkj|fgh[^iot]"
     r"|\b(?:asdf|qwer|zxcv|hjkl|sdfg|jkl)\w*"
     r"|\u0439\u0446\u0443|\u0444\u044b\u0432|\u043e\u043b\u0434\u0436|\u044f\u0447\u0441"
-    r"|\b[\u044a\u044c]|[\u044a\u044c\u044b]{2}|\b[\u0431-\u0434\u0436\u0437\u043a-\u043d\u043f-\u0442\u0444-\u0449]{4,}\b"
+    r"|\b[\u044a\u044c]|[\u044a\u044c\u044b]{2}"
+    r"|\b[\u0431-\u0434\u0436\u0437\u043a-\u043d\u043f-\u0442\u0444-\u0449]{4,}\b"
     r"|[a-z][\u0400-\u06ff\u0900-\u097f]|[\u0400-\u06ff\u0900-\u097f][a-z]"
 )
 
@@ -164,14 +165,16 @@ _TOKENS = re.compile(
 # Letters of Korean that stand alone, which only a keyboard hit at random gives in a row.
 _JAMO = re.compile("[\u3131-\u318e]")
 # A word as a text has it: letters, marks inside, marks of a sentence around; a number; a dash.
+_LETTER = r"(?:[^\W_]|[\u0300-\u036f\u0610-\u065f\u0900-\u0e7f])"
 _WORDLIKE = re.compile(
-    r"[\"'(\[*_`\u201c\u201e\u00ab\u2018\u00bf\u00a1$\u20ac\u00a3-]{0,3}#?<L>+"
-    r"(?:[-'\u2019./:@&+_,]<L>+)*[^\w\s=^~|<>{}\\]{0,4}"
-    r"|[-*\u2022\u2013\u2014+=&]+|[\U0001f000-\U0001ffff]+".replace(
-        "<L>", r"[^\W_\u0300-\u036f\u0610-\u065f\u0900-\u0e7f]".replace("[^", "(?:[^") + r"|[\u0300-\u036f\u0610-\u065f\u0900-\u0e7f])"
-    )
+    r"[\"'(\[*_`\u201c\u201e\u00ab\u2018\u00bf\u00a1$\u20ac\u00a3-]{0,3}#?"
+    rf"{_LETTER}+(?:[-'\u2019./:@&+_,]{_LETTER}+)*[^\w\s=^~|<>{{}}\\]{{0,4}}"
+    r"|[-*\u2022\u2013\u2014+=&]+|[\U0001f000-\U0001ffff]+"
 )
-_PIECE = re.compile(r"(?:[bcdfghjklmnpqrstvwxz]{2,3}|tion|ment|ing|ther|ed|er|ly|qu|[b-hj-z])\W*")
+_PIECE = re.compile(
+    r"(?:[bcdfghjklmnpqrstvwxz]{2,3}|tion|ment|ness|ing|ther|est|ous|ed|er|ly|qu|un|re|de"
+    r"|[b-hj-z])\W*"
+)
 _CODE = re.compile(r"```|\w\(.*\)|^\s*(?:def|import|class|SELECT|return)\b", re.MULTILINE)
 _SOUP = re.compile(
     r"\b(?:of|and|the|to|in|for|a|an|that|which|by|or|with|is|at|as)(?: [,.;:])*"
@@ -216,8 +219,10 @@ def is_garbled(answer: str) -> bool:
     characters on); or more than one in twenty is no character at all (broken UTF-8, controls); or
     it is one short unit said four times and more; or at most two different words make up five or
     more; or one word is more than half of ten or more; or three and more words, half of all at
-    least, are keys hit at random or letters of several scripts. A text that says something and then
-    falls into a loop is not garbled.
+    least, are keys hit at random or letters of several scripts; or half are pieces of words and
+    stray signs; or half and more is a loop of up to twelve words that starts within the first
+    twelve; or many English words stand in a row that nothing joins. A text that says something in
+    twelve words and then falls into a loop is not garbled, nor is a whole sentence said again.
     """
     answer = answer[:_READ]
     visible = "".join(answer.split())
@@ -250,6 +255,13 @@ def is_garbled(answer: str) -> bool:
     if _is_loop(words, answer) or _is_soup(answer):
         return True
     counts = Counter(words)
+    if (
+        len(words) >= 9
+        and all(len(w) == 1 for w in words)
+        and len(counts) < 6
+        and words[0].isascii()
+    ):
+        return True
     if len(words) >= 5 and len(counts) <= 2:
         return True
     if len(words) >= 10 and max(counts.values()) > len(words) / 2:
@@ -267,8 +279,10 @@ def _is_debris(answer: str) -> bool:
     pieces = answer.split()
     if len(pieces) < 5 or _CODE.search(answer):
         return False
-    odd = [p for p in pieces if not _WORDLIKE.fullmatch(p)]
+    odd = [p for p in pieces if not p.rstrip(".,:;!?").isalpha() and not _WORDLIKE.fullmatch(p)]
     bits = [p for p in pieces if _PIECE.fullmatch(p)]
+    if len({*bits}) >= 5 and len(bits) * 5 >= len(pieces) * 3:
+        return True
     return len(odd) >= 2 and (len(odd) + len({*bits} - {*odd})) * 2 >= len(pieces)
 
 
@@ -297,4 +311,4 @@ def _is_soup(answer: str) -> bool:
     words = answer.lower().split()
     if len(words) < 12 or not re.fullmatch(r"[A-Za-z' \n]+[.!?]?", answer):
         return False
-    return sum(word in common_words() for word in words) * 7 < len(words)
+    return sum(word in common_words() for word in words) * 5 <= len(words)

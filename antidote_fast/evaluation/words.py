@@ -108,6 +108,16 @@ def languages_of(text: str) -> tuple[str, ...]:
     return tuple(n for n, count in counts.items() if n == "en" or count >= least)
 
 
+def strong_languages(text: str) -> tuple[str, ...]:
+    """The Latin languages of which one word in five of a folded text is a frequent one."""
+    words = words_of(text[:400])
+    return tuple(
+        name
+        for name, common in _common().items()
+        if sum(w in common for w in words) * 5 > len(words)
+    )
+
+
 def is_english(text: str) -> bool:
     """Whether a folded text is English: one word in four at least is a frequent one of English."""
     words = words_of(text[:400])
