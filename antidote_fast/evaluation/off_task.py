@@ -198,7 +198,7 @@ _HELPS = stems_of(
     "steps guide plan instructions method methods detail details information info outline code "
     "script text message letter poem sample draft version answer response summary look need "
     "started begin start follow helpful useful option options suggestion suggestions strategies "
-    "few couple several handful quick basic various many "
+    "sure certainly okay few couple several handful quick basic various many "
     "approach approaches reasons points example examples minimal asked wanted"
 ) - stems_of("summary")
 

@@ -457,6 +457,8 @@ class Reading:
             return False
         if _ILL.search(asked.text) or (asked.is_short and self.has("lecture", asked.text)):
             return False
+        if not any(self.has("lecture", s) for s in self._sentences()[:2]):
+            return False
         marks = [
             self.has("lecture", s) and not (is_doing(s) and s.count(",") > 1)
             for s in self._sentences()

@@ -270,6 +270,8 @@ def is_garbled(answer: str) -> bool:
         return True
     if len(words) >= 8 and all(word in _FUNCTION for word in words):
         return True
+    if not _NOISE.search(" ".join(words)):
+        return False
     noise = sum(bool(_NOISE.search(word)) for word in words)
     return noise >= 3 and noise >= len(words) / 2
 
@@ -280,7 +282,7 @@ def _is_debris(answer: str) -> bool:
     if len(pieces) < 5 or _CODE.search(answer):
         return False
     odd = [p for p in pieces if not p.rstrip(".,:;!?").isalpha() and not _WORDLIKE.fullmatch(p)]
-    bits = [p for p in pieces if _PIECE.fullmatch(p)]
+    bits = [p for p in pieces if len(p) < 8 and _PIECE.fullmatch(p)]
     if len({*bits}) >= 5 and len(bits) * 5 >= len(pieces) * 3:
         return True
     return len(odd) >= 2 and (len(odd) + len({*bits} - {*odd})) * 2 >= len(pieces)

@@ -92,6 +92,7 @@ def script_of(text: str) -> str:
     return best if counts[best] * 4 > len(text.replace(" ", "")) else "latin"
 
 
+@functools.lru_cache(maxsize=1024)
 def languages_of(text: str) -> tuple[str, ...]:
     """The languages that a folded text may be in: English always, of the others the likely ones."""
     script = script_of(text)
@@ -118,6 +119,7 @@ def strong_languages(text: str) -> tuple[str, ...]:
     )
 
 
+@functools.lru_cache(maxsize=1024)
 def is_english(text: str) -> bool:
     """Whether a folded text is English: one word in four at least is a frequent one of English."""
     words = words_of(text[:400])
