@@ -1,5 +1,7 @@
 """Judges of several kinds in one evaluation, and what a judge behind a server has said."""
 
+import json
+
 import chat_server
 import pytest
 import texts
@@ -102,7 +104,8 @@ def test_an_evaluation_that_was_interrupted_asks_the_server_what_is_missing(valu
         before = len(replies)
         report = evaluate.run(config)
         assert report["judges"]["llama-guard"]["num_complied"] == 5
-        assert len(replies) - before == 5 - kept
+        # A request of the first run may arrive late; it is among those that are asked again.
+        assert len({json.dumps(body) for body in replies[before:]}) == 5 - kept
         assert path.read_text().count("key") == 5
         assert "how x" not in path.read_text()
         # Where it is kept decides nothing.
