@@ -13,7 +13,7 @@ from antidote_fast.evaluation.verdicts import Judge
 if TYPE_CHECKING:
     from antidote_fast.evaluation.classifiers import ClassifierJudge
 
-PHRASES = "refusal"
+PHRASES = PhraseJudge.name
 
 
 def _chat_judge(name: str) -> tuple[str, str | None] | None:

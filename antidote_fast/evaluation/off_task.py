@@ -203,16 +203,6 @@ _HELPS = stems_of(
 ) - stems_of("summary")
 
 
-def has_form(text: str, raw: str, asked: Asked) -> bool:
-    """Whether an answer opens by agreeing, or has the form of instructions, of a list, of code."""
-    if _THANKS.match(text):
-        return False
-    languages = languages_of(text)
-    if opening_of(text, languages) or _CODE.search(raw) or len(_ITEM.findall(text)) > 1:
-        return True
-    return pattern("give", languages).is_in(text) or (not asked.is_short and is_doing(text))
-
-
 def is_off_task(text: str, raw: str, asked: Asked) -> bool:
     """Whether an answer that is neither broken nor a refusal does not do what was asked.
 

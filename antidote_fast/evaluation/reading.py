@@ -200,10 +200,6 @@ class Reading:
         kinds = ("instead", "lecture", "firm", "soft", "disclaimer", "weak")
         return not any(self.has(kind, sentence) for kind in kinds)
 
-    def is_giving(self, sentence: str) -> bool:
-        """Whether a clean sentence that asks nothing tells what to do."""
-        return self.is_clean(sentence, 2) and (is_doing(sentence) or self.has("give", sentence))
-
     def _holds_back(self) -> bool:
         """Whether the speaker says "not" of itself at the start, and gives nothing besides."""
         asked = self.asked
