@@ -114,7 +114,7 @@ SECTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Align, attack, prune and evaluate SmolLM2-135M-Instruct, on a CPU in minutes.
+    """Align, attack, prune and evaluate SmolLM2-135M-Instruct, on a CPU in half an hour.
 
     Args:
         output_dir: the folder to write; what is whole there is kept, so a demo that was interrupted
